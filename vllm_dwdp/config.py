@@ -1,0 +1,166 @@
+"""DwdpConfig: everything a user can set under `--additional-config '{"dwdp": {...}}'`."""
+
+import difflib
+import math
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final, Literal, get_args
+
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.placement import check_share
+
+TransportName = Literal["auto", "cupy_ipc", "shm"]
+ViewName = Literal["auto", "split", "contiguous", "inplace"]
+LauncherName = Literal["auto", "ray", "mp"]
+
+MIN_SLICE_BYTES: Final = 4096
+SLICE_MULTIPLE: Final = 256
+
+_CHOICES: Final[dict[str, tuple[str, ...]]] = {
+    "transport": get_args(TransportName),
+    "weight_view": get_args(ViewName),
+    "launcher": get_args(LauncherName),
+}
+_LEAST: Final[dict[str, int]] = {
+    "group_size": 2,
+    "experts_per_rank": 1,
+    "num_slots": 2,
+    "slice_bytes": MIN_SLICE_BYTES,
+    "ranks_per_device": 1,
+}
+_OPTIONAL: Final = frozenset({"group_size", "experts_per_rank"})
+_RENDEZVOUS: Final = re.compile(r"(?P<host>\[[^\]]+\]|[^:/\s]+):(?P<port>\d{1,5})/(?P<group_id>[^/\s]+)")
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks of one start meet: the address of the plugin's TCPStore and the id that keys the group's entries.
+
+    Written by the front end; a user sets it only for engines that are started apart (design, 'Configuration').
+    """
+
+    host: str
+    port: int
+    group_id: str
+
+    def __post_init__(self) -> None:
+        named = all(isinstance(word, str) and word for word in (self.host, self.group_id))
+        if not named or not _is_int(self.port) or not 1 <= self.port <= 65535:
+            raise DwdpError(
+                f"dwdp.rendezvous is host {self.host!r}, port {self.port!r}, group id {self.group_id!r}: "
+                "give a host name, a port in 1..65535 and a non-empty group id"
+            )
+
+    @classmethod
+    def parse(cls, raw: object) -> "Rendezvous":
+        """Read 'host:port/group-id' or {"host": ..., "port": ..., "group_id": ...}; raises DwdpError."""
+        if isinstance(raw, cls):
+            return raw
+        if isinstance(raw, str) and (found := _RENDEZVOUS.fullmatch(raw)):
+            return cls(found["host"].strip("[]"), int(found["port"]), found["group_id"])
+        if isinstance(raw, dict) and set(raw) == {"host", "port", "group_id"}:
+            return cls(**raw)
+        raise DwdpError(
+            f"dwdp.rendezvous is {raw!r}: write it as 'host:port/group-id' or as a mapping of host, port and group_id"
+        )
+
+
+@dataclass(frozen=True)
+class DwdpConfig:
+    """The settings of one DWDP start, valid by construction (design, 'Configuration').
+
+    group_size: ranks that share one copy of the experts; None means all ranks.
+    experts_per_rank: experts resident on a rank; None means a balanced partition, more than E/N means overlap.
+    num_slots: prefetch buffers per rank. slice_bytes: bytes of one copy.
+    ranks_per_device: ranks that share one accelerator. timeout_s: limit of every wait, in seconds.
+    trace: record the times of acquire, ready, release and of every copy.
+    """
+
+    group_size: int | None = None
+    experts_per_rank: int | None = None
+    num_slots: int = 2
+    slice_bytes: int = 1 << 20
+    transport: TransportName = "auto"
+    weight_view: ViewName = "auto"
+    launcher: LauncherName = "auto"
+    ranks_per_device: int = 1
+    timeout_s: float = 300.0
+    trace: bool = False
+    rendezvous: Rendezvous | None = None
+
+    def __post_init__(self) -> None:
+        for key, least in _LEAST.items():
+            _check_count(key, getattr(self, key), least)
+        for key, choices in _CHOICES.items():
+            _check_choice(key, getattr(self, key), choices)
+        if self.slice_bytes % SLICE_MULTIPLE:
+            raise DwdpError(
+                f"dwdp.slice_bytes is {self.slice_bytes}: it must be a multiple of {SLICE_MULTIPLE}; "
+                f"{self.slice_bytes // SLICE_MULTIPLE * SLICE_MULTIPLE} is the nearest below"
+            )
+        limit: object = self.timeout_s
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not (0 < limit < math.inf):
+            raise DwdpError(f"dwdp.timeout_s is {limit!r}: it must be a finite number of seconds above 0, such as 300")
+        if not isinstance(self.trace, bool):
+            raise DwdpError(f"dwdp.trace is {self.trace!r}: it must be true or false")
+        if self.rendezvous is not None and not isinstance(self.rendezvous, Rendezvous):
+            object.__setattr__(self, "rendezvous", Rendezvous.parse(self.rendezvous))
+
+    @classmethod
+    def parse(cls, raw: object) -> "DwdpConfig":
+        """Read the value of `additional_config["dwdp"]`; None (no such key) gives the defaults. Raises DwdpError."""
+        if raw is None:
+            return cls()
+        if not isinstance(raw, dict):
+            raise DwdpError(f"additional_config['dwdp'] is {raw!r}: it must be a mapping such as {{'num_slots': 2}}")
+        known = [field.name for field in fields(cls)]
+        for key in raw:
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
+                raise DwdpError(f"additional_config['dwdp'] has the unknown key {key!r} = {raw[key]!r}: {hint}")
+        return cls(**raw)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able mapping that `parse` turns back into an equal config."""
+        return asdict(self)
+
+    def resolve_group_size(self, num_ranks: int) -> int:
+        """The ranks per group, N; raises DwdpError when `num_ranks` cannot be split into such groups."""
+        if num_ranks < 2:
+            raise DwdpError(
+                f"dwdp needs at least 2 ranks but --data-parallel-size is {num_ranks}: raise it, or leave dwdp out"
+            )
+        size = num_ranks if self.group_size is None else self.group_size
+        if size > num_ranks or num_ranks % size:
+            divisors = ", ".join(str(n) for n in range(2, num_ranks + 1) if num_ranks % n == 0)
+            raise DwdpError(
+                f"dwdp.group_size is {size} but --data-parallel-size is {num_ranks}: set a divisor of it, {divisors}"
+            )
+        return size
+
+    def check(self, num_ranks: int, num_experts: int | None) -> None:
+        """Check against the number of ranks and, where known, the routed experts of a layer; raises DwdpError."""
+        size = self.resolve_group_size(num_ranks)
+        if num_experts is not None:
+            check_share(num_experts, size, self.experts_per_rank)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_count(key: str, value: object, least: int) -> None:
+    if value is None and key in _OPTIONAL:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise DwdpError(f"dwdp.{key} is {value!r} of type {type(value).__name__}: it must be a whole number >= {least}")
+    if value < least:
+        raise DwdpError(f"dwdp.{key} is {value}: it must be >= {least}; raise it or leave it out")
+
+
+def _check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise DwdpError(f"dwdp.{key} is {value!r}: it must be one of {', '.join(choices)}{hint}")

@@ -1,0 +1,132 @@
+"""The plan of a layer: which bytes a reader copies from which rank, in which order (pure).
+
+Slabs and slots keep one block per tensor: the rows of the experts one after the other, a row being all bytes of one
+expert. Experts that are consecutive both at the source and in the slot make one range; ranges are cut into slices, and
+the slices of all peers interleave, beginning with the next rank, so that no two readers begin at the same source and no
+source is read in one long stretch (paper, time-division multiplexing; design, 'Rules of the data path').
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import zip_longest
+from typing import NamedTuple
+
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.placement import Placement
+
+ALIGNMENT = 256
+
+
+class TensorSpec(NamedTuple):
+    """One per-expert tensor of a layer, for example w13_weight."""
+
+    name: str
+    row_bytes: int  # bytes of one expert
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Blocks of `rows` rows each, in the order of `tensors`, every block on a multiple of `alignment` bytes."""
+
+    tensors: tuple[TensorSpec, ...]
+    rows: int
+    alignment: int = ALIGNMENT
+
+    def __post_init__(self) -> None:
+        for tensor in self.tensors:
+            if tensor.row_bytes < 1:
+                raise DwdpError(f"tensor {tensor.name} has rows of {tensor.row_bytes} bytes: leave empty tensors out")
+        if self.rows < 1 or self.alignment < 1:
+            raise DwdpError(f"a layout of {self.rows} rows aligned to {self.alignment} bytes: both must be >= 1")
+
+    @cached_property
+    def _ends(self) -> tuple[int, ...]:
+        ends = [0]
+        for tensor in self.tensors:
+            ends.append(ends[-1] + -(-self.rows * tensor.row_bytes // self.alignment) * self.alignment)
+        return tuple(ends)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """[tensor] -> byte offset of its first row."""
+        return self._ends[:-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Total bytes, a multiple of the alignment."""
+        return self._ends[-1]
+
+
+class SlabLayout(_Layout):
+    """Offsets within the slab of a rank; rows: the experts it holds, in the order of its share."""
+
+
+class SlotLayout(_Layout):
+    """Offsets within a slot of the contiguous view; rows: all E experts, in the order of their ids."""
+
+
+class Slice(NamedTuple):
+    """One copy."""
+
+    source: int  # rank within the group whose slab is read
+    src_offset: int  # bytes into that slab
+    dst_offset: int  # bytes into the slot
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class CopyPlan:
+    """The copies that fill a slot with all E experts of a layer.
+
+    pulls: from peers, at most slice_bytes each, in issue order. local: from the reader's own slab (the merge copy), one
+    per range. slot, slabs: the layouts that the offsets refer to; slabs is indexed by rank.
+    """
+
+    reader: int
+    slot: SlotLayout
+    slabs: tuple[SlabLayout, ...]
+    pulls: tuple[Slice, ...]
+    local: tuple[Slice, ...]
+
+    @cached_property
+    def pulled_bytes(self) -> int:
+        """Bytes that come from peers."""
+        return sum(item.nbytes for item in self.pulls)
+
+    @cached_property
+    def local_bytes(self) -> int:
+        """Bytes of the merge copy."""
+        return sum(item.nbytes for item in self.local)
+
+
+def build_plan(
+    placement: Placement,
+    reader: int,
+    tensors: Sequence[TensorSpec],
+    slice_bytes: int,
+    alignment: int = ALIGNMENT,
+) -> CopyPlan:
+    """Plan how rank `reader` fills a slot. Raises DwdpError for empty tensors or a slice_bytes below 1."""
+    if slice_bytes < 1:
+        raise DwdpError(f"slice_bytes is {slice_bytes}: it must be >= 1")
+    specs = tuple(tensors)
+    slot = SlotLayout(specs, placement.num_experts, alignment)
+    slabs = tuple(SlabLayout(specs, len(share), alignment) for share in placement.shares)
+    ranges: list[list[Slice]] = [[] for _ in slabs]
+    for run in placement.runs(reader):
+        for spec, src, dst in zip(specs, slabs[run.owner].offsets, slot.offsets, strict=True):
+            row = spec.row_bytes
+            ranges[run.owner].append(Slice(run.owner, src + run.local * row, dst + run.first * row, run.length * row))
+    peers = [(reader + step) % placement.num_ranks for step in range(1, placement.num_ranks)]
+    turns = zip_longest(*(_cut(ranges[peer], slice_bytes) for peer in peers))
+    pulls = tuple(item for turn in turns for item in turn if item is not None)
+    return CopyPlan(reader, slot, slabs, pulls, tuple(ranges[reader]))
+
+
+def _cut(ranges: list[Slice], slice_bytes: int) -> Iterator[Slice]:
+    for whole in ranges:
+        for done in range(0, whole.nbytes, slice_bytes):
+            yield Slice(
+                whole.source, whole.src_offset + done, whole.dst_offset + done, min(slice_bytes, whole.nbytes - done)
+            )

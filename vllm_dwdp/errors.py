@@ -1,0 +1,13 @@
+"""The errors of the plugin: one line each, with the numbers that are wrong and what to do about them."""
+
+
+class DwdpError(ValueError):
+    """A configuration or a set-up that cannot work."""
+
+
+class DwdpTimeout(DwdpError):
+    """A wait reached its limit (`timeout_s`)."""
+
+
+class PeerLost(DwdpError):
+    """The process that owns a slab or a counter page is gone, or no longer offers it."""

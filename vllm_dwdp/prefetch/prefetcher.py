@@ -1,0 +1,207 @@
+"""Prefetching of one rank's layers: acquire before a layer's expert compute, release after it.
+
+    release(i): event of that very slot --after--> pull of the next layer in the slot's list      (copy engine)
+    acquire(i): the slot's copy         --wait---> expert compute                                 (compute side)
+
+A slot holds one layer or is being filled with it; either way `holds` says which, and `copied` when it may be read. It
+is refilled only behind an event recorded on the compute side after its last use, so that nothing in use is overwritten;
+and it is handed out only when it holds the layer asked for, so that nothing stale is read. Whatever the caller does
+(aborted forwards, other orders) costs time at most.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from vllm_dwdp.copy_plan import CopyPlan, Slice
+from vllm_dwdp.errors import DwdpError, DwdpTimeout
+from vllm_dwdp.prefetch.counters import CounterPage
+from vllm_dwdp.prefetch.ring import Ring
+from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Program
+
+TraceKind = Literal["acquire", "ready", "release", "submit", "copy_begin", "copy_end"]
+
+
+class TraceEvent(NamedTuple):
+    """time_ns: of time.monotonic_ns. A copy's events are appended once it is known to have ended, so sort by time."""
+
+    time_ns: int
+    kind: TraceKind
+    layer: int
+    slot: int
+
+
+class _Slot:
+    """State of one slot."""
+
+    __slots__ = ("copied", "holds", "number", "used_by")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.holds: int | None = None  # the layer it contains or is being filled with
+        self.used_by: int | None = None  # the layer acquired and not yet released
+        self.copied: Event | None = None  # the end of the copy submitted last
+
+
+def bind_plan(engine: CopyEngine, plan: CopyPlan, slabs: Mapping[int, int], slot: int) -> Program:
+    """Bind a plan to addresses of this process: slabs maps a rank to its slab of the layer, slot is the slot's own."""
+
+    def absolute(slices: Sequence[Slice]) -> list[Copy]:
+        return [Copy(slot + item.dst_offset, slabs[item.source] + item.src_offset, item.nbytes) for item in slices]
+
+    return engine.bind(absolute(plan.pulls), absolute(plan.local))
+
+
+class Prefetcher:
+    """Keeps the slots of one rank filled; one thread calls it, the engine copies in the background."""
+
+    def __init__(
+        self,
+        ring: Ring,
+        engine: CopyEngine,
+        programs: Sequence[Program],
+        counters: CounterPage,
+        timeout_s: float,
+        trace: list[TraceEvent] | None = None,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        """programs: per layer, each filling the slot `ring` names for it. timeout_s: limit of every wait. trace: events
+        are appended to it, for tests and studies: it grows without bound."""
+        if len(programs) != ring.num_layers:
+            raise DwdpError(f"{len(programs)} programs for a ring of {ring.num_layers} layers: bind one per layer")
+        self._ring = ring
+        self._engine = engine
+        self._programs = tuple(programs)
+        self._counters = counters
+        self._page = counters.fields
+        self._timeout_s = timeout_s
+        self._slots = [_Slot(number) for number in range(ring.used_slots)]
+        self._of_layer = [self._slots[ring.slot_of(layer)] for layer in range(ring.num_layers)]
+        self._next = [ring.next_layer(layer) for layer in range(ring.num_layers)]
+        self._last = ring.num_layers  # the layer acquired last: one that is not behind it begins a forward
+        self._closed = False
+        self._trace = trace
+        self._clock = clock
+        self._untraced: list[tuple[Event, int, int]] = []  # copies whose times are not known yet: event, layer, slot
+
+    def slot_of(self, layer: int) -> int:
+        """The number of the slot that serves `layer`."""
+        return self._of_layer[layer].number
+
+    def start(self) -> None:
+        """Begin to fill every slot with its first layer; returns at once, and later calls do nothing."""
+        self._check_open()
+        for slot in self._slots:
+            if slot.copied is None:
+                self._pull(slot.number, None)
+
+    def acquire(self, layer: int) -> None:
+        """Return when compute may read the experts of `layer` from its slot, until `release`.
+
+        A layer that is not in its slot nor on its way is fetched now, and the ring goes on from there. A layer that
+        still holds the slot was aborted: its use is over, and prefetches nothing. Acquiring a layer twice does nothing.
+        Raises DwdpTimeout, after which it may be tried again, and DwdpError if the copy failed or all is closed.
+        """
+        slot = self._of_layer[layer]
+        if slot.used_by == layer:
+            return
+        self._check_open()
+        page = self._page
+        if layer <= self._last:
+            page.forwards += 1
+            self._counters.beat()
+        self._last = layer
+        if self._trace is not None:
+            self._note("acquire", layer, slot.number)
+        slot.used_by = None
+        if slot.holds != layer:
+            page.on_demand += 1
+            # Behind all compute issued so far, which includes an aborted use, and behind the copy in flight.
+            self._pull(layer, self._engine.record())
+        exposed_s = self._wait(slot)
+        if exposed_s:
+            page.slot_waits += 1
+            page.exposed_wait_ns += int(exposed_s * 1e9)
+        page.layers += 1
+        slot.used_by = layer
+        if self._trace is not None:
+            self._note("ready", layer, slot.number)
+
+    def release(self, layer: int) -> None:
+        """Compute has been given all work that reads the experts of `layer`; begins to pull the slot's next layer.
+
+        Raises DwdpError, and changes nothing, for a layer that is not acquired: its slot may be in use by another one.
+        """
+        slot = self._of_layer[layer]
+        if slot.used_by != layer:
+            raise DwdpError(
+                f"layer {layer} is released but slot {slot.number} is acquired by {slot.used_by}: acquire it first"
+            )
+        self._check_open()
+        slot.used_by = None
+        if self._trace is not None:
+            self._note("release", layer, slot.number)
+        following = self._next[layer]
+        if following is not None:
+            self._pull(following, self._engine.record())
+
+    def close(self, timeout_s: float) -> None:
+        """Wait for the copies in flight, after which slots and slabs may be freed; idempotent.
+
+        Raises DwdpTimeout, and can then be called again. A failed copy is over, and no error here.
+        """
+        self._closed = True
+        deadline = time.monotonic() + timeout_s
+        for slot in self._slots:
+            if slot.copied is not None and not self._engine.ready(slot.copied):
+                try:
+                    self._engine.wait(slot.copied, max(0.0, deadline - time.monotonic()))
+                except DwdpTimeout:
+                    raise
+                except DwdpError:
+                    pass
+        if self._trace is not None:
+            self._note_copies()
+
+    def _pull(self, layer: int, after: Event | None) -> None:
+        slot, program, page = self._of_layer[layer], self._programs[layer], self._page
+        slot.holds = None
+        slot.copied = self._engine.submit(program, after)
+        slot.holds = layer
+        page.pulls += 1
+        page.pulled_bytes += program.pulled_bytes
+        page.local_bytes += program.local_bytes
+        if self._trace is not None:
+            self._untraced.append((slot.copied, layer, slot.number))
+            self._note("submit", layer, slot.number)
+
+    def _wait(self, slot: _Slot) -> float:
+        assert slot.copied is not None
+        try:
+            return self._engine.wait(slot.copied, self._timeout_s)
+        except DwdpTimeout:
+            raise  # the copy may still end
+        except DwdpError:
+            slot.holds = None  # what is there is no layer
+            raise
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise DwdpError("the prefetcher is closed: no layer can be acquired or released any more")
+
+    def _note(self, kind: TraceKind, layer: int, slot: int) -> None:
+        assert self._trace is not None
+        self._trace.append(TraceEvent(self._clock(), kind, layer, slot))
+        if kind == "ready":
+            self._note_copies()
+
+    def _note_copies(self) -> None:
+        assert self._trace is not None
+        waiting = []
+        for event, layer, slot in self._untraced:
+            if (span := event.span()) is not None:
+                self._trace.append(TraceEvent(span.begin_ns, "copy_begin", layer, slot))
+                self._trace.append(TraceEvent(span.end_ns, "copy_end", layer, slot))
+            elif not self._engine.ready(event):
+                waiting.append((event, layer, slot))
+        self._untraced = waiting

@@ -1,0 +1,153 @@
+"""Memory files that peers open by process id and descriptor number: nothing has a name that could leak, no socket
+passes anything, and the last process that maps one frees it.
+
+A process id can be reused, so a handle also carries the inode, the size and a random token that is part of the file's
+label; a peer compares all three on what it opened.
+"""
+
+import fcntl
+import json
+import mmap
+import os
+import secrets
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from vllm_dwdp.errors import DwdpError, PeerLost
+from vllm_dwdp.transport.base import Handle
+from vllm_dwdp.transport.limits import require_memory
+from vllm_dwdp.transport.mapping import Mapping, map_file
+
+TRANSPORT: Final = "shm"
+_F_SEAL_FUTURE_WRITE: Final = 0x0010  # Linux 5.1; not in Python's fcntl
+
+
+class Host(NamedTuple):
+    """What two processes must share to open each other's memory files."""
+
+    name: str
+    boot_id: str
+    pid_namespace: str
+
+
+@cache
+def this_host() -> Host:
+    """The host of this process; raises DwdpError without /proc."""
+    try:
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Host(socket.gethostname(), boot_id, os.readlink("/proc/self/ns/pid"))
+    except OSError as error:
+        raise DwdpError(f"cannot identify this host ({error}): dwdp's shm transport needs /proc mounted") from error
+
+
+@dataclass
+class MemoryFile:
+    """A memory file of this process, mapped writable; `handle` is what peers need."""
+
+    fd: int
+    mapping: Mapping
+    handle: Handle
+
+    def close(self) -> None:
+        """Withdraw the handle; the mapping stays as long as somebody holds it. Idempotent."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def create_file(nbytes: int, purpose: str) -> MemoryFile:
+    """A zeroed memory file of `nbytes` > 0 with all its pages allocated, of fixed size, writable by this mapping only.
+
+    Raises DwdpError where memory does not suffice: without the check before and the allocation here the process would
+    die of SIGBUS, or of the OOM killer, at the first touch.
+    """
+    if nbytes < 1:
+        raise DwdpError(f"{purpose} of {nbytes} bytes: it must have at least one")
+    require_memory(nbytes, purpose)
+    token = secrets.token_hex(16)
+    fd = os.memfd_create(f"dwdp-{token}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, nbytes)
+        os.posix_fallocate(fd, 0, nbytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        mapping = map_file(fd, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, purpose)
+        _seal_future_writes(fd)
+        payload = {"pid": os.getpid(), "fd": fd, "inode": os.fstat(fd).st_ino, "token": token}
+        handle = Handle(TRANSPORT, "|".join(this_host()), "cpu", nbytes, json.dumps(payload).encode())
+    except OSError as error:
+        os.close(fd)
+        raise DwdpError(f"{purpose} of {nbytes} bytes failed ({error}): free memory or use more ranks") from error
+    except BaseException:
+        os.close(fd)
+        raise
+    return MemoryFile(fd, mapping, handle)
+
+
+def open_file(handle: Handle) -> int:
+    """Open a peer's memory file read-only; returns a descriptor, which the caller closes.
+
+    Raises PeerLost where the owner is gone or no longer offers it, DwdpError for another host or missing permission.
+    """
+    _check_host(handle)
+    payload = json.loads(handle.payload)
+    pid, number = int(payload["pid"]), int(payload["fd"])
+    owner = f"process {pid}, descriptor {number}"
+    try:
+        # Not blocking: should the number stand for something else by now, a pipe say, opening it must not hang.
+        fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except PermissionError as error:
+        raise DwdpError(
+            f"no permission to open the memory of {owner}: run all ranks as one user, in one PID namespace, not setuid"
+        ) from error
+    except OSError as error:
+        alive = os.path.exists(f"/proc/{pid}")
+        reason = "has freed it or is ending" if alive else "is gone"
+        raise PeerLost(f"the owner of a slab ({owner}) {reason} ({error.strerror}): look at that rank's log") from error
+    try:
+        stat, label = os.fstat(fd), os.readlink(f"/proc/self/fd/{fd}")
+        if (stat.st_ino, stat.st_size) != (payload["inode"], handle.nbytes) or payload["token"] not in label:
+            raise PeerLost(
+                f"{owner} is now inode {stat.st_ino} of {stat.st_size} bytes, not inode {payload['inode']} of "
+                f"{handle.nbytes}: the owner is gone and its number reused; look at that rank's log"
+            )
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def map_handle(handle: Handle, purpose: str) -> Mapping:
+    """Map a peer's memory file, read-only; raises as `open_file` does."""
+    fd = open_file(handle)
+    try:
+        return map_file(fd, handle.nbytes, mmap.PROT_READ, purpose)
+    finally:
+        os.close(fd)
+
+
+def _check_host(handle: Handle) -> None:
+    if handle.transport != TRANSPORT:
+        raise DwdpError(f"a handle of transport {handle.transport!r} reached shm: set one dwdp.transport for all ranks")
+    here, there = this_host(), Host(*handle.host.split("|"))
+    if here == there:
+        return
+    if here._replace(pid_namespace="") == there._replace(pid_namespace=""):
+        raise DwdpError(
+            f"a slab of PID namespace {there.pid_namespace} cannot be opened from {here.pid_namespace} on one host: "
+            "run all ranks of a group in one container, or share its PID namespace"
+        )
+    raise DwdpError(
+        f"a slab of host {there.name} (boot {there.boot_id[:8]}) cannot be opened on {here.name} "
+        f"(boot {here.boot_id[:8]}): "
+        "shm joins ranks of one host only; choose dwdp.group_size so that a group fits on a host"
+    )
+
+
+def _seal_future_writes(fd: int) -> None:
+    """From here on nobody, peers and this process alike, can map the file for writing or write to it."""
+    with suppress(OSError):  # An older kernel: peers still open and map read-only.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)

@@ -1,0 +1,129 @@
+"""Shared memory: slabs are memory files of one host, peers map them read-only, one thread per rank copies.
+
+limits.py    what may still be allocated      mapping.py   libc mmap and the life of views
+memfd.py     memory files and their handles   inplace.py   pages of several slabs in one range
+shm_copy.py  the copy thread
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import NamedTuple, TypeVar
+
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.transport.base import Handle, Memory, PeerSlab, Slab, Slot, Transport
+from vllm_dwdp.transport.inplace import InPlaceRange, PageRun, map_runs
+from vllm_dwdp.transport.limits import require_memory
+from vllm_dwdp.transport.mapping import MappedMemory, Mapping, map_private
+from vllm_dwdp.transport.memfd import TRANSPORT, MemoryFile, create_file, map_handle, open_file
+from vllm_dwdp.transport.shm_copy import ShmCopyEngine
+
+_M = TypeVar("_M", bound=MappedMemory)
+
+
+class ShmSlab(MappedMemory, Slab):
+    """A memory file of this process."""
+
+    def __init__(self, file: MemoryFile) -> None:
+        super().__init__(file.mapping)
+        self.handle = file.handle
+        self._file = file
+
+    def close(self) -> None:
+        """See MappedMemory; withdraws the handle."""
+        super().close()
+        self._file.close()
+
+
+class ShmPeerSlab(MappedMemory, PeerSlab):
+    """A peer's memory file, mapped read-only; keeps no descriptor."""
+
+    def __init__(self, mapping: Mapping, handle: Handle) -> None:
+        super().__init__(mapping)
+        self.handle = handle
+
+
+class ShmSlot(MappedMemory, Slot):
+    """Private memory."""
+
+
+class SlabRun(NamedTuple):
+    """Bytes of a slab, the own one or a peer's, at an offset of an in-place range."""
+
+    slab: ShmSlab | ShmPeerSlab
+    src_offset: int
+    dst_offset: int
+    nbytes: int
+
+
+class ShmTransport(Transport):
+    """The shm transport of one rank; see Transport."""
+
+    name = TRANSPORT
+
+    def __init__(self, timeout_s: float = 300.0) -> None:
+        """timeout_s: limit of a copy's wait for the release of its slot."""
+        self._timeout_s = timeout_s
+        self._live: set[MappedMemory] = set()
+
+    def allocate_slab(self, nbytes: int) -> ShmSlab:
+        """See Transport."""
+        return self._keep(ShmSlab(create_file(nbytes, "a slab")))
+
+    def export_handle(self, slab: Slab) -> Handle:
+        """See Transport."""
+        if not isinstance(slab, ShmSlab) or slab not in self._live:
+            raise DwdpError(f"a handle for {type(slab).__name__}: only a live slab of this transport has one")
+        return slab.handle
+
+    def map_peer(self, handle: Handle) -> ShmPeerSlab:
+        """See Transport; raises DwdpError for a slab of another host, PID namespace or user."""
+        return self._keep(ShmPeerSlab(map_handle(handle, "a peer's slab"), handle))
+
+    def unmap_peer(self, peer: PeerSlab) -> None:
+        """See Transport."""
+        self._drop(peer)
+
+    def free_slab(self, slab: Slab) -> None:
+        """See Transport."""
+        self._drop(slab)
+
+    def allocate_slot(self, nbytes: int) -> ShmSlot:
+        """See Transport."""
+        if nbytes < 1:
+            raise DwdpError(f"a slot of {nbytes} bytes: it must have at least one")
+        require_memory(nbytes, "a slot")
+        return self._keep(ShmSlot(map_private(nbytes, "a slot")))
+
+    def map_runs(self, runs: Sequence[SlabRun]) -> InPlaceRange:
+        """Make one read-only range of addresses of pages of slabs; rules and errors as `inplace.map_runs`.
+
+        The owners must still be there, since their memory files are opened once more; the range then outlives them, and
+        the mappings of the slabs.
+        """
+        with ExitStack() as opened:
+            fds: dict[ShmSlab | ShmPeerSlab, int] = {}
+            for slab in dict.fromkeys(run.slab for run in runs):
+                fds[slab] = open_file(slab.handle)
+                opened.callback(os.close, fds[slab])
+            made = map_runs([PageRun(fds[run.slab], run.src_offset, run.dst_offset, run.nbytes) for run in runs])
+        return self._keep(made)
+
+    def copy_engine(self) -> ShmCopyEngine:
+        """See Transport."""
+        return ShmCopyEngine(self._timeout_s)
+
+    def close(self) -> None:
+        """See Transport; in-place ranges are let go of as well."""
+        for memory in self._live:
+            memory.close()
+        self._live.clear()
+
+    def _keep(self, memory: _M) -> _M:
+        self._live.add(memory)
+        return memory
+
+    def _drop(self, memory: Memory) -> None:
+        if isinstance(memory, MappedMemory):
+            self._live.discard(memory)
+            memory.close()
