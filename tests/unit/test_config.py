@@ -1,0 +1,125 @@
+"""DwdpConfig: what is accepted, what is refused, and how."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_dwdp.config import DwdpConfig, Rendezvous
+from vllm_dwdp.errors import DwdpError
+
+
+def test_missing_and_empty_give_the_defaults() -> None:
+    assert DwdpConfig.parse(None) == DwdpConfig.parse({}) == DwdpConfig()
+    assert DwdpConfig().num_slots == 2
+    assert DwdpConfig().slice_bytes == 1 << 20
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "group_size": st.none() | st.integers(2, 72),
+            "experts_per_rank": st.none() | st.integers(1, 512),
+            "num_slots": st.integers(2, 8),
+            "slice_bytes": st.integers(16, 1 << 20).map(lambda n: n * 256),
+            "transport": st.sampled_from(["auto", "cupy_ipc", "shm"]),
+            "weight_view": st.sampled_from(["auto", "split", "contiguous", "inplace"]),
+            "launcher": st.sampled_from(["auto", "ray", "mp"]),
+            "ranks_per_device": st.integers(1, 4),
+            "timeout_s": st.integers(1, 1000) | st.floats(0.001, 1e6),
+            "trace": st.booleans(),
+            "rendezvous": st.none() | st.just("10.0.0.1:29500/group-7"),
+        },
+    )
+)
+def test_round_trip_through_json(raw: dict[str, Any]) -> None:
+    config = DwdpConfig.parse(raw)
+    assert DwdpConfig.parse(json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(config) == hash(DwdpConfig.parse(raw))
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ("num_slots=2", ["'num_slots=2'", "mapping"]),
+        ({"num_slot": 3}, ["'num_slot'", "3", "did you mean 'num_slots'"]),
+        ({"xyz": 3}, ["'xyz'", "known keys", "group_size"]),
+        ({3: 3}, ["unknown key 3"]),
+        ({"num_slots": 1}, ["num_slots is 1", ">= 2"]),
+        ({"num_slots": True}, ["num_slots is True", "bool", "whole number"]),
+        ({"num_slots": 2.0}, ["2.0", "float"]),
+        ({"num_slots": None}, ["None", "whole number"]),
+        ({"group_size": 1}, ["group_size is 1", ">= 2"]),
+        ({"group_size": "4"}, ["'4'", "str"]),
+        ({"experts_per_rank": 0}, ["experts_per_rank is 0", ">= 1"]),
+        ({"ranks_per_device": 0}, ["ranks_per_device is 0", ">= 1"]),
+        ({"slice_bytes": 2048}, ["slice_bytes is 2048", ">= 4096"]),
+        ({"slice_bytes": 5000}, ["slice_bytes is 5000", "multiple of 256", "4864"]),
+        ({"transport": "nvlink"}, ["'nvlink'", "auto, cupy_ipc, shm"]),
+        ({"transport": ["shm"]}, ["['shm']", "one of"]),
+        ({"weight_view": "continuous"}, ["did you mean 'contiguous'"]),
+        ({"launcher": 3}, ["launcher is 3", "auto, ray, mp"]),
+        ({"timeout_s": 0}, ["timeout_s is 0", "above 0"]),
+        ({"timeout_s": float("inf")}, ["inf", "finite"]),
+        ({"timeout_s": float("nan")}, ["nan", "finite"]),
+        ({"timeout_s": True}, ["True", "seconds"]),
+        ({"timeout_s": "5"}, ["'5'", "seconds"]),
+        ({"trace": 1}, ["trace is 1", "true or false"]),
+        ({"rendezvous": "host/group"}, ["'host/group'", "host:port/group-id"]),
+        ({"rendezvous": "host:99999/g"}, ["99999", "1..65535"]),
+        ({"rendezvous": {"host": "h", "port": 1}}, ["group_id"]),
+        ({"rendezvous": {"host": "", "port": 1, "group_id": "g"}}, ["host ''"]),
+        ({"rendezvous": {"host": "h", "port": True, "group_id": "g"}}, ["port True"]),
+    ],
+)
+def test_refusals_are_one_line_with_value_range_and_remedy(raw: object, words: list[str]) -> None:
+    with pytest.raises(DwdpError) as caught:
+        DwdpConfig.parse(raw)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_construction_checks_as_well() -> None:
+    with pytest.raises(DwdpError, match="num_slots is 1"):
+        DwdpConfig(num_slots=1)
+
+
+def test_rendezvous_forms() -> None:
+    expected = Rendezvous("10.0.0.1", 29500, "g")
+    assert DwdpConfig.parse({"rendezvous": "10.0.0.1:29500/g"}).rendezvous == expected
+    assert DwdpConfig.parse({"rendezvous": {"host": "10.0.0.1", "port": 29500, "group_id": "g"}}).rendezvous == expected
+    assert Rendezvous.parse("[::1]:5/g") == Rendezvous("::1", 5, "g")
+
+
+@pytest.mark.parametrize(
+    ("config", "num_ranks", "num_experts", "words"),
+    [
+        (DwdpConfig(), 1, None, ["at least 2 ranks", "is 1"]),
+        (DwdpConfig(group_size=4), 6, None, ["group_size is 4", "is 6", "2, 3, 6"]),
+        (DwdpConfig(group_size=8), 4, 64, ["group_size is 8", "is 4", "2, 4"]),
+        (DwdpConfig(), 16, 8, ["16 ranks", "8 experts", "group_size to 8"]),
+        (DwdpConfig(experts_per_rank=3), 2, 8, ["experts_per_rank is 3", "at least 4", "4..7"]),
+        (DwdpConfig(experts_per_rank=8), 2, 8, ["experts_per_rank is 8", "nothing is left to fetch", "4..7"]),
+        (DwdpConfig(experts_per_rank=9), 2, 8, ["experts_per_rank is 9", "4..7"]),
+        (DwdpConfig(experts_per_rank=31, group_size=2), 4, 63, ["at least 32"]),
+    ],
+)
+def test_check_refuses(config: DwdpConfig, num_ranks: int, num_experts: int | None, words: list[str]) -> None:
+    with pytest.raises(DwdpError) as caught:
+        config.check(num_ranks, num_experts)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_check_accepts_and_resolves_the_group() -> None:
+    DwdpConfig(group_size=2, experts_per_rank=5).check(6, 8)
+    DwdpConfig(group_size=2, experts_per_rank=5).check(6, None)
+    assert DwdpConfig().resolve_group_size(6) == 6
+    assert DwdpConfig(group_size=3).resolve_group_size(6) == 3

@@ -1,0 +1,112 @@
+"""The copy plan, byte by byte."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_dwdp.copy_plan import CopyPlan, SlabLayout, Slice, SlotLayout, TensorSpec, build_plan
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.placement import Placement, place
+
+row_sizes = st.lists(st.integers(1, 40), min_size=1, max_size=3)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Placement, int, tuple[TensorSpec, ...], CopyPlan, int]:
+    num_ranks = draw(st.integers(2, 6))
+    num_experts = draw(st.integers(max(num_ranks, 3), 20))
+    share = draw(st.none() | st.integers(-(-num_experts // num_ranks), num_experts - 1))
+    placement = place(num_experts, num_ranks, share)
+    reader = draw(st.integers(0, num_ranks - 1))
+    specs = tuple(TensorSpec(f"t{i}", row) for i, row in enumerate(draw(row_sizes)))
+    slice_bytes = draw(st.integers(1, 100))
+    plan = build_plan(placement, reader, specs, slice_bytes, draw(st.sampled_from([1, 16, 256])))
+    return placement, reader, specs, plan, slice_bytes
+
+
+def row(layout: SlabLayout | SlotLayout, tensor: int, index: int) -> slice:
+    begin = layout.offsets[tensor] + index * layout.tensors[tensor].row_bytes
+    return slice(begin, begin + layout.tensors[tensor].row_bytes)
+
+
+@given(cases())
+def test_the_slot_gets_every_byte_of_every_expert_once(case: tuple) -> None:  # type: ignore[type-arg]
+    placement, reader, specs, plan, slice_bytes = case
+    rng = np.random.default_rng(0)
+    weights = [rng.integers(1, 255, (placement.num_experts, spec.row_bytes), dtype=np.uint8) for spec in specs]
+    slabs = []
+    for share, layout in zip(placement.shares, plan.slabs, strict=True):
+        slab = np.zeros(layout.nbytes, np.uint8)
+        for tensor, rows in enumerate(weights):
+            for index, expert in enumerate(share):
+                slab[row(layout, tensor, index)] = rows[expert]
+        slabs.append(slab)
+    slot = np.zeros(plan.slot.nbytes, np.uint8)
+    writes = np.zeros(plan.slot.nbytes, np.uint8)
+    for item in (*plan.pulls, *plan.local):
+        assert item.src_offset + item.nbytes <= slabs[item.source].size
+        slot[item.dst_offset :][: item.nbytes] = slabs[item.source][item.src_offset :][: item.nbytes]
+        writes[item.dst_offset :][: item.nbytes] += 1
+    for tensor, rows in enumerate(weights):
+        for expert in range(placement.num_experts):
+            place_ = row(plan.slot, tensor, expert)
+            assert (slot[place_] == rows[expert]).all() and (writes[place_] == 1).all()
+    row_bytes = sum(spec.row_bytes for spec in specs)
+    assert writes.sum() == row_bytes * placement.num_experts
+    assert plan.pulled_bytes == row_bytes * len(placement.missing(reader))
+    assert plan.local_bytes == row_bytes * len(placement.shares[reader])
+    assert all(item.source != reader and 0 < item.nbytes <= slice_bytes for item in plan.pulls)
+    assert all(item.source == reader for item in plan.local)
+
+
+@given(cases())
+def test_sources_are_balanced_and_interleaved(case: tuple) -> None:  # type: ignore[type-arg]
+    placement, reader, specs, plan, _ = case
+    row_bytes = sum(spec.row_bytes for spec in specs)
+    served: Counter[int] = Counter()
+    for item in plan.pulls:
+        served[item.source] += item.nbytes
+    peers = [(reader + step) % placement.num_ranks for step in range(1, placement.num_ranks)]
+    assert max(served[peer] for peer in peers) - min(served[peer] for peer in peers) <= row_bytes
+    assert next(peer for peer in peers if served[peer]) == plan.pulls[0].source
+    left = Counter(item.source for item in plan.pulls)
+    done: Counter[int] = Counter()
+    for item in plan.pulls:
+        done[item.source] += 1
+        left[item.source] -= 1
+        for peer in peers:
+            assert not left[peer] or max(done.values()) - done[peer] <= 1
+
+
+def test_readers_begin_at_different_sources() -> None:
+    placement = place(16, 4)
+    plans = [build_plan(placement, reader, [TensorSpec("w", 1000)], 500) for reader in range(4)]
+    # Known mistake of others: all ranks visit peers in ascending order, so that all start on rank 0.
+    assert [plan.pulls[0].source for plan in plans] == [1, 2, 3, 0]
+    assert [item.source for item in plans[2].pulls[:4]] == [3, 0, 1, 3]
+
+
+def test_an_example_in_full() -> None:
+    plan = build_plan(place(3, 2), 0, [TensorSpec("a", 300), TensorSpec("b", 10)], 512)
+    assert plan.slot.offsets == (0, 1024) and plan.slot.nbytes == 1280
+    assert plan.slabs[1].offsets == (0, 768) and plan.slabs[1].nbytes == 1024
+    assert plan.pulls == (Slice(1, 0, 300, 512), Slice(1, 512, 812, 88), Slice(1, 768, 1034, 20))
+    assert plan.local == (Slice(0, 0, 0, 300), Slice(0, 512, 1024, 10))
+
+
+def test_page_alignment() -> None:
+    layout = SlabLayout((TensorSpec("a", 4096), TensorSpec("b", 100)), 3, 4096)
+    assert layout.offsets == (0, 12288) and layout.nbytes == 16384
+
+
+def test_refusals() -> None:
+    placement = place(4, 2)
+    with pytest.raises(DwdpError, match="tensor w has rows of 0 bytes"):
+        build_plan(placement, 0, [TensorSpec("w", 0)], 4096)
+    with pytest.raises(DwdpError, match="slice_bytes is 0"):
+        build_plan(placement, 0, [TensorSpec("w", 1)], 0)
+    with pytest.raises(DwdpError, match="0 rows"):
+        SlotLayout((TensorSpec("w", 1),), 0)

@@ -1,0 +1,51 @@
+"""vllm-dwdp: Distributed Weight Data Parallelism for vLLM, as a plugin.
+
+This module holds the entry points only and imports nothing heavy: it is loaded in every vLLM process, also where
+`dwdp` is not selected. See docs/architecture.md for the way of a request and of a byte of weight.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+__version__ = "0.1.0"
+
+#: The one vLLM release whose internals the patches were written against.
+VLLM_VERSION = "0.32.0"
+
+#: What users write: `--distributed-executor-backend dwdp`.
+BACKEND = "dwdp"
+
+
+def early() -> None:
+    """Entry point of `vllm.platform_plugins`: claims no platform, lets `LLM(...)` through to the config.
+
+    `LLM.__init__` refuses `data_parallel_size > 1` before general plugins are loaded; platform plugins are loaded
+    before. Returns None, which tells vLLM that no platform was found here.
+    """
+    from vllm_dwdp.patches import llm_init
+
+    llm_init.arm()
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`: makes the word `dwdp` known to vLLM's engine arguments."""
+    from vllm_dwdp import patches
+
+    patches.install()
+
+
+def counters(llm: LLM) -> list[dict[str, Any]]:
+    """Counters of every rank of an offline `LLM(distributed_executor_backend="dwdp")`, in rank order.
+
+    The fields are those of `vllm_dwdp.prefetch.counters.Counters`, plus `requests` (requests sent to that rank).
+
+    Raises:
+        DwdpError: `llm` does not run on the dwdp backend.
+    """
+    from vllm_dwdp.engine.offline_client import client_of
+
+    return client_of(llm).dwdp_counters()

@@ -1,0 +1,1 @@
+"""vLLM side of DWDP: configuration, rendezvous, executors, workers, offline client and metrics."""

@@ -1,0 +1,124 @@
+"""From engine arguments that say `dwdp` to a config for independent ranks that share their experts."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_dwdp import BACKEND, patches
+from vllm_dwdp.config import DwdpConfig, Rendezvous
+from vllm_dwdp.engine import options
+from vllm_dwdp.engine.cores import bind_ranks
+from vllm_dwdp.engine.launch import RENDEZVOUS_ENV, DwdpLaunch, attach_launch, format_address
+from vllm_dwdp.engine.model_config import hide_moe
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.patches import sync_client
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+logger = init_logger("vllm.dwdp")
+
+_WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_dwdp.engine.cpu_worker.DwdpCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_dwdp.engine.gpu_worker.DwdpGPUWorker",
+}
+
+
+def resolve_launcher(launcher: str) -> str:
+    """`ray` or `mp`; auto takes Ray where there are GPUs and plain processes on CPU."""
+    has_ray = importlib.util.find_spec("ray") is not None
+    if launcher == "auto":
+        return "mp" if current_platform.is_cpu() or not has_ray else "ray"
+    if launcher == "ray" and not has_ray:
+        raise DwdpError('launcher "ray" needs Ray: pip install "vllm-dwdp[ray]", or use launcher "mp"')
+    return launcher
+
+
+def _executor(launcher: str) -> type:
+    if launcher == "ray":
+        from vllm_dwdp.engine.ray_executor import DwdpRayExecutor
+
+        return DwdpRayExecutor
+    from vllm_dwdp.engine.executor import DwdpExecutor
+
+    return DwdpExecutor
+
+
+def _is_api_server_of_many(args: EngineArgs) -> bool:
+    return args._api_process_count > 1 and args._api_process_rank >= 0
+
+
+def _launch(args: EngineArgs, config: DwdpConfig, owner: VllmConfig) -> DwdpLaunch:
+    ranks = args.data_parallel_size
+    if _is_api_server_of_many(args):
+        # The launching process hosts the store; API servers only read counters through it.
+        return DwdpLaunch(config, ranks, Rendezvous.parse(os.environ[RENDEZVOUS_ENV]))
+    from vllm_dwdp.engine.rendezvous import host_rendezvous
+
+    launch = DwdpLaunch(config, ranks, host_rendezvous(owner))
+    os.environ[RENDEZVOUS_ENV] = format_address(launch.rendezvous)
+    return launch
+
+
+def create_engine_config(
+    original: Callable[..., VllmConfig], args: EngineArgs, *positional: Any, **keywords: Any
+) -> VllmConfig:
+    """Build the config of a dwdp launch by delegating to `original` (vLLM's `EngineArgs.create_engine_config`).
+
+    Raises:
+        DwdpError: vLLM's version, an option, the model or the machine does not go with dwdp; nothing was started.
+    """
+    if patches.failures:
+        raise DwdpError(f"dwdp cannot run on this vLLM: {'; '.join(patches.failures)}; install the matching pair")
+    headless = bool(keywords.get("headless", positional[1] if len(positional) > 1 else False))
+    options.check_arguments(args, headless)
+    config = DwdpConfig.parse((args.additional_config or {}).get(BACKEND))
+    group_size = config.resolve_group_size(args.data_parallel_size)
+    launcher = resolve_launcher(config.launcher)
+
+    @functools.wraps(args.create_model_config)
+    def create_model_config() -> ModelConfig:
+        model_config = type(args).create_model_config(args)
+        config.check(args.data_parallel_size, options.check_model(model_config))
+        hide_moe(model_config)
+        return model_config
+
+    # Only this object is changed, and only while vLLM builds the config from it.
+    args.create_model_config = create_model_config  # type: ignore[method-assign]
+    args.distributed_executor_backend = _executor(launcher)
+    # Always present, so that compile caches never mix with those of plain vLLM.
+    args.additional_config = {**(args.additional_config or {}), BACKEND: config.to_dict()}
+    try:
+        vllm_config = original(args, *positional, **keywords)
+    finally:
+        del args.create_model_config
+        args.distributed_executor_backend = BACKEND
+    options.check_config(vllm_config)
+    parallel = vllm_config.parallel_config
+    if parallel.worker_cls not in _WORKERS:
+        raise DwdpError(f"dwdp has no worker for {parallel.worker_cls}: it runs on vLLM's CPU and CUDA platforms")
+    parallel.worker_cls = _WORKERS[parallel.worker_cls]
+    attach_launch(vllm_config, _launch(args, config, vllm_config))
+    if not _is_api_server_of_many(args):
+        sync_client.install()
+        if current_platform.is_cpu():
+            bind_ranks(args.data_parallel_size)
+        if launcher == "ray":
+            from vllm_dwdp.engine.ray_cluster import join_or_start
+
+            join_or_start(vllm_config)
+        logger.info(
+            "dwdp: %d independent ranks in groups of %d, launched by %s",
+            args.data_parallel_size,
+            group_size,
+            {"mp": "processes", "ray": "Ray"}[launcher],
+        )
+    return vllm_config

@@ -1,0 +1,18 @@
+"""Plain-process executor of one rank: vLLM's multiprocessing executor with a worker that names its rank."""
+
+from __future__ import annotations
+
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+
+class DwdpExecutor(MultiprocExecutor):
+    """One worker process per rank. The worker meets its peers while it loads; nothing here waits for other ranks."""
+
+    supports_pp: bool = False
+
+    def _post_init_executor(self) -> None:
+        super()._post_init_executor()
+        # vLLM's error about a dead worker prints this name: let it say which rank of the launch died.
+        rank = self.parallel_config.data_parallel_index
+        for handle in self.workers:
+            handle.proc.name = f"DWDP rank {rank} (pid {handle.proc.pid})"

@@ -1,0 +1,53 @@
+"""What the front end tells every process of one launch: travels on the parallel config, outside of any config hash."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_dwdp.config import DwdpConfig, Rendezvous
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_ATTRIBUTE = "dwdp_launch"
+
+#: The same address for API servers, which build a config of their own: `host:port/launch-id`.
+RENDEZVOUS_ENV = "VLLM_DWDP_RENDEZVOUS"
+
+
+@dataclass(frozen=True)
+class DwdpLaunch:
+    """One launch of `num_ranks` independent ranks; `rendezvous` is where they meet.
+
+    vLLM's own number of ranks is reset to 1 in each of them (`reconfigure_for_independent_dp_rank`).
+    """
+
+    config: DwdpConfig
+    num_ranks: int
+    rendezvous: Rendezvous
+
+    @property
+    def group_size(self) -> int:
+        """Ranks that share one copy of the experts, N."""
+        return self.config.resolve_group_size(self.num_ranks)
+
+    def group_of(self, rank: int) -> list[int]:
+        """The ranks of the group that `rank` belongs to, ascending."""
+        first = rank // self.group_size * self.group_size
+        return list(range(first, first + self.group_size))
+
+
+def format_address(rendezvous: Rendezvous) -> str:
+    """`host:port/launch-id`, which `Rendezvous.parse` reads."""
+    return f"{rendezvous.host}:{rendezvous.port}/{rendezvous.group_id}"
+
+
+def attach_launch(vllm_config: VllmConfig, launch: DwdpLaunch) -> None:
+    """Put `launch` on the config; it is pickled with it to engines and workers."""
+    object.__setattr__(vllm_config.parallel_config, _ATTRIBUTE, launch)
+
+
+def launch_of(vllm_config: VllmConfig | Any) -> DwdpLaunch | None:
+    """The launch that a config belongs to; None where the executor is not dwdp."""
+    return getattr(vllm_config.parallel_config, _ATTRIBUTE, None)

@@ -1,0 +1,141 @@
+"""Reads the replicated weights and this rank's share of the experts, and nothing else, from a checkpoint.
+
+vLLM's own filter skips experts that are stored one by one. Fused tensors [E, ...] are read by rows of the share through
+safetensors' `get_slice` and shown to the model's loader in the shape that it expects: as [E, ...] whose other rows are
+memory that is never touched, or expert by expert where the loader would copy all rows at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.load import LoadConfig
+from vllm.model_executor.model_loader import (
+    DefaultModelLoader,
+    DummyModelLoader,
+    get_model_architecture,
+    register_model_loader,
+)
+from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
+
+from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers.coverage import check_coverage
+from vllm_dwdp.layers.read_stats import READ
+from vllm_dwdp.layers.routed_experts import cover_subclasses
+
+#: The load format that workers are switched to.
+LOAD_FORMAT = "dwdp"
+
+#: Loaders that copy a fused tensor whole, but take single experts as `experts.<id>.<name>`.
+_EXPERT_BY_EXPERT = frozenset({"GptOssForCausalLM"})
+
+_FUSED = re.compile(r"\.experts\.(?!\d)")
+
+
+class _ShareOnlyMixin:
+    """Model construction with our MoE layers, for any of vLLM's loaders."""
+
+    def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        # Resolving the class imports its module, and with it the RoutedExperts subclasses that it defines.
+        get_model_architecture(model_config)
+        cover_subclasses()
+        model: nn.Module = super().create_model(vllm_config, model_config, prefix)  # type: ignore[misc]
+        check_coverage(model, ModelBuild.current())
+        return model
+
+
+class ShareOnlyLoader(_ShareOnlyMixin, DefaultModelLoader):
+    """vLLM's default loader for this rank's share; `READ` counts what was asked of the files."""
+
+    def _init_ep_weight_filter(self, model_config: ModelConfig) -> None:
+        self.local_expert_ids = ModelBuild.current().local_experts()
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        self._expert_by_expert = type(model).__name__ in _EXPERT_BY_EXPERT
+        super().load_weights(model, model_config)
+
+    def _get_weights_iterator(
+        self, source: DefaultModelLoader.Source
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        _, files, use_safetensors, _ = self._prepare_weights(
+            source.model_or_path,
+            source.subfolder,
+            source.revision,
+            source.fall_back_to_pt,
+            source.allow_patterns_overrides,
+        )
+        if use_safetensors and _has_fused_experts(files):
+            weights = ((source.prefix + name, tensor) for name, tensor in self._share_of(files))
+        else:
+            weights = super()._get_weights_iterator(source)
+        for name, tensor in weights:
+            READ.add(tensor, ".experts." in name)
+            yield name, tensor
+
+    def _share_of(self, files: list[str]) -> Generator[tuple[str, torch.Tensor], None, None]:
+        """All tensors of `files`, fused experts by rows of the share; in the order of the files."""
+        for path in sorted(files):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    if _FUSED.search(name):
+                        yield from self._fused(file.get_slice(name), name)
+                    elif not should_skip_weight(name, self.local_expert_ids):
+                        yield name, file.get_tensor(name)
+
+    def _fused(self, rows: Any, name: str) -> Generator[tuple[str, torch.Tensor], None, None]:
+        share = sorted(self.local_expert_ids or ())
+        if self._expert_by_expert:
+            for expert in share:
+                yield name.replace(".experts.", f".experts.{expert}."), rows[expert : expert + 1].squeeze(0)
+            return
+        runs = _runs(share)
+        parts = [rows[first:last] for first, last in runs]
+        # Rows of other experts are address space only: the layer skips them by its expert map.
+        whole = torch.empty(rows.get_shape(), dtype=parts[0].dtype)
+        for (first, last), part in zip(runs, parts, strict=True):
+            whole[first:last] = part
+        yield name, whole
+
+
+def _runs(experts: list[int]) -> list[tuple[int, int]]:
+    """Ascending ids as half-open runs of consecutive ones."""
+    runs: list[tuple[int, int]] = []
+    for expert in experts:
+        if runs and runs[-1][1] == expert:
+            runs[-1] = (runs[-1][0], expert + 1)
+        else:
+            runs.append((expert, expert + 1))
+    return runs
+
+
+def _has_fused_experts(files: list[str]) -> bool:
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            if any(_FUSED.search(name) for name in file.keys()):  # noqa: SIM118
+                return True
+    return False
+
+
+class ShareOnlyDummyLoader(_ShareOnlyMixin, DummyModelLoader):
+    """Random weights for this rank's share, for benchmarks (`--load-format dummy`)."""
+
+
+def switch_loader(vllm_config: VllmConfig) -> None:
+    """Make this worker load through the classes above; the user's load format stays behind them."""
+    load_config = vllm_config.load_config
+    base = ShareOnlyDummyLoader if load_config.load_format == "dummy" else ShareOnlyLoader
+    wrapped = load_config.load_format
+
+    class Loader(base):  # type: ignore[misc, valid-type]
+        def __init__(self, config: LoadConfig) -> None:
+            super().__init__(replace(config, load_format=wrapped))
+
+    register_model_loader(LOAD_FORMAT)(Loader)
+    load_config.load_format = LOAD_FORMAT

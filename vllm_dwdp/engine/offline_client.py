@@ -1,0 +1,112 @@
+"""Offline client for several independent engines: what `LLM` talks to.
+
+vLLM's `SyncMPClient` launches all engines but sends everything to the first. This one sends each request to the engine
+with the fewest unfinished ones, splits aborts by engine and calls utilities on all.
+"""
+
+from __future__ import annotations
+
+import uuid
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
+from vllm.v1.engine.core_client import SyncMPClient
+
+from vllm_dwdp.errors import DwdpError
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+#: Utilities whose results are one list over all workers, to be joined in rank order.
+_JOINED = frozenset({"collective_rpc"})
+#: Utilities that report success: true only if every rank says so.
+_ALL_TRUE = frozenset({"reset_prefix_cache", "is_sleeping", "wake_up", "add_lora", "remove_lora", "pin_lora"})
+
+
+class DwdpSyncClient(SyncMPClient):
+    """`SyncMPClient` over N engines. Results keep their order, which `LLM` takes from the request ids."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # With is_dp, has_unfinished_requests would wait for waves that independent ranks never complete.
+        self.is_dp = False
+        self._engine_of: dict[str, int] = {}
+        self._unfinished = [0] * len(self.core_engines)
+        self._served = [0] * len(self.core_engines)
+
+    def _send_to(self, engine: int, kind: EngineCoreRequestType, payload: Any) -> None:
+        self.ensure_alive()
+        self.input_socket.send_multipart(
+            (self.core_engines[engine], kind.value, *self.encoder.encode(payload)), copy=False
+        )
+
+    def add_request(self, request: EngineCoreRequest) -> None:
+        """Send `request` to the rank it is pinned to, or to the least loaded one."""
+        engine = request.data_parallel_rank
+        if engine is None:
+            engine = min(range(len(self._unfinished)), key=lambda i: (self._unfinished[i], self._served[i]))
+        elif not 0 <= engine < len(self.core_engines):
+            raise DwdpError(f"data_parallel_rank {engine} of {len(self.core_engines)} ranks: use 0 to N - 1")
+        self._send_to(engine, EngineCoreRequestType.ADD, request)
+        self._engine_of[request.request_id] = engine
+        self._unfinished[engine] += 1
+        self._served[engine] += 1
+
+    def _forget(self, request_id: str) -> None:
+        engine = self._engine_of.pop(request_id, None)
+        if engine is not None:
+            self._unfinished[engine] -= 1
+
+    def get_output(self) -> EngineCoreOutputs:
+        """Next outputs of any rank."""
+        outputs = super().get_output()
+        for request_id in outputs.finished_requests or ():
+            self._forget(request_id)
+        for output in outputs.outputs:
+            if output.finish_reason is not None:
+                self._forget(output.request_id)
+        return outputs
+
+    def abort_requests(self, request_ids: list[str]) -> None:
+        """Tell each rank to abort its own of `request_ids`."""
+        if self.resources.engine_dead:
+            return
+        by_engine: dict[int, list[str]] = {}
+        for request_id in request_ids:
+            if (engine := self._engine_of.get(request_id)) is not None:
+                by_engine.setdefault(engine, []).append(request_id)
+                self._forget(request_id)
+        for engine, ids in by_engine.items():
+            self._send_to(engine, EngineCoreRequestType.ABORT, ids)
+
+    def call_utility(self, method: str, *args: Any) -> Any:
+        """Call `method` on every rank; lists of workers are joined, other results are the first rank's."""
+        results = self.call_utility_all(method, *args)
+        if method in _JOINED:
+            return [item for result in results for item in result]
+        return all(results) if method in _ALL_TRUE else results[0]
+
+    def call_utility_all(self, method: str, *args: Any) -> list[Any]:
+        """Call `method` on every rank at once and return the results in rank order."""
+        futures: list[Future[Any]] = []
+        for engine in range(len(self.core_engines)):
+            call_id = uuid.uuid1().int >> 64
+            future: Future[Any] = Future()
+            self.utility_results[call_id] = future
+            futures.append(future)
+            self._send_to(engine, EngineCoreRequestType.UTILITY, (0, call_id, method, args))
+        return [future.result() for future in futures]
+
+    def dwdp_counters(self) -> list[dict[str, Any]]:
+        """Counters of every rank, in rank order, with the requests sent to it."""
+        counters = self.call_utility("collective_rpc", "dwdp_counters", None, (), None)
+        return [{**counter, "requests": served} for counter, served in zip(counters, self._served, strict=True)]
+
+
+def client_of(llm: LLM) -> DwdpSyncClient:
+    """The offline client behind `llm`; raises DwdpError where it does not run on dwdp."""
+    client = llm.llm_engine.engine_core
+    if not isinstance(client, DwdpSyncClient):
+        raise DwdpError('this LLM does not run on dwdp: pass distributed_executor_backend="dwdp"')
+    return client

@@ -1,0 +1,139 @@
+"""Options of vLLM that do not go with DWDP: refused with one line each, before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from vllm_dwdp import BACKEND
+from vllm_dwdp.errors import DwdpError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+#: Load formats read through vLLM's default loader, which can be asked for single experts, and random weights.
+LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
+
+#: Architectures whose weight loading takes all experts of a tensor at once, by name.
+REFUSED_ARCHITECTURES = {
+    "DbrxForCausalLM": "its loader copies the tensors of all experts at once",
+}
+
+
+def _parallel(args: EngineArgs) -> Iterator[str]:
+    for name, flag in (
+        ("tensor_parallel_size", "--tensor-parallel-size"),
+        ("pipeline_parallel_size", "--pipeline-parallel-size"),
+        ("prefill_context_parallel_size", "--prefill-context-parallel-size"),
+        ("decode_context_parallel_size", "--decode-context-parallel-size"),
+    ):
+        size = getattr(args, name, 1) or 1
+        if size > 1:
+            yield f"{flag} {size} is not supported with dwdp, each rank is one worker: use 1 and more --data-parallel-size"
+    ranks = args.data_parallel_size
+    if ranks < 2:
+        yield (
+            f"dwdp spreads the experts over data-parallel ranks and needs at least 2, got --data-parallel-size {ranks}: "
+            "raise it, or leave --distributed-executor-backend out"
+        )
+    for name, flag in (
+        ("enable_expert_parallel", "--enable-expert-parallel"),
+        ("enable_eplb", "--enable-eplb"),
+        ("enable_elastic_ep", "--enable-elastic-ep"),
+        ("enable_dbo", "--enable-dbo"),
+    ):
+        if getattr(args, name, False):
+            yield f"{flag} needs ranks that run in lockstep; with dwdp they are independent: leave it out"
+    if (ubatches := getattr(args, "ubatch_size", 0) or 0) > 1:
+        yield f"--ubatch-size {ubatches} splits a batch into interleaved parts, which dwdp's ring cannot follow: leave it out"
+
+
+def _launch(args: EngineArgs, headless: bool) -> Iterator[str]:
+    one_node = "this release of dwdp runs all ranks on one machine behind vLLM's internal load balancing"
+    if headless:
+        yield f"--headless: {one_node}; start one `vllm serve` with --data-parallel-size {args.data_parallel_size}"
+    if args.data_parallel_hybrid_lb or args.data_parallel_start_rank is not None:
+        yield f"hybrid load balancing (--data-parallel-hybrid-lb, --data-parallel-start-rank): {one_node}; leave it out"
+    if args.data_parallel_external_lb or args.data_parallel_rank is not None:
+        yield (
+            "external or multi-port load balancing (--data-parallel-external-lb, --data-parallel-rank, "
+            f"--data-parallel-multi-port-external-lb): {one_node}; leave it out"
+        )
+    local = args.data_parallel_size_local
+    if local is not None and local != args.data_parallel_size:
+        yield (
+            f"--data-parallel-size-local {local} of {args.data_parallel_size} ranks: {one_node}; "
+            f"leave it out or set it to {args.data_parallel_size}"
+        )
+    if args.nnodes > 1:
+        yield f"--nnodes {args.nnodes}: {one_node}; use --nnodes 1"
+    if args.data_parallel_backend != "mp":
+        yield f'--data-parallel-backend {args.data_parallel_backend}: {one_node}; use additional_config {{"dwdp": {{"launcher": "ray"}}}}'
+    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "0":
+        yield "VLLM_ENABLE_V1_MULTIPROCESSING=0 runs the engine in this process; dwdp needs one process per rank: unset it"
+
+
+def _features(args: EngineArgs) -> Iterator[str]:
+    for name, flag, why in (
+        ("enable_sleep_mode", "--enable-sleep-mode", "peers read a rank's experts while it sleeps"),
+        ("enable_lora", "--enable-lora", "adapters on experts are not supported"),
+        ("enable_return_routed_experts", "--enable-return-routed-experts", "its buffers are sized for one replica"),
+        ("weight_transfer_config", "--weight-transfer-config", "experts cannot be replaced while peers read them"),
+    ):
+        if getattr(args, name, None):
+            yield f"{flag} does not go with dwdp ({why}): leave it out"
+    if args.cpu_offload_gb or args.offload_group_size:
+        yield "weight offloading (--cpu-offload-gb, --offload-group-size) moves weights that peers read: leave it out"
+    if args.worker_cls != "auto":
+        yield f"--worker-cls {args.worker_cls}: dwdp brings its own worker class; use --worker-extension-cls instead"
+    if str(args.load_format) not in LOAD_FORMATS:
+        yield (
+            f"--load-format {args.load_format} cannot be read expert by expert; dwdp takes {', '.join(LOAD_FORMATS)}: "
+            "convert the checkpoint to safetensors"
+        )
+    if args.quantization is not None:
+        yield _quantisation(str(args.quantization))
+
+
+def _quantisation(name: str) -> str:
+    return f"quantisation {name!r} is not supported by this release of dwdp: use a BF16, FP16 or FP32 checkpoint"
+
+
+def check_arguments(args: EngineArgs, headless: bool) -> None:
+    """Refuse conflicting options with the first message that applies; raises DwdpError."""
+    for checks in (_launch(args, headless), _parallel(args), _features(args)):
+        for message in checks:
+            raise DwdpError(message)
+    if args.additional_config is not None and not isinstance(args.additional_config, dict):
+        raise DwdpError(
+            f"--additional-config has to be a JSON object for dwdp, got {type(args.additional_config).__name__}"
+        )
+
+
+def check_model(model_config: ModelConfig) -> int:
+    """Refuse models without routed experts, or with experts dwdp cannot share; returns the number of experts."""
+    name = model_config.model
+    experts = int(model_config.get_num_experts())
+    if experts == 0:
+        raise DwdpError(
+            f"{name} has no routed experts, {BACKEND} would share nothing: serve it with --data-parallel-size alone"
+        )
+    for architecture in model_config.architectures:
+        if why := REFUSED_ARCHITECTURES.get(architecture):
+            raise DwdpError(f"{architecture} is not supported by this release of dwdp: {why}")
+    if model_config.quantization is not None:
+        raise DwdpError(f"{name}: {_quantisation(str(model_config.quantization))}")
+    return experts
+
+
+def check_config(config: VllmConfig) -> None:
+    """Refuse what only shows in the finished config; raises DwdpError."""
+    speculative = config.speculative_config
+    draft: Any = getattr(speculative, "draft_model_config", None)
+    if draft is not None and draft is not config.model_config and int(draft.get_num_experts()) > 0:
+        raise DwdpError(
+            f"the speculative model {draft.model} has {draft.get_num_experts()} routed experts of its own, which dwdp "
+            "does not share: use a dense drafter or ngram"
+        )

@@ -1,0 +1,41 @@
+"""The Ray cluster of a launch: joined where there is one, started with a small object store where there is none."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+#: vLLM talks to its workers through its own queues; Ray only starts and watches them.
+OBJECT_STORE_BYTES = 80 * 1024 * 1024
+
+
+def _init(ray: Any, **options: Any) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(log_to_driver=True, logging_level=logging.WARNING, **options)
+
+
+def join_or_start(vllm_config: VllmConfig) -> None:
+    """Have every engine of this launch share one cluster: RAY_ADDRESS is exported to them.
+
+    Joins what RAY_ADDRESS, an initialised Ray or a cluster on this machine gives; otherwise starts one that ends with
+    this process.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        runtime_env = vllm_config.parallel_config.ray_runtime_env
+        try:
+            _init(ray, address="auto", runtime_env=runtime_env)
+        except ConnectionError:
+            _init(
+                ray,
+                address="local",
+                runtime_env=runtime_env,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+            )
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address

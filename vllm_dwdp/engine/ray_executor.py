@@ -1,0 +1,51 @@
+"""Ray executor of one rank: vLLM's `RayExecutorV2` with one worker, also on a platform without Ray devices."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+from vllm.platforms import current_platform
+from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
+
+from vllm_dwdp.engine.ray_cluster import OBJECT_STORE_BYTES
+from vllm_dwdp.patches import ray_worker
+
+#: What a CPU worker asks of Ray: enough to be placed, little enough that ranks may outnumber cores.
+_CPU_SHARE = 0.001
+
+
+class DwdpRayExecutor(RayExecutorV2):
+    """One Ray actor per rank; several engines share the cluster that RAY_ADDRESS names."""
+
+    supports_pp: bool = False
+
+    def _init_executor(self) -> None:
+        rank = self.parallel_config.data_parallel_index
+        # vLLM builds actor names from this id: engines of one cluster must not share them.
+        self.vllm_config.instance_id = f"{self.vllm_config.instance_id}_dwdp{rank}"
+        if not current_platform.is_cpu():
+            super()._init_executor()
+            return
+        if not ray.is_initialized():
+            address = os.environ.get("RAY_ADDRESS")
+            options: dict[str, Any] = {} if address else {"object_store_memory": OBJECT_STORE_BYTES}
+            ray.init(address=address, runtime_env=self.parallel_config.ray_runtime_env, **options)
+        group = ray.util.placement_group([{"CPU": _CPU_SHARE}], strategy="PACK")
+        ray.get(group.ready(), timeout=self._timeout_s())
+        self.parallel_config.placement_group = group
+        with ray_worker.cpu_workers():
+            super()._init_executor()
+
+    def _timeout_s(self) -> float:
+        from vllm_dwdp.engine.launch import launch_of
+
+        launch = launch_of(self.vllm_config)
+        return launch.config.timeout_s if launch else 60.0
+
+    @staticmethod
+    def _get_actor_resource_kwargs() -> dict[str, Any]:
+        if current_platform.is_cpu():
+            return {"num_gpus": 0}
+        return RayExecutorV2._get_actor_resource_kwargs()

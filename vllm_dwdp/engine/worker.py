@@ -1,0 +1,91 @@
+"""What a dwdp worker does around vLLM's own: build with the share, share the experts, count, let go."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_dwdp import VLLM_VERSION, __version__
+from vllm_dwdp.engine.launch import DwdpLaunch, launch_of
+from vllm_dwdp.engine.loader import switch_loader
+from vllm_dwdp.engine.model_config import restore_moe
+from vllm_dwdp.engine.rendezvous import Identity, Rendezvous, identity_hash
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers.sharing import ExpertSharing
+
+logger = init_logger("vllm.dwdp")
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process with its engine, also where it is stopped and cannot notice itself."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def identity_of(vllm_config: VllmConfig, launch: DwdpLaunch) -> Identity:
+    """What the ranks of a group compare before they share weights."""
+    model = vllm_config.model_config
+    return Identity(
+        vllm=VLLM_VERSION,
+        vllm_dwdp=__version__,
+        model=model.model,
+        model_hash=identity_hash(model.hf_config.to_dict()),
+        dtype=str(model.dtype),
+        dwdp=identity_hash({"ranks": launch.num_ranks, **launch.config.to_dict()}),
+    )
+
+
+class DwdpWorkerMixin:
+    """In front of vLLM's worker class for a platform."""
+
+    vllm_config: VllmConfig
+    model_runner: Any
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        launch = launch_of(vllm_config)
+        if launch is None:
+            raise DwdpError("a dwdp worker was started without a dwdp launch: use --distributed-executor-backend dwdp")
+        if os.getppid() != 1:
+            die_with_parent()
+        restore_moe(vllm_config)
+        switch_loader(vllm_config)
+        self.dwdp_launch = launch
+        self.dwdp_rank = vllm_config.parallel_config.data_parallel_index
+        self.dwdp_sharing: ExpertSharing | None = None
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's `load_model` for this rank's share, then the views of all experts."""
+        launch, rank = self.dwdp_launch, self.dwdp_rank
+        rendezvous = Rendezvous(launch.rendezvous, rank, launch.config.timeout_s)
+        group = launch.group_of(rank)
+        try:
+            rendezvous.check_identity(identity_of(self.vllm_config, launch), group)
+            build = ModelBuild(launch.config, group.index(rank), len(group), current_platform.is_cpu()).open()
+            super().load_model(*args, **kwargs)  # type: ignore[misc]
+            self.dwdp_sharing = ExpertSharing(build, rendezvous, group, self.model_runner.model, self.vllm_config)
+        except BaseException as error:
+            rendezvous.fail(error)
+            raise
+        logger.info("dwdp rank %d: %s", rank, self.dwdp_sharing.describe())
+
+    def dwdp_counters(self) -> dict[str, Any]:
+        """This rank's counters; for `collective_rpc`."""
+        assert self.dwdp_sharing is not None
+        return self.dwdp_sharing.snapshot()
+
+    def shutdown(self) -> None:
+        """Say what this rank did, let go of peers' memory, then of the own."""
+        if self.dwdp_sharing is not None:
+            logger.info("dwdp rank %d stops: %s", self.dwdp_rank, self.dwdp_sharing.summary())
+            self.dwdp_sharing.close()
+            self.dwdp_sharing = None
+        super().shutdown()  # type: ignore[misc]

@@ -1,0 +1,1 @@
+"""MoE layers: share-only loading and the weight views."""

@@ -1,0 +1,109 @@
+"""What a worker knows while vLLM builds its model: the group, and the MoE layers met so far with their placement."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.placement import Placement, boundary_shift, place
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+
+    from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
+
+#: vLLM's CPU kernels pad the intermediate size to this (fused_moe/experts/cpu_moe.py `output_alignment`).
+_CPU_PADDING = 32
+
+
+def page_granularity(row_bytes: int, page: int = mmap.PAGESIZE) -> int:
+    """Experts after which a boundary of rows of `row_bytes` falls on a page again."""
+    return page // math.gcd(page, row_bytes)
+
+
+@dataclass
+class LayerBuild:
+    """One MoE layer: vLLM's module, its placement over the group and whether its boundaries were put on pages."""
+
+    module: DwdpExpertsMixin
+    name: str
+    placement: Placement
+    on_pages: bool
+
+
+@dataclass
+class ModelBuild:
+    """The group, seen from one rank, and its MoE layers in the order in which vLLM builds them.
+
+    Attributes:
+        rank: place in the group, 0..group_size-1.
+        group_size: N.
+        on_cpu: whether kernels read host memory, so that peers' pages can be used in place.
+    """
+
+    config: DwdpConfig
+    rank: int
+    group_size: int
+    on_cpu: bool
+    layers: list[LayerBuild] = field(default_factory=list)
+
+    _current: ClassVar[ModelBuild | None] = None
+
+    @classmethod
+    def current(cls) -> ModelBuild:
+        """The build of this worker process; raises DwdpError outside of one."""
+        if cls._current is None:
+            raise DwdpError("a MoE layer was built outside of a dwdp worker")
+        return cls._current
+
+    def open(self) -> ModelBuild:
+        """Make this the build of the process."""
+        ModelBuild._current = self
+        return self
+
+    def add_layer(
+        self, module: DwdpExpertsMixin, name: str, dtype: torch.dtype, moe_config: FusedMoEConfig
+    ) -> tuple[int, ...]:
+        """Place the experts of one layer; returns this rank's share, ascending."""
+        experts = moe_config.num_experts
+        self.config.check(self.group_size, experts)
+        placement, on_pages = self._place(experts, self._rows(dtype, moe_config), name)
+        self.layers.append(LayerBuild(module, name, placement, on_pages))
+        return placement.shares[self.rank]
+
+    def local_experts(self) -> set[int]:
+        """Experts of any layer that this rank loads."""
+        return {expert for layer in self.layers for expert in layer.placement.shares[self.rank]}
+
+    def _rows(self, dtype: torch.dtype, moe_config: FusedMoEConfig) -> tuple[int, int]:
+        """Bytes of one expert in w13 and in w2, as far as they are known before weights are created."""
+        inner = moe_config.intermediate_size_per_partition
+        if self.on_cpu:
+            inner = -(-inner // _CPU_PADDING) * _CPU_PADDING
+        row = inner * moe_config.hidden_dim * dtype.itemsize
+        return row * (2 if moe_config.is_act_and_mul else 1), row
+
+    def _place(self, experts: int, rows: tuple[int, ...], name: str) -> tuple[Placement, bool]:
+        held = self.config.experts_per_rank
+        view = self.config.weight_view
+        if self.on_cpu and view in ("auto", "inplace"):
+            granularity = math.lcm(*map(page_granularity, rows))
+            try:
+                # A share may grow by an expert to end on a page, not by more.
+                if boundary_shift(experts, self.group_size, granularity) <= 1:
+                    return place(experts, self.group_size, held, granularity), True
+                reason = f"that would move a boundary by more than one of {experts} experts"
+            except DwdpError as error:
+                reason = str(error)
+            if view == "inplace":
+                raise DwdpError(
+                    f'weight_view "inplace": experts of {name} have {rows[0]} and {rows[1]} bytes and end on a page of '
+                    f"{mmap.PAGESIZE} only every {granularity} experts; {reason}: use weight_view auto or contiguous"
+                )
+        return place(experts, self.group_size, held), False

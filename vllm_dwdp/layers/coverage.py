@@ -1,0 +1,36 @@
+"""Is every MoE layer of a model one of ours? Answered before any weight is read."""
+
+from __future__ import annotations
+
+from torch import nn
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
+
+
+def check_coverage(model: nn.Module, build: ModelBuild) -> None:
+    """Refuse a model with routed experts that dwdp does not hold.
+
+    Raises:
+        DwdpError: no MoE layer is ours, a `RoutedExperts` layer is not, some module holds a tensor of all experts
+            outside of one, or experts are not computed by vLLM's unquantised method.
+    """
+    name = type(model).__name__
+    if not build.layers:
+        raise DwdpError(f"{name} builds no MoE layer on vLLM's RoutedExperts: dwdp does not support it")
+    experts = {layer.placement.num_experts for layer in build.layers}
+    inside: set[int] = set()
+    for path, module in model.named_modules():
+        if not isinstance(module, RoutedExperts):
+            continue
+        if not isinstance(module, DwdpExpertsMixin):
+            raise DwdpError(f"{name}: MoE layer {path} ({type(module).__name__}) is not covered by dwdp")
+        method = type(module.quant_method).__name__
+        if method != "UnquantizedFusedMoEMethod":
+            raise DwdpError(f"{name}: experts of {path} use {method}, which this release of dwdp does not support")
+        inside.update(map(id, module.parameters()))
+    for path, parameter in model.named_parameters():
+        if id(parameter) not in inside and parameter.ndim >= 3 and parameter.shape[0] in experts and ".experts" in path:
+            raise DwdpError(f"{name}: {path} holds {parameter.shape[0]} experts outside of RoutedExperts: not supported")

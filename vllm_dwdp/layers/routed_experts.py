@@ -1,0 +1,131 @@
+"""vLLM's routed experts, loaded for this rank's share and computed on a view of all experts.
+
+A replacement class is made for every `RoutedExperts` subclass that exists when the model's module is imported and
+registered through `PluggableLayer.register_oot`, so vLLM instantiates ours. Until the views are attached, the layer looks
+to vLLM as under expert parallelism (a map from global to local ids); afterwards as if it held every expert.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.layers.build import ModelBuild
+
+
+class LayerGate(Protocol):
+    """What a layer calls around its expert compute; `layer` is its place in the ring of its rank."""
+
+    def acquire(self, layer: int) -> None:
+        """Return when the weights of `layer` may be read."""
+
+    def release(self, layer: int) -> None:
+        """The weights of `layer` are no longer read."""
+
+
+class ShareMap(ExpertMapManager):
+    """A layer's own expert map: local ids for the experts of this rank's share, -1 for all others."""
+
+    def __init__(self, whole: ExpertMapManager, share: tuple[int, ...]) -> None:
+        self.__dict__.update(copy.copy(whole.__dict__))
+        self._local_num_experts = len(share)
+        self._expert_map = torch.full((self.global_num_experts,), -1, dtype=torch.int32)
+        self._expert_map[list(share)] = torch.arange(len(share), dtype=torch.int32)
+        self._expert_mask = None
+        self._routing_tables = None
+
+
+class DwdpExpertsMixin:
+    """In front of a `RoutedExperts` class: allocates the share only and brackets the compute with acquire / release."""
+
+    dwdp_share: tuple[int, ...]
+    dwdp_layer: int
+    dwdp_gate: LayerGate | None
+
+    def __init__(
+        self,
+        layer_name: str,
+        params_dtype: torch.dtype,
+        moe_config: FusedMoEConfig,
+        quant_config: Any,
+        expert_map_manager: ExpertMapManager,
+        **kwargs: Any,
+    ) -> None:
+        if expert_map_manager.num_fused_shared_experts:
+            raise DwdpError(
+                f"{layer_name} fuses {expert_map_manager.num_fused_shared_experts} shared experts into the routed ones, "
+                "which dwdp cannot spread: turn shared-expert fusion off"
+            )
+        share = ModelBuild.current().add_layer(self, layer_name, params_dtype, moe_config)
+        moe_config.num_local_experts = len(share)
+        super().__init__(
+            layer_name,
+            params_dtype,
+            moe_config,
+            quant_config,
+            expert_map_manager=ShareMap(expert_map_manager, share),
+            **kwargs,
+        )  # type: ignore[call-arg]
+        self.dwdp_share = share
+        self.dwdp_layer = -1
+        self.dwdp_gate = None
+        # Outside of nn.Module's registries on purpose: only kept for the switch to all experts.
+        object.__setattr__(self, "_dwdp_whole_map", expert_map_manager)
+
+    def dwdp_attach(self, gate: LayerGate, layer: int) -> None:
+        """From here on the parameters are views of all E experts; forget the share and compute behind `gate`."""
+        self.expert_map_manager = self._dwdp_whole_map
+        self.moe_config.num_local_experts = self.moe_config.num_experts  # type: ignore[attr-defined]
+        self.update_expert_map_info()  # type: ignore[attr-defined]
+        self.dwdp_layer = layer
+        self.dwdp_gate = gate
+
+    def forward_modular(self, *args: Any, **kwargs: Any) -> Any:
+        """`RoutedExperts.forward_modular` between acquire and release; not released where it raises (the ring
+        re-aligns at the next acquire)."""
+        gate, layer = self.dwdp_gate, self.dwdp_layer
+        assert gate is not None
+        gate.acquire(layer)
+        output = super().forward_modular(*args, **kwargs)  # type: ignore[misc]
+        gate.release(layer)
+        return output
+
+    def forward_monolithic(self, *args: Any, **kwargs: Any) -> Any:
+        """As `forward_modular`, for kernels that route themselves."""
+        gate, layer = self.dwdp_gate, self.dwdp_layer
+        assert gate is not None
+        gate.acquire(layer)
+        output = super().forward_monolithic(*args, **kwargs)  # type: ignore[misc]
+        gate.release(layer)
+        return output
+
+
+def _subclasses(cls: type) -> Iterable[type]:
+    yield cls
+    for child in cls.__subclasses__():
+        if not issubclass(child, DwdpExpertsMixin):
+            yield from _subclasses(child)
+
+
+def cover_subclasses() -> None:
+    """Register a replacement for every `RoutedExperts` class defined so far; idempotent.
+
+    `register_oot` goes by class name, so two classes of one name are refused.
+    """
+    for cls in _subclasses(RoutedExperts):
+        known = op_registry_oot.get(cls.__name__)
+        if known is None:
+            replacement = type(f"Dwdp{cls.__name__}", (DwdpExpertsMixin, cls), {"__module__": __name__})
+            PluggableLayer.register_oot(name=cls.__name__)(replacement)
+        elif not issubclass(known, (DwdpExpertsMixin, cls)):
+            raise DwdpError(f"another plugin replaces {cls.__name__} by {known.__module__}.{known.__qualname__}")
+        elif issubclass(known, DwdpExpertsMixin) and not issubclass(known, cls):
+            raise DwdpError(f"two classes are called {cls.__name__}; dwdp can only replace one of them")

@@ -1,0 +1,170 @@
+"""The experts of one rank's model, shared with its group: slabs, peers, views, ring and counters in one object."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from vllm.config import CompilationMode, VllmConfig
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.platforms import current_platform
+
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers.read_stats import READ
+from vllm_dwdp.layers.slabs import LayerSlab, handle_to_json, map_peers, move_to_slabs, replicate_small
+from vllm_dwdp.layers.views import (
+    InplaceGate,
+    attach_contiguous,
+    attach_inplace,
+    fits_pages,
+    refuse_inplace,
+    slot_bytes,
+)
+from vllm_dwdp.prefetch.counters import CounterPage
+from vllm_dwdp.prefetch.prefetcher import Prefetcher, TraceEvent
+from vllm_dwdp.prefetch.ring import Ring
+from vllm_dwdp.transport.base import Memory
+from vllm_dwdp.transport.shm import ShmTransport
+
+if TYPE_CHECKING:
+    from vllm_dwdp.engine.rendezvous import Rendezvous
+
+_CLOSE_TIMEOUT_S = 5.0
+
+
+def make_transport(name: str, on_cpu: bool, timeout_s: float) -> ShmTransport:
+    """The transport for this platform; raises DwdpError for one that is not there."""
+    if on_cpu and name in ("auto", "shm"):
+        return ShmTransport(timeout_s)
+    raise DwdpError(f"transport {name!r} is not available here: this release shares experts between CPU ranks (shm)")
+
+
+class ExpertSharing:
+    """Set up once, after vLLM has loaded and processed this rank's share; then only read by the layers' gates.
+
+    Raises:
+        DwdpError: memory is short, or a layer cannot be shared.
+        DwdpTimeout, PeerLost: a peer did not come, or failed.
+    """
+
+    def __init__(
+        self, build: ModelBuild, rendezvous: Rendezvous, group: list[int], model: nn.Module, config: VllmConfig
+    ) -> None:
+        self.build = build
+        self.transport = make_transport(build.config.transport, build.on_cpu, build.config.timeout_s)
+        self.slots: list[Memory] = []
+        self.trace: list[TraceEvent] = []
+        self.prefetcher: Prefetcher | None = None
+        self.bytes_per_forward = 0
+        self._closing = contextlib.ExitStack()
+        self._closing.callback(self.transport.close)
+        try:
+            self.layers = move_to_slabs(build, self.transport)
+            map_peers(self.layers, build, self.transport, rendezvous, group)
+            self.replicated_bytes = sum(replicate_small(layer, build.rank) for layer in self.layers)
+            self.counters = CounterPage.create(rank=group[build.rank])
+            self._closing.callback(self.counters.close)
+            self._attach_views()
+            if config.compilation_config.mode != CompilationMode.NONE and current_platform.is_cpu():
+                make_opaque(model)
+            slots = sum(slot.nbytes for slot in self.slots)
+            self.counters.describe(self.view, self.experts_held, self.slab_bytes, slots)
+            rendezvous.put("counters", handle_to_json(self.counters.handle()))
+            # In-place ranges open the owners' files once more: no owner may leave before all are mapped.
+            rendezvous.gather("mapped", True, group)
+            if self.prefetcher is not None:
+                self.prefetcher.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach_views(self) -> None:
+        config, rank = self.build.config, self.build.rank
+        if config.weight_view == "split":
+            raise DwdpError('weight_view "split" needs the GPU kernels: use auto, contiguous or inplace')
+        wanted = config.weight_view != "contiguous"
+        inplace = [layer for layer in self.layers if wanted and fits_pages(layer, rank)]
+        ringed = [layer for layer in self.layers if not (wanted and fits_pages(layer, rank))]
+        if config.weight_view == "inplace" and ringed:
+            raise refuse_inplace(ringed[0], ringed[0].fetched)
+        gate = InplaceGate(self.counters)
+        for i, layer in enumerate(inplace):
+            attach_inplace(layer, rank, self.transport)
+            layer.build.module.dwdp_attach(gate, i)
+        if ringed:
+            self._attach_ring(ringed)
+        self.view = "contiguous" if ringed else "inplace"
+
+    def _attach_ring(self, layers: list[LayerSlab]) -> None:
+        config = self.build.config
+        ring = Ring(len(layers), config.num_slots)
+        nbytes = slot_bytes(layers)
+        self.slots = [self.transport.allocate_slot(nbytes) for _ in range(ring.used_slots)]
+        engine = self.transport.copy_engine()
+        self._closing.callback(engine.close, _CLOSE_TIMEOUT_S)
+        programs = [
+            attach_contiguous(layer, self.build.rank, self.slots[ring.slot_of(i)], engine, config.slice_bytes)
+            for i, layer in enumerate(layers)
+        ]
+        trace = self.trace if config.trace else None
+        self.prefetcher = Prefetcher(ring, engine, programs, self.counters, config.timeout_s, trace)
+        self._closing.callback(self.prefetcher.close, _CLOSE_TIMEOUT_S)
+        self.bytes_per_forward = sum(program.pulled_bytes for program in programs)
+        for i, layer in enumerate(layers):
+            layer.build.module.dwdp_attach(self.prefetcher, i)
+
+    @property
+    def experts_held(self) -> int:
+        """Experts of one layer resident on this rank (the most of any layer)."""
+        return max(len(layer.build.placement.shares[self.build.rank]) for layer in self.layers)
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes of all slabs of this rank."""
+        return sum(layer.slab.nbytes for layer in self.layers)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The counters, with what was read of the checkpoint and what small tensors cost."""
+        return {
+            **self.counters.snapshot().to_dict(),
+            "replicated_bytes": self.replicated_bytes,
+            "bytes_per_forward": self.bytes_per_forward,
+            "read_expert_bytes": READ.expert_bytes,
+            "read_other_bytes": READ.other_bytes,
+            "read_largest": READ.largest,
+        }
+
+    def describe(self) -> str:
+        """One line at start."""
+        experts = max(layer.build.placement.num_experts for layer in self.layers)
+        return (
+            f"{self.experts_held} of {experts} experts in {len(self.layers)} MoE layers ({self.slab_bytes / 1e6:.1f} MB), "
+            f"view {self.view}, {len(self.slots)} slots ({sum(slot.nbytes for slot in self.slots) / 1e6:.1f} MB), "
+            f"a forward pulls {self.bytes_per_forward / 1e6:.1f} MB"
+        )
+
+    def summary(self) -> str:
+        """One line at stop."""
+        counters = self.counters.snapshot()
+        return (
+            f"{counters.forwards} forwards, {counters.layers} layers, {counters.pulled_bytes / 1e6:.1f} MB pulled, "
+            f"waited {counters.exposed_wait_ns / 1e6:.1f} ms, {counters.on_demand} fetched on demand"
+        )
+
+    def close(self) -> None:
+        """Wait for copies in flight, then let go of peers and slabs; idempotent. Peers' mappings outlive ours."""
+        self._closing.close()
+
+
+def make_opaque(model: nn.Module) -> None:
+    """Compute MoE layers behind vLLM's custom op, which on CPU is plain Python that torch.compile would trace.
+
+    On GPUs `MoERunner._select_forward` takes the op already.
+    """
+    for module in model.modules():
+        if isinstance(module, MoERunner):
+            shared = module.shared_experts is not None
+            module._forward_entry = torch.ops.vllm.moe_forward_shared if shared else torch.ops.vllm.moe_forward

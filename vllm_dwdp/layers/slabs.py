@@ -1,0 +1,171 @@
+"""Moves the share of each MoE layer into a slab and maps the slabs of the peers."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from vllm_dwdp.copy_plan import ALIGNMENT, SlabLayout, TensorSpec
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.layers.build import LayerBuild, ModelBuild
+from vllm_dwdp.transport.base import Handle, Memory, PeerSlab, Slab, Transport
+
+if TYPE_CHECKING:
+    from vllm_dwdp.engine.rendezvous import Rendezvous
+
+#: Tensors of at most this part of an expert (biases, scales) are replicated at start instead of fetched per forward.
+REPLICATED_PART = 0.01
+
+#: Parameters of a RoutedExperts layer that do not have one row per expert of the share.
+_NOT_PER_EXPERT = frozenset({"e_score_correction_bias", "hash_indices_table"})
+
+
+class ExpertTensor(NamedTuple):
+    """One parameter with a row per expert: `row_shape` without the expert dimension, `row_bytes` of one expert."""
+
+    name: str
+    parameter: torch.nn.Parameter
+    row_shape: tuple[int, ...]
+    row_bytes: int
+    dtype: torch.dtype
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Name and row size, for layouts and plans."""
+        return TensorSpec(self.name, self.row_bytes)
+
+    def view(self, flat: torch.Tensor, offset: int, rows: int) -> torch.Tensor:
+        """[rows, *row_shape] over `flat` (uint8) from byte `offset` on."""
+        part = flat[offset : offset + rows * self.row_bytes]
+        return part.view(self.dtype).view(rows, *self.row_shape)
+
+
+@dataclass
+class LayerSlab:
+    """The share of one layer in its slab, and the peers' slabs of that layer.
+
+    Attributes:
+        fetched: tensors that a forward needs from peers (or reads in place).
+        replicated: small tensors copied from peers once.
+        peers: rank in the group -> its slab, mapped read-only.
+    """
+
+    build: LayerBuild
+    fetched: tuple[ExpertTensor, ...]
+    replicated: tuple[ExpertTensor, ...]
+    slab: Slab
+    peers: dict[int, PeerSlab] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> tuple[ExpertTensor, ...]:
+        """All tensors in slab order."""
+        return (*self.fetched, *self.replicated)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert, replicated tensors included."""
+        return sum(tensor.row_bytes for tensor in self.tensors)
+
+    def memory(self, rank: int) -> Memory:
+        """The slab of `rank`, own or mapped."""
+        return self.peers.get(rank, self.slab)
+
+    def offset(self, rank: int, tensor: ExpertTensor) -> int:
+        """Byte offset of the first row of `tensor` in the slab of `rank`."""
+        layout = slab_layout(self.tensors, len(self.build.placement.shares[rank]), self.build.on_pages)
+        return layout.offsets[[other.name for other in self.tensors].index(tensor.name)]
+
+
+def alignment(on_pages: bool) -> int:
+    """Alignment of the tensors of a slab in bytes: pages where peers may map them one by one."""
+    return mmap.PAGESIZE if on_pages else ALIGNMENT
+
+
+def slab_layout(tensors: tuple[ExpertTensor, ...], experts: int, on_pages: bool) -> SlabLayout:
+    """Layout of a slab with `experts` rows of each tensor; on pages where peers may map them one by one."""
+    specs = tuple(tensor.spec for tensor in tensors)
+    return SlabLayout(specs, experts, alignment(on_pages))
+
+
+def expert_tensors(module: Any, share: int, name: str) -> tuple[tuple[ExpertTensor, ...], tuple[ExpertTensor, ...]]:
+    """(fetched, replicated) parameters of a loaded layer; raises DwdpError for one whose layout we cannot share."""
+    tensors: list[ExpertTensor] = []
+    for parameter_name, parameter in module.named_parameters():
+        if parameter_name in _NOT_PER_EXPERT or parameter.ndim == 0:
+            continue
+        if parameter.shape[0] != share:
+            raise DwdpError(
+                f"{name}.{parameter_name} has {parameter.shape[0]} rows for a share of {share} experts: "
+                "dwdp does not know how to spread it"
+            )
+        row = parameter.data[0]
+        tensors.append(
+            ExpertTensor(parameter_name, parameter, tuple(row.shape), row.numel() * row.element_size(), parameter.dtype)
+        )
+    whole = sum(tensor.row_bytes for tensor in tensors)
+    small = {tensor.name for tensor in tensors if len(tensor.row_shape) < 2 and tensor.row_bytes <= REPLICATED_PART * whole}
+    return (
+        tuple(tensor for tensor in tensors if tensor.name not in small),
+        tuple(tensor for tensor in tensors if tensor.name in small),
+    )
+
+
+def move_to_slabs(build: ModelBuild, transport: Transport) -> list[LayerSlab]:
+    """Copy the share of every layer into a slab, layer by layer, freeing the originals at once.
+
+    One slab for the whole share would need twice the share for a moment; this needs one layer more.
+    """
+    slabs: list[LayerSlab] = []
+    for layer in build.layers:
+        share = layer.placement.shares[build.rank]
+        fetched, replicated = expert_tensors(layer.module, len(share), layer.name)
+        layout = slab_layout((*fetched, *replicated), len(share), layer.on_pages)
+        slab = transport.allocate_slab(layout.nbytes)
+        flat = slab.tensor()
+        for tensor, offset in zip((*fetched, *replicated), layout.offsets, strict=True):
+            rows = tensor.view(flat, offset, len(share))
+            rows.copy_(tensor.parameter.data)
+            tensor.parameter.data = rows
+        slabs.append(LayerSlab(layer, fetched, replicated, slab))
+    gc.collect()
+    return slabs
+
+
+def map_peers(slabs: list[LayerSlab], build: ModelBuild, transport: Transport, rendezvous: Rendezvous, group: list[int]) -> None:
+    """Exchange the handles of all slabs over `group` and map every peer's."""
+    mine = [handle_to_json(transport.export_handle(layer.slab)) for layer in slabs]
+    for peer, handles in enumerate(rendezvous.gather("slabs", mine, group)):
+        if peer == build.rank:
+            continue
+        if len(handles) != len(slabs):
+            raise DwdpError(f"rank {group[peer]} has {len(handles)} MoE layers, rank {group[build.rank]} {len(slabs)}")
+        for layer, handle in zip(slabs, handles, strict=True):
+            layer.peers[peer] = transport.map_peer(handle_from_json(handle))
+
+
+def handle_to_json(handle: Handle) -> dict[str, Any]:
+    """A handle for the rendezvous store."""
+    return {**handle.to_dict(), "payload": handle.payload.hex()}
+
+
+def handle_from_json(raw: dict[str, Any]) -> Handle:
+    """The inverse of `handle_to_json`."""
+    return Handle.from_dict({**raw, "payload": bytes.fromhex(raw["payload"])})
+
+
+def replicate_small(layer: LayerSlab, rank: int) -> int:
+    """Give every replicated tensor of `layer` all its rows, from the owners; returns its bytes."""
+    placement, nbytes = layer.build.placement, 0
+    for tensor in layer.replicated:
+        whole = torch.empty((placement.num_experts, *tensor.row_shape), dtype=tensor.dtype)
+        for run in placement.runs(rank):
+            offset = layer.offset(run.owner, tensor) + run.local * tensor.row_bytes
+            source = tensor.view(layer.memory(run.owner).tensor(), offset, run.length)
+            whole[run.first : run.first + run.length] = source
+        tensor.parameter.data = whole.to(tensor.parameter.device)
+        nbytes += whole.nbytes
+    return nbytes

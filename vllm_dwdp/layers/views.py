@@ -1,0 +1,95 @@
+"""How the kernels of a layer see all its experts: in place, or contiguous in a slot."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+
+from vllm_dwdp.copy_plan import SlotLayout, build_plan
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.layers.slabs import ExpertTensor, LayerSlab, alignment
+from vllm_dwdp.prefetch.counters import CounterPage
+from vllm_dwdp.prefetch.prefetcher import bind_plan
+from vllm_dwdp.transport.base import CopyEngine, Memory, Program
+from vllm_dwdp.transport.shm import ShmTransport, SlabRun
+
+
+class InplaceGate:
+    """Acquire and release of layers whose peers' pages are mapped: nothing to wait for, only counted."""
+
+    def __init__(self, counters: CounterPage) -> None:
+        self._counters = counters
+        self._page = counters.fields
+        self._last = -1
+
+    def acquire(self, layer: int) -> None:
+        """Count the layer, and the forward that it begins."""
+        if layer <= self._last or self._last < 0:
+            self._page.forwards += 1
+            self._counters.beat()
+        self._last = layer
+        self._page.layers += 1
+
+    def release(self, layer: int) -> None:
+        """Nothing to do."""
+
+
+def fits_pages(layer: LayerSlab, rank: int, page: int = mmap.PAGESIZE) -> bool:
+    """Whether every run that `rank` reads begins on a page, in the view and at its owner, and ends on one or at the end."""
+    placement = layer.build.placement
+    return layer.build.on_pages and all(
+        run.first * tensor.row_bytes % page == 0 and run.local * tensor.row_bytes % page == 0
+        for tensor in layer.fetched
+        for run in placement.runs(rank)
+    )
+
+
+def attach_inplace(layer: LayerSlab, rank: int, transport: ShmTransport) -> list[Memory]:
+    """Re-point the fetched tensors of `layer` to one range each that is made of all owners' pages."""
+    placement = layer.build.placement
+    ranges: list[Memory] = []
+    for tensor in layer.fetched:
+        runs = [
+            SlabRun(
+                layer.memory(run.owner),
+                layer.offset(run.owner, tensor) + run.local * tensor.row_bytes,
+                run.first * tensor.row_bytes,
+                run.length * tensor.row_bytes,
+            )
+            for run in placement.runs(rank)
+        ]
+        whole = transport.map_runs(runs)
+        tensor.parameter.data = tensor.view(whole.tensor(), 0, placement.num_experts)
+        ranges.append(whole)
+    return ranges
+
+
+def slot_bytes(layers: Sequence[LayerSlab]) -> int:
+    """Bytes of a slot that fits any of `layers` in the contiguous view."""
+    return max(_slot_layout(layer).nbytes for layer in layers)
+
+
+def _slot_layout(layer: LayerSlab) -> SlotLayout:
+    specs = tuple(tensor.spec for tensor in layer.fetched)
+    return SlotLayout(specs, layer.build.placement.num_experts, alignment(layer.build.on_pages))
+
+
+def attach_contiguous(layer: LayerSlab, rank: int, slot: Memory, engine: CopyEngine, slice_bytes: int) -> Program:
+    """Re-point the fetched tensors of `layer` into `slot`; returns the copies that fill it."""
+    placement = layer.build.placement
+    specs = [tensor.spec for tensor in layer.fetched]
+    plan = build_plan(placement, rank, specs, slice_bytes, alignment(layer.build.on_pages))
+    flat = slot.tensor()
+    for tensor, offset in zip(layer.fetched, plan.slot.offsets, strict=True):
+        tensor.parameter.data = tensor.view(flat, offset, placement.num_experts)
+    slabs = {owner: layer.memory(owner).address for owner in range(placement.num_ranks)}
+    return bind_plan(engine, plan, slabs, slot.address)
+
+
+def refuse_inplace(layer: LayerSlab, tensors: Sequence[ExpertTensor]) -> DwdpError:
+    """The error for a forced in-place view whose boundaries turned out not to fall on pages."""
+    rows = ", ".join(f"{tensor.name} {tensor.row_bytes}" for tensor in tensors)
+    return DwdpError(
+        f'weight_view "inplace": experts of {layer.build.name} ({rows} bytes) do not begin on pages of '
+        f"{mmap.PAGESIZE} bytes: use weight_view auto or contiguous"
+    )

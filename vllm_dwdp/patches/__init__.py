@@ -1,0 +1,45 @@
+"""Every change to a symbol of vLLM, one file each; README.md lists them.
+
+A patch wraps and delegates, checks at install time that what it wraps looks as expected, and fails closed: where a
+check fails, plain vLLM goes on as if we were not installed and `dwdp` is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from vllm_dwdp import VLLM_VERSION
+
+#: Why `dwdp` cannot be selected in this process; empty when it can.
+failures: list[str] = []
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM without a local suffix such as `+cpu`."""
+    from vllm.version import __version__
+
+    return str(__version__).split("+", 1)[0]
+
+
+def expect_parameters(function: Callable[..., Any], *names: str) -> None:
+    """Record a failure unless `function` takes at least the parameters `names`, in this order."""
+    where = f"{function.__module__}.{function.__qualname__}"
+    have = [name for name in inspect.signature(function).parameters if name in names]
+    if have != list(names):
+        failures.append(f"{where} takes {have} of the expected {list(names)}")
+
+
+def install() -> None:
+    """Install what every process needs so that `dwdp` is understood when it is selected; idempotent."""
+    from vllm_dwdp.patches import engine_args, llm_init
+
+    version = vllm_version()
+    if version != VLLM_VERSION and not failures:
+        failures.append(f"vLLM {version} is installed, this vllm-dwdp was made for vLLM {VLLM_VERSION}")
+    # Engine and worker processes never build engine arguments; they get a finished config.
+    if "vllm.engine.arg_utils" in sys.modules:
+        engine_args.install()
+    llm_init.settle()

@@ -1,0 +1,38 @@
+"""`EngineArgs.create_engine_config`: the one place where the word `dwdp` turns into a configuration.
+
+Why: `Executor.get_class` cannot resolve the word, and the config has to make the ranks independent before anything is
+launched. Everything else of the plugin is reached from here. Goes when vLLM resolves executor names through an entry
+point and lets a plugin adjust the config.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm_dwdp import BACKEND
+from vllm_dwdp.patches import expect_parameters
+
+_MARK = "_dwdp_wraps"
+
+
+def install() -> None:
+    """Wrap `EngineArgs.create_engine_config`; without `dwdp` the original is called untouched."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.create_engine_config
+    if hasattr(original, _MARK):
+        return
+    expect_parameters(original, "self", "usage_context", "headless")
+    expect_parameters(EngineArgs.create_model_config, "self")
+
+    @functools.wraps(original)
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        if self.distributed_executor_backend != BACKEND:
+            return original(self, *args, **kwargs)
+        from vllm_dwdp.engine.configure import create_engine_config as create
+
+        return create(original, self, *args, **kwargs)
+
+    setattr(create_engine_config, _MARK, original)
+    EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]
