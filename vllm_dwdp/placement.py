@@ -12,10 +12,11 @@ D = E/N:
 * c_j = floor(rD + j*m) - floor(rD) always satisfies both: without the floors they reduce to D <= S, and floor is
   monotone. Runs are then floor(m) or ceil(m) experts long, so that the sources of a reader are equal to within one
   expert, for every D <= S < E; the N readers together take equally much from each source to within N - 1 experts.
-* c_j = floor(j*m + phase), the same for all readers, makes these totals exactly E - S each. A phase that satisfies both
-  conditions for every reader is taken where there is one: for all S >= D + 2 tested, and for most below.
+* Cuts that are the same for all readers make these totals exactly E - S each. Then c_j must lie between
+  ceil((j+1)D) - S and floor(jD), with steps of floor(m) or ceil(m). Such cuts are taken where there are any: in all
+  cases tested with S > ceil(D), and in some with S = ceil(D).
 
-No search is needed, and every source serves a reader one run of consecutive experts.
+Every source serves a reader one run of consecutive experts.
 """
 
 from dataclasses import dataclass
@@ -194,15 +195,21 @@ def _overlap(blocks: int, num_ranks: int, held: int) -> list[list[int]]:
 
 
 def _common_cuts(blocks: int, num_ranks: int, held: int) -> list[int] | None:
-    """Cuts that fit every reader, so that the totals of all sources are equal; None where no phase does."""
+    """Cuts that fit every reader, so that the totals of all sources are equal; None where there are none."""
     sources = num_ranks - 1
-    for phase in range(sources):
-        cuts = [(j * (blocks - held) + phase) // sources for j in range(num_ranks)]
-        if all(
-            -(-(j + 1) * blocks // num_ranks) - held <= cuts[j] <= j * blocks // num_ranks for j in range(1, sources)
-        ):
-            return cuts
-    return None
+    arc = blocks - held
+    least, most = arc // sources, -(-arc // sources)
+    # The values that c_j can reach are an interval, since a run may have `least` blocks or one more.
+    reach = [(0, 0)]
+    for j in range(1, num_ranks):
+        low, high = (-(-(j + 1) * blocks // num_ranks) - held, j * blocks // num_ranks) if j < sources else (arc, arc)
+        reach.append((max(low, reach[-1][0] + least), min(high, reach[-1][1] + most)))
+        if reach[-1][0] > reach[-1][1]:
+            return None
+    cuts = [arc]
+    for _, high in reversed(reach[:-1]):
+        cuts.append(min(high, cuts[-1] - least))
+    return cuts[::-1]
 
 
 def _reader_cuts(blocks: int, num_ranks: int, held: int, reader: int) -> list[int]:

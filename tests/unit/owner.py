@@ -7,10 +7,9 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from tests.unit.helpers import LIMIT_S
 from vllm_dwdp.transport.base import Handle
 from vllm_dwdp.transport.shm import ShmTransport
-
-LIMIT_S = 30.0
 
 
 class Owner(NamedTuple):
@@ -38,13 +37,13 @@ def serve(pipe: Connection, contents: list[tuple[int, int]]) -> None:
     pipe.send([transport.export_handle(slab) for slab in slabs])
     while pipe.poll(LIMIT_S):
         match pipe.recv():
-            case ("set", int(slab), int(offset), int(byte)):
-                ctypes.memset(slabs[slab].address + offset, byte, 1)
+            case ("set", int(number), int(offset), int(value)):
+                ctypes.memset(slabs[number].address + offset, value, 1)
                 pipe.send(None)
-            case ("get", int(slab), int(offset)):
-                pipe.send(ctypes.string_at(slabs[slab].address + offset, 1)[0])
-            case ("free", int(slab)):
-                transport.free_slab(slabs[slab])
+            case ("get", int(number), int(offset)):
+                pipe.send(ctypes.string_at(slabs[number].address + offset, 1)[0])
+            case ("free", int(number)):
+                transport.free_slab(slabs[number])
                 pipe.send(None)
             case _:
                 break

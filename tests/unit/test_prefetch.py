@@ -270,6 +270,21 @@ def test_an_aborted_use_is_over_once_another_layer_wants_the_slot() -> None:
     assert prefetcher._page.forwards == 2
 
 
+def test_an_aborted_use_stays_over_when_the_next_one_times_out() -> None:
+    ring, world = Ring(4, 2), World(4, 2, 0)
+    prefetcher = make(world, ring)
+    prefetcher.start()
+    prefetcher.acquire(0)  # aborted here
+    world.engine.stuck = True
+    with pytest.raises(DwdpTimeout):
+        prefetcher.acquire(2)
+    world.engine.stuck = False
+    while world.memory[:LAYER_BYTES] == world.layers[0]:  # until layer 2 begins to overwrite the slot
+        world.engine.step_copies()
+    prefetcher.acquire(0)
+    assert world.memory[:LAYER_BYTES] == world.layers[0]
+
+
 def test_a_slot_of_one_layer_is_pulled_once() -> None:
     ring, world = Ring(2, 3), World(2, 2, 0)
     prefetcher = make(world, ring)
@@ -313,7 +328,8 @@ def test_closed_means_closed() -> None:
     prefetcher.start()
     prefetcher.acquire(0)
     prefetcher.close(1.0)
-    for call in (lambda: prefetcher.acquire(1), lambda: prefetcher.release(0), prefetcher.start):
+    calls: list[Callable[[], None]] = [lambda: prefetcher.acquire(1), lambda: prefetcher.release(0), prefetcher.start]
+    for call in calls:
         with pytest.raises(DwdpError, match="closed"):
             call()
     with pytest.raises(DwdpError, match="3 programs for a ring of 4 layers"):

@@ -15,8 +15,10 @@ from vllm_dwdp import BACKEND, patches
 from vllm_dwdp.config import DwdpConfig, Rendezvous
 from vllm_dwdp.engine import options
 from vllm_dwdp.engine.cores import bind_ranks
+from vllm_dwdp.engine.environment import own_ipc_folder, set_for_launch
 from vllm_dwdp.engine.launch import RENDEZVOUS_ENV, DwdpLaunch, attach_launch, format_address
 from vllm_dwdp.engine.model_config import hide_moe
+from vllm_dwdp.engine.rank_pages import watch_ranks
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.patches import sync_client
 
@@ -60,11 +62,11 @@ def _launch(args: EngineArgs, config: DwdpConfig, owner: VllmConfig) -> DwdpLaun
     ranks = args.data_parallel_size
     if _is_api_server_of_many(args):
         # The launching process hosts the store; API servers only read counters through it.
-        return DwdpLaunch(config, ranks, Rendezvous.parse(os.environ[RENDEZVOUS_ENV]))
+        return DwdpLaunch(config, ranks, Rendezvous.parse(os.environ[RENDEZVOUS_ENV]), ())
     from vllm_dwdp.engine.rendezvous import host_rendezvous
 
-    launch = DwdpLaunch(config, ranks, host_rendezvous(owner))
-    os.environ[RENDEZVOUS_ENV] = format_address(launch.rendezvous)
+    launch = DwdpLaunch(config, ranks, host_rendezvous(owner), tuple(sorted(os.sched_getaffinity(0))))
+    set_for_launch(owner, RENDEZVOUS_ENV, format_address(launch.rendezvous))
     return launch
 
 
@@ -106,11 +108,16 @@ def create_engine_config(
     if parallel.worker_cls not in _WORKERS:
         raise DwdpError(f"dwdp has no worker for {parallel.worker_cls}: it runs on vLLM's CPU and CUDA platforms")
     parallel.worker_cls = _WORKERS[parallel.worker_cls]
-    attach_launch(vllm_config, _launch(args, config, vllm_config))
+    launch = _launch(args, config, vllm_config)
+    attach_launch(vllm_config, launch)
+    publishing = not args.disable_log_stats and (args._api_process_count == 1 or args._api_process_rank == 0)
+    if publishing or not _is_api_server_of_many(args):
+        watch_ranks(vllm_config, launch, publishing, summarise=not _is_api_server_of_many(args))
     if not _is_api_server_of_many(args):
         sync_client.install()
+        own_ipc_folder(vllm_config)
         if current_platform.is_cpu():
-            bind_ranks(args.data_parallel_size)
+            bind_ranks(vllm_config, args.data_parallel_size)
         if launcher == "ray":
             from vllm_dwdp.engine.ray_cluster import join_or_start
 

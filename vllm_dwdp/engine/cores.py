@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
+
+from vllm_dwdp.engine.environment import is_users, set_for_launch
 
 logger = logging.getLogger("vllm.dwdp")
 
@@ -18,12 +19,12 @@ def split_cores(cores: list[int], num_ranks: int) -> list[list[int]]:
     return [cores[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
 
 
-def bind_ranks(num_ranks: int) -> None:
-    """Set `VLLM_CPU_OMP_THREADS_BIND` for the ranks of this launch, unless the user did.
+def bind_ranks(owner: object, num_ranks: int) -> None:
+    """Set `VLLM_CPU_OMP_THREADS_BIND` for the ranks of the launch of `owner`, unless the user did.
 
     vLLM's automatic binding gives every independent engine the same first cores.
     """
-    if os.environ.get(_BIND, "auto") != "auto":
+    if is_users(_BIND, default="auto"):
         return
     from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
 
@@ -37,4 +38,4 @@ def bind_ranks(num_ranks: int) -> None:
         logger.warning(
             "dwdp: %d ranks share %d cores; give the machine more cores or bind them with %s", num_ranks, len(cores), _BIND
         )
-    os.environ[_BIND] = "|".join(",".join(map(str, part)) for part in lists)
+    set_for_launch(owner, _BIND, "|".join(",".join(map(str, part)) for part in lists))

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
+from vllm_dwdp.engine.environment import temporary_files_in_ipc_folder
+
 
 class DwdpExecutor(MultiprocExecutor):
     """One worker process per rank. The worker meets its peers while it loads; nothing here waits for other ranks."""
 
     supports_pp: bool = False
+
+    def _init_executor(self) -> None:
+        with temporary_files_in_ipc_folder():
+            super()._init_executor()
 
     def _post_init_executor(self) -> None:
         super()._post_init_executor()

@@ -20,12 +20,14 @@ RENDEZVOUS_ENV = "VLLM_DWDP_RENDEZVOUS"
 class DwdpLaunch:
     """One launch of `num_ranks` independent ranks; `rendezvous` is where they meet.
 
-    vLLM's own number of ranks is reset to 1 in each of them (`reconfigure_for_independent_dp_rank`).
+    vLLM's own number of ranks is reset to 1 in each of them (`reconfigure_for_independent_dp_rank`). `cores` are those
+    the launch may use: a worker is bound to its own, and its copy thread should not be.
     """
 
     config: DwdpConfig
     num_ranks: int
     rendezvous: Rendezvous
+    cores: tuple[int, ...]
 
     @property
     def group_size(self) -> int:

@@ -11,6 +11,16 @@ from vllm.v1.executor.ray_executor_v2 import RayWorkerProc
 class RayCpuWorkerProc(RayWorkerProc):
     """`RayWorkerProc` without a device to look up."""
 
+    def worker_busy_loop(self) -> None:
+        """vLLM's loop, after unlinking the segment of the response queue: the engine has mapped it by now, and Ray kills
+        workers without a chance to unlink."""
+        assert self.worker_response_mq is not None
+        buffer = self.worker_response_mq.buffer
+        if buffer.is_creator:
+            buffer.shared_memory.unlink()
+            buffer.is_creator = False
+        super().worker_busy_loop()
+
     def get_node_and_physical_gpu_ids(self) -> tuple[str, list[int]]:
         """(node id, no devices)."""
         return ray.get_runtime_context().get_node_id(), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -14,6 +15,8 @@ from vllm_dwdp.patches import ray_worker
 
 #: What a CPU worker asks of Ray: enough to be placed, little enough that ranks may outnumber cores.
 _CPU_SHARE = 0.001
+
+_STOP_TIMEOUT_S = 2.0
 
 
 class DwdpRayExecutor(RayExecutorV2):
@@ -43,6 +46,13 @@ class DwdpRayExecutor(RayExecutorV2):
 
         launch = launch_of(self.vllm_config)
         return launch.config.timeout_s if launch else 60.0
+
+    def shutdown(self) -> None:
+        """vLLM's shutdown, which kills the worker, after asking it to let go by itself."""
+        if getattr(self, "rpc_broadcast_mq", None) is not None and not self.is_failed and not self.shutting_down:
+            with contextlib.suppress(Exception):
+                self.collective_rpc("shutdown", timeout=_STOP_TIMEOUT_S)
+        super().shutdown()
 
     @staticmethod
     def _get_actor_resource_kwargs() -> dict[str, Any]:

@@ -130,6 +130,14 @@ class Rendezvous:
                 )
             time.sleep(_POLL_S)
 
+    def peek(self, rank: int, name: str) -> Any | None:
+        """What `rank` published under `name` so far, or None; raises PeerLost where the store is gone."""
+        key = self._key(rank, name)
+        try:
+            return json.loads(self._store.get(key)) if self._store.check([key]) else None
+        except Exception as error:
+            raise PeerLost("the rendezvous store is gone: the front end has ended") from error
+
     def gather(self, name: str, value: Any, ranks: list[int]) -> list[Any]:
         """Publish `value` and return what every rank of `ranks` published, in that order."""
         self.put(name, value)

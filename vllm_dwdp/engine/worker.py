@@ -71,7 +71,7 @@ class DwdpWorkerMixin:
             rendezvous.check_identity(identity_of(self.vllm_config, launch), group)
             build = ModelBuild(launch.config, group.index(rank), len(group), current_platform.is_cpu()).open()
             super().load_model(*args, **kwargs)  # type: ignore[misc]
-            self.dwdp_sharing = ExpertSharing(build, rendezvous, group, self.model_runner.model, self.vllm_config)
+            self.dwdp_sharing = ExpertSharing(build, rendezvous, launch, self.model_runner.model, self.vllm_config)
         except BaseException as error:
             rendezvous.fail(error)
             raise
@@ -83,9 +83,8 @@ class DwdpWorkerMixin:
         return self.dwdp_sharing.snapshot()
 
     def shutdown(self) -> None:
-        """Say what this rank did, let go of peers' memory, then of the own."""
+        """Let go of peers' memory, then of the own. What this rank did is logged by the front end."""
         if self.dwdp_sharing is not None:
-            logger.info("dwdp rank %d stops: %s", self.dwdp_rank, self.dwdp_sharing.summary())
             self.dwdp_sharing.close()
             self.dwdp_sharing = None
         super().shutdown()  # type: ignore[misc]

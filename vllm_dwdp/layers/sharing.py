@@ -13,8 +13,9 @@ from vllm.platforms import current_platform
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.transport.handles_json import handle_to_json
 from vllm_dwdp.layers.read_stats import READ
-from vllm_dwdp.layers.slabs import LayerSlab, handle_to_json, map_peers, move_to_slabs, replicate_small
+from vllm_dwdp.layers.slabs import LayerSlab, map_peers, move_to_slabs, replicate_small
 from vllm_dwdp.layers.views import (
     InplaceGate,
     attach_contiguous,
@@ -30,15 +31,17 @@ from vllm_dwdp.transport.base import Memory
 from vllm_dwdp.transport.shm import ShmTransport
 
 if TYPE_CHECKING:
+    from vllm_dwdp.engine.launch import DwdpLaunch
     from vllm_dwdp.engine.rendezvous import Rendezvous
 
 _CLOSE_TIMEOUT_S = 5.0
 
 
-def make_transport(name: str, on_cpu: bool, timeout_s: float) -> ShmTransport:
+def make_transport(build: ModelBuild, cores: tuple[int, ...]) -> ShmTransport:
     """The transport for this platform; raises DwdpError for one that is not there."""
-    if on_cpu and name in ("auto", "shm"):
-        return ShmTransport(timeout_s)
+    name = build.config.transport
+    if build.on_cpu and name in ("auto", "shm"):
+        return ShmTransport(build.config.timeout_s, cores)
     raise DwdpError(f"transport {name!r} is not available here: this release shares experts between CPU ranks (shm)")
 
 
@@ -51,10 +54,11 @@ class ExpertSharing:
     """
 
     def __init__(
-        self, build: ModelBuild, rendezvous: Rendezvous, group: list[int], model: nn.Module, config: VllmConfig
+        self, build: ModelBuild, rendezvous: Rendezvous, launch: DwdpLaunch, model: nn.Module, config: VllmConfig
     ) -> None:
         self.build = build
-        self.transport = make_transport(build.config.transport, build.on_cpu, build.config.timeout_s)
+        group = launch.group_of(rendezvous.rank)
+        self.transport = make_transport(build, launch.cores)
         self.slots: list[Memory] = []
         self.trace: list[TraceEvent] = []
         self.prefetcher: Prefetcher | None = None
@@ -144,14 +148,6 @@ class ExpertSharing:
             f"{self.experts_held} of {experts} experts in {len(self.layers)} MoE layers ({self.slab_bytes / 1e6:.1f} MB), "
             f"view {self.view}, {len(self.slots)} slots ({sum(slot.nbytes for slot in self.slots) / 1e6:.1f} MB), "
             f"a forward pulls {self.bytes_per_forward / 1e6:.1f} MB"
-        )
-
-    def summary(self) -> str:
-        """One line at stop."""
-        counters = self.counters.snapshot()
-        return (
-            f"{counters.forwards} forwards, {counters.layers} layers, {counters.pulled_bytes / 1e6:.1f} MB pulled, "
-            f"waited {counters.exposed_wait_ns / 1e6:.1f} ms, {counters.on_demand} fetched on demand"
         )
 
     def close(self) -> None:

@@ -12,7 +12,8 @@ import torch
 from vllm_dwdp.copy_plan import ALIGNMENT, SlabLayout, TensorSpec
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
-from vllm_dwdp.transport.base import Handle, Memory, PeerSlab, Slab, Transport
+from vllm_dwdp.transport.handles_json import handle_from_json, handle_to_json
+from vllm_dwdp.transport.base import Memory, PeerSlab, Slab, Transport
 
 if TYPE_CHECKING:
     from vllm_dwdp.engine.rendezvous import Rendezvous
@@ -145,16 +146,6 @@ def map_peers(slabs: list[LayerSlab], build: ModelBuild, transport: Transport, r
             raise DwdpError(f"rank {group[peer]} has {len(handles)} MoE layers, rank {group[build.rank]} {len(slabs)}")
         for layer, handle in zip(slabs, handles, strict=True):
             layer.peers[peer] = transport.map_peer(handle_from_json(handle))
-
-
-def handle_to_json(handle: Handle) -> dict[str, Any]:
-    """A handle for the rendezvous store."""
-    return {**handle.to_dict(), "payload": handle.payload.hex()}
-
-
-def handle_from_json(raw: dict[str, Any]) -> Handle:
-    """The inverse of `handle_to_json`."""
-    return Handle.from_dict({**raw, "payload": bytes.fromhex(raw["payload"])})
 
 
 def replicate_small(layer: LayerSlab, rank: int) -> int:

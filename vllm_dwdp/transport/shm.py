@@ -6,7 +6,7 @@ shm_copy.py  the copy thread
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple, TypeVar
 
@@ -50,7 +50,7 @@ class ShmSlot(MappedMemory, Slot):
 class SlabRun(NamedTuple):
     """Bytes of a slab, the own one or a peer's, at an offset of an in-place range."""
 
-    slab: ShmSlab | ShmPeerSlab
+    slab: Memory
     src_offset: int
     dst_offset: int
     nbytes: int
@@ -61,9 +61,10 @@ class ShmTransport(Transport):
 
     name = TRANSPORT
 
-    def __init__(self, timeout_s: float = 300.0) -> None:
-        """timeout_s: limit of a copy's wait for the release of its slot."""
+    def __init__(self, timeout_s: float = 300.0, copy_cores: Collection[int] = ()) -> None:
+        """timeout_s: limit of a copy's wait for the release of its slot. copy_cores: see ShmCopyEngine's cores."""
         self._timeout_s = timeout_s
+        self._copy_cores = tuple(copy_cores)
         self._live: set[MappedMemory] = set()
 
     def allocate_slab(self, nbytes: int) -> ShmSlab:
@@ -102,8 +103,10 @@ class ShmTransport(Transport):
         the mappings of the slabs.
         """
         with ExitStack() as opened:
-            fds: dict[ShmSlab | ShmPeerSlab, int] = {}
+            fds: dict[Memory, int] = {}
             for slab in dict.fromkeys(run.slab for run in runs):
+                if not isinstance(slab, ShmSlab | ShmPeerSlab):
+                    raise DwdpError(f"an in-place range of a {type(slab).__name__}: it is made of slabs of shm only")
                 fds[slab] = open_file(slab.handle)
                 opened.callback(os.close, fds[slab])
             made = map_runs([PageRun(fds[run.slab], run.src_offset, run.dst_offset, run.nbytes) for run in runs])
@@ -111,7 +114,7 @@ class ShmTransport(Transport):
 
     def copy_engine(self) -> ShmCopyEngine:
         """See Transport."""
-        return ShmCopyEngine(self._timeout_s)
+        return ShmCopyEngine(self._timeout_s, self._copy_cores)
 
     def close(self) -> None:
         """See Transport; in-place ranges are let go of as well."""

@@ -6,9 +6,10 @@ no lock.
 """
 
 import ctypes
+import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -67,9 +68,16 @@ _COMPUTE: Final = ShmEvent(done=True)
 class ShmCopyEngine(CopyEngine):
     """See CopyEngine. Copies run on one daemon thread; compute on the CPU is done when `record` is called."""
 
-    def __init__(self, timeout_s: float = 300.0, before_copy: Callable[[Copy], None] | None = None) -> None:
-        """timeout_s: limit of a copy's wait for `after`. before_copy: called before each copy, none of which are then
-        joined; tests make the engine slow, or fail, with it."""
+    def __init__(
+        self,
+        timeout_s: float = 300.0,
+        cores: Collection[int] = (),
+        before_copy: Callable[[Copy], None] | None = None,
+    ) -> None:
+        """timeout_s: limit of a copy's wait for `after`. cores: where the thread may run; if empty it inherits the
+        caller's, which hides no copy where compute is bound to one core. before_copy: called before each copy, none of
+        which are then joined; tests make the engine slow, or fail, with it. Raises DwdpError for cores not there.
+        """
         self._timeout_s = timeout_s
         self._before_copy = before_copy
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
@@ -78,6 +86,8 @@ class ShmCopyEngine(CopyEngine):
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="dwdp-copy", daemon=True)
         self._thread.start()
+        if cores:
+            self._bind_thread(cores)
 
     def bind(self, pulls: Sequence[Copy], local: Sequence[Copy] = ()) -> ShmProgram:
         """See CopyEngine."""
@@ -123,6 +133,16 @@ class ShmCopyEngine(CopyEngine):
         if self._thread.is_alive():
             raise DwdpTimeout(f"copies are still running after {timeout_s} s: raise dwdp.timeout_s, or end the process")
         self._tensors.clear()
+
+    def _bind_thread(self, cores: Collection[int]) -> None:
+        try:
+            os.sched_setaffinity(self._thread.native_id or 0, cores)
+        except (OSError, ValueError) as error:
+            self.close(self._timeout_s)
+            wanted, here = sorted(cores), os.cpu_count()
+            raise DwdpError(
+                f"the copy thread cannot run on cores {wanted} of {here} ({error}): name cores this process may use"
+            ) from error
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -1,0 +1,114 @@
+"""Starting real engines for tests, and checking that nothing of them stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[2]
+
+#: Names under the temporary folder that vLLM, torch and Ray keep on purpose: caches and Ray's own logs.
+_CACHES = ("torchinductor", "ray", "torch_", "vllm_cache", "tmp_torch", "pymp-", "pytest-")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment for an engine: small KV cache, no network, tests importable in workers."""
+    base = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "VLLM_CPU_OMP", "VLLM_DWDP"))}
+    return {
+        **base,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONPATH": str(REPO),
+        **more,
+    }
+
+
+def processes(session: int) -> list[str]:
+    """Command lines of the live processes of a session (everything an engine started, also orphans)."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            stat = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+            if int(stat[3]) == session and stat[0] != "Z":
+                found.append(f"{folder.name} {(folder / 'cmdline').read_text().replace(chr(0), ' ')[:120]}")
+        except OSError:
+            continue
+    return found
+
+
+@dataclass
+class Leftovers:
+    """What was there before an engine started; `check` says what is there in addition.
+
+    The engine gets a temporary folder of its own, `tmp`, through TMPDIR.
+    """
+
+    tmp: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="e2e-")))
+    shm: set[str] = field(default_factory=lambda: set(os.listdir("/dev/shm")))
+
+    def check(self, session: int, wait_s: float = 5.0) -> list[str]:
+        """Processes, shared-memory names and temporary files that came and stayed, after at most `wait_s`."""
+        deadline = time.monotonic() + wait_s
+        while True:
+            files = sorted(name for name in os.listdir(self.tmp) if not name.startswith(_CACHES))
+            left = [*processes(session), *sorted(set(os.listdir("/dev/shm")) - self.shm), *files]
+            if not left or time.monotonic() > deadline:
+                shutil.rmtree(self.tmp, ignore_errors=True)
+                return left
+            time.sleep(0.2)
+
+
+def run_job(
+    folder: Path, model: Path | str, steps: Sequence[str], env: dict[str, str] | None = None, **options: Any
+) -> dict[str, Any]:
+    """Run `tests.e2e.job` in its own session; its JSON, with `left`: what stayed after it."""
+    name = f"job-{time.monotonic_ns()}"
+    spec, out, log = (folder / f"{name}.{kind}" for kind in ("spec", "json", "log"))
+    spec.write_text(json.dumps({"model": str(model), "options": options, "steps": list(steps)}))
+    before = Leftovers()
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.e2e.job", str(spec), str(out)],
+            cwd=REPO,
+            env=environment(TMPDIR=str(before.tmp), **(env or {})),
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=420)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            code = -9
+    text = log.read_text()
+    assert code == 0, f"job ended with {code}:\n{text[-6000:]}"
+    return {**json.loads(out.read_text()), "left": before.check(process.pid), "log": text}
+
+
+def dwdp(ranks: int = 2, **config: Any) -> dict[str, Any]:
+    """LLM options for a dwdp launch."""
+    return {
+        "distributed_executor_backend": "dwdp",
+        "data_parallel_size": ranks,
+        "additional_config": {"dwdp": {"timeout_s": 120, **config}},
+    }
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,161 @@
+"""One real offline engine, driven step by step as a user's program would; writes what it saw as JSON.
+
+    python -m tests.e2e.job SPEC.json OUT.json
+
+SPEC: {"model": path, "options": LLM keyword arguments, "steps": [name, ...]}. Run as a process of its own so that
+`del llm` and exit can be checked, and so that only `from vllm import LLM` is imported.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PROMPTS = [
+    "The experts of a layer",
+    "No rank waits",
+    "Attention comes first, then",
+    "A copy engine pulls the weights of the next layer while this one computes",
+    "Two slots",
+    "Every rank serves its own requests and no rank waits for another one because",
+]
+TOKENS = 12
+
+
+def _greedy(llm: Any, prompts: list[str], **more: Any) -> list[Any]:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, **more)
+    return list(llm.generate(prompts, params, use_tqdm=False))
+
+
+def tokens(llm: Any) -> list[list[int]]:
+    """Greedy tokens, one request at a time: the same batches on any number of ranks."""
+    return [list(_greedy(llm, [prompt])[0].outputs[0].token_ids) for prompt in PROMPTS]
+
+
+def tokens_each_rank(llm: Any) -> list[list[list[int]]]:
+    """Twice as many requests, one at a time: the client alternates, so that every rank serves every prompt."""
+    return [[list(_greedy(llm, [prompt])[0].outputs[0].token_ids) for _ in range(2)] for prompt in PROMPTS]
+
+
+def batch(llm: Any) -> list[dict[str, Any]]:
+    """All prompts at once, four times over, with logprobs: batches differ from plain vLLM's."""
+    outputs = _greedy(llm, PROMPTS * 4, logprobs=1)
+    return [
+        {
+            "prompt": output.prompt,
+            "first": output.outputs[0].token_ids[0],
+            "logprob": output.outputs[0].logprobs[0][output.outputs[0].token_ids[0]].logprob,
+        }
+        for output in outputs
+    ]
+
+
+def features(llm: Any) -> dict[str, Any]:
+    """n > 1, chat, abort, structured output, a shared prefix, a long prompt in chunks."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    several = llm.generate(PROMPTS[:2], SamplingParams(temperature=0.8, n=3, seed=1, max_tokens=6), use_tqdm=False)
+    chat = llm.chat([{"role": "user", "content": "hello"}], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
+    engine = llm.llm_engine
+    ids = [
+        engine.add_request(f"abort-{i}", PROMPTS[i], SamplingParams(max_tokens=200, ignore_eos=True)) for i in range(4)
+    ]
+    engine.step()
+    engine.abort_request(ids[:3], internal=True)
+    finished = []
+    while engine.has_unfinished_requests():
+        finished += [output.request_id for output in engine.step() if output.finished]
+    choice = llm.generate(
+        PROMPTS[0],
+        SamplingParams(temperature=0, max_tokens=8, structured_outputs=StructuredOutputsParams(choice=["yes", "no"])),
+        use_tqdm=False,
+    )
+    long = " ".join(PROMPTS * 6)
+    first, again = (_greedy(llm, [long])[0] for _ in range(2))
+    return {
+        "n": [len(output.outputs) for output in several],
+        "chat": len(chat[0].outputs[0].token_ids),
+        "finished_after_abort": finished,
+        "kept": "abort-3",
+        "choice": choice[0].outputs[0].text,
+        "long_prompt": len(first.prompt_token_ids),
+        "long_same": list(first.outputs[0].token_ids) == list(again.outputs[0].token_ids),
+        "long_tokens": list(first.outputs[0].token_ids),
+    }
+
+
+def counters(llm: Any) -> list[dict[str, Any]]:
+    """Counters of all ranks."""
+    import vllm_dwdp
+
+    return vllm_dwdp.counters(llm)
+
+
+def _probe(name: str) -> Any:
+    return lambda llm: llm.collective_rpc(name)
+
+
+STEPS: dict[str, Any] = {
+    "tokens": tokens,
+    "tokens_each_rank": tokens_each_rank,
+    "batch": batch,
+    "features": features,
+    "counters": counters,
+    "counters_after": counters,
+    "digests": _probe("probe_digests"),
+    "memory": _probe("probe_memory"),
+    "maps": _probe("probe_maps"),
+    "affinity": _probe("probe_affinity"),
+    "trace": _probe("probe_trace"),
+    "swap_experts": _probe("probe_swap_experts"),
+    "zero_pulls": _probe("probe_zero_pulls"),
+    "tokens_tampered": tokens,
+    "digests_tampered": _probe("probe_digests"),
+}
+
+
+def main() -> None:
+    """Run the steps of a spec on one LLM."""
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    from vllm import LLM
+
+    started = time.monotonic()
+    options = {"max_model_len": 512, "enforce_eager": True, "gpu_memory_utilization": 0.2, **spec["options"]}
+    llm = LLM(spec["model"], worker_extension_cls="tests.e2e.probe.Probe", **options)
+    seen: dict[str, Any] = {"start_s": time.monotonic() - started}
+    for step in spec["steps"]:
+        seen[step] = STEPS[step](llm)
+    del llm
+    gc.collect()
+    seen["children_after_del"] = [
+        path.name
+        for path in Path("/proc").iterdir()
+        if path.name.isdigit() and _parent(path) == os.getpid() and "resource_tracker" not in _command(path)
+    ]
+    Path(sys.argv[2]).write_text(json.dumps(seen))
+
+
+def _parent(path: Path) -> int:
+    try:
+        return int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return -1
+
+
+def _command(path: Path) -> str:
+    try:
+        return (path / "cmdline").read_text()
+    except OSError:
+        return ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Test methods inside a real worker, added with vLLM's own `worker_extension_cls`; importing it starts the RSS sampler."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+_PERIOD_S = 0.004
+
+
+def resident() -> int:
+    """Bytes of private and shared memory of this process, without pages of files (the mapped checkpoint)."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
+
+
+class _Sampler(threading.Thread):
+    """Highest `resident()` seen; an allocation shorter than the period may be missed."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.first = resident()
+        self.peak = self.first
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            self.peak = max(self.peak, resident())
+            time.sleep(_PERIOD_S)
+
+
+_SAMPLER = _Sampler()
+
+
+class Probe:
+    """Mixed into the worker; every method is called with `LLM.collective_rpc`."""
+
+    model_runner: Any
+
+    def _expert_layers(self) -> list[tuple[str, Any]]:
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+        return [(n, m) for n, m in self.model_runner.model.named_modules() if isinstance(m, RoutedExperts)]
+
+    def probe_digests(self) -> dict[str, list[str]]:
+        """`layer.tensor` -> digest of every expert's row, as its kernels see it (behind acquire with dwdp)."""
+        import torch
+
+        digests: dict[str, list[str]] = {}
+        for name, layer in self._expert_layers():
+            gate = getattr(layer, "dwdp_gate", None)
+            if gate is not None:
+                gate.acquire(layer.dwdp_layer)
+            for tensor, parameter in layer.named_parameters():
+                if parameter.ndim > 1:
+                    rows = parameter.data.contiguous().view(torch.uint8).flatten(1).numpy()
+                    digests[f"{name}.{tensor}"] = [hashlib.sha1(row.tobytes()).hexdigest() for row in rows]
+            if gate is not None:
+                gate.release(layer.dwdp_layer)
+        return digests
+
+    def probe_memory(self) -> dict[str, int]:
+        """Resident bytes before the worker was built, now, and at the highest; expert bytes by storage."""
+        storages: dict[int, int] = {}
+        for _, layer in self._expert_layers():
+            for parameter in layer.parameters():
+                storage = parameter.data.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        replicated = sum(
+            parameter.nbytes
+            for name, parameter in self.model_runner.model.named_parameters()
+            if ".routed_experts." not in name
+        )
+        return {
+            "before": _SAMPLER.first,
+            "now": resident(),
+            "peak": _SAMPLER.peak,
+            "storages": sum(storages.values()),
+            "replicated": replicated,
+        }
+
+    def probe_maps(self) -> dict[str, int]:
+        """Bytes of dwdp's memory files mapped here, by protection: a peer's pages must not be writable."""
+        sizes: dict[str, int] = {}
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if "memfd:dwdp-" in line:
+                span, protection = line.split()[:2]
+                low, high = (int(part, 16) for part in span.split("-"))
+                sizes[protection] = sizes.get(protection, 0) + high - low
+        return sizes
+
+    def probe_swap_experts(self) -> bool:
+        """Exchange two experts of the first layer in this rank's slab."""
+        sharing = self.dwdp_sharing  # type: ignore[attr-defined]
+        layer = sharing.layers[0]
+        for tensor in layer.fetched:
+            offset = layer.offset(sharing.build.rank, tensor)
+            rows = tensor.view(layer.slab.tensor(), offset, 2)
+            rows.copy_(rows.flip(0).clone())
+        return True
+
+    def probe_zero_pulls(self) -> bool:
+        """From here on pulls leave zeros in the slots instead of experts."""
+        sharing = self.dwdp_sharing  # type: ignore[attr-defined]
+        engine = sharing.prefetcher._engine
+        slots = [(slot.address, slot.nbytes) for slot in sharing.slots]
+
+        def copy(program: object) -> None:
+            for address, nbytes in slots:
+                ctypes.memset(address, 0, nbytes)
+
+        engine._copy = copy
+        return True
+
+    def probe_trace(self) -> list[tuple[int, str, int, int]]:
+        """The event trace of this rank (`dwdp.trace`), in order of time."""
+        return sorted((int(t), str(k), int(layer), int(s)) for t, k, layer, s in self.dwdp_sharing.trace)  # type: ignore[attr-defined]
+
+    def probe_affinity(self) -> dict[str, Any]:
+        """Where this worker computes."""
+        import os
+
+        import torch
+
+        return {"pid": os.getpid(), "threads": torch.get_num_threads(), "bind": os.environ.get("OMP_PLACES")}

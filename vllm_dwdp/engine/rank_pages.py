@@ -1,0 +1,89 @@
+"""The front end's view of its ranks: their counter pages, mapped as they come up and readable after they are gone.
+
+vLLM may kill its engines at shutdown without giving them a word, so the line that each rank leaves behind is written here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+
+from vllm_dwdp.engine.launch import DwdpLaunch
+from vllm_dwdp.engine.metrics import publish
+from vllm_dwdp.engine.rendezvous import Rendezvous
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.prefetch.counters import CounterPage, CounterReader, Counters
+from vllm_dwdp.transport.handles_json import handle_from_json
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.dwdp")
+
+PERIOD_S = 1.0
+
+
+class RankPages(threading.Thread):
+    """Maps the pages of all ranks of `launch`; publishes their growth once a second if told to."""
+
+    def __init__(self, launch: DwdpLaunch, publishing: bool) -> None:
+        super().__init__(name="dwdp-pages", daemon=True)
+        self._launch = launch
+        self._publishing = publishing
+        self._readers: dict[int, CounterReader] = {}
+        self._published: dict[int, Counters] = {}
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        """Until stopped, or until all pages are mapped and nothing is to be published."""
+        try:
+            rendezvous = Rendezvous(self._launch.rendezvous, -1, self._launch.config.timeout_s)
+            while not self._stopping.wait(PERIOD_S):
+                if len(self._readers) < self._launch.num_ranks:
+                    self._open_pages(rendezvous)
+                elif not self._publishing:
+                    return
+                if self._publishing:
+                    self._publish()
+        except DwdpError as error:
+            if not self._stopping.is_set():
+                logger.warning("dwdp: the counters of the ranks are no longer read: %s", error)
+
+    def _open_pages(self, rendezvous: Rendezvous) -> None:
+        for rank in range(self._launch.num_ranks):
+            if rank not in self._readers and (raw := rendezvous.peek(rank, "counters")) is not None:
+                # A rank may end between publishing its page and our opening it.
+                with contextlib.suppress(DwdpError):
+                    self._readers[rank] = CounterPage.open(handle_from_json(raw))
+
+    def _publish(self) -> None:
+        for rank, reader in self._readers.items():
+            now = reader.snapshot()
+            publish(rank, now, self._published.get(rank))
+            self._published[rank] = now
+
+    def stop(self, summarise: bool) -> None:
+        """End within a period; `summarise`: leave one line per rank."""
+        self._stopping.set()
+        if summarise:
+            for rank, reader in sorted(self._readers.items()):
+                logger.info("dwdp rank %d stops: %s", rank, summary(reader.snapshot()))
+
+
+def summary(counters: Counters) -> str:
+    """What a rank did, in one line."""
+    return (
+        f"{counters.forwards} forwards, {counters.layers} layers, {counters.pulled_bytes / 1e6:.1f} MB pulled, "
+        f"waited {counters.exposed_wait_ns / 1e6:.1f} ms, {counters.on_demand} fetched on demand"
+    )
+
+
+def watch_ranks(vllm_config: VllmConfig, launch: DwdpLaunch, publishing: bool, summarise: bool) -> None:
+    """Watch the ranks of `launch` as long as `vllm_config` lives."""
+    pages = RankPages(launch, publishing)
+    pages.start()
+    weakref.finalize(vllm_config, pages.stop, summarise)
