@@ -30,7 +30,9 @@ from vllm_dwdp.checkpoints import CheckpointSpec, write_checkpoint
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "bench"
 #: 32 experts of 1.5 MiB in 15 layers: 755 MB of experts.
-SPEC = CheckpointSpec(num_experts=32, num_layers=15, hidden=512, intermediate=512, top_k=4, num_heads=8, num_kv_heads=2, head_dim=64)
+SPEC = CheckpointSpec(
+    num_experts=32, num_layers=15, hidden=512, intermediate=512, top_k=4, num_heads=8, num_kv_heads=2, head_dim=64
+)
 SMALL = CheckpointSpec()
 START_LIMIT_S = 600
 VOCAB = range(8, 500)
@@ -76,7 +78,9 @@ def variants(cores: list[int], concurrency: int) -> dict[str, list[Engine]]:
     }
 
 
-def serve(connection: Connection, engine: Engine, model: str, prompts: list[list[int]], output: int, eager: bool) -> None:
+def serve(
+    connection: Connection, engine: Engine, model: str, prompts: list[list[int]], output: int, eager: bool
+) -> None:
     """In a process of its own: build the engine, then generate once per message until told to stop."""
     os.setsid()  # a group of its own, which the bench stops and continues as a whole
     os.environ.update(VLLM_CPU_OMP_THREADS_BIND=engine.cores, VLLM_NO_USAGE_STATS="1")
@@ -90,11 +94,12 @@ def serve(connection: Connection, engine: Engine, model: str, prompts: list[list
         enforce_eager=eager,
         enable_prefix_caching=False,
         kv_cache_memory_bytes=KV_CACHE_BYTES,
+        use_tqdm_on_load=False,
         **engine.options,
     )
     sampling = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
     requests: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts[engine.requests]]
-    llm.generate(requests[:4], sampling, use_tqdm=False)
+    llm.generate(requests, sampling, use_tqdm=False)
     connection.send("ready")
     while connection.recv() == "generate":
         outputs = llm.generate(requests, sampling, use_tqdm=False)
@@ -174,7 +179,9 @@ def two_cores() -> list[int]:
     by_core: dict[str, int] = {}
     for cpu in sorted(os.sched_getaffinity(0)):
         topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-        by_core.setdefault("/".join((topology / name).read_text().strip() for name in ("physical_package_id", "core_id")), cpu)
+        by_core.setdefault(
+            "/".join((topology / name).read_text().strip() for name in ("physical_package_id", "core_id")), cpu
+        )
     cores = list(by_core.values())[:2]
     if len(cores) < 2:
         raise SystemExit("bench: two cores are needed; name two CPUs with --cores")

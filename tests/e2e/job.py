@@ -78,17 +78,17 @@ def features(llm: Any) -> dict[str, Any]:
         SamplingParams(temperature=0, max_tokens=8, structured_outputs=StructuredOutputsParams(choice=["yes", "no"])),
         use_tqdm=False,
     )
-    long = " ".join(PROMPTS * 6)
-    first, again = (_greedy(llm, [long])[0] for _ in range(2))
+    long = " ".join(PROMPTS * 3)
+    outputs = [_greedy(llm, [long])[0] for _ in range(4)]
     return {
         "n": [len(output.outputs) for output in several],
         "chat": len(chat[0].outputs[0].token_ids),
         "finished_after_abort": finished,
         "kept": "abort-3",
         "choice": choice[0].outputs[0].text,
-        "long_prompt": len(first.prompt_token_ids),
-        "long_same": list(first.outputs[0].token_ids) == list(again.outputs[0].token_ids),
-        "long_tokens": list(first.outputs[0].token_ids),
+        "long_prompt": len(outputs[0].prompt_token_ids),
+        "long_cached": [output.num_cached_tokens for output in outputs],
+        "long_tokens": [list(output.outputs[0].token_ids) for output in outputs],
     }
 
 
@@ -135,26 +135,26 @@ def main() -> None:
         seen[step] = STEPS[step](llm)
     del llm
     gc.collect()
-    seen["children_after_del"] = [
-        path.name
-        for path in Path("/proc").iterdir()
-        if path.name.isdigit() and _parent(path) == os.getpid() and "resource_tracker" not in _command(path)
-    ]
+    deadline = time.monotonic() + 10
+    while (children := _children()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    seen["children_after_del"] = children
     Path(sys.argv[2]).write_text(json.dumps(seen))
 
 
-def _parent(path: Path) -> int:
-    try:
-        return int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
-    except OSError:
-        return -1
-
-
-def _command(path: Path) -> str:
-    try:
-        return (path / "cmdline").read_text()
-    except OSError:
-        return ""
+def _children() -> list[str]:
+    """Command lines of live children, without Python's resource tracker, which lives as long as this process."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                state, parent = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:2]
+                command = (folder / "cmdline").read_text().replace(chr(0), " ")
+            except OSError:
+                continue
+            if int(parent) == os.getpid() and state != "Z" and "resource_tracker" not in command:
+                found.append(command)
+    return found
 
 
 if __name__ == "__main__":

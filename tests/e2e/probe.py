@@ -126,4 +126,10 @@ class Probe:
 
         import torch
 
-        return {"pid": os.getpid(), "threads": torch.get_num_threads(), "bind": os.environ.get("OMP_PLACES")}
+        names = ("OMP_PLACES", "KMP_AFFINITY", "GOMP_CPU_AFFINITY")
+        torch.ones(1 << 16).sum()  # OpenMP binds this thread at its first parallel region, if not before
+        return {
+            "threads": torch.get_num_threads(),
+            "bind": next((os.environ[name] for name in names if name in os.environ), None),
+            "cores": sorted(os.sched_getaffinity(0)),
+        }

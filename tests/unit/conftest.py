@@ -1,8 +1,10 @@
 """Fixtures of the unit tests."""
 
 import gc
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +31,25 @@ def transport(quick_collections: None) -> Iterator[ShmTransport]:
     made.close()
     gc.collect()
     assert (descriptors(), slab_maps()) == before
+
+
+@pytest.fixture(scope="session")
+def tiny_moe(checkpoint: Callable[..., Path]) -> Path:
+    """A Qwen3-MoE folder of one layer and 8 experts."""
+    from tests.unit.leftovers import TINY
+
+    return checkpoint(**TINY)
+
+
+@pytest.fixture
+def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The test fails if it leaves something on the machine; the environment is put back."""
+    from tests.unit import leftovers
+
+    variables = dict(os.environ)
+    (tmp_path / "temporary").mkdir()
+    with leftovers.nothing_left(tmp_path / "temporary", monkeypatch):
+        yield
+    # vLLM sets some of its own while it builds a config.
+    os.environ.clear()
+    os.environ.update(variables)

@@ -83,6 +83,7 @@ def create_engine_config(
     headless = bool(keywords.get("headless", positional[1] if len(positional) > 1 else False))
     options.check_arguments(args, headless)
     config = DwdpConfig.parse((args.additional_config or {}).get(BACKEND))
+    options.check_settings(config, current_platform.is_cpu())
     group_size = config.resolve_group_size(args.data_parallel_size)
     launcher = resolve_launcher(config.launcher)
 

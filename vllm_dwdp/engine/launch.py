@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
 _ATTRIBUTE = "dwdp_launch"
 
-#: The same address for API servers, which build a config of their own: `host:port/launch-id`.
-RENDEZVOUS_ENV = "VLLM_DWDP_RENDEZVOUS"
+#: The same address for API servers, which build a config of their own: `host:port/launch-id`. Not a VLLM_ name: vLLM
+#: warns of those that it does not know, and refuses them with --fail-on-environ-validation.
+RENDEZVOUS_ENV = "DWDP_RENDEZVOUS"
 
 
 @dataclass(frozen=True)

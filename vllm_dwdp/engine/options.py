@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
+    from vllm_dwdp.config import DwdpConfig
+
 #: Load formats read through vLLM's default loader, which can be asked for single experts, and random weights.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
 
@@ -31,11 +33,13 @@ def _parallel(args: EngineArgs) -> Iterator[str]:
     ):
         size = getattr(args, name, 1) or 1
         if size > 1:
-            yield f"{flag} {size} is not supported with dwdp, each rank is one worker: use 1 and more --data-parallel-size"
+            yield f"{flag} {size} does not go with dwdp, each rank is one worker: use 1 and more --data-parallel-size"
     ranks = args.data_parallel_size
-    if ranks < 2:
+    if not isinstance(ranks, int):
+        yield f"data_parallel_size is {ranks!r} of type {type(ranks).__name__}: give a whole number >= 2"
+    elif ranks < 2:
         yield (
-            f"dwdp spreads the experts over data-parallel ranks and needs at least 2, got --data-parallel-size {ranks}: "
+            f"dwdp spreads the experts over data-parallel ranks, at least 2, but --data-parallel-size is {ranks}: "
             "raise it, or leave --distributed-executor-backend out"
         )
     for name, flag in (
@@ -47,7 +51,7 @@ def _parallel(args: EngineArgs) -> Iterator[str]:
         if getattr(args, name, False):
             yield f"{flag} needs ranks that run in lockstep; with dwdp they are independent: leave it out"
     if (ubatches := getattr(args, "ubatch_size", 0) or 0) > 1:
-        yield f"--ubatch-size {ubatches} splits a batch into interleaved parts, which dwdp's ring cannot follow: leave it out"
+        yield f"--ubatch-size {ubatches} interleaves parts of a batch, which dwdp's ring cannot follow: leave it out"
 
 
 def _launch(args: EngineArgs, headless: bool) -> Iterator[str]:
@@ -56,7 +60,8 @@ def _launch(args: EngineArgs, headless: bool) -> Iterator[str]:
         yield f"--headless: {one_node}; start one `vllm serve` with --data-parallel-size {args.data_parallel_size}"
     if args.data_parallel_hybrid_lb or args.data_parallel_start_rank is not None:
         yield f"hybrid load balancing (--data-parallel-hybrid-lb, --data-parallel-start-rank): {one_node}; leave it out"
-    if args.data_parallel_external_lb or args.data_parallel_rank is not None:
+    external = args.data_parallel_external_lb or args.data_parallel_multi_port_external_lb
+    if external or args.data_parallel_rank is not None:
         yield (
             "external or multi-port load balancing (--data-parallel-external-lb, --data-parallel-rank, "
             f"--data-parallel-multi-port-external-lb): {one_node}; leave it out"
@@ -67,34 +72,64 @@ def _launch(args: EngineArgs, headless: bool) -> Iterator[str]:
             f"--data-parallel-size-local {local} of {args.data_parallel_size} ranks: {one_node}; "
             f"leave it out or set it to {args.data_parallel_size}"
         )
+    if args.enable_fault_tolerance:
+        # vLLM would ask for external load balancing, which is refused next.
+        yield f"--enable-fault-tolerance needs external load balancing, but {one_node}; leave it out"
     if args.nnodes > 1:
         yield f"--nnodes {args.nnodes}: {one_node}; use --nnodes 1"
     if args.data_parallel_backend != "mp":
-        yield f'--data-parallel-backend {args.data_parallel_backend}: {one_node}; use additional_config {{"dwdp": {{"launcher": "ray"}}}}'
+        yield (
+            f"--data-parallel-backend {args.data_parallel_backend}: {one_node}; for workers launched by Ray use "
+            '--additional-config \'{"dwdp": {"launcher": "ray"}}\''
+        )
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "0":
-        yield "VLLM_ENABLE_V1_MULTIPROCESSING=0 runs the engine in this process; dwdp needs one process per rank: unset it"
+        yield "VLLM_ENABLE_V1_MULTIPROCESSING=0 runs the engine in this process; dwdp needs one per rank: unset it"
 
 
 def _features(args: EngineArgs) -> Iterator[str]:
-    for name, flag, why in (
-        ("enable_sleep_mode", "--enable-sleep-mode", "peers read a rank's experts while it sleeps"),
-        ("enable_lora", "--enable-lora", "adapters on experts are not supported"),
-        ("enable_return_routed_experts", "--enable-return-routed-experts", "its buffers are sized for one replica"),
-        ("weight_transfer_config", "--weight-transfer-config", "experts cannot be replaced while peers read them"),
+    engram = args.engram_config
+    for given, flag, why in (
+        (args.enable_sleep_mode, "--enable-sleep-mode", "peers read a rank's experts while it sleeps"),
+        (args.enable_lora, "--enable-lora", "adapters on experts are not supported"),
+        (
+            # The flag lands here too.
+            args.aux_output_config.enable_return_routed_experts,
+            "--enable-return-routed-experts",
+            "its buffers are sized for one replica",
+        ),
+        (args.weight_transfer_config, "--weight-transfer-config", "experts cannot be replaced while peers read them"),
+        (args.mm_encoder_only, "--mm-encoder-only", "there are no experts to share without the language model"),
+        (
+            engram is not None and (engram.embedding_across_dp or engram.dp_shared_memory),
+            "--engram-config with embedding_across_dp or dp_shared_memory",
+            "embeddings shared over data-parallel ranks need ranks that wait for each other",
+        ),
     ):
-        if getattr(args, name, None):
+        if given:
             yield f"{flag} does not go with dwdp ({why}): leave it out"
     if args.cpu_offload_gb or args.offload_group_size:
         yield "weight offloading (--cpu-offload-gb, --offload-group-size) moves weights that peers read: leave it out"
     if args.worker_cls != "auto":
-        yield f"--worker-cls {args.worker_cls}: dwdp brings its own worker class; use --worker-extension-cls instead"
-    if str(args.load_format) not in LOAD_FORMATS:
-        yield (
-            f"--load-format {args.load_format} cannot be read expert by expert; dwdp takes {', '.join(LOAD_FORMATS)}: "
-            "convert the checkpoint to safetensors"
-        )
+        # `LLM` pickles a class into bytes.
+        name = args.worker_cls if isinstance(args.worker_cls, str) else "(a class)"
+        yield f"--worker-cls {name}: dwdp brings its own worker class; use --worker-extension-cls instead"
     if args.quantization is not None:
         yield _quantisation(str(args.quantization))
+    if args.quantization_config is not None:
+        yield "--quantization-config quantises while loading, which this release of dwdp does not support: leave it out"
+
+
+def _loading(args: EngineArgs) -> Iterator[str]:
+    if str(args.load_format) not in LOAD_FORMATS:
+        yield (
+            f"--load-format {args.load_format} cannot read single experts; dwdp takes {', '.join(LOAD_FORMATS)}: "
+            "use one of them, with a checkpoint in safetensors"
+        )
+    whole = "reads the whole checkpoint on every rank instead of its share: leave it out"
+    if args.safetensors_load_strategy == "eager":
+        yield f"--safetensors-load-strategy eager {whole}"
+    if args.model_loader_extra_config and args.model_loader_extra_config.get("enable_multithread_load"):
+        yield f"--model-loader-extra-config with enable_multithread_load {whole}"
 
 
 def _quantisation(name: str) -> str:
@@ -103,26 +138,44 @@ def _quantisation(name: str) -> str:
 
 def check_arguments(args: EngineArgs, headless: bool) -> None:
     """Refuse conflicting options with the first message that applies; raises DwdpError."""
-    for checks in (_launch(args, headless), _parallel(args), _features(args)):
+    for checks in (_parallel(args), _launch(args, headless), _features(args), _loading(args)):
         for message in checks:
             raise DwdpError(message)
     if args.additional_config is not None and not isinstance(args.additional_config, dict):
         raise DwdpError(
-            f"--additional-config has to be a JSON object for dwdp, got {type(args.additional_config).__name__}"
+            f"--additional-config is a {type(args.additional_config).__name__}; dwdp needs a JSON object, such as "
+            '{"dwdp": {"num_slots": 2}}'
+        )
+
+
+def check_settings(config: DwdpConfig, on_cpu: bool) -> None:
+    """Refuse settings of dwdp that this release, or this platform, does not have; raises DwdpError."""
+    if not on_cpu:
+        raise DwdpError("this release of dwdp shares experts between CPU ranks only: use vLLM's CPU build")
+    if config.transport not in ("auto", "shm"):
+        raise DwdpError(f'dwdp.transport is "{config.transport}", which is for GPUs: use auto or shm on CPU')
+    if config.weight_view == "split":
+        raise DwdpError('dwdp.weight_view is "split", which is for GPUs: use auto, contiguous or inplace on CPU')
+    if config.ranks_per_device > 1:
+        raise DwdpError(f"dwdp.ranks_per_device is {config.ranks_per_device}, which is for GPUs: leave it out on CPU")
+    if config.rendezvous is not None:
+        raise DwdpError(
+            f"dwdp.rendezvous is {config.rendezvous.host}:{config.rendezvous.port}, for ranks that are started apart, "
+            "which this release cannot join: leave it out and start them all with --data-parallel-size"
         )
 
 
 def check_model(model_config: ModelConfig) -> int:
     """Refuse models without routed experts, or with experts dwdp cannot share; returns the number of experts."""
     name = model_config.model
+    for architecture in model_config.architectures:
+        if why := REFUSED_ARCHITECTURES.get(architecture):
+            raise DwdpError(f"{architecture} is not supported by this release of dwdp ({why}): use another model")
     experts = int(model_config.get_num_experts())
     if experts == 0:
         raise DwdpError(
             f"{name} has no routed experts, {BACKEND} would share nothing: serve it with --data-parallel-size alone"
         )
-    for architecture in model_config.architectures:
-        if why := REFUSED_ARCHITECTURES.get(architecture):
-            raise DwdpError(f"{architecture} is not supported by this release of dwdp: {why}")
     if model_config.quantization is not None:
         raise DwdpError(f"{name}: {_quantisation(str(model_config.quantization))}")
     return experts

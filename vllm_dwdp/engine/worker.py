@@ -11,7 +11,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_dwdp import VLLM_VERSION, __version__
+from vllm_dwdp import __version__
 from vllm_dwdp.engine.launch import DwdpLaunch, launch_of
 from vllm_dwdp.engine.loader import switch_loader
 from vllm_dwdp.engine.model_config import restore_moe
@@ -19,6 +19,7 @@ from vllm_dwdp.engine.rendezvous import Identity, Rendezvous, identity_hash
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.sharing import ExpertSharing
+from vllm_dwdp.patches import vllm_version
 
 logger = init_logger("vllm.dwdp")
 
@@ -34,7 +35,7 @@ def identity_of(vllm_config: VllmConfig, launch: DwdpLaunch) -> Identity:
     """What the ranks of a group compare before they share weights."""
     model = vllm_config.model_config
     return Identity(
-        vllm=VLLM_VERSION,
+        vllm=vllm_version(),
         vllm_dwdp=__version__,
         model=model.model,
         model_hash=identity_hash(model.hf_config.to_dict()),
@@ -71,7 +72,7 @@ class DwdpWorkerMixin:
             rendezvous.check_identity(identity_of(self.vllm_config, launch), group)
             build = ModelBuild(launch.config, group.index(rank), len(group), current_platform.is_cpu()).open()
             super().load_model(*args, **kwargs)  # type: ignore[misc]
-            self.dwdp_sharing = ExpertSharing(build, rendezvous, launch, self.model_runner.model, self.vllm_config)
+            self.dwdp_sharing = ExpertSharing(build, rendezvous, launch)
         except BaseException as error:
             rendezvous.fail(error)
             raise

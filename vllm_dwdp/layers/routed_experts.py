@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
@@ -19,16 +19,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
-
-
-class LayerGate(Protocol):
-    """What a layer calls around its expert compute; `layer` is its place in the ring of its rank."""
-
-    def acquire(self, layer: int) -> None:
-        """Return when the weights of `layer` may be read."""
-
-    def release(self, layer: int) -> None:
-        """The weights of `layer` are no longer read."""
+from vllm_dwdp.layers.gates import LayerGate, register_gate
 
 
 class ShareMap(ExpertMapManager):
@@ -87,25 +78,34 @@ class DwdpExpertsMixin:
         self.update_expert_map_info()  # type: ignore[attr-defined]
         self.dwdp_layer = layer
         self.dwdp_gate = gate
+        self._dwdp_number = register_gate(gate, layer)
 
-    def forward_modular(self, *args: Any, **kwargs: Any) -> Any:
+    def forward_modular(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """`RoutedExperts.forward_modular` between acquire and release; not released where it raises (the ring
         re-aligns at the next acquire)."""
-        gate, layer = self.dwdp_gate, self.dwdp_layer
-        assert gate is not None
-        gate.acquire(layer)
-        output = super().forward_modular(*args, **kwargs)  # type: ignore[misc]
-        gate.release(layer)
+        self._dwdp_acquire(x)
+        output = super().forward_modular(x, *args, **kwargs)  # type: ignore[misc]
+        self._dwdp_release(output)
         return output
 
-    def forward_monolithic(self, *args: Any, **kwargs: Any) -> Any:
+    def forward_monolithic(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As `forward_modular`, for kernels that route themselves."""
-        gate, layer = self.dwdp_gate, self.dwdp_layer
-        assert gate is not None
-        gate.acquire(layer)
-        output = super().forward_monolithic(*args, **kwargs)  # type: ignore[misc]
-        gate.release(layer)
+        self._dwdp_acquire(x)
+        output = super().forward_monolithic(x, *args, **kwargs)  # type: ignore[misc]
+        self._dwdp_release(output)
         return output
+
+    def _dwdp_acquire(self, states: torch.Tensor) -> None:
+        if torch.compiler.is_compiling():
+            torch.ops.dwdp.acquire(states, self._dwdp_number)
+        else:
+            self.dwdp_gate.acquire(self.dwdp_layer)  # type: ignore[union-attr]
+
+    def _dwdp_release(self, states: torch.Tensor) -> None:
+        if torch.compiler.is_compiling():
+            torch.ops.dwdp.release(states, self._dwdp_number)
+        else:
+            self.dwdp_gate.release(self.dwdp_layer)  # type: ignore[union-attr]
 
 
 def _subclasses(cls: type) -> Iterable[type]:

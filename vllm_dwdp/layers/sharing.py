@@ -5,12 +5,6 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from vllm.config import CompilationMode, VllmConfig
-from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
-from vllm.platforms import current_platform
-
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.transport.handles_json import handle_to_json
@@ -54,7 +48,7 @@ class ExpertSharing:
     """
 
     def __init__(
-        self, build: ModelBuild, rendezvous: Rendezvous, launch: DwdpLaunch, model: nn.Module, config: VllmConfig
+        self, build: ModelBuild, rendezvous: Rendezvous, launch: DwdpLaunch
     ) -> None:
         self.build = build
         group = launch.group_of(rendezvous.rank)
@@ -72,8 +66,6 @@ class ExpertSharing:
             self.counters = CounterPage.create(rank=group[build.rank])
             self._closing.callback(self.counters.close)
             self._attach_views()
-            if config.compilation_config.mode != CompilationMode.NONE and current_platform.is_cpu():
-                make_opaque(model)
             slots = sum(slot.nbytes for slot in self.slots)
             self.counters.describe(self.view, self.experts_held, self.slab_bytes, slots)
             rendezvous.put("counters", handle_to_json(self.counters.handle()))
@@ -153,14 +145,3 @@ class ExpertSharing:
     def close(self) -> None:
         """Wait for copies in flight, then let go of peers and slabs; idempotent. Peers' mappings outlive ours."""
         self._closing.close()
-
-
-def make_opaque(model: nn.Module) -> None:
-    """Compute MoE layers behind vLLM's custom op, which on CPU is plain Python that torch.compile would trace.
-
-    On GPUs `MoERunner._select_forward` takes the op already.
-    """
-    for module in model.modules():
-        if isinstance(module, MoERunner):
-            shared = module.shared_experts is not None
-            module._forward_entry = torch.ops.vllm.moe_forward_shared if shared else torch.ops.vllm.moe_forward

@@ -1,0 +1,61 @@
+"""A worker that dies and a rank that fails during start: one error that names it, and nothing left."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.engines import dwdp, run_job
+from tests.e2e.server import start_server
+
+pytestmark = pytest.mark.e2e
+
+
+def test_a_killed_worker_ends_everything_and_names_its_rank(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    server = start_server(
+        tmp_path,
+        checkpoint(family="qwen3_moe", num_experts=16),
+        *("--distributed-executor-backend", "dwdp", "--data-parallel-size", "2", "--enforce-eager"),
+        *("--api-server-count", "1"),
+    )
+    try:
+        assert server.complete("No rank waits", rank=1)
+        _, worker = server.rank_pids(1)
+        os.kill(worker, signal.SIGKILL)
+        started = time.monotonic()
+        server.process.wait(60)
+        assert time.monotonic() - started < 30
+        assert server.left() == []
+        named = re.findall(r"ERROR .*DWDP rank (\d) \(pid \d+\) died", server.log.read_text())
+        assert named == ["1"]
+    finally:
+        server.kill()
+
+
+@pytest.mark.full
+def test_a_checkpoint_without_a_tensor_fails_on_every_rank_at_once(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Rank 1's share misses a tensor: rank 0 says so instead of waiting for its time limit."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "broken"
+    shutil.copytree(checkpoint(family="qwen3_moe", num_experts=16), model)
+    [file] = model.glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if ".experts.15." in name)
+    tensors[name] = tensors[name][:8]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(AssertionError, match="rank 1 failed during start") as failure:
+        run_job(tmp_path, model, ["tokens"], **dwdp(2, timeout_s=300))
+    assert "job ended with 1" in str(failure.value)
+    assert json.dumps(str(model))

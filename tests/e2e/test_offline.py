@@ -1,0 +1,102 @@
+"""Offline `LLM` with dwdp: what users call, negative controls, launchers, torch.compile, a dead worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.engines import dwdp, run_job
+
+pytestmark = pytest.mark.e2e
+
+TAMPER = {"contiguous": "zero_pulls", "inplace": "swap_experts"}
+STEPS = ["affinity", "digests", "tokens", "features", "counters"]
+CHUNKS: dict[str, Any] = {"max_num_batched_tokens": 128, "max_num_seqs": 16}
+ONE_CORE = {"VLLM_CPU_OMP_THREADS_BIND": "0"}
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Callable[..., Path]) -> Path:
+    """Sixteen experts in four layers."""
+    return checkpoint(family="qwen3_moe", num_experts=16)
+
+
+@pytest.fixture(scope="module")
+def plain(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Plain vLLM on one core."""
+    folder = tmp_path_factory.mktemp("plain")
+    return run_job(folder, model, ["digests", "tokens", "features"], env=ONE_CORE, **CHUNKS)
+
+
+@pytest.fixture(
+    scope="module", params=["contiguous", pytest.param("inplace", marks=pytest.mark.full)]
+)
+def shared(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """dwdp on two ranks in one view; at the end its weights are tampered with."""
+    view = request.param
+    steps = [*STEPS, TAMPER[view], "digests_tampered", "tokens_tampered"]
+    job = run_job(tmp_path_factory.mktemp(view), model, steps, **CHUNKS, **dwdp(2, weight_view=view))
+    return {"view": view, **job}
+
+
+def test_tokens_and_bytes(plain: dict[str, Any], shared: dict[str, Any]) -> None:
+    assert shared["tokens"] == plain["tokens"]
+    assert shared["digests"] == [plain["digests"][0]] * 2
+
+
+def test_tampering_is_noticed(plain: dict[str, Any], shared: dict[str, Any]) -> None:
+    """The negative control of every comparison in these tests."""
+    assert shared["digests_tampered"][0] != plain["digests"][0]
+    assert shared["tokens_tampered"] != plain["tokens"]
+
+
+def test_what_users_call(plain: dict[str, Any], shared: dict[str, Any]) -> None:
+    seen = shared["features"]
+    assert seen["n"] == [3, 3]
+    assert seen["chat"] == 4
+    [finished] = seen["finished_after_abort"]
+    assert finished.startswith(seen["kept"])
+    assert seen["choice"] in ("yes", "no")
+    # Prefilled in chunks of 128; each of two ranks serves it twice, the second time from its prefix cache.
+    usual = plain["features"]
+    assert seen["long_prompt"] > 128
+    assert seen["long_cached"][:2] == [0, 0] and min(seen["long_cached"][2:]) == usual["long_cached"][1] > 0
+    assert seen["long_tokens"] == [usual["long_tokens"][i] for i in (0, 0, 1, 1)]
+
+
+def test_ranks_compute_on_cores_of_their_own(shared: dict[str, Any]) -> None:
+    assert [rank["cores"] for rank in shared["affinity"]] == [[0], [1]]
+    assert [rank["threads"] for rank in shared["affinity"]] == [1, 1]
+
+
+def test_nothing_stays_after_del(shared: dict[str, Any]) -> None:
+    assert shared["children_after_del"] == [] and shared["left"] == []
+    assert "dwdp rank 1 stops:" in shared["log"]
+
+
+def test_torch_compile_gives_compiled_vllms_tokens(model: Path, tmp_path: Path) -> None:
+    options = {"enforce_eager": False}
+    plain = run_job(tmp_path, model, ["tokens"], env=ONE_CORE, **options)
+    shared = run_job(tmp_path, model, ["tokens", "counters"], **options, **dwdp(2, weight_view="contiguous"))
+    assert shared["tokens"] == plain["tokens"]
+    # Compute went through the gates, also from compiled code.
+    assert all(counter["layers"] == 4 * counter["forwards"] > 0 for counter in shared["counters"])
+
+
+def test_ray_launches_workers(model: Path, plain: dict[str, Any], tmp_path: Path) -> None:
+    shared = run_job(tmp_path, model, ["tokens", "digests", "counters", "affinity"], **dwdp(2, launcher="ray"))
+    assert shared["tokens"] == plain["tokens"]
+    assert shared["digests"] == [plain["digests"][0]] * 2
+    assert shared["left"] == []
+
+
+@pytest.mark.full
+def test_user_binding_is_left_alone(model: Path, plain: dict[str, Any], tmp_path: Path) -> None:
+    shared = run_job(
+        tmp_path, model, ["tokens", "affinity"], env={"VLLM_CPU_OMP_THREADS_BIND": "1|0"}, **dwdp(2)
+    )
+    assert shared["tokens"] == plain["tokens"]
+    assert [rank["cores"] for rank in shared["affinity"]] == [[1], [0]]

@@ -1,0 +1,120 @@
+"""Settings of dwdp, models and machines that it cannot work with: one line, before anything is loaded or started."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from tests.unit.leftovers import TINY, build, check_message, refusal
+from vllm_dwdp import patches
+from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.engine import configure, options
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings", "words"),
+    [
+        pytest.param(2, "num_slots=2", ["'num_slots=2'", "mapping such as"], id="not-a-mapping"),
+        pytest.param(2, {"num_slot": 3}, ["'num_slot' = 3", "did you mean 'num_slots'"], id="misspelt-key"),
+        pytest.param(2, {"speed": 9}, ["'speed' = 9", "known keys are group_size"], id="unknown-key"),
+        pytest.param(2, {"num_slots": "2"}, ["'2'", "str", "whole number >= 2"], id="wrong-type"),
+        pytest.param(2, {"num_slots": 1}, ["num_slots is 1", ">= 2", "raise it"], id="one-slot"),
+        pytest.param(2, {"group_size": 1}, ["group_size is 1", ">= 2"], id="group-of-one"),
+        pytest.param(
+            4, {"group_size": 3}, ["group_size is 3", "size is 4", "divisor", "2, 4"], id="group-not-dividing"
+        ),
+        pytest.param(2, {"group_size": 4}, ["group_size is 4", "size is 2"], id="group-above-ranks"),
+        pytest.param(2, {"experts_per_rank": 3}, ["experts_per_rank is 3", "4..7"], id="too-few-experts"),
+        pytest.param(2, {"experts_per_rank": 8}, ["experts_per_rank is 8", "4..7"], id="all-experts"),
+        pytest.param(2, {"slice_bytes": 5000}, ["5000", "multiple of 256", "4864"], id="slice-bytes"),
+        pytest.param(2, {"timeout_s": 0}, ["timeout_s is 0", "above 0", "300"], id="no-time"),
+        pytest.param(2, {"weight_view": "continuous"}, ["did you mean 'contiguous'"], id="unknown-view"),
+        pytest.param(2, {"launcher": "slurm"}, ["'slurm'", "auto, ray, mp"], id="unknown-launcher"),
+        pytest.param(2, {"weight_view": "split"}, ['"split"', "GPUs", "contiguous or inplace"], id="split-on-cpu"),
+        pytest.param(2, {"transport": "cupy_ipc"}, ['"cupy_ipc"', "GPUs", "auto or shm"], id="gpu-transport-on-cpu"),
+        pytest.param(2, {"ranks_per_device": 2}, ["is 2", "GPUs", "leave it out"], id="ranks-per-device-on-cpu"),
+        pytest.param(2, {"rendezvous": "h:1/g"}, ["h:1", "started apart", "leave it out"], id="ranks-started-apart"),
+    ],
+)
+def test_settings(tiny_moe: Path, ranks: int, settings: object, words: list[str]) -> None:
+    message = refusal(lambda: build(tiny_moe, data_parallel_size=ranks, additional_config={"dwdp": settings}))
+    check_message(message, words)
+
+
+DBRX = {
+    "architectures": ["DbrxForCausalLM"],
+    "model_type": "dbrx",
+    "d_model": 32,
+    "n_heads": 1,
+    "n_layers": 1,
+    "max_seq_len": 128,
+    "ffn_config": {"moe_num_experts": 4, "ffn_hidden_size": 32, "moe_top_k": 2},
+    "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0},
+}
+
+
+def changed(moe: Path, folder: Path, **values: Any) -> Path:
+    """A folder like that of `moe` with another config.json."""
+    folder.mkdir()
+    for file in moe.glob("*.json"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((moe / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        pytest.param({"quantization_config": {"quant_method": "fp8"}}, ["'fp8'", "use a BF16"], id="fp8"),
+        pytest.param({"quantization_config": {"quant_method": "mxfp4"}}, ["'mxfp4'", "use a BF16"], id="mxfp4"),
+        pytest.param(DBRX, ["DbrxForCausalLM", "all experts at once", "use another model"], id="dbrx"),
+    ],
+)
+def test_models(tiny_moe: Path, tmp_path: Path, values: dict[str, Any], words: list[str]) -> None:
+    model = changed(tiny_moe, tmp_path / "model", **values)
+    check_message(refusal(lambda: build(model)), words)
+
+
+def test_a_dense_model(checkpoint: Callable[..., Path]) -> None:
+    dense = checkpoint(family="qwen3", **TINY)
+    words = [str(dense), "no routed experts", "--data-parallel-size alone"]
+    check_message(refusal(lambda: build(dense)), words)
+
+
+def test_a_drafter_with_experts(tiny_moe: Path) -> None:
+    drafter = {"model": str(tiny_moe), "method": "draft_model", "num_speculative_tokens": 2}
+    words = [str(tiny_moe), "8 routed experts", "dense drafter or ngram"]
+    check_message(refusal(lambda: build(tiny_moe, speculative_config=drafter)), words)
+
+
+def test_one_process(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    check_message(refusal(lambda: build(tiny_moe)), ["VLLM_ENABLE_V1_MULTIPROCESSING=0", "one per rank", "unset it"])
+
+
+def test_ray_without_ray(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "ray" else find(name, *more))
+    message = refusal(lambda: build(tiny_moe, additional_config={"dwdp": {"launcher": "ray"}}))
+    check_message(message, ['launcher "ray"', 'pip install "vllm-dwdp[ray]"', 'launcher "mp"'])
+
+
+def test_another_vllm(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patches, "failures", ["vLLM 9.9.9 is installed, this vllm-dwdp was made for vLLM 0.32.0"])
+    check_message(refusal(lambda: build(tiny_moe)), ["vLLM 9.9.9", "vLLM 0.32.0", "install the matching pair"])
+
+
+def test_another_platform(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_message(refusal(lambda: options.check_settings(DwdpConfig(), on_cpu=False)), ["CPU ranks", "CPU build"])
+    monkeypatch.setattr(configure, "_WORKERS", {})
+    check_message(refusal(lambda: build(tiny_moe)), ["vllm.v1.worker.cpu_worker.CPUWorker", "CPU and CUDA platforms"])
