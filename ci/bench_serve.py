@@ -267,8 +267,8 @@ def main() -> int:
     rng = random.Random(0)
     prompts = [rng.choices(VOCAB, k=args.input) for _ in range(args.requests)]
     say(
-        f"{args.requests} requests of {args.input} + {args.output} tokens, {args.concurrency} at a time, on cores {cores}, "
-        f"{'compiled' if args.compile else 'eager'}"
+        f"{args.requests} requests of {args.input} + {args.output} tokens, {args.concurrency} at a time, "
+        f"on cores {cores}, {'compiled' if args.compile else 'eager'}"
     )
     found = run(args, chosen, model, prompts, args.output, not args.compile)
     ratios = report(found)

@@ -61,8 +61,8 @@ def main() -> None:
     for counter in vllm_dwdp.counters(llm):
         print(
             f"rank {counter['rank']}: {counter['requests']} requests, {counter['forwards']} forwards, "
-            f"{counter['experts_held']} experts of a layer in {counter['slab_bytes'] / 1e6:.2f} MB, view {counter['view']}, "
-            f"{counter['pulled_bytes'] / 1e6:.2f} MB pulled"
+            f"{counter['experts_held']} experts of a layer in {counter['slab_bytes'] / 1e6:.2f} MB, "
+            f"view {counter['view']}, {counter['pulled_bytes'] / 1e6:.2f} MB pulled"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import sys
 import threading
 import time
 from pathlib import Path
@@ -23,8 +24,7 @@ class _Sampler(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.first = resident()
-        self.peak = self.first
+        self.peak = resident()
         self.start()
 
     def run(self) -> None:
@@ -34,6 +34,29 @@ class _Sampler(threading.Thread):
 
 
 _SAMPLER = _Sampler()
+_LOAD: dict[str, int] = {}
+
+
+def _note_load() -> None:
+    """Note what is resident when a dwdp worker begins to build its model, and the highest until all is in slabs."""
+    from vllm_dwdp.layers import sharing
+    from vllm_dwdp.layers.build import ModelBuild
+
+    open_build, map_peers = ModelBuild.open, sharing.map_peers
+
+    def opened(build: ModelBuild) -> ModelBuild:
+        _SAMPLER.peak = _LOAD["before"] = resident()
+        return open_build(build)
+
+    def mapped(*args: Any) -> None:
+        _LOAD["peak"] = max(_SAMPLER.peak, resident())
+        map_peers(*args)
+
+    ModelBuild.open, sharing.map_peers = opened, mapped  # type: ignore[method-assign, assignment]
+
+
+if "vllm_dwdp.engine.worker" in sys.modules:
+    _note_load()
 
 
 class Probe:
@@ -64,7 +87,7 @@ class Probe:
         return digests
 
     def probe_memory(self) -> dict[str, int]:
-        """Resident bytes before the worker was built, now, and at the highest; expert bytes by storage."""
+        """Resident bytes before loading and at the highest while loading; expert and replicated bytes by storage."""
         storages: dict[int, int] = {}
         for _, layer in self._expert_layers():
             for parameter in layer.parameters():
@@ -76,9 +99,8 @@ class Probe:
             if ".routed_experts." not in name
         )
         return {
-            "before": _SAMPLER.first,
+            **{f"load_{name}": nbytes for name, nbytes in _LOAD.items()},
             "now": resident(),
-            "peak": _SAMPLER.peak,
             "storages": sum(storages.values()),
             "replicated": replicated,
         }

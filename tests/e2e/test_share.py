@@ -14,8 +14,8 @@ pytestmark = pytest.mark.e2e
 
 EXPERTS, LAYERS, HIDDEN, INNER = 32, 6, 512, 512
 EXPERT_BYTES = 3 * HIDDEN * INNER * 2
-#: Python objects, page tables and torch's own allocations that come with loading, in bytes.
-NOISE = 40e6
+#: Modules that are imported to build the model, and torch's own allocations, in bytes.
+NOISE = 15e6
 
 
 @pytest.fixture(scope="module", params=["contiguous", pytest.param("inplace", marks=pytest.mark.full)])
@@ -59,9 +59,5 @@ def test_only_the_share_is_read(seen: dict[str, Any]) -> None:
 def test_the_peak_of_loading_is_bounded(seen: dict[str, Any]) -> None:
     share = EXPERTS // 2 * LAYERS * EXPERT_BYTES
     for counter, memory in zip(seen["counters"], seen["memory"], strict=True):
-        layers = 2 * share / LAYERS
-        bound = share + memory["replicated"] + layers + counter["read_largest"] + counter["slot_bytes"]
-        # The peer's pages that are mapped, and touched by the in-place view, are the peer's memory.
-        mapped = share
-        # The KV cache is one GiB of address space, but only touched pages are resident.
-        assert memory["peak"] - memory["before"] <= bound + mapped + NOISE + 300e6
+        bound = share + memory["replicated"] + 2 * share / LAYERS + counter["read_largest"]
+        assert share < memory["load_peak"] - memory["load_before"] <= bound + NOISE

@@ -79,7 +79,9 @@ def _held(folder: Path, shared: set[str]) -> set[str]:
     found = {f"temporary file {path}" for path in folder.iterdir()}
     found |= {f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ}
     found |= {f"thread {thread.name}" for thread in threading.enumerate() if thread.name.startswith("dwdp")}
-    found |= {f"child {' '.join(_command(child))}" for child in psutil.Process().children(recursive=True)}
+    commands = {_command(child) for child in psutil.Process().children(recursive=True)}
+    # Python starts its own tracker, once per process, at the first use of multiprocessing.
+    found |= {f"child {command}" for command in commands if "resource_tracker" not in command}
     links = _links()
     found |= {link for link in links if link.startswith("/memfd:")}
     for line in [line.split() for table in ("tcp", "tcp6") for line in _lines(f"/proc/self/net/{table}")[1:]]:
@@ -98,13 +100,11 @@ def _links() -> set[str]:
     return found
 
 
-def _command(process: psutil.Process) -> list[str]:
+def _command(process: psutil.Process) -> str:
     try:
-        command = process.cmdline()
+        return " ".join(process.cmdline())
     except psutil.Error:
-        return []
-    # Python's own, one per process from the first use of multiprocessing on.
-    return ["resource tracker"] if "resource_tracker" in " ".join(command) else command
+        return "that ends"
 
 
 def _lines(path: str) -> list[str]:

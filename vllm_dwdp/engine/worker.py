@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from contextlib import nullcontext
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -12,6 +13,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_dwdp import __version__
+from vllm_dwdp.engine.heap import freed_memory_is_returned
 from vllm_dwdp.engine.launch import DwdpLaunch, launch_of
 from vllm_dwdp.engine.loader import switch_loader
 from vllm_dwdp.engine.model_config import restore_moe
@@ -71,8 +73,9 @@ class DwdpWorkerMixin:
         try:
             rendezvous.check_identity(identity_of(self.vllm_config, launch), group)
             build = ModelBuild(launch.config, group.index(rank), len(group), current_platform.is_cpu()).open()
-            super().load_model(*args, **kwargs)  # type: ignore[misc]
-            self.dwdp_sharing = ExpertSharing(build, rendezvous, launch)
+            with freed_memory_is_returned() if build.on_cpu else nullcontext():
+                super().load_model(*args, **kwargs)  # type: ignore[misc]
+                self.dwdp_sharing = ExpertSharing(build, rendezvous, launch)
         except BaseException as error:
             rendezvous.fail(error)
             raise

@@ -1,0 +1,223 @@
+"""What vLLM looks like in a fresh process with the plugin installed; one scenario per process, for test_patches.py.
+
+    python -m tests.unit.plugin_probe SCENARIO MODEL
+
+prints its findings as JSON on the last line.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+Findings = dict[str, Any]
+
+
+def build(model: str, **arguments: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(model=model, **arguments).create_engine_config()
+
+
+def build_dwdp(model: str, **settings: Any) -> Any:
+    more = {"additional_config": {"dwdp": settings}} if settings else {}
+    return build(model, distributed_executor_backend="dwdp", data_parallel_size=2, **more)
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def look(value: object) -> str:
+    """What would change if somebody replaced or extended `value`: where its code is, or what it holds."""
+    kind = type(value)
+    if kind in (staticmethod, classmethod):
+        return look(value.__func__)  # type: ignore[attr-defined]
+    if kind is property:
+        return look(value.fget)  # type: ignore[attr-defined]
+    if isinstance(value, functools._lru_cache_wrapper):
+        return f"cached {look(value.__wrapped__)}"
+    if kind is types.FunctionType:
+        return f"{value.__code__.co_filename}:{value.__code__.co_firstlineno}"  # type: ignore[attr-defined]
+    if issubclass(kind, type):
+        return f"class {value.__module__}.{value.__qualname__}"  # type: ignore[attr-defined]
+    if kind is dict:
+        return f"keys {sorted(map(str, value))}"  # type: ignore[call-overload]
+    if kind in (list, tuple, set, frozenset):
+        return f"{kind.__name__} of {len(value)}"  # type: ignore[arg-type]
+    return f"a {kind.__module__}.{kind.__qualname__}"
+
+
+def symbols() -> dict[str, str]:
+    """Everything that vLLM's modules and their classes define, as far as they are imported."""
+    import vllm.model_executor.custom_op
+    import vllm.model_executor.model_loader
+    import vllm.v1.engine.core_client  # noqa: F401
+
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if name != "vllm" and not name.startswith("vllm."):
+            continue
+        for attribute, value in list(vars(module).items()):
+            found[f"{name}.{attribute}"] = look(value)
+            # By the type, since vLLM's lazy modules import on isinstance.
+            if issubclass(type(value), type) and value.__module__ == name:
+                for member, inner in list(vars(value).items()):
+                    found[f"{name}.{value.__qualname__}.{member}"] = look(inner)
+    return found
+
+
+def ours() -> list[str]:
+    return sorted(name for name in sys.modules if name.split(".")[0] == "vllm_dwdp")
+
+
+def hook_is_on() -> bool:
+    from vllm.platforms.interface import Platform
+
+    return "vllm_dwdp" in Platform.is_tpu.__code__.co_filename
+
+
+def plain(model: str) -> Findings:
+    """`dwdp` is not selected. Run with and without the plugin."""
+    from vllm import LLM  # noqa: F401
+    from vllm.plugins import load_general_plugins
+
+    before = hook_is_on()
+    load_general_plugins()
+    config = build(model)
+    return {
+        "hook": [before, hook_is_on()],
+        "ours": ours(),
+        "symbols": symbols(),
+        "environment": sorted(name for name in os.environ if name.startswith(("VLLM", "DWDP", "RAY"))),
+        "hash": config.compute_hash(),
+    }
+
+
+def selected(model: str) -> Findings:
+    """First not selected, then selected."""
+    from vllm import LLM  # noqa: F401
+
+    plain_hash, before = build(model).compute_hash(), symbols()
+    hashes = [build_dwdp(model).compute_hash(), build_dwdp(model).compute_hash()]
+    other = build_dwdp(model, num_slots=3).compute_hash()
+    after = symbols()
+    import vllm_dwdp
+
+    vllm_dwdp.early()
+    vllm_dwdp.early()
+    vllm_dwdp.register()
+    vllm_dwdp.register()
+    again = symbols()
+    return {
+        "changed": sorted(name for name in before if after[name] != before[name]),
+        "changed_again": sorted(name for name in after if again[name] != after[name]),
+        "hook": hook_is_on(),
+        "plain_hash": plain_hash,
+        "hashes": hashes,
+        "other_hash": other,
+    }
+
+
+def offline(model: str) -> Findings:
+    """`LLM` up to its config, several times in one process."""
+    from vllm import LLM
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    class Stop(Exception):
+        pass
+
+    configs: list[str] = []
+    tpu: list[bool] = []
+
+    def stop(engine_args: Any, **_: Any) -> None:
+        from vllm.platforms import current_platform
+
+        tpu.append(current_platform.is_tpu())
+        configs.append(engine_args.create_engine_config().parallel_config.worker_cls)
+        raise Stop
+
+    LLMEngine.from_engine_args = stop  # type: ignore[method-assign, assignment]
+
+    def attempt(**arguments: Any) -> str:
+        return error_of(lambda: LLM(model, **arguments)).split(":")[0] + f", {len(configs)} configs"
+
+    dwdp = {"distributed_executor_backend": "dwdp", "data_parallel_size": 2}
+    errors = [
+        error_of(lambda: LLM(model, data_parallel_size=2)),
+        attempt(**dwdp),
+        attempt(**dwdp),
+        error_of(lambda: LLM(model, data_parallel_size=2)),
+        attempt(),
+        error_of(lambda: LLM(model, **{**dwdp, "data_parallel_size": 1})),
+    ]
+    return {"errors": errors, "configs": configs, "tpu": tpu, "hook": hook_is_on()}
+
+
+def offline_first(model: str) -> Findings:
+    """The very first `LLM` of a process is one of dwdp's: only the early hook can let it through."""
+    from vllm import LLM
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    def stop(engine_args: Any, **_: Any) -> None:
+        raise RuntimeError(f"{engine_args.distributed_executor_backend} with {engine_args.data_parallel_size} ranks")
+
+    LLMEngine.from_engine_args = stop  # type: ignore[method-assign, assignment]
+    error = error_of(lambda: LLM(model, distributed_executor_backend="dwdp", data_parallel_size=2))
+    return {"error": error, "hook": hook_is_on()}
+
+
+def hidden(model: str) -> Findings:
+    """VLLM_PLUGINS leaves us out, and `dwdp` is asked for."""
+    from vllm import LLM
+    from vllm.v1.executor import Executor
+
+    return {
+        "ours": ours(),
+        "serve": error_of(lambda: Executor.get_class(build_dwdp(model))),
+        "offline": error_of(lambda: LLM(model, distributed_executor_backend="dwdp", data_parallel_size=2)),
+    }
+
+
+def _refused(model: str) -> Findings:
+    return {"dwdp": error_of(lambda: build_dwdp(model)), "plain": build(model).parallel_config.worker_cls}
+
+
+def other_version(model: str) -> Findings:
+    """vLLM says that it is another release."""
+    import vllm.version
+
+    vllm.version.__version__ = "0.33.1+cpu"
+    return _refused(model)
+
+
+def other_signature(model: str) -> Findings:
+    """What we wrap takes other parameters than we know."""
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+
+    make, start = EngineArgs.create_engine_config, LLM.__init__
+
+    def create_engine_config(self: Any, context: Any = None, *, headless: bool = False) -> Any:
+        return make(self, context, headless)
+
+    def __init__(self: Any, model: str, **kwargs: Any) -> None:
+        start(self, model, **kwargs)
+
+    EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign, assignment]
+    LLM.__init__ = __init__  # type: ignore[method-assign]
+    return _refused(model)
+
+
+if __name__ == "__main__":
+    found = globals()[sys.argv[1]](sys.argv[2])
+    print(json.dumps(found))
