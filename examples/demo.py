@@ -114,12 +114,18 @@ def main() -> int:
             )
             same = sum(a == b for a, b in zip(tokens, expected, strict=True))
             different += len(expected) - same
-            say(f"  {same} of {len(expected)} requests have exactly plain vLLM's tokens ({seconds:.1f} s; plain {plain_s:.1f} s)")
+            say(
+                f"  {same} of {len(expected)} requests have plain vLLM's tokens ({seconds:.1f} s; plain {plain_s:.1f} s)"
+            )
             rows += [row(view, counter) for counter in counters]
     print()
     print(table(rows))
     print()
-    print("All tokens are identical to plain vLLM's." if not different else f"{different} requests DIFFER from plain vLLM.")
+    print(
+        "All tokens are identical to plain vLLM's."
+        if not different
+        else f"{different} requests DIFFER from plain vLLM."
+    )
     return 1 if different else 0
 
 

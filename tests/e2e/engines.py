@@ -23,7 +23,9 @@ _CACHES = ("torchinductor", "ray", "torch_", "vllm_cache", "tmp_torch", "pymp-",
 
 def environment(**more: str) -> dict[str, str]:
     """This process's environment for an engine: small KV cache, no network, tests importable in workers."""
-    base = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "VLLM_CPU_OMP", "VLLM_DWDP"))}
+    base = {
+        key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "VLLM_CPU_OMP", "VLLM_DWDP"))
+    }
     return {
         **base,
         "VLLM_CPU_KVCACHE_SPACE": "1",

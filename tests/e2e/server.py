@@ -97,7 +97,17 @@ def start_server(folder: Path, model: Path | str, *arguments: str, env: dict[str
     """Start a server and wait until it answers /health; raises AssertionError with its log."""
     port, log = free_port(), folder / f"serve-{time.monotonic_ns()}.log"
     before = Leftovers()
-    command = [VLLM, "serve", str(model), "--port", str(port), "--max-model-len", "512", "--gpu-memory-utilization", "0.2"]
+    command = [
+        VLLM,
+        "serve",
+        str(model),
+        "--port",
+        str(port),
+        "--max-model-len",
+        "512",
+        "--gpu-memory-utilization",
+        "0.2",
+    ]
     with log.open("w") as stream:
         process = subprocess.Popen(
             [*command, *arguments],

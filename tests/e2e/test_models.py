@@ -75,7 +75,9 @@ def seen(
     case: Case = request.param
     folder = tmp_path_factory.mktemp("engines")
     model = checkpoint(family=case.family, dtype=case.dtype, **case.fields)
-    plain = run_job(folder, model, ["digests", "tokens", "batch"], dtype=case.dtype, env={"VLLM_CPU_OMP_THREADS_BIND": "0"})
+    plain = run_job(
+        folder, model, ["digests", "tokens", "batch"], dtype=case.dtype, env={"VLLM_CPU_OMP_THREADS_BIND": "0"}
+    )
     options = dwdp(case.ranks, weight_view=case.view, **case.config)
     return Seen(case, plain, run_job(folder, model, STEPS, dtype=case.dtype, **options))
 

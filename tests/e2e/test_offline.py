@@ -31,9 +31,7 @@ def plain(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     return run_job(folder, model, ["digests", "tokens", "features"], env=ONE_CORE, **CHUNKS)
 
 
-@pytest.fixture(
-    scope="module", params=["contiguous", pytest.param("inplace", marks=pytest.mark.full)]
-)
+@pytest.fixture(scope="module", params=["contiguous", pytest.param("inplace", marks=pytest.mark.full)])
 def shared(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """dwdp on two ranks in one view; at the end its weights are tampered with."""
     view = request.param
@@ -95,8 +93,6 @@ def test_ray_launches_workers(model: Path, plain: dict[str, Any], tmp_path: Path
 
 @pytest.mark.full
 def test_user_binding_is_left_alone(model: Path, plain: dict[str, Any], tmp_path: Path) -> None:
-    shared = run_job(
-        tmp_path, model, ["tokens", "affinity"], env={"VLLM_CPU_OMP_THREADS_BIND": "1|0"}, **dwdp(2)
-    )
+    shared = run_job(tmp_path, model, ["tokens", "affinity"], env={"VLLM_CPU_OMP_THREADS_BIND": "1|0"}, **dwdp(2))
     assert shared["tokens"] == plain["tokens"]
     assert [rank["cores"] for rank in shared["affinity"]] == [[1], [0]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 from vllm_dwdp.engine.environment import is_users, set_for_launch
@@ -16,7 +17,7 @@ def split_cores(cores: list[int], num_ranks: int) -> list[list[int]]:
     if len(cores) < num_ranks:
         return [list(cores) for _ in range(num_ranks)]
     bounds = [rank * len(cores) // num_ranks for rank in range(num_ranks + 1)]
-    return [cores[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
+    return [cores[low:high] for low, high in itertools.pairwise(bounds)]
 
 
 def bind_ranks(owner: object, num_ranks: int) -> None:
@@ -36,6 +37,9 @@ def bind_ranks(owner: object, num_ranks: int) -> None:
     lists = split_cores(cores, num_ranks)
     if len(cores) < num_ranks:
         logger.warning(
-            "dwdp: %d ranks share %d cores; give the machine more cores or bind them with %s", num_ranks, len(cores), _BIND
+            "dwdp: %d ranks share %d cores; give the machine more cores or bind them with %s",
+            num_ranks,
+            len(cores),
+            _BIND,
         )
     set_for_launch(owner, _BIND, "|".join(",".join(map(str, part)) for part in lists))

@@ -26,7 +26,7 @@ from vllm.model_executor.model_loader import (
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 
 from vllm_dwdp.layers.build import ModelBuild
-from vllm_dwdp.layers.coverage import check_coverage
+from vllm_dwdp.layers.coverage import check_coverage, check_memory
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.routed_experts import cover_subclasses
 
@@ -47,7 +47,10 @@ class _ShareOnlyMixin:
         get_model_architecture(model_config)
         cover_subclasses()
         model: nn.Module = super().create_model(vllm_config, model_config, prefix)  # type: ignore[misc]
-        check_coverage(model, ModelBuild.current())
+        build = ModelBuild.current()
+        check_coverage(model, build)
+        if build.on_cpu:
+            check_memory(build)
         return model
 
 

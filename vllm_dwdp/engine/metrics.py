@@ -47,7 +47,9 @@ def _metric(kind: str, series: Series) -> Any:
             _metrics[series.name] = prometheus_client.Counter(series.name, series.help, ["engine"])
         else:
             # The publishing process alone sets it: of several processes' values the greatest is right.
-            _metrics[series.name] = prometheus_client.Gauge(series.name, series.help, ["engine"], multiprocess_mode="max")
+            _metrics[series.name] = prometheus_client.Gauge(
+                series.name, series.help, ["engine"], multiprocess_mode="max"
+            )
     return _metrics[series.name]
 
 

@@ -63,7 +63,7 @@ class DwdpWorkerMixin:
         self.dwdp_launch = launch
         self.dwdp_rank = vllm_config.parallel_config.data_parallel_index
         self.dwdp_sharing: ExpertSharing | None = None
-        super().__init__(vllm_config, *args, **kwargs)
+        super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """vLLM's `load_model` for this rank's share, then the views of all experts."""
@@ -80,6 +80,10 @@ class DwdpWorkerMixin:
             rendezvous.fail(error)
             raise
         logger.info("dwdp rank %d: %s", rank, self.dwdp_sharing.describe())
+        window = self.dwdp_sharing.window(self.vllm_config.scheduler_config.max_num_batched_tokens)
+        if window is not None and not window.hides:
+            logger.warning("dwdp rank %d: %s", rank, window.describe())
+        self.dwdp_sharing.start()
 
     def dwdp_counters(self) -> dict[str, Any]:
         """This rank's counters; for `collective_rpc`."""

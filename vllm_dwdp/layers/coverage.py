@@ -1,4 +1,4 @@
-"""Is every MoE layer of a model one of ours? Answered before any weight is read."""
+"""Is every MoE layer of a model one of ours, and is there memory? Answered before any weight is read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
+from vllm_dwdp.transport.limits import require_memory
 
 
 def check_coverage(model: nn.Module, build: ModelBuild) -> None:
@@ -33,4 +34,25 @@ def check_coverage(model: nn.Module, build: ModelBuild) -> None:
         inside.update(map(id, module.parameters()))
     for path, parameter in model.named_parameters():
         if id(parameter) not in inside and parameter.ndim >= 3 and parameter.shape[0] in experts and ".experts" in path:
-            raise DwdpError(f"{name}: {path} holds {parameter.shape[0]} experts outside of RoutedExperts: not supported")
+            raise DwdpError(
+                f"{name}: {path} holds {parameter.shape[0]} experts outside of RoutedExperts: not supported"
+            )
+
+
+def check_memory(build: ModelBuild) -> None:
+    """Refuse to load where the host cannot hold what all ranks of the group are about to allocate.
+
+    Parameters exist by now, but none of their pages was touched. Raises DwdpError with the figures.
+    """
+    shares = [sum(p.nbytes for p in layer.module.parameters()) for layer in build.layers]  # type: ignore[attr-defined]
+    inplace = build.config.weight_view != "contiguous" and all(layer.on_pages for layer in build.layers)
+    whole = [
+        share * layer.placement.num_experts // len(layer.placement.shares[build.rank])
+        for share, layer in zip(shares, build.layers, strict=True)
+    ]
+    slots = 0 if inplace else min(build.config.num_slots, len(whole)) * max(whole)
+    ranks = build.group_size
+    purpose = (
+        f"dwdp: {ranks} ranks with {sum(shares) / 2**30:.2f} GiB of experts and {slots / 2**30:.2f} GiB of slots each"
+    )
+    require_memory(ranks * (sum(shares) + slots), purpose)

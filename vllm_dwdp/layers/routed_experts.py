@@ -37,9 +37,15 @@ class ShareMap(ExpertMapManager):
 class DwdpExpertsMixin:
     """In front of a `RoutedExperts` class: allocates the share only and brackets the compute with acquire / release."""
 
+    # Of the class behind this mixin.
+    quant_method: Any
+    top_k: int
+    parameters: Any
+
     dwdp_share: tuple[int, ...]
     dwdp_layer: int
     dwdp_gate: LayerGate | None
+    _dwdp_whole_map: ExpertMapManager
 
     def __init__(
         self,
@@ -110,7 +116,8 @@ class DwdpExpertsMixin:
 
 def _subclasses(cls: type) -> Iterable[type]:
     yield cls
-    for child in cls.__subclasses__():
+    children: list[type] = cls.__subclasses__()
+    for child in children:
         if not issubclass(child, DwdpExpertsMixin):
             yield from _subclasses(child)
 

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
-from vllm_dwdp.transport.handles_json import handle_to_json
 from vllm_dwdp.layers.read_stats import READ
-from vllm_dwdp.layers.slabs import LayerSlab, map_peers, move_to_slabs, replicate_small
+from vllm_dwdp.layers.slabs import map_peers, move_to_slabs, replicate_small
 from vllm_dwdp.layers.views import (
     InplaceGate,
     attach_contiguous,
@@ -18,10 +17,12 @@ from vllm_dwdp.layers.views import (
     refuse_inplace,
     slot_bytes,
 )
+from vllm_dwdp.layers.window import Window, copy_rate, estimate, product_rate
 from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.prefetch.prefetcher import Prefetcher, TraceEvent
 from vllm_dwdp.prefetch.ring import Ring
-from vllm_dwdp.transport.base import Memory
+from vllm_dwdp.transport.base import Memory, Program
+from vllm_dwdp.transport.handles_json import handle_to_json
 from vllm_dwdp.transport.shm import ShmTransport
 
 if TYPE_CHECKING:
@@ -47,16 +48,14 @@ class ExpertSharing:
         DwdpTimeout, PeerLost: a peer did not come, or failed.
     """
 
-    def __init__(
-        self, build: ModelBuild, rendezvous: Rendezvous, launch: DwdpLaunch
-    ) -> None:
+    def __init__(self, build: ModelBuild, rendezvous: Rendezvous, launch: DwdpLaunch) -> None:
         self.build = build
         group = launch.group_of(rendezvous.rank)
         self.transport = make_transport(build, launch.cores)
         self.slots: list[Memory] = []
         self.trace: list[TraceEvent] = []
         self.prefetcher: Prefetcher | None = None
-        self.bytes_per_forward = 0
+        self.refilled: list[Program] = []
         self._closing = contextlib.ExitStack()
         self._closing.callback(self.transport.close)
         try:
@@ -71,8 +70,6 @@ class ExpertSharing:
             rendezvous.put("counters", handle_to_json(self.counters.handle()))
             # In-place ranges open the owners' files once more: no owner may leave before all are mapped.
             rendezvous.gather("mapped", True, group)
-            if self.prefetcher is not None:
-                self.prefetcher.start()
         except BaseException:
             self.close()
             raise
@@ -81,36 +78,61 @@ class ExpertSharing:
         config, rank = self.build.config, self.build.rank
         if config.weight_view == "split":
             raise DwdpError('weight_view "split" needs the GPU kernels: use auto, contiguous or inplace')
-        wanted = config.weight_view != "contiguous"
-        inplace = [layer for layer in self.layers if wanted and fits_pages(layer, rank)]
-        ringed = [layer for layer in self.layers if not (wanted and fits_pages(layer, rank))]
-        if config.weight_view == "inplace" and ringed:
-            raise refuse_inplace(ringed[0], ringed[0].fetched)
+        # One view for the whole model: a single layer off the pages takes the others along.
+        misfit = next((layer for layer in self.layers if not fits_pages(layer, rank)), None)
+        if config.weight_view == "contiguous" or (config.weight_view == "auto" and misfit is not None):
+            self.view = "contiguous"
+            self._attach_ring()
+            return
+        if misfit is not None:
+            raise refuse_inplace(misfit, misfit.fetched)
+        self.view = "inplace"
         gate = InplaceGate(self.counters)
-        for i, layer in enumerate(inplace):
+        for i, layer in enumerate(self.layers):
             attach_inplace(layer, rank, self.transport)
             layer.build.module.dwdp_attach(gate, i)
-        if ringed:
-            self._attach_ring(ringed)
-        self.view = "contiguous" if ringed else "inplace"
 
-    def _attach_ring(self, layers: list[LayerSlab]) -> None:
+    def _attach_ring(self) -> None:
         config = self.build.config
-        ring = Ring(len(layers), config.num_slots)
-        nbytes = slot_bytes(layers)
+        ring = Ring(len(self.layers), config.num_slots)
+        nbytes = slot_bytes(self.layers)
         self.slots = [self.transport.allocate_slot(nbytes) for _ in range(ring.used_slots)]
         engine = self.transport.copy_engine()
         self._closing.callback(engine.close, _CLOSE_TIMEOUT_S)
+        self.engine = engine
         programs = [
             attach_contiguous(layer, self.build.rank, self.slots[ring.slot_of(i)], engine, config.slice_bytes)
-            for i, layer in enumerate(layers)
+            for i, layer in enumerate(self.layers)
         ]
         trace = self.trace if config.trace else None
         self.prefetcher = Prefetcher(ring, engine, programs, self.counters, config.timeout_s, trace)
         self._closing.callback(self.prefetcher.close, _CLOSE_TIMEOUT_S)
-        self.bytes_per_forward = sum(program.pulled_bytes for program in programs)
-        for i, layer in enumerate(layers):
+        # A layer with a slot of its own is pulled once and stays.
+        self.refilled = [program for i, program in enumerate(programs) if ring.next_layer(i) is not None]
+        for i, layer in enumerate(self.layers):
             layer.build.module.dwdp_attach(self.prefetcher, i)
+
+    def start(self) -> None:
+        """Begin to prefetch; the model may run."""
+        if self.prefetcher is not None:
+            self.prefetcher.start()
+
+    def window(self, tokens: int) -> Window | None:
+        """Whether the pull of a forward of `tokens` tokens can be hidden; None where nothing is pulled.
+
+        To be asked before the first forward: it fills slots.
+        """
+        if not self.refilled:
+            return None
+        tensors = [(layer.build.module, tensor) for layer in self.layers for tensor in layer.fetched]
+        flop = sum(2 * module.top_k * tensor.row_bytes // tensor.dtype.itemsize for module, tensor in tensors)
+        rate = copy_rate(self.engine, self.refilled[0], self.build.config.timeout_s)
+        return estimate(self.refilled, flop, tokens, rate, product_rate(tensors[0][1].dtype))
+
+    @property
+    def bytes_per_forward(self) -> int:
+        """Bytes that a forward pulls from peers."""
+        return sum(program.pulled_bytes for program in self.refilled)
 
     @property
     def experts_held(self) -> int:

@@ -12,8 +12,8 @@ import torch
 from vllm_dwdp.copy_plan import ALIGNMENT, SlabLayout, TensorSpec
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
-from vllm_dwdp.transport.handles_json import handle_from_json, handle_to_json
 from vllm_dwdp.transport.base import Memory, PeerSlab, Slab, Transport
+from vllm_dwdp.transport.handles_json import handle_from_json, handle_to_json
 
 if TYPE_CHECKING:
     from vllm_dwdp.engine.rendezvous import Rendezvous
@@ -108,7 +108,9 @@ def expert_tensors(module: Any, share: int, name: str) -> tuple[tuple[ExpertTens
             ExpertTensor(parameter_name, parameter, tuple(row.shape), row.numel() * row.element_size(), parameter.dtype)
         )
     whole = sum(tensor.row_bytes for tensor in tensors)
-    small = {tensor.name for tensor in tensors if len(tensor.row_shape) < 2 and tensor.row_bytes <= REPLICATED_PART * whole}
+    small = {
+        tensor.name for tensor in tensors if len(tensor.row_shape) < 2 and tensor.row_bytes <= REPLICATED_PART * whole
+    }
     return (
         tuple(tensor for tensor in tensors if tensor.name not in small),
         tuple(tensor for tensor in tensors if tensor.name in small),
@@ -136,7 +138,9 @@ def move_to_slabs(build: ModelBuild, transport: Transport) -> list[LayerSlab]:
     return slabs
 
 
-def map_peers(slabs: list[LayerSlab], build: ModelBuild, transport: Transport, rendezvous: Rendezvous, group: list[int]) -> None:
+def map_peers(
+    slabs: list[LayerSlab], build: ModelBuild, transport: Transport, rendezvous: Rendezvous, group: list[int]
+) -> None:
     """Exchange the handles of all slabs over `group` and map every peer's."""
     mine = [handle_to_json(transport.export_handle(layer.slab)) for layer in slabs]
     for peer, handles in enumerate(rendezvous.gather("slabs", mine, group)):

@@ -24,12 +24,18 @@ def vllm_version() -> str:
     return str(__version__).split("+", 1)[0]
 
 
+def refuse(reason: str) -> None:
+    """From here on `dwdp` is refused for `reason`."""
+    if reason not in failures:
+        failures.append(reason)
+
+
 def expect_parameters(function: Callable[..., Any], *names: str) -> None:
     """Record a failure unless `function` takes at least the parameters `names`, in this order."""
     where = f"{function.__module__}.{function.__qualname__}"
     have = [name for name in inspect.signature(function).parameters if name in names]
     if have != list(names):
-        failures.append(f"{where} takes {have} of the expected {list(names)}")
+        refuse(f"{where} takes {have} of the expected {list(names)}")
 
 
 def install() -> None:
@@ -37,9 +43,13 @@ def install() -> None:
     from vllm_dwdp.patches import engine_args, llm_init
 
     version = vllm_version()
-    if version != VLLM_VERSION and not failures:
-        failures.append(f"vLLM {version} is installed, this vllm-dwdp was made for vLLM {VLLM_VERSION}")
+    if version != VLLM_VERSION:
+        refuse(f"vLLM {version} is installed, this vllm-dwdp was made for vLLM {VLLM_VERSION}")
     # Engine and worker processes never build engine arguments; they get a finished config.
-    if "vllm.engine.arg_utils" in sys.modules:
-        engine_args.install()
-    llm_init.settle()
+    steps = [engine_args.install] if "vllm.engine.arg_utils" in sys.modules else []
+    for step in (*steps, llm_init.settle):
+        try:
+            step()
+        except Exception as error:
+            # Raised here, it would end plain vLLM too.
+            refuse(f"{step.__module__} does not fit this vLLM ({type(error).__name__}: {error})")

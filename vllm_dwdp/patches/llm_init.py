@@ -10,12 +10,13 @@ imported, wraps `LLM.__init__` so that a second `LLM` in the process works too. 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
 from typing import Any
 
 from vllm_dwdp import BACKEND
-from vllm_dwdp.patches import expect_parameters, failures
+from vllm_dwdp.patches import expect_parameters, refuse
 
 _LLM_MODULE = "vllm.entrypoints.llm"
 _MARK = "_dwdp_wraps"
@@ -39,8 +40,11 @@ def arm() -> None:
     with _lock:
         if _original is not None:
             return
-        _original = Platform.__dict__["is_tpu"]
-        original = _original
+        original = Platform.__dict__.get("is_tpu")
+        if not inspect.isfunction(original) or list(inspect.signature(original).parameters) != ["self"]:
+            refuse("Platform.is_tpu is no longer a method without arguments")
+            return
+        _original = original
 
         @functools.wraps(original)
         def is_tpu(self: Platform) -> bool:
@@ -69,8 +73,10 @@ def settle() -> None:
         return
     original = LLM.__init__
     expect_parameters(original, "self", "model", "kwargs")
-    if "_distributed_executor_backend" not in original.__code__.co_varnames:
-        failures.append("LLM.__init__ no longer checks data_parallel_size as expected")
+    # Other plugins may have wrapped it too.
+    code = getattr(inspect.unwrap(original), "__code__", None)
+    if code is None or "_distributed_executor_backend" not in code.co_varnames:
+        refuse("LLM.__init__ no longer checks data_parallel_size as expected")
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
