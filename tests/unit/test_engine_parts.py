@@ -1,0 +1,158 @@
+"""Parts around the engine that need none: cores, environment, launch, windows, placement on pages, gates, metrics."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_dwdp.config import DwdpConfig, Rendezvous
+from vllm_dwdp.engine import environment
+from vllm_dwdp.engine.cores import split_cores
+from vllm_dwdp.engine.launch import DwdpLaunch, format_address
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.layers.build import ModelBuild, page_granularity
+from vllm_dwdp.layers.window import estimate
+from vllm_dwdp.prefetch.counters import Counters
+from vllm_dwdp.transport.base import Program
+
+
+class Owner:
+    """Something a launch's environment can belong to."""
+
+
+@given(st.integers(1, 64), st.integers(2, 16))
+def test_cores_are_disjoint_where_there_are_enough(cores: int, ranks: int) -> None:
+    lists = split_cores(list(range(cores)), ranks)
+    assert len(lists) == ranks
+    if cores < ranks:
+        assert all(part == list(range(cores)) for part in lists)
+    else:
+        assert [core for part in lists for core in part] == list(range(cores))
+        assert max(map(len, lists)) - min(map(len, lists)) <= 1
+
+
+def test_a_launchs_environment_goes_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.delenv(environment.IPC_FOLDER, raising=False)
+    monkeypatch.setattr("tempfile.tempdir", None)
+    first, second = Owner(), Owner()
+    environment.own_ipc_folder(first)
+    environment.own_ipc_folder(second)
+    assert len(os.listdir(tmp_path)) == 2
+    del first
+    gc.collect()
+    assert len(os.listdir(tmp_path)) == 1 and os.environ[environment.IPC_FOLDER].startswith(str(tmp_path))
+    del second
+    gc.collect()
+    assert os.listdir(tmp_path) == [] and environment.IPC_FOLDER not in os.environ
+
+
+def test_what_the_user_set_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(environment.IPC_FOLDER, "/mine")
+    owner = Owner()
+    environment.own_ipc_folder(owner)
+    assert os.environ[environment.IPC_FOLDER] == "/mine"
+    assert environment.is_users(environment.IPC_FOLDER) and not environment.is_users("DWDP_NOT_SET")
+
+
+def test_groups_of_a_launch() -> None:
+    launch = DwdpLaunch(DwdpConfig(group_size=2), 6, Rendezvous("h", 1, "id"), (0,))
+    assert [launch.group_of(rank) for rank in (0, 3, 5)] == [[0, 1], [2, 3], [4, 5]]
+    assert Rendezvous.parse(format_address(launch.rendezvous)) == launch.rendezvous
+
+
+def test_window_says_how_many_tokens_it_takes() -> None:
+    programs = [Program(pulled_bytes=10**9, local_bytes=10**9, copies=1)] * 2
+    short = estimate(programs, flop_per_token=10**9, tokens=100, rate=4e9, flop_rate=1e12)
+    assert not short.hides and short.pull_s == 1.0 and short.compute_s == 0.1
+    text = short.describe()
+    assert "2000.0 MB" in text and "1000.0 ms" in text and "100.0 ms" in text and "1001 tokens" in text
+    assert "\n" not in text
+    assert estimate(programs, 10**9, 1001, 4e9, 1e12).hides
+
+
+@pytest.mark.parametrize(("row", "experts"), [(4096, 1), (8192, 1), (2048, 2), (3072, 4), (6144, 2), (100, 1024)])
+def test_boundaries_fall_on_pages(row: int, experts: int) -> None:
+    assert page_granularity(row, page=4096) == experts
+    assert row * experts % 4096 == 0
+
+
+def build(view: str, rank: int = 0, ranks: int = 2, **config: object) -> ModelBuild:
+    return ModelBuild(DwdpConfig(weight_view=view, **config), rank, ranks, on_cpu=True)  # type: ignore[arg-type]
+
+
+def test_a_boundary_is_moved_by_one_expert_for_pages() -> None:
+    placement, on_pages = build("auto")._place(10, (2048, 2048), "layer")
+    # 10 experts of half a page over 2 ranks: 5 would end in the middle of a page.
+    assert on_pages and [len(share) for share in placement.shares] in ([4, 6], [6, 4])
+    placement, on_pages = build("contiguous")._place(10, (2048, 2048), "layer")
+    assert not on_pages and [len(share) for share in placement.shares] == [5, 5]
+    _, on_pages = build("auto")._place(10, (100, 100), "layer")
+    assert not on_pages
+
+
+def test_in_place_is_refused_with_the_numbers() -> None:
+    with pytest.raises(DwdpError, match="have 100 and 100 bytes and end on a page of 4096 only every 1024 experts"):
+        build("inplace")._place(10, (100, 100), "layer")
+
+
+def test_gates_keep_their_place_in_a_compiled_graph() -> None:
+    from vllm_dwdp.layers.gates import register_gate
+
+    events: list[str] = []
+
+    class Gate:
+        def acquire(self, layer: int) -> None:
+            events.append(f"acquire {layer}")
+
+        def release(self, layer: int) -> None:
+            events.append(f"release {layer}")
+
+    weights = torch.zeros(4, 4)
+
+    class Fill(Gate):
+        def acquire(self, layer: int) -> None:
+            super().acquire(layer)
+            weights.fill_(layer)
+
+        def release(self, layer: int) -> None:
+            super().release(layer)
+            weights.fill_(-100)
+
+    gate = Fill()
+    numbers = [register_gate(gate, layer) for layer in (1, 2)]
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        for number in numbers:
+            x = x + 0
+            torch.ops.dwdp.acquire(x, number)
+            x = x @ weights
+            torch.ops.dwdp.release(x, number)
+        return x
+
+    x = torch.ones(2, 4)
+    expected = x @ torch.full((4, 4), 1.0) @ torch.full((4, 4), 2.0)
+    assert torch.equal(torch.compile(forward, backend="aot_eager", fullgraph=True)(x), expected)
+    assert events == ["acquire 1", "release 1", "acquire 2", "release 2"]
+
+
+def test_metrics_grow_by_what_the_counters_grew() -> None:
+    import prometheus_client
+
+    from vllm_dwdp.engine.metrics import publish
+
+    zero = {name: 0 for name in Counters.__dataclass_fields__ if name != "view"}
+    before = Counters(view="contiguous", **{**zero, "pulled_bytes": 7, "exposed_wait_ns": 10**9, "experts_held": 3})
+    after = Counters(view="contiguous", **{**zero, "pulled_bytes": 12, "exposed_wait_ns": 3 * 10**9, "experts_held": 3})
+    publish(91, before, None)
+    publish(91, after, before)
+    value = prometheus_client.REGISTRY.get_sample_value
+    assert value("dwdp:pulled_bytes_total", {"engine": "91"}) == 12
+    assert value("dwdp:exposed_wait_seconds_total", {"engine": "91"}) == 3
+    assert value("dwdp:experts_held", {"engine": "91"}) == 3
