@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -51,6 +52,19 @@ def processes(session: int) -> list[str]:
     return found
 
 
+def unused(names: set[str]) -> list[str]:
+    """Those of `names` under /dev/shm that no process maps: a name in use belongs to somebody else's engine."""
+    if not names:
+        return []
+    mapped: set[str] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            mapped.update(
+                line.rsplit("/dev/shm/", 1)[1] for line in maps.read_text().splitlines() if "/dev/shm/" in line
+            )
+    return sorted(names - mapped)
+
+
 @dataclass
 class Leftovers:
     """What was there before an engine started; `check` says what is there in addition.
@@ -66,7 +80,7 @@ class Leftovers:
         deadline = time.monotonic() + wait_s
         while True:
             files = sorted(name for name in os.listdir(self.tmp) if not name.startswith(_CACHES))
-            left = [*processes(session), *sorted(set(os.listdir("/dev/shm")) - self.shm), *files]
+            left = [*processes(session), *unused(set(os.listdir("/dev/shm")) - self.shm), *files]
             if not left or time.monotonic() > deadline:
                 shutil.rmtree(self.tmp, ignore_errors=True)
                 return left

@@ -35,9 +35,9 @@ CASES = {
     "gpt_oss-bf16-contiguous": Case(
         "gpt_oss", "bfloat16", 2, "contiguous", {"num_experts": 8}, {"experts_per_rank": 5, "num_slots": 3}
     ),
-    "qwen3_moe-bf16-inplace": Case("qwen3_moe", "bfloat16", 2, "inplace", {"num_experts": 16}, {}),
 }
 FULL = {
+    "qwen3_moe-bf16-inplace": Case("qwen3_moe", "bfloat16", 2, "inplace", {"num_experts": 16}, {}),
     "deepseek_v3-bf16-inplace": Case("deepseek_v3", "bfloat16", 2, "inplace", {"num_layers": 5}, {}),
     "gpt_oss-fp32-inplace": Case("gpt_oss", "float32", 3, "inplace", {"num_experts": 12}, {}),
     "mixtral-bf16-contiguous": Case("mixtral", "bfloat16", 2, "contiguous", {"num_layers": 1}, {}),

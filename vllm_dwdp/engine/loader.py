@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
+from tqdm.auto import tqdm
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import (
@@ -24,6 +25,7 @@ from vllm.model_executor.model_loader import (
     register_model_loader,
 )
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
+from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.coverage import check_coverage, check_memory
@@ -75,31 +77,38 @@ class ShareOnlyLoader(_ShareOnlyMixin, DefaultModelLoader):
             source.allow_patterns_overrides,
         )
         if use_safetensors and _has_fused_experts(files):
-            weights = ((source.prefix + name, tensor) for name, tensor in self._share_of(files))
-        else:
-            weights = super()._get_weights_iterator(source)
-        for name, tensor in weights:
+            for name, tensor in self._share_of(files):
+                yield source.prefix + name, tensor
+            return
+        for name, tensor in super()._get_weights_iterator(source):
             READ.add(tensor, ".experts." in name)
             yield name, tensor
 
     def _share_of(self, files: list[str]) -> Generator[tuple[str, torch.Tensor], None, None]:
         """All tensors of `files`, fused experts by rows of the share; in the order of the files."""
-        for path in sorted(files):
+        show = enable_tqdm(self.load_config.use_tqdm_on_load)
+        for path in tqdm(sorted(files), desc="Loading this rank's share of the checkpoint", disable=not show):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     if _FUSED.search(name):
                         yield from self._fused(file.get_slice(name), name)
                     elif not should_skip_weight(name, self.local_expert_ids):
-                        yield name, file.get_tensor(name)
+                        tensor = file.get_tensor(name)
+                        READ.add(tensor, ".experts." in name)
+                        yield name, tensor
 
     def _fused(self, rows: Any, name: str) -> Generator[tuple[str, torch.Tensor], None, None]:
         share = sorted(self.local_expert_ids or ())
         if self._expert_by_expert:
             for expert in share:
-                yield name.replace(".experts.", f".experts.{expert}."), rows[expert : expert + 1].squeeze(0)
+                part = rows[expert : expert + 1]
+                READ.add(part, expert=True)
+                yield name.replace(".experts.", f".experts.{expert}."), part.squeeze(0)
             return
         runs = _runs(share)
         parts = [rows[first:last] for first, last in runs]
+        for part in parts:
+            READ.add(part, expert=True)
         # Rows of other experts are address space only: the layer skips them by its expert map.
         whole = torch.empty(rows.get_shape(), dtype=parts[0].dtype)
         for (first, last), part in zip(runs, parts, strict=True):

@@ -38,6 +38,14 @@ def expect_parameters(function: Callable[..., Any], *names: str) -> None:
         refuse(f"{where} takes {have} of the expected {list(names)}")
 
 
+def attempt(step: Callable[[], None]) -> None:
+    """Run `step`; where it raises, which would end plain vLLM too, `dwdp` is refused instead."""
+    try:
+        step()
+    except Exception as error:
+        refuse(f"{step.__module__} does not fit this vLLM ({type(error).__name__}: {error})")
+
+
 def install() -> None:
     """Install what every process needs so that `dwdp` is understood when it is selected; idempotent."""
     from vllm_dwdp.patches import engine_args, llm_init
@@ -46,10 +54,8 @@ def install() -> None:
     if version != VLLM_VERSION:
         refuse(f"vLLM {version} is installed, this vllm-dwdp was made for vLLM {VLLM_VERSION}")
     # Engine and worker processes never build engine arguments; they get a finished config.
-    steps = [engine_args.install] if "vllm.engine.arg_utils" in sys.modules else []
-    for step in (*steps, llm_init.settle):
-        try:
-            step()
-        except Exception as error:
-            # Raised here, it would end plain vLLM too.
-            refuse(f"{step.__module__} does not fit this vLLM ({type(error).__name__}: {error})")
+    if "vllm.engine.arg_utils" in sys.modules:
+        attempt(engine_args.install)
+        attempt(llm_init.wait_for_llm)
+    else:
+        attempt(llm_init.settle)

@@ -11,7 +11,7 @@ import functools
 from typing import Any
 
 from vllm_dwdp import BACKEND
-from vllm_dwdp.patches import expect_parameters
+from vllm_dwdp.patches import attempt, expect_parameters, llm_init
 
 _MARK = "_dwdp_wraps"
 
@@ -28,6 +28,7 @@ def install() -> None:
 
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        attempt(llm_init.settle)
         if self.distributed_executor_backend != BACKEND:
             return original(self, *args, **kwargs)
         from vllm_dwdp.engine.configure import create_engine_config as create

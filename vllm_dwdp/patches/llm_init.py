@@ -3,8 +3,8 @@
 Why: the constructor refuses `data_parallel_size > 1` before general plugins are loaded, with one way out for
 platforms: `not current_platform.is_tpu()`. `arm()` runs as a platform plugin, while `vllm.entrypoints.llm` is still
 half imported, so it can only reach `Platform.is_tpu`; its answer changes for one caller alone, that very check.
-`settle()` runs with the general plugins, right after the check: it takes the early hook away and, where `LLM` is
-imported, wraps `LLM.__init__` so that a second `LLM` in the process works too. Goes when vLLM drops the check.
+`settle()` runs right after the check: it takes the early hook away and, where `LLM` is imported, wraps `LLM.__init__` so
+that a second `LLM` in the process works too. Goes when vLLM drops the check.
 """
 
 from __future__ import annotations
@@ -65,10 +65,22 @@ def disarm() -> None:
             _original = None
 
 
+def _imported_llm() -> Any:
+    return getattr(sys.modules.get(_LLM_MODULE), "LLM", None)
+
+
+def wait_for_llm() -> None:
+    """Settle, or keep the early hook until the first config is built where `LLM` may still be imported before."""
+    if _imported_llm() is None:
+        arm()
+    else:
+        settle()
+
+
 def settle() -> None:
-    """Replace the early hook by a wrapper of `LLM.__init__` that arms it for calls with `dwdp` only."""
+    """Replace the early hook by a wrapper of `LLM.__init__` that arms it for calls with `dwdp` only; idempotent."""
     disarm()
-    LLM = getattr(sys.modules.get(_LLM_MODULE), "LLM", None)
+    LLM = _imported_llm()
     if LLM is None or hasattr(LLM.__init__, _MARK):
         return
     original = LLM.__init__
