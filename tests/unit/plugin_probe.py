@@ -128,96 +128,118 @@ def selected(model: str) -> Findings:
     }
 
 
+DWDP = {"distributed_executor_backend": "dwdp", "data_parallel_size": 2}
+
+
+def stop_at_config() -> list[str]:
+    """From here on `LLM` ends with the worker class of its config, which the returned list also gets."""
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    workers: list[str] = []
+
+    def stop(engine_args: Any, **_: Any) -> None:
+        # The hook answers one caller only.
+        assert not current_platform.is_tpu()
+        workers.append(engine_args.create_engine_config().parallel_config.worker_cls)
+        raise RuntimeError(workers[-1])
+
+    LLMEngine.from_engine_args = stop  # type: ignore[method-assign, assignment]
+    return workers
+
+
 def offline(model: str) -> Findings:
-    """`LLM` up to its config, several times in one process."""
+    """`LLM` several times in one process: only the early hook can let the first of dwdp through, a wrapper the next."""
     from vllm import LLM
-    from vllm.v1.engine.llm_engine import LLMEngine
 
-    class Stop(Exception):
-        pass
-
-    configs: list[str] = []
-    tpu: list[bool] = []
-
-    def stop(engine_args: Any, **_: Any) -> None:
-        from vllm.platforms import current_platform
-
-        tpu.append(current_platform.is_tpu())
-        configs.append(engine_args.create_engine_config().parallel_config.worker_cls)
-        raise Stop
-
-    LLMEngine.from_engine_args = stop  # type: ignore[method-assign, assignment]
-
-    def attempt(**arguments: Any) -> str:
-        return error_of(lambda: LLM(model, **arguments)).split(":")[0] + f", {len(configs)} configs"
-
-    dwdp = {"distributed_executor_backend": "dwdp", "data_parallel_size": 2}
-    errors = [
-        error_of(lambda: LLM(model, data_parallel_size=2)),
-        attempt(**dwdp),
-        attempt(**dwdp),
-        error_of(lambda: LLM(model, data_parallel_size=2)),
-        attempt(),
-        error_of(lambda: LLM(model, **{**dwdp, "data_parallel_size": 1})),
+    workers = stop_at_config()
+    attempts: list[dict[str, Any]] = [
+        {"data_parallel_size": 2},
+        DWDP,
+        DWDP,
+        {"data_parallel_size": 2},
+        {},
+        {**DWDP, "data_parallel_size": 1},
     ]
-    return {"errors": errors, "configs": configs, "tpu": tpu, "hook": hook_is_on()}
+    errors = [error_of(lambda: LLM(model, **arguments)) for arguments in attempts]  # noqa: B023
+    return {"errors": errors, "workers": workers, "hook": hook_is_on()}
 
 
-def offline_first(model: str) -> Findings:
-    """The very first `LLM` of a process is one of dwdp's: only the early hook can let it through."""
+def late(model: str) -> Findings:
+    """`LLM` is imported after the plugins are loaded, as in a program that builds engine arguments first."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    EngineArgs(model=model)
+    hooks = [hook_is_on()]
     from vllm import LLM
-    from vllm.v1.engine.llm_engine import LLMEngine
 
-    def stop(engine_args: Any, **_: Any) -> None:
-        raise RuntimeError(f"{engine_args.distributed_executor_backend} with {engine_args.data_parallel_size} ranks")
+    stop_at_config()
+    errors = [error_of(lambda: LLM(model, **DWDP)) for _ in range(2)]
+    return {"errors": errors, "hooks": [*hooks, hook_is_on()]}
 
-    LLMEngine.from_engine_args = stop  # type: ignore[method-assign, assignment]
-    error = error_of(lambda: LLM(model, distributed_executor_backend="dwdp", data_parallel_size=2))
-    return {"error": error, "hook": hook_is_on()}
+
+def target_device(model: str) -> Findings:
+    """VLLM_TARGET_DEVICE=cpu keeps vLLM from loading any platform plugin, and with them the early hook."""
+    from vllm import LLM
+
+    stop_at_config()
+    errors = [error_of(lambda: LLM(model, **DWDP))]
+    import vllm_dwdp
+
+    vllm_dwdp.register()
+    return {"errors": [*errors, error_of(lambda: LLM(model, **DWDP))]}
 
 
 def hidden(model: str) -> Findings:
     """VLLM_PLUGINS leaves us out, and `dwdp` is asked for."""
     from vllm import LLM
-    from vllm.v1.executor import Executor
 
-    return {
-        "ours": ours(),
-        "serve": error_of(lambda: Executor.get_class(build_dwdp(model))),
-        "offline": error_of(lambda: LLM(model, distributed_executor_backend="dwdp", data_parallel_size=2)),
-    }
+    serve = error_of(lambda: build_dwdp(model))
+    return {"ours": ours(), "serve": serve, "offline": error_of(lambda: LLM(model, **DWDP))}
 
 
 def _refused(model: str) -> Findings:
-    return {"dwdp": error_of(lambda: build_dwdp(model)), "plain": build(model).parallel_config.worker_cls}
+    found = {"dwdp": error_of(lambda: build_dwdp(model)), "plain": build(model).parallel_config.worker_cls}
+    from vllm import LLM
+
+    return {**found, "hook": hook_is_on(), "offline": error_of(lambda: LLM(model, **DWDP))}
 
 
 def other_version(model: str) -> Findings:
     """vLLM says that it is another release."""
     import vllm.version
+    from vllm import LLM  # noqa: F401
 
     vllm.version.__version__ = "0.33.1+cpu"
     return _refused(model)
 
 
 def other_signature(model: str) -> Findings:
-    """What we wrap takes other parameters than we know."""
+    """What we wrap takes other parameters than we know, or is something else altogether."""
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform  # noqa: F401
+    from vllm.platforms.interface import Platform
 
-    make, start = EngineArgs.create_engine_config, LLM.__init__
+    make = EngineArgs.create_engine_config
 
     def create_engine_config(self: Any, context: Any = None, *, headless: bool = False) -> Any:
         return make(self, context, headless)
 
-    def __init__(self: Any, model: str, **kwargs: Any) -> None:
-        start(self, model, **kwargs)
+    class Start:
+        def __call__(self, *args: Any, **kwargs: Any) -> None:
+            raise NotImplementedError
 
     EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign, assignment]
-    LLM.__init__ = __init__  # type: ignore[method-assign]
-    return _refused(model)
+    LLM.__init__ = Start()  # type: ignore[method-assign, assignment]
+    found = _refused(model)
+    from vllm_dwdp.patches import failures, llm_init
+
+    Platform.is_tpu = property(lambda self: False)  # type: ignore[method-assign, assignment]
+    llm_init.arm()
+    return {**found, "failures": failures, "is_tpu": type(Platform.__dict__["is_tpu"]).__name__}
 
 
 if __name__ == "__main__":
-    found = globals()[sys.argv[1]](sys.argv[2])
-    print(json.dumps(found))
+    findings = globals()[sys.argv[1]](sys.argv[2])
+    print(json.dumps(findings))
