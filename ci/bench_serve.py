@@ -13,6 +13,7 @@ caching is off, since every turn repeats them. Prints ratios; it never fails bec
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ import signal
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -37,6 +39,7 @@ SMALL = CheckpointSpec()
 START_LIMIT_S = 600
 VOCAB = range(8, 500)
 KV_CACHE_BYTES = 256 << 20  # per engine
+TICKS = os.sysconf("SC_CLK_TCK")
 RATIOS = (
     ("inplace", "replicas", ">= 0.95"),
     ("inplace", "tensor", ">= 1.0"),
@@ -105,6 +108,14 @@ def serve(
         outputs = llm.generate(requests, sampling, use_tqdm=False)
         connection.send(sum(len(item.outputs[0].token_ids) for item in outputs))
     del llm
+    gc.collect()  # lets go of what vLLM shares between its processes
+
+
+class Turn(NamedTuple):
+    """One measurement. others: part of the cores' time that went to other processes; nothing of it on a quiet machine."""
+
+    speed: float  # output tokens/s
+    others: float
 
 
 class Variant:
@@ -128,20 +139,24 @@ class Variant:
         except BaseException:
             self._signal(signal.SIGKILL)
             raise
-        self.memory = self._memory()
+        self.memory = self._sum(memory)
+        # vLLM's tensor parallelism leaves its segments behind.
+        maps = [line.split() for folder in self._folders() for line in (folder / "maps").read_text().splitlines()]
+        self._segments = {fields[5] for fields in maps if len(fields) == 6 and fields[5].startswith("/dev/shm/")}
         self._signal(signal.SIGSTOP)
 
-    def measure(self) -> float:
+    def measure(self, cores: list[int]) -> Turn:
         """Output tokens/s of all requests, from the first message to the last answer."""
         self._signal(signal.SIGCONT)
         time.sleep(0.5)
-        started = time.perf_counter()
+        started, busy, own = time.perf_counter(), busy_s(cores), self._sum(cpu_s)
         for _, connection in self._running:
             connection.send("generate")
         tokens = sum(self._receive(connection) for _, connection in self._running)
         seconds = time.perf_counter() - started
+        others = busy_s(cores) - busy - (self._sum(cpu_s) - own)
         self._signal(signal.SIGSTOP)
-        return tokens / seconds
+        return Turn(tokens / seconds, max(0.0, others) / seconds / len(cores))
 
     def close(self) -> None:
         """End the engines, by force where they do not end by themselves."""
@@ -151,6 +166,8 @@ class Variant:
                 connection.send("stop")
             process.join(30)
         self._signal(signal.SIGKILL)
+        for segment in self._segments:
+            Path(segment).unlink(missing_ok=True)
 
     def _receive(self, connection: Connection) -> Any:
         try:
@@ -161,17 +178,38 @@ class Variant:
     def _signal(self, number: int) -> None:
         for process, _ in self._running:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
+                os.killpg(process.pid or 0, number)
 
-    def _memory(self) -> int:
-        """Bytes of all processes, shared pages counted once."""
+    def _folders(self) -> list[Path]:
+        """Of all processes of this variant, under /proc."""
         groups = {process.pid for process, _ in self._running}
-        total = 0
+        found = []
         for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
+            with suppress(ProcessLookupError):
                 if os.getpgid(int(folder.name)) in groups:
-                    total += int((folder / "smaps_rollup").read_text().partition("\nPss:")[2].split()[0]) * 1024
-        return total
+                    found.append(folder)
+        return found
+
+    def _sum(self, figure: Callable[[Path], float]) -> float:
+        return sum(figure(folder) for folder in self._folders())
+
+
+def memory(folder: Path) -> float:
+    """Bytes of a process, pages that it shares with others in parts."""
+    return int((folder / "smaps_rollup").read_text().partition("\nPss:")[2].split()[0]) * 1024.0
+
+
+def cpu_s(folder: Path) -> float:
+    """Seconds that a process has computed."""
+    return sum(map(int, (folder / "stat").read_text().rpartition(")")[2].split()[11:13])) / TICKS
+
+
+def busy_s(cores: list[int]) -> float:
+    """Seconds that `cores` were not idle."""
+    names = [f"cpu{core}" for core in cores]
+    lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+    # user, nice, system, idle, iowait, irq, softirq, steal; guests are counted as users
+    return sum(sum(map(int, line[1:9])) - int(line[4]) - int(line[5]) for line in lines if line[0] in names) / TICKS
 
 
 def two_cores() -> list[int]:
@@ -188,9 +226,11 @@ def two_cores() -> list[int]:
     return cores
 
 
-def run(args: argparse.Namespace, chosen: dict[str, list[Engine]], *arguments: Any) -> dict[str, dict[str, Any]]:
+def run(
+    args: argparse.Namespace, cores: list[int], chosen: dict[str, list[Engine]], *arguments: Any
+) -> dict[str, dict[str, Any]]:
     """[variant] -> its speed in every turn and its memory."""
-    found: dict[str, dict[str, Any]] = {name: {"runs": [], "memory": 0} for name in chosen}
+    found: dict[str, dict[str, Any]] = {name: {"runs": [], "others": [], "memory": 0} for name in chosen}
 
     def build(name: str) -> Variant:
         started = time.monotonic()
@@ -200,8 +240,10 @@ def run(args: argparse.Namespace, chosen: dict[str, list[Engine]], *arguments: A
         return variant
 
     def turn(variant: Variant) -> None:
-        found[variant.name]["runs"].append(speed := variant.measure())
-        say(f"{variant.name} {speed:.1f} output tokens/s")
+        speed, others = variant.measure(cores)
+        found[variant.name]["runs"].append(speed)
+        found[variant.name]["others"].append(others)
+        say(f"{variant.name} {speed:.1f} output tokens/s; other processes had {others:.0%} of the cores")
 
     with ExitStack() as stack:
         if args.apart:
@@ -225,10 +267,11 @@ def run(args: argparse.Namespace, chosen: dict[str, list[Engine]], *arguments: A
 def report(found: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Print the table and the ratios of medians; returns the ratios."""
     medians = {name: statistics.median(result["runs"]) for name, result in found.items()}
-    print(f"\n{'variant':<12}{'output tokens/s':>16}{'all turns':>30}{'memory GB':>12}")
+    print(f"\n{'variant':<12}{'output tokens/s':>16}{'all turns':>30}{'memory GB':>12}{'others at most':>16}")
     for name, result in found.items():
         turns = " ".join(f"{speed:.1f}" for speed in result["runs"])
-        print(f"{name:<12}{medians[name]:>16.1f}{turns:>30}{result['memory'] / 1e9:>12.2f}")
+        others = f"{max(result['others']):.0%}"
+        print(f"{name:<12}{medians[name]:>16.1f}{turns:>30}{result['memory'] / 1e9:>12.2f}{others:>16}")
     print()
     ratios = {}
     for above, below, goal in RATIOS:
@@ -270,7 +313,7 @@ def main() -> int:
         f"{args.requests} requests of {args.input} + {args.output} tokens, {args.concurrency} at a time, "
         f"on cores {cores}, {'compiled' if args.compile else 'eager'}"
     )
-    found = run(args, chosen, model, prompts, args.output, not args.compile)
+    found = run(args, cores, chosen, model, prompts, args.output, not args.compile)
     ratios = report(found)
     if args.json:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}

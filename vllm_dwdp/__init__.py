@@ -6,6 +6,7 @@ This module holds the entry points only and imports nothing heavy: it is loaded 
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,11 +25,18 @@ def early() -> None:
     """Entry point of `vllm.platform_plugins`: claims no platform, lets `LLM(...)` through to the config.
 
     `LLM.__init__` refuses `data_parallel_size > 1` before general plugins are loaded; platform plugins are loaded
-    before. Returns None, which tells vLLM that no platform was found here.
+    before. Returns None, which tells vLLM that no platform was found here. It also runs in every process of a launch,
+    so that is where each begins to watch its parent.
     """
     from vllm_dwdp.patches import llm_init
 
     llm_init.arm()
+    # Set by the front end of a dwdp launch, and inherited by all that it starts.
+    if "DWDP_RENDEZVOUS" in os.environ:
+        from vllm_dwdp.engine import orphans
+
+        if orphans.started_by_multiprocessing():
+            orphans.end_with_parent()
 
 
 def register() -> None:

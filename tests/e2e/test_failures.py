@@ -59,3 +59,20 @@ def test_a_checkpoint_without_a_tensor_fails_on_every_rank_at_once(
         run_job(tmp_path, model, ["tokens"], **dwdp(2, timeout_s=300))
     assert "job ended with 1" in str(failure.value)
     assert json.dumps(str(model))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("servers", ["1", "2"])
+def test_nothing_outlives_a_killed_front_end(servers: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    server = start_server(
+        tmp_path,
+        checkpoint(family="qwen3_moe", num_experts=16),
+        *("--distributed-executor-backend", "dwdp", "--data-parallel-size", "2", "--enforce-eager"),
+        *("--api-server-count", servers),
+    )
+    try:
+        server.stop(signal.SIGKILL)
+        # vLLM's folder for Prometheus stays: only the killed process would have removed it.
+        assert [name for name in server.before.check(server.process.pid, wait_s=20) if not name.startswith("tmp")] == []
+    finally:
+        server.kill()

@@ -17,7 +17,7 @@ from torch import nn
 from tests.unit.leftovers import check_message, refusal
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
-from vllm_dwdp.layers.coverage import check_coverage
+from vllm_dwdp.layers.coverage import check_coverage, check_memory
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 from vllm_dwdp.layers.sharing import make_transport
 from vllm_dwdp.placement import place
@@ -75,6 +75,24 @@ def test_models_that_are_not_covered() -> None:
     holder = nn.Module()
     holder.add_module("mlp", model)
     check_message(refusal(lambda: check_coverage(holder, covered)), ["mlp.experts.w holds 8 experts", "not supported"])
+
+
+@pytest.mark.parametrize(("view", "slots"), [("contiguous", "0.75"), ("auto", "0.00")])
+def test_memory_that_does_not_suffice_for_all_ranks(view: str, slots: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks with half of the experts each; known once the layers exist, before their weights are read."""
+    monkeypatch.setattr(limits, "available_memory", lambda: limits.Available(1 << 30, "the cgroup of this test"))
+    half = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(nbytes=3 << 26)]))
+    layers = [LayerBuild(half, f"layers.{i}", place(8, 2, None), True) for i in range(3)]  # type: ignore[arg-type]
+    group = dataclasses.replace(ModelBuild(DwdpConfig.parse({"weight_view": view}), 0, 2, on_cpu=True), layers=layers)
+    needed = "2.62 GiB" if view == "contiguous" else "1.12 GiB"
+    words = [
+        "2 ranks with 0.56 GiB of experts",
+        f"{slots} GiB of slots",
+        f"needs {needed}",
+        "leaves 1.00 GiB",
+        "free memory",
+    ]
+    check_message(refusal(lambda: check_memory(group)), words)
 
 
 def test_a_transport_that_is_not_there() -> None:

@@ -114,6 +114,23 @@ def test_another_vllm(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_message(refusal(lambda: build(tiny_moe)), ["vLLM 9.9.9", "vLLM 0.32.0", "install the matching pair"])
 
 
+def test_another_client(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrapped only where dwdp is selected is checked before anything is built."""
+    from vllm.v1.engine.core_client import EngineCoreClient
+
+    monkeypatch.setattr(patches, "failures", [])
+    monkeypatch.setattr(EngineCoreClient, "make_client", staticmethod(lambda vllm_config: None))
+    words = ["takes ['vllm_config'] of the expected ['multiprocess_mode'", "install the matching pair"]
+    check_message(refusal(lambda: build(tiny_moe)), words)
+
+
+def test_the_environment_of_a_launch_passes_vllms_check(tiny_moe: Path) -> None:
+    """Several API servers build their configs in it."""
+    first = build(tiny_moe)
+    second = build(tiny_moe, fail_on_environ_validation=True)
+    assert first.compute_hash() == second.compute_hash()
+
+
 def test_another_platform(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_message(refusal(lambda: options.check_settings(DwdpConfig(), on_cpu=False)), ["CPU ranks", "CPU build"])
     monkeypatch.setattr(configure, "_WORKERS", {})

@@ -78,6 +78,7 @@ def create_engine_config(
     Raises:
         DwdpError: vLLM's version, an option, the model or the machine does not go with dwdp; nothing was started.
     """
+    patches.attempt(sync_client.install)
     if patches.failures:
         raise DwdpError(f"dwdp cannot run on this vLLM: {'; '.join(patches.failures)}; install the matching pair")
     headless = bool(keywords.get("headless", positional[1] if len(positional) > 1 else False))
@@ -115,7 +116,6 @@ def create_engine_config(
     if publishing or not _is_api_server_of_many(args):
         watch_ranks(vllm_config, launch, publishing, summarise=not _is_api_server_of_many(args))
     if not _is_api_server_of_many(args):
-        sync_client.install()
         own_ipc_folder(vllm_config)
         if current_platform.is_cpu():
             bind_ranks(vllm_config, args.data_parallel_size)

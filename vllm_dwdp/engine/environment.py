@@ -12,6 +12,8 @@ from collections.abc import Iterator
 #: Where vLLM puts the socket files of a launch; by default the temporary folder, and it does not remove them.
 IPC_FOLDER = "VLLM_RPC_BASE_PATH"
 
+FOLDER_PREFIX = "dwdp-"
+
 _ours: dict[str, str] = {}
 
 
@@ -38,7 +40,7 @@ def own_ipc_folder(owner: object) -> None:
     """Send socket files of this launch into a folder that is removed with it; one that the user chose is left alone."""
     if is_users(IPC_FOLDER):
         return
-    folder = tempfile.mkdtemp(prefix="dwdp-")
+    folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX)
     set_for_launch(owner, IPC_FOLDER, folder)
     weakref.finalize(owner, shutil.rmtree, folder, True)
 

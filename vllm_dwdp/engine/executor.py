@@ -5,6 +5,7 @@ from __future__ import annotations
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from vllm_dwdp.engine.environment import temporary_files_in_ipc_folder
+from vllm_dwdp.engine.orphans import end_with_parent
 
 
 class DwdpExecutor(MultiprocExecutor):
@@ -13,6 +14,7 @@ class DwdpExecutor(MultiprocExecutor):
     supports_pp: bool = False
 
     def _init_executor(self) -> None:
+        end_with_parent()
         with temporary_files_in_ipc_folder():
             super()._init_executor()
 

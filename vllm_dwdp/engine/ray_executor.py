@@ -10,6 +10,7 @@ import ray
 from vllm.platforms import current_platform
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 
+from vllm_dwdp.engine.orphans import end_with_parent
 from vllm_dwdp.engine.ray_cluster import OBJECT_STORE_BYTES
 from vllm_dwdp.patches import ray_worker
 
@@ -25,6 +26,7 @@ class DwdpRayExecutor(RayExecutorV2):
     supports_pp: bool = False
 
     def _init_executor(self) -> None:
+        end_with_parent()
         rank = self.parallel_config.data_parallel_index
         # vLLM builds actor names from this id: engines of one cluster must not share them.
         self.vllm_config.instance_id = f"{self.vllm_config.instance_id}_dwdp{rank}"
