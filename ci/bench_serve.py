@@ -85,7 +85,9 @@ def serve(
     connection: Connection, engine: Engine, model: str, prompts: list[list[int]], output: int, eager: bool
 ) -> None:
     """In a process of its own: build the engine, then generate once per message until told to stop."""
-    os.setsid()  # a group of its own, which the bench stops and continues as a whole
+    # A group of its own, which the bench stops and continues as a whole; no session of its own, since Linux shares out
+    # the cores by session, and replicas have two.
+    os.setpgid(0, 0)
     os.environ.update(VLLM_CPU_OMP_THREADS_BIND=engine.cores, VLLM_NO_USAGE_STATS="1")
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB only, and stronger than the option below
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -165,6 +167,9 @@ class Variant:
             with suppress(OSError):
                 connection.send("stop")
             process.join(30)
+        deadline = time.monotonic() + 5
+        while self._folders() and time.monotonic() < deadline:  # Python's resource tracker cleans up last
+            time.sleep(0.1)
         self._signal(signal.SIGKILL)
         for segment in self._segments:
             Path(segment).unlink(missing_ok=True)
@@ -178,7 +183,8 @@ class Variant:
     def _signal(self, number: int) -> None:
         for process, _ in self._running:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid or 0, number)
+                if process.pid is not None:
+                    os.killpg(process.pid, number)
 
     def _folders(self) -> list[Path]:
         """Of all processes of this variant, under /proc."""

@@ -100,8 +100,14 @@ def main() -> int:
 
             say(f"writing a small random {args.family} checkpoint")
             model = str(write_checkpoint(CheckpointSpec(family=args.family, num_experts=16), Path(folder) / "model"))
-        say("plain vLLM, one engine")
+        say("plain vLLM, one engine on as many cores as a rank gets")
+        from vllm_dwdp.engine.cores import physical_cores, split_cores
+
+        # As many threads as a rank has: the same kernels in the same order, so tokens can be compared exactly.
+        cores = split_cores(physical_cores(), args.ranks)[0]
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
         expected, _, plain_s = generate(model, args.tokens)
+        del os.environ["VLLM_CPU_OMP_THREADS_BIND"]
         rows: list[list[str]] = []
         different = 0
         for view in VIEWS:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_dwdp.engine.cores import physical_cores, split_cores
+
 REPO = Path(__file__).resolve().parents[2]
 
 #: Names under the temporary folder that vLLM, torch and Ray keep on purpose: caches and Ray's own logs.
@@ -24,9 +26,7 @@ _CACHES = ("torchinductor", "ray", "torch_", "vllm_cache", "tmp_torch", "pymp-",
 
 def environment(**more: str) -> dict[str, str]:
     """This process's environment for an engine: small KV cache, no network, tests importable in workers."""
-    base = {
-        key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "VLLM_CPU_OMP", "VLLM_DWDP"))
-    }
+    base = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "VLLM_CPU_OMP", "DWDP_"))}
     return {
         **base,
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -121,6 +121,16 @@ def dwdp(ranks: int = 2, **config: Any) -> dict[str, Any]:
         "data_parallel_size": ranks,
         "additional_config": {"dwdp": {"timeout_s": 120, **config}},
     }
+
+
+def first_ranks_cores(ranks: int) -> dict[str, str]:
+    """Environment that binds plain vLLM to the cores that the first of `ranks` gets: the same number of threads."""
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, rank_cores(ranks)[0]))}
+
+
+def rank_cores(ranks: int) -> list[list[int]]:
+    """The cores of each rank."""
+    return split_cores(physical_cores(), ranks)
 
 
 def free_port() -> int:

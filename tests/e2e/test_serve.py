@@ -37,12 +37,13 @@ def server(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 def settle(server: Server, field: str = "dwdp:layers_total") -> dict[str, float]:
     """Metrics once they no longer change: they are published once a second."""
     last = server.metrics(field)
-    while True:
+    for _ in range(20):
         time.sleep(2.2)
         now = server.metrics(field)
         if now == last and now:
             return now
         last = now
+    raise AssertionError(f"{field} still changes without requests: {last}")
 
 
 def test_completions_are_the_same_on_every_rank(server: Server) -> None:
@@ -119,7 +120,7 @@ def test_a_stopped_rank_delays_nobody(server: Server) -> None:
         for pid in stopped:
             os.kill(pid, signal.SIGCONT)
     # Generous, since the machine is shared: a rank that waited for its peer would not finish at all.
-    assert beside < 2 * usual + 0.05
+    assert beside < 5 * usual
     assert server.complete(PROMPT, rank=1) == server.complete(PROMPT, rank=0)
 
 

@@ -99,12 +99,14 @@ def create_engine_config(
     args.create_model_config = create_model_config  # type: ignore[method-assign]
     args.distributed_executor_backend = _executor(launcher)
     # Always present, so that compile caches never mix with those of plain vLLM.
-    args.additional_config = {**(args.additional_config or {}), BACKEND: config.to_dict()}
+    additional_config = args.additional_config
+    args.additional_config = {**(additional_config or {}), BACKEND: config.to_dict()}
     try:
         vllm_config = original(args, *positional, **keywords)
     finally:
         del args.create_model_config
         args.distributed_executor_backend = BACKEND
+        args.additional_config = additional_config
     options.check_config(vllm_config)
     parallel = vllm_config.parallel_config
     if parallel.worker_cls not in _WORKERS:

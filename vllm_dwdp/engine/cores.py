@@ -20,6 +20,17 @@ def split_cores(cores: list[int], num_ranks: int) -> list[list[int]]:
     return [cores[low:high] for low, high in itertools.pairwise(bounds)]
 
 
+def physical_cores() -> list[int]:
+    """One logical CPU of each physical core that this process may use, node by node, as vLLM's own binding takes them."""
+    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
+
+    by_core: dict[tuple[int, int], int] = {}
+    for cpu in get_allowed_cpu_list():
+        key = (cpu.numa_node, cpu.physical_core)
+        by_core[key] = max(cpu.id, by_core.get(key, cpu.id))
+    return [by_core[key] for key in sorted(by_core)]
+
+
 def bind_ranks(owner: object, num_ranks: int) -> None:
     """Set `VLLM_CPU_OMP_THREADS_BIND` for the ranks of the launch of `owner`, unless the user did.
 
@@ -27,13 +38,7 @@ def bind_ranks(owner: object, num_ranks: int) -> None:
     """
     if is_users(_BIND, default="auto"):
         return
-    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
-
-    by_core: dict[tuple[int, int], int] = {}
-    for cpu in get_allowed_cpu_list():
-        key = (cpu.numa_node, cpu.physical_core)
-        by_core[key] = max(cpu.id, by_core.get(key, cpu.id))
-    cores = [by_core[key] for key in sorted(by_core)]
+    cores = physical_cores()
     lists = split_cores(cores, num_ranks)
     if len(cores) < num_ranks:
         logger.warning(

@@ -14,26 +14,42 @@ IPC_FOLDER = "VLLM_RPC_BASE_PATH"
 
 FOLDER_PREFIX = "dwdp-"
 
-_ours: dict[str, str] = {}
+
+class Setting:
+    """One value that a launch set; compared by identity, since two launches may set the same."""
+
+    def __init__(self, value: str) -> None:
+        self.value = value
+
+
+_ours: dict[str, Setting] = {}
 
 
 def is_users(name: str, default: str | None = None) -> bool:
     """Whether the user, and not a launch of this process, set `name` to something other than `default`."""
-    value = os.environ.get(name)
-    return value is not None and value != default and _ours.get(name) != value
+    value, ours = os.environ.get(name), _ours.get(name)
+    return value is not None and value != default and (ours is None or ours.value != value)
 
 
 def set_for_launch(owner: object, name: str, value: str) -> None:
     """Set `name` until `owner` (the front end's config) is gone, or this process."""
-    _ours[name] = os.environ[name] = value
-    weakref.finalize(owner, _unset, name, value)
+    setting = _ours[name] = Setting(value)
+    os.environ[name] = value
+    weakref.finalize(owner, _unset, name, setting)
 
 
-def _unset(name: str, value: str) -> None:
-    # A later launch may have set its own.
-    if os.environ.get(name) == value:
-        del os.environ[name]
-        _ours.pop(name, None)
+def _unset(name: str, setting: Setting) -> None:
+    # A later launch may have set its own, and the user too.
+    if _ours.get(name) is setting:
+        del _ours[name]
+        if os.environ.get(name) == setting.value:
+            del os.environ[name]
+
+
+def forget_launches() -> None:
+    """Take away what launches set, before an engine without dwdp is started from this process."""
+    for name, setting in list(_ours.items()):
+        _unset(name, setting)
 
 
 def own_ipc_folder(owner: object) -> None:

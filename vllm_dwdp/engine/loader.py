@@ -8,6 +8,7 @@ memory that is never touched, or expert by expert where the loader would copy al
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Generator
 from dataclasses import replace
 from typing import Any
@@ -25,7 +26,7 @@ from vllm.model_executor.model_loader import (
     register_model_loader,
 )
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
-from vllm.model_executor.model_loader.weight_utils import enable_tqdm
+from vllm.model_executor.model_loader.weight_utils import enable_tqdm, filter_safetensors_files_by_weight_name
 
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.coverage import check_coverage, check_memory
@@ -40,6 +41,9 @@ _EXPERT_BY_EXPERT = frozenset({"GptOssForCausalLM"})
 
 _FUSED = re.compile(r"\.experts\.(?!\d)")
 
+#: Under `.experts.` too, but read by every rank's router for all experts.
+_ROUTING = frozenset({"e_score_correction_bias", "expert_bias", "bias"})
+
 
 class _ShareOnlyMixin:
     """Model construction with our MoE layers, for any of vLLM's loaders."""
@@ -51,8 +55,11 @@ class _ShareOnlyMixin:
         model: nn.Module = super().create_model(vllm_config, model_config, prefix)  # type: ignore[misc]
         build = ModelBuild.current()
         check_coverage(model, build)
-        if build.on_cpu:
+        if build.on_cpu and not build.memory_checked:
             check_memory(build)
+            build.memory_checked = True
+            # A rank that loads at once would take away what a slower one is about to ask for.
+            build.meet("memory")
         return model
 
 
@@ -76,21 +83,26 @@ class ShareOnlyLoader(_ShareOnlyMixin, DefaultModelLoader):
             source.fall_back_to_pt,
             source.allow_patterns_overrides,
         )
-        if use_safetensors and _has_fused_experts(files):
-            for name, tensor in self._share_of(files):
+        experts = {layer.placement.num_experts for layer in ModelBuild.current().layers}
+        if use_safetensors and any(_fused_names(path, experts) for path in files):
+            if source.is_unused_weight is not None:
+                files = filter_safetensors_files_by_weight_name(files, source.is_unused_weight)
+            self.counter_before_loading_weights = time.perf_counter()
+            for name, tensor in self._share_of(files, experts):
                 yield source.prefix + name, tensor
             return
         for name, tensor in super()._get_weights_iterator(source):
             READ.add(tensor, ".experts." in name)
             yield name, tensor
 
-    def _share_of(self, files: list[str]) -> Generator[tuple[str, torch.Tensor], None, None]:
+    def _share_of(self, files: list[str], experts: set[int]) -> Generator[tuple[str, torch.Tensor], None, None]:
         """All tensors of `files`, fused experts by rows of the share; in the order of the files."""
         show = enable_tqdm(self.load_config.use_tqdm_on_load)
         for path in tqdm(sorted(files), desc="Loading this rank's share of the checkpoint", disable=not show):
+            fused = _fused_names(path, experts)
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    if _FUSED.search(name):
+                    if name in fused:
                         yield from self._fused(file.get_slice(name), name)
                     elif not should_skip_weight(name, self.local_expert_ids):
                         tensor = file.get_tensor(name)
@@ -98,7 +110,7 @@ class ShareOnlyLoader(_ShareOnlyMixin, DefaultModelLoader):
                         yield name, tensor
 
     def _fused(self, rows: Any, name: str) -> Generator[tuple[str, torch.Tensor], None, None]:
-        share = sorted(self.local_expert_ids or ())
+        share = sorted(expert for expert in self.local_expert_ids or () if expert < rows.get_shape()[0])
         if self._expert_by_expert:
             for expert in share:
                 part = rows[expert : expert + 1]
@@ -127,12 +139,17 @@ def _runs(experts: list[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _has_fused_experts(files: list[str]) -> bool:
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            if any(_FUSED.search(name) for name in file.keys()):  # noqa: SIM118
-                return True
-    return False
+def _fused_names(path: str, experts: set[int]) -> set[str]:
+    """Names in a file that hold a row per expert of a layer; `experts` are the numbers of experts that layers have."""
+    with safe_open(path, framework="pt") as file:
+        return {
+            name
+            for name in file.keys()  # noqa: SIM118
+            if _FUSED.search(name)
+            and name.rsplit(".", 1)[-1] not in _ROUTING
+            and len(shape := file.get_slice(name).get_shape()) >= 2
+            and shape[0] in experts
+        }
 
 
 class ShareOnlyDummyLoader(_ShareOnlyMixin, DummyModelLoader):

@@ -7,7 +7,7 @@ with the fewest unfinished ones, splits aborts by engine and calls utilities on 
 from __future__ import annotations
 
 import uuid
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
@@ -17,6 +17,9 @@ from vllm_dwdp.errors import DwdpError
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+#: How often a wait looks whether an engine has died.
+_PERIOD_S = 0.5
 
 #: Utilities whose results are one list over all workers, to be joined in rank order.
 _JOINED = frozenset({"collective_rpc"})
@@ -60,6 +63,10 @@ class DwdpSyncClient(SyncMPClient):
 
     def get_output(self) -> EngineCoreOutputs:
         """Next outputs of any rank."""
+        while self.outputs_queue.empty():
+            # vLLM's monitor ends its reader without a word where an engine was killed.
+            self.ensure_alive()
+            self._wait_for_output()
         outputs = super().get_output()
         for request_id in outputs.finished_requests or ():
             self._forget(request_id)
@@ -67,6 +74,12 @@ class DwdpSyncClient(SyncMPClient):
             if output.finish_reason is not None:
                 self._forget(output.request_id)
         return outputs
+
+    def _wait_for_output(self) -> None:
+        queue = self.outputs_queue
+        with queue.not_empty:
+            if not queue._qsize():
+                queue.not_empty.wait(_PERIOD_S)
 
     def abort_requests(self, request_ids: list[str]) -> None:
         """Tell each rank to abort its own of `request_ids`."""
@@ -96,7 +109,12 @@ class DwdpSyncClient(SyncMPClient):
             self.utility_results[call_id] = future
             futures.append(future)
             self._send_to(engine, EngineCoreRequestType.UTILITY, (0, call_id, method, args))
-        return [future.result() for future in futures]
+        return [self._result(future) for future in futures]
+
+    def _result(self, future: Future[Any]) -> Any:
+        while not wait([future], _PERIOD_S).done:
+            self.ensure_alive()
+        return future.result()
 
     def dwdp_counters(self) -> list[dict[str, Any]]:
         """Counters of every rank, in rank order, with the requests sent to it."""

@@ -6,6 +6,8 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+from vllm_dwdp.engine.environment import is_users, set_for_launch
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -38,4 +40,5 @@ def join_or_start(vllm_config: VllmConfig) -> None:
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
             )
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    if not is_users("RAY_ADDRESS"):
+        set_for_launch(vllm_config, "RAY_ADDRESS", ray.get_runtime_context().gcs_address)

@@ -43,6 +43,12 @@ class DwdpRayExecutor(RayExecutorV2):
         with ray_worker.cpu_workers():
             super()._init_executor()
 
+    def _post_init_executor(self) -> None:
+        super()._post_init_executor()
+        # vLLM's error about a dead worker prints this number: let it be the rank of the launch.
+        for handle in self.ray_worker_handles:
+            handle.rank = self.parallel_config.data_parallel_index
+
     def _timeout_s(self) -> float:
         from vllm_dwdp.engine.launch import launch_of
 

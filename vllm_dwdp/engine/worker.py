@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -46,6 +47,12 @@ def identity_of(vllm_config: VllmConfig, launch: DwdpLaunch) -> Identity:
     )
 
 
+def _in_ray() -> bool:
+    """Whether this worker is a Ray actor."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
 class DwdpWorkerMixin:
     """In front of vLLM's worker class for a platform."""
 
@@ -72,18 +79,32 @@ class DwdpWorkerMixin:
         group = launch.group_of(rank)
         try:
             rendezvous.check_identity(identity_of(self.vllm_config, launch), group)
-            build = ModelBuild(launch.config, group.index(rank), len(group), current_platform.is_cpu()).open()
+            build = ModelBuild(
+                launch.config,
+                group.index(rank),
+                len(group),
+                current_platform.is_cpu(),
+                meet=lambda name: rendezvous.gather(name, True, group),
+            ).open()
             with freed_memory_is_returned() if build.on_cpu else nullcontext():
                 super().load_model(*args, **kwargs)  # type: ignore[misc]
                 self.dwdp_sharing = ExpertSharing(build, rendezvous, launch)
         except BaseException as error:
             rendezvous.fail(error)
             raise
-        logger.info("dwdp rank %d: %s", rank, self.dwdp_sharing.describe())
+        logger.info("dwdp rank %d: %s", rank, self.dwdp_sharing.describe("Ray" if _in_ray() else "a process"))
         window = self.dwdp_sharing.window(self.vllm_config.scheduler_config.max_num_batched_tokens)
         if window is not None and not window.hides:
             logger.warning("dwdp rank %d: %s", rank, window.describe())
         self.dwdp_sharing.start()
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: peers read the weights that would be replaced."""
+        raise DwdpError("weights cannot be reloaded with dwdp while peers read them: restart with the new checkpoint")
+
+    def save_sharded_state(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: parameters are views of all ranks' experts, or of slots."""
+        raise DwdpError("a dwdp rank holds a share of the experts only and cannot save them: save from plain vLLM")
 
     def dwdp_counters(self) -> dict[str, Any]:
         """This rank's counters; for `collective_rpc`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -45,13 +46,16 @@ class ModelBuild:
         rank: place in the group, 0..group_size-1.
         group_size: N.
         on_cpu: whether kernels read host memory, so that peers' pages can be used in place.
+        meet: returns when all ranks of the group have called it with this name.
     """
 
     config: DwdpConfig
     rank: int
     group_size: int
     on_cpu: bool
+    meet: Callable[[str], object] = lambda name: None
     layers: list[LayerBuild] = field(default_factory=list)
+    memory_checked: bool = False
 
     _current: ClassVar[ModelBuild | None] = None
 
@@ -97,7 +101,9 @@ class ModelBuild:
             try:
                 # A share may grow by an expert to end on a page, not by more.
                 if boundary_shift(experts, self.group_size, granularity) <= 1:
-                    return place(experts, self.group_size, held, granularity), True
+                    placement = place(experts, self.group_size, held, granularity)
+                    if held is None or max(map(len, placement.shares)) <= held + 1:
+                        return placement, True
                 reason = f"that would move a boundary by more than one of {experts} experts"
             except DwdpError as error:
                 reason = str(error)

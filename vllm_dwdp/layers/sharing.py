@@ -90,6 +90,9 @@ class ExpertSharing:
         gate = InplaceGate(self.counters)
         for i, layer in enumerate(self.layers):
             attach_inplace(layer, rank, self.transport)
+            # The range has mappings of its own.
+            for peer in layer.peers.values():
+                self.transport.unmap_peer(peer)
             layer.build.module.dwdp_attach(gate, i)
 
     def _attach_ring(self) -> None:
@@ -106,7 +109,6 @@ class ExpertSharing:
         ]
         trace = self.trace if config.trace else None
         self.prefetcher = Prefetcher(ring, engine, programs, self.counters, config.timeout_s, trace)
-        self._closing.callback(self.prefetcher.close, _CLOSE_TIMEOUT_S)
         # A layer with a slot of its own is pulled once and stays.
         self.refilled = [program for i, program in enumerate(programs) if ring.next_layer(i) is not None]
         for i, layer in enumerate(self.layers):
@@ -155,15 +157,21 @@ class ExpertSharing:
             "read_largest": READ.largest,
         }
 
-    def describe(self) -> str:
-        """One line at start."""
+    def describe(self, launcher: str) -> str:
+        """One line at start; `launcher`: what started this worker."""
         experts = max(layer.build.placement.num_experts for layer in self.layers)
+        slots = sum(slot.nbytes for slot in self.slots)
         return (
-            f"{self.experts_held} of {experts} experts in {len(self.layers)} MoE layers ({self.slab_bytes / 1e6:.1f} MB), "
-            f"view {self.view}, {len(self.slots)} slots ({sum(slot.nbytes for slot in self.slots) / 1e6:.1f} MB), "
-            f"a forward pulls {self.bytes_per_forward / 1e6:.1f} MB"
+            f"{self.experts_held} of {experts} experts in {len(self.layers)} MoE layers "
+            f"({self.slab_bytes / 1e6:.1f} MB), launched by {launcher}, view {self.view}, "
+            f"{len(self.slots)} slots ({slots / 1e6:.1f} MB), a forward pulls {self.bytes_per_forward / 1e6:.1f} MB"
         )
 
     def close(self) -> None:
-        """Wait for copies in flight, then let go of peers and slabs; idempotent. Peers' mappings outlive ours."""
+        """Wait for copies in flight, then let go of peers and slabs; idempotent. Peers' mappings outlive ours.
+
+        Raises DwdpTimeout where a copy does not end; its memory then stays mapped.
+        """
+        if self.prefetcher is not None:
+            self.prefetcher.close(_CLOSE_TIMEOUT_S)
         self._closing.close()

@@ -66,11 +66,6 @@ class LayerSlab:
         """All tensors in slab order."""
         return (*self.fetched, *self.replicated)
 
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of one expert, replicated tensors included."""
-        return sum(tensor.row_bytes for tensor in self.tensors)
-
     def memory(self, rank: int) -> Memory:
         """The slab of `rank`, own or mapped."""
         return self.peers.get(rank, self.slab)

@@ -44,10 +44,9 @@ def fits_pages(layer: LayerSlab, rank: int, page: int = mmap.PAGESIZE) -> bool:
     )
 
 
-def attach_inplace(layer: LayerSlab, rank: int, transport: ShmTransport) -> list[Memory]:
+def attach_inplace(layer: LayerSlab, rank: int, transport: ShmTransport) -> None:
     """Re-point the fetched tensors of `layer` to one range each that is made of all owners' pages."""
     placement = layer.build.placement
-    ranges: list[Memory] = []
     for tensor in layer.fetched:
         runs = [
             SlabRun(
@@ -60,8 +59,6 @@ def attach_inplace(layer: LayerSlab, rank: int, transport: ShmTransport) -> list
         ]
         whole = transport.map_runs(runs)
         tensor.parameter.data = tensor.view(whole.tensor(), 0, placement.num_experts)
-        ranges.append(whole)
-    return ranges
 
 
 def slot_bytes(layers: Sequence[LayerSlab]) -> int:

@@ -8,6 +8,7 @@ point and lets a plugin adjust the config.
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 from vllm_dwdp import BACKEND
@@ -30,6 +31,8 @@ def install() -> None:
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
         attempt(llm_init.settle)
         if self.distributed_executor_backend != BACKEND:
+            if (environment := sys.modules.get("vllm_dwdp.engine.environment")) is not None:
+                environment.forget_launches()
             return original(self, *args, **kwargs)
         from vllm_dwdp.engine.configure import create_engine_config as create
 
