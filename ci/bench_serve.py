@@ -7,7 +7,7 @@
     contiguous   DWDP, two ranks of one core each, weight view contiguous
 
 All engines are built first and stopped (SIGSTOP) while another one is measured. The variants take turns, so that what
-else happens on the machine meets all of them; medians over the turns. `--apart` builds and ends one variant after the
+else happens on the machine meets all of them; figures and ratios are medians over the turns. `--apart` builds and ends one variant after the
 other instead, for machines with little memory. Requests are random token ids, the same for every variant; prefix
 caching is off, since every turn repeats them. Prints ratios; it never fails because of one.
 """
@@ -271,18 +271,20 @@ def run(
 
 
 def report(found: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Print the table and the ratios of medians; returns the ratios."""
+    """Print the table and the medians of the ratios; returns these."""
     medians = {name: statistics.median(result["runs"]) for name, result in found.items()}
-    print(f"\n{'variant':<12}{'output tokens/s':>16}{'all turns':>30}{'memory GB':>12}{'others at most':>16}")
+    print(f"\n{'variant':<12}{'output tokens/s':>16}{'all turns':>36}{'memory GB':>12}{'others at most':>16}")
     for name, result in found.items():
         turns = " ".join(f"{speed:.1f}" for speed in result["runs"])
         others = f"{max(result['others']):.0%}"
-        print(f"{name:<12}{medians[name]:>16.1f}{turns:>30}{result['memory'] / 1e9:>12.2f}{others:>16}")
+        print(f"{name:<12}{medians[name]:>16.1f}{turns:>36}{result['memory'] / 1e9:>12.2f}{others:>16}")
     print()
     ratios = {}
     for above, below, goal in RATIOS:
         if above in medians and below in medians:
-            ratios[f"{above}/{below}"] = ratio = medians[above] / medians[below]
+            # Turn by turn, so that a machine that grows slower or faster counts for nothing.
+            turns = zip(found[above]["runs"], found[below]["runs"], strict=True)
+            ratios[f"{above}/{below}"] = ratio = statistics.median(a / b for a, b in turns)
             print(f"{above} / {below}: {ratio:.2f}{f'; goal {goal}' if goal else ''}")
     return ratios
 
@@ -296,7 +298,7 @@ def main() -> int:
     parser.add_argument("--input", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=32, help="tokens to generate per request")
     parser.add_argument("--concurrency", type=int, default=16)
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=5, help="turns per variant")
     parser.add_argument("--cores", help="the two CPUs to use, as 0,1")
     parser.add_argument("--only", help="variants to run, by comma")
     parser.add_argument("--compile", action="store_true", help="with torch.compile instead of eager")

@@ -1,0 +1,75 @@
+"""Which tensors of a checkpoint are read by rows of the share, and what the model's loader is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from vllm.config.load import LoadConfig
+
+from vllm_dwdp.engine.loader import ShareOnlyLoader, _fused_names, _runs
+from vllm_dwdp.layers.read_stats import READ, ReadStats
+
+EXPERTS = 8
+TENSORS = {
+    "layers.0.mlp.experts.gate_up_proj": torch.arange(EXPERTS * 6.0).view(EXPERTS, 2, 3),
+    "layers.0.mlp.experts.gate_up_proj_bias": torch.arange(EXPERTS * 2.0).view(EXPERTS, 2),
+    # Read by every rank's router for all experts, whatever its share.
+    "layers.0.mlp.experts.e_score_correction_bias": torch.arange(EXPERTS * 1.0) + 1,
+    "layers.0.mlp.experts.latent.weight": torch.ones(16, 4),
+    "layers.0.mlp.experts.3.down_proj.weight": torch.ones(2, 2),
+    "layers.0.mlp.experts.6.down_proj.weight": torch.ones(2, 2),
+    "layers.0.attention.weight": torch.ones(EXPERTS, 4),
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "model.safetensors"
+    save_file(TENSORS, path)
+    return str(path)
+
+
+@pytest.fixture
+def loader(monkeypatch: pytest.MonkeyPatch) -> ShareOnlyLoader:
+    monkeypatch.setattr(READ, "__dict__", ReadStats().__dict__)
+    loader = ShareOnlyLoader(LoadConfig(load_format="auto", use_tqdm_on_load=False))
+    loader.local_expert_ids = {0, 1, 2, 3, 7}
+    loader._expert_by_expert = False
+    return loader
+
+
+def test_only_rows_of_experts_count_as_fused(file: str) -> None:
+    assert _fused_names(file, {EXPERTS}) == {
+        "layers.0.mlp.experts.gate_up_proj",
+        "layers.0.mlp.experts.gate_up_proj_bias",
+    }
+    assert _fused_names(file, {EXPERTS - 1}) == set()
+
+
+def test_rows_of_the_share_are_read_and_the_rest_is_whole(file: str, loader: ShareOnlyLoader) -> None:
+    shown = dict(loader._share_of([file], {EXPERTS}))
+    assert "layers.0.mlp.experts.6.down_proj.weight" not in shown
+    for name, tensor in shown.items():
+        assert tensor.shape == TENSORS[name].shape
+        rows = sorted(loader.local_expert_ids or ()) if "gate_up" in name else slice(None)
+        assert torch.equal(tensor[rows], TENSORS[name][rows])
+    # Five of eight rows of 24 and 8 bytes, then the whole tensors under `.experts.`.
+    assert READ.expert_bytes == 5 * (24 + 8) + 32 + 256 + 16
+    assert READ.other_bytes == EXPERTS * 4 * 4
+
+
+def test_expert_by_expert(file: str, loader: ShareOnlyLoader) -> None:
+    loader._expert_by_expert = True
+    loader.local_expert_ids = {1, 7, 9}
+    shown = dict(loader._share_of([file], {EXPERTS}))
+    assert torch.equal(shown["layers.0.mlp.experts.7.gate_up_proj"], TENSORS["layers.0.mlp.experts.gate_up_proj"][7])
+    # Another layer may have more experts: there is no ninth row here.
+    assert not any(".experts.9." in name for name in shown)
+
+
+def test_runs() -> None:
+    assert _runs([0, 1, 2, 5, 7, 8]) == [(0, 3), (5, 6), (7, 9)]
+    assert _runs([]) == []
