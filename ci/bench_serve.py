@@ -7,9 +7,9 @@
     contiguous   DWDP, two ranks of one core each, weight view contiguous
 
 All engines are built first and stopped (SIGSTOP) while another one is measured. The variants take turns, so that what
-else happens on the machine meets all of them; figures and ratios are medians over the turns. `--apart` builds and ends one variant after the
-other instead, for machines with little memory. Requests are random token ids, the same for every variant; prefix
-caching is off, since every turn repeats them. Prints ratios; it never fails because of one.
+else happens on the machine meets all of them; figures and ratios are medians over the turns. `--apart` builds and ends
+one variant after the other instead, for machines with little memory. Requests are random token ids, the same for every
+variant; prefix caching is off, since every turn repeats them. Prints ratios; it never fails because of one.
 """
 
 import argparse
@@ -306,6 +306,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the results to this file as well")
     args = parser.parse_args()
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: ended"))  # engines are stopped: they have to be ended
     cores = [int(core) for core in args.cores.split(",")] if args.cores else two_cores()
     os.sched_setaffinity(0, cores)  # inherited: front ends and engines share the two cores with the workers
     chosen = variants(cores, args.concurrency)

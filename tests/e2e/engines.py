@@ -56,13 +56,17 @@ def unused(names: set[str]) -> list[str]:
     """Those of `names` under /dev/shm that no process maps: a name in use belongs to somebody else's engine."""
     if not names:
         return []
-    mapped: set[str] = set()
+    # By inode: glibc makes semaphores under another name and renames them.
+    mapped: set[int] = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
-            mapped.update(
-                line.rsplit("/dev/shm/", 1)[1] for line in maps.read_text().splitlines() if "/dev/shm/" in line
-            )
-    return sorted(names - mapped)
+            mapped.update(int(line.split()[4]) for line in maps.read_text().splitlines() if "/dev/shm/" in line)
+    free = []
+    for name in sorted(names):
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(f"/dev/shm/{name}").st_ino not in mapped:
+                free.append(name)
+    return free
 
 
 @dataclass
