@@ -89,14 +89,15 @@ class DwdpWorkerMixin:
             with freed_memory_is_returned() if build.on_cpu else nullcontext():
                 super().load_model(*args, **kwargs)  # type: ignore[misc]
                 self.dwdp_sharing = ExpertSharing(build, rendezvous, launch)
+            sharing = self.dwdp_sharing
+            logger.info("dwdp rank %d: %s", rank, sharing.describe("Ray" if _in_ray() else "a process"))
+            window = sharing.window(self.vllm_config.scheduler_config.max_num_batched_tokens)
+            if window is not None and not window.hides:
+                logger.warning("dwdp rank %d: %s", rank, window.describe())
+            sharing.start()
         except BaseException as error:
             rendezvous.fail(error)
             raise
-        logger.info("dwdp rank %d: %s", rank, self.dwdp_sharing.describe("Ray" if _in_ray() else "a process"))
-        window = self.dwdp_sharing.window(self.vllm_config.scheduler_config.max_num_batched_tokens)
-        if window is not None and not window.hides:
-            logger.warning("dwdp rank %d: %s", rank, window.describe())
-        self.dwdp_sharing.start()
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         """Refused: peers read the weights that would be replaced."""
