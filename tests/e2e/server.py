@@ -68,11 +68,14 @@ class Server:
         workers = [pid for pid in self.pids("VLLM::Worker") if _parent(pid) == engine]
         return engine, workers[0]
 
-    def stop(self, sign: int = signal.SIGTERM, limit_s: float = 30) -> float:
-        """Signal the front end; seconds until it has ended."""
+    def stop(self, sign: int = signal.SIGTERM, limit_s: float = 30, everywhere: bool = False) -> float:
+        """Signal the front end, or every process of its session; seconds until the front end has ended."""
         started = time.monotonic()
         if self.process.poll() is None:
-            self.process.send_signal(sign)
+            if everywhere:
+                os.killpg(self.process.pid, sign)
+            else:
+                self.process.send_signal(sign)
         self.process.wait(limit_s)
         return time.monotonic() - started
 

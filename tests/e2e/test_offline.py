@@ -76,10 +76,11 @@ def test_nothing_stays_after_del(shared: dict[str, Any]) -> None:
     assert "dwdp rank 1 stops:" in shared["log"]
 
 
-def test_torch_compile_gives_compiled_vllms_tokens(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("view", ["contiguous", pytest.param("inplace", marks=pytest.mark.full)])
+def test_torch_compile_gives_compiled_vllms_tokens(view: str, model: Path, tmp_path: Path) -> None:
     options = {"enforce_eager": False}
     plain = run_job(tmp_path, model, ["tokens"], env=first_ranks_cores(2), **options)
-    shared = run_job(tmp_path, model, ["tokens", "counters"], **options, **dwdp(2, weight_view="contiguous"))
+    shared = run_job(tmp_path, model, ["tokens", "counters"], **options, **dwdp(2, weight_view=view))
     assert shared["tokens"] == plain["tokens"]
     # Compute went through the gates, also from compiled code.
     assert all(counter["layers"] == 4 * counter["forwards"] > 0 for counter in shared["counters"])
