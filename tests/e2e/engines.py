@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -89,6 +90,11 @@ class Leftovers:
                 shutil.rmtree(self.tmp, ignore_errors=True)
                 return left
             time.sleep(0.2)
+
+
+def listen_to_ctrl_c() -> None:
+    """For `preexec_fn`: a shell that runs tests in the background has its children ignore SIGINT, a terminal has not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_job(

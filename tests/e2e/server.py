@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.engines import REPO, Leftovers, environment, free_port, processes
+from tests.e2e.engines import REPO, Leftovers, environment, free_port, listen_to_ctrl_c, processes
 
 VLLM = str(Path(sys.executable).parent / "vllm")
 
@@ -119,6 +119,7 @@ def start_server(folder: Path, model: Path | str, *arguments: str, env: dict[str
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=listen_to_ctrl_c,
         )
     server = Server(process, port, str(model), log, before)
     deadline = time.monotonic() + 300

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.engines import REPO, Leftovers, dwdp, environment, rank_cores
+from tests.e2e.engines import REPO, Leftovers, dwdp, environment, listen_to_ctrl_c, rank_cores
 
 pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
@@ -38,6 +39,7 @@ class Program:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=listen_to_ctrl_c,
             )
 
     @property
@@ -91,4 +93,7 @@ def test_dwdp_then_plain_then_dwdp(model: Path, tmp_path: Path) -> None:
     assert program.wait(420) == 0, program.log[-6000:]
     first, plain, last = program.tokens()
     assert first == plain == last
-    assert program.left() == []
+    # Plain vLLM leaves its socket files, named by UUIDs, in the temporary folder.
+    assert [
+        name for name in program.left() if not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", name)
+    ] == []
