@@ -63,7 +63,8 @@ class SlabLayout(_Layout):
 
 
 class SlotLayout(_Layout):
-    """Offsets within a slot of the contiguous view; rows: all E experts, in the order of their ids."""
+    """Offsets within a slot; rows: all E experts (contiguous view), or those that the reader lacks (split view), in the
+    order of their ids."""
 
 
 class Slice(NamedTuple):
@@ -77,10 +78,10 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True)
 class CopyPlan:
-    """The copies that fill a slot with all E experts of a layer.
+    """The copies that fill a slot with all E experts of a layer, or with those that the reader lacks.
 
     pulls: from peers, at most slice_bytes each, in issue order. local: from the reader's own slab (the merge copy), one
-    per range. slot, slabs: the layouts that the offsets refer to; slabs is indexed by rank.
+    per range; none in the split view. slot, slabs: the layouts that the offsets refer to; slabs is indexed by rank.
     """
 
     reader: int
@@ -100,24 +101,39 @@ class CopyPlan:
         return sum(item.nbytes for item in self.local)
 
 
+def slot_rows(placement: Placement, reader: int, split: bool) -> dict[int, int]:
+    """Expert -> its row in a slot of `reader`; only experts that have one."""
+    own = frozenset(placement.shares[reader]) if split else frozenset()
+    lacking = (expert for expert in range(placement.num_experts) if expert not in own)
+    return {expert: row for row, expert in enumerate(lacking)}
+
+
 def build_plan(
     placement: Placement,
     reader: int,
     tensors: Sequence[TensorSpec],
     slice_bytes: int,
     alignment: int = ALIGNMENT,
+    split: bool = False,
 ) -> CopyPlan:
-    """Plan how rank `reader` fills a slot. Raises DwdpError for empty tensors or a slice_bytes below 1."""
+    """Plan how rank `reader` fills a slot; split: with the experts it lacks only.
+
+    Raises DwdpError for empty tensors or a slice_bytes below 1.
+    """
     if slice_bytes < 1:
         raise DwdpError(f"slice_bytes is {slice_bytes}: it must be >= 1")
     specs = tuple(tensors)
-    slot = SlotLayout(specs, placement.num_experts, alignment)
+    rows = slot_rows(placement, reader, split)
+    slot = SlotLayout(specs, len(rows), alignment)
     slabs = tuple(SlabLayout(specs, len(share), alignment) for share in placement.shares)
     ranges: list[list[Slice]] = [[] for _ in slabs]
     for run in placement.runs(reader):
+        if split and run.owner == reader:
+            continue
         for spec, src, dst in zip(specs, slabs[run.owner].offsets, slot.offsets, strict=True):
             row = spec.row_bytes
-            ranges[run.owner].append(Slice(run.owner, src + run.local * row, dst + run.first * row, run.length * row))
+            first = rows[run.first]
+            ranges[run.owner].append(Slice(run.owner, src + run.local * row, dst + first * row, run.length * row))
     peers = [(reader + step) % placement.num_ranks for step in range(1, placement.num_ranks)]
     turns = zip_longest(*(_cut(ranges[peer], slice_bytes) for peer in peers))
     pulls = tuple(item for turn in turns for item in turn if item is not None)

@@ -80,11 +80,31 @@ class Probe:
                 gate.acquire(layer.dwdp_layer)
             for tensor, parameter in layer.named_parameters():
                 if parameter.ndim > 1:
-                    rows = parameter.data.contiguous().view(torch.uint8).flatten(1).numpy()
-                    digests[f"{name}.{tensor}"] = [hashlib.sha1(row.tobytes()).hexdigest() for row in rows]
+                    rows = self._rows_by_address(layer, tensor)
+                    if rows is None:
+                        rows = parameter.data.contiguous().view(torch.uint8).flatten(1).cpu()
+                    digests[f"{name}.{tensor}"] = [hashlib.sha1(row.numpy().tobytes()).hexdigest() for row in rows]
             if gate is not None:
                 gate.release(layer.dwdp_layer)
         return digests
+
+    def _rows_by_address(self, layer: Any, tensor: str) -> Any:
+        """uint8 [E, bytes of a row] as the split-weight kernels find them; None for tensors that have no table."""
+        tables = getattr(layer, "dwdp_tables", None)
+        names = ("w13_weight", "w2_weight")
+        if tables is None or tensor not in names:
+            return None
+        import torch
+
+        table = tables[names.index(tensor)]
+        nbytes = table.rows * table.cols * table.dtype.itemsize
+        sharing = self.dwdp_sharing  # type: ignore[attr-defined]
+        memories = [sharing.layers[layer.dwdp_layer].slab, *sharing.slots]
+        rows = []
+        for address in table.addresses.tolist():
+            [memory] = [m for m in memories if m.address <= address < m.address + m.nbytes]
+            rows.append(memory.tensor()[address - memory.address :][:nbytes].cpu())
+        return torch.stack(rows)
 
     def probe_memory(self) -> dict[str, int]:
         """Resident bytes before loading and at the highest while loading; expert and replicated bytes by storage."""

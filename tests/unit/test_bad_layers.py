@@ -96,5 +96,7 @@ def test_memory_that_does_not_suffice_for_all_ranks(view: str, slots: str, monke
 
 
 def test_a_transport_that_is_not_there() -> None:
-    gpu = ModelBuild(DwdpConfig(), 0, 2, on_cpu=False)
-    check_message(refusal(lambda: make_transport(gpu, ())), ["'auto'", "between CPU ranks", "shm"])
+    gpu = ModelBuild(DwdpConfig(transport="shm"), 0, 2, on_cpu=False)
+    check_message(refusal(lambda: make_transport(gpu, ())), ["'shm'", "GPUs", "cupy_ipc"])
+    cpu = ModelBuild(DwdpConfig(transport="cupy_ipc"), 0, 2, on_cpu=True)
+    check_message(refusal(lambda: make_transport(cpu, ())), ["'cupy_ipc'", "CPU", "shm"])

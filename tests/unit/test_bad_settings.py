@@ -132,6 +132,12 @@ def test_the_environment_of_a_launch_passes_vllms_check(tiny_moe: Path) -> None:
 
 
 def test_another_platform(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_message(refusal(lambda: options.check_settings(DwdpConfig(), on_cpu=False)), ["CPU ranks", "CPU build"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_message(refusal(lambda: options.check_settings(DwdpConfig(), on_cpu=False)), ["CuPy", "vllm-dwdp[cuda13]"])
+    monkeypatch.undo()
+    on_gpu = {"transport": ("shm", "cupy_ipc"), "weight_view": ("inplace", "split")}
+    for key, (wrong, instead) in on_gpu.items():
+        config = DwdpConfig(**{key: wrong})  # type: ignore[arg-type]
+        check_message(refusal(lambda config=config: options.check_settings(config, on_cpu=False)), [wrong, instead])
     monkeypatch.setattr(configure, "_WORKERS", {})
     check_message(refusal(lambda: build(tiny_moe)), ["vllm.v1.worker.cpu_worker.CPUWorker", "CPU and CUDA platforms"])

@@ -231,3 +231,20 @@ def test_command_line(tmp_path: Path) -> None:
     refused = subprocess.run([*command, "--hidden", "33"], capture_output=True, text=True)
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: hidden is 33")
+
+
+def test_fp8_blocks_come_out_close_to_what_went_in() -> None:
+    from vllm_dwdp.checkpoints.fp8 import as_fp8
+
+    weights = {
+        "a.q_proj.weight": torch.randn(200, 300),
+        "mlp.gate.weight": torch.randn(4, 300),
+        "norm.weight": torch.ones(9),
+    }
+    stored = as_fp8(weights)
+    assert set(stored) == {*weights, "a.q_proj.weight_scale_inv"}
+    scale = stored["a.q_proj.weight_scale_inv"]
+    assert scale.shape == (2, 3) and scale.dtype == torch.float32
+    whole = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:200, :300]
+    error = (stored["a.q_proj.weight"].float() * whole - weights["a.q_proj.weight"]).abs()
+    assert error.max() < 0.07 * weights["a.q_proj.weight"].abs().max()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_dwdp.copy_plan import CopyPlan, SlabLayout, Slice, SlotLayout, TensorSpec, build_plan
+from vllm_dwdp.copy_plan import CopyPlan, SlabLayout, Slice, SlotLayout, TensorSpec, build_plan, slot_rows
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.placement import Placement, place
 
@@ -15,7 +15,9 @@ row_sizes = st.lists(st.integers(1, 40), min_size=1, max_size=3)
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Placement, int, tuple[TensorSpec, ...], CopyPlan, int]:
+def cases(
+    draw: st.DrawFn, views: tuple[bool, ...] = (False, True)
+) -> tuple[Placement, int, tuple[TensorSpec, ...], CopyPlan, int, bool]:
     num_ranks = draw(st.integers(2, 6))
     num_experts = draw(st.integers(max(num_ranks, 3), 20))
     share = draw(st.none() | st.integers(-(-num_experts // num_ranks), num_experts - 1))
@@ -23,8 +25,9 @@ def cases(draw: st.DrawFn) -> tuple[Placement, int, tuple[TensorSpec, ...], Copy
     reader = draw(st.integers(0, num_ranks - 1))
     specs = tuple(TensorSpec(f"t{i}", row) for i, row in enumerate(draw(row_sizes)))
     slice_bytes = draw(st.integers(1, 100))
-    plan = build_plan(placement, reader, specs, slice_bytes, draw(st.sampled_from([1, 16, 256])))
-    return placement, reader, specs, plan, slice_bytes
+    split = draw(st.sampled_from(views))
+    plan = build_plan(placement, reader, specs, slice_bytes, draw(st.sampled_from([1, 16, 256])), split)
+    return placement, reader, specs, plan, slice_bytes, split
 
 
 def row(layout: SlabLayout | SlotLayout, tensor: int, index: int) -> slice:
@@ -33,8 +36,10 @@ def row(layout: SlabLayout | SlotLayout, tensor: int, index: int) -> slice:
 
 
 @given(cases())
-def test_the_slot_gets_every_byte_of_every_expert_once(case: tuple) -> None:  # type: ignore[type-arg]
-    placement, reader, specs, plan, slice_bytes = case
+def test_the_slot_gets_every_byte_of_its_experts_once(case: tuple) -> None:  # type: ignore[type-arg]
+    placement, reader, specs, plan, slice_bytes, split = case
+    slot_experts = slot_rows(placement, reader, split)
+    assert list(slot_experts) == list(placement.missing(reader) if split else range(placement.num_experts))
     rng = np.random.default_rng(0)
     weights = [rng.integers(1, 255, (placement.num_experts, spec.row_bytes), dtype=np.uint8) for spec in specs]
     slabs = []
@@ -51,20 +56,20 @@ def test_the_slot_gets_every_byte_of_every_expert_once(case: tuple) -> None:  # 
         slot[item.dst_offset :][: item.nbytes] = slabs[item.source][item.src_offset :][: item.nbytes]
         writes[item.dst_offset :][: item.nbytes] += 1
     for tensor, rows in enumerate(weights):
-        for expert in range(placement.num_experts):
-            place_ = row(plan.slot, tensor, expert)
+        for expert, index in slot_experts.items():
+            place_ = row(plan.slot, tensor, index)
             assert (slot[place_] == rows[expert]).all() and (writes[place_] == 1).all()
     row_bytes = sum(spec.row_bytes for spec in specs)
-    assert writes.sum() == row_bytes * placement.num_experts
+    assert writes.sum() == row_bytes * len(slot_experts)
     assert plan.pulled_bytes == row_bytes * len(placement.missing(reader))
-    assert plan.local_bytes == row_bytes * len(placement.shares[reader])
+    assert plan.local_bytes == (0 if split else row_bytes * len(placement.shares[reader]))
     assert all(item.source != reader and 0 < item.nbytes <= slice_bytes for item in plan.pulls)
     assert all(item.source == reader for item in plan.local)
 
 
 @given(cases())
 def test_sources_are_balanced_and_interleaved(case: tuple) -> None:  # type: ignore[type-arg]
-    placement, reader, specs, plan, _ = case
+    placement, reader, specs, plan, _, _ = case
     row_bytes = sum(spec.row_bytes for spec in specs)
     served: Counter[int] = Counter()
     for item in plan.pulls:

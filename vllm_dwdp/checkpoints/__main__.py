@@ -34,6 +34,7 @@ def main() -> None:
         parser.add_argument(flag, dest=name, type=int, default=getattr(default, name), help=f"{text} (%(default)s)")
     parser.add_argument("--dtype", choices=list(ITEM_SIZES), default=default.dtype)
     parser.add_argument("--fused", action="store_true", help="all experts of a layer in one tensor")
+    parser.add_argument("--fp8", action="store_true", help="weights in FP8 with scales per block")
     parser.add_argument("--shard-mib", type=float, help="split the weights into files of this size")
     args = vars(parser.parse_args())
     out: Path = args.pop("out")

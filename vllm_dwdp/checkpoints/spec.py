@@ -41,6 +41,9 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("", None, None),
 }
 
+#: Rows and columns that share a scale.
+FP8_BLOCK = 128
+
 
 @dataclass(frozen=True)
 class CheckpointSpec:
@@ -62,6 +65,8 @@ class CheckpointSpec:
     seed: int = 0
     # All experts of a layer in one tensor, instead of the per-expert tensors of the hub. Some families know only this.
     fused: bool = False
+    # Linear layers and experts in FP8 (e4m3) with a scale per block of 128 x 128, as DeepSeek-V3 is published.
+    fp8: bool = False
     # Split the file when it exceeds this; None keeps vLLM's usual one file per few GB.
     shard_mib: float | None = None
 
@@ -72,6 +77,11 @@ class CheckpointSpec:
             raise DwdpError(f"unknown dtype {self.dtype!r}: choose one of {', '.join(ITEM_SIZES)}")
         if self.fused and FAMILIES[self.family].fused is None:
             raise DwdpError(f"vLLM loads no fused experts of family {self.family}: leave out fused")
+        if self.fp8 and (self.is_fused or self.hidden % FP8_BLOCK or self.intermediate % FP8_BLOCK):
+            raise DwdpError(
+                f"fp8 with hidden {self.hidden}, intermediate {self.intermediate}, fused {self.is_fused}: needs experts "
+                f"one by one, in sizes that are multiples of {FP8_BLOCK}"
+            )
         for name in ("hidden", "intermediate"):
             size = getattr(self, name)
             if size <= 0 or size % SIZE_STEP:
@@ -107,7 +117,7 @@ class CheckpointSpec:
     @property
     def expert_bytes(self) -> tuple[int, int]:
         """Bytes of one expert's gate+up and down projections."""
-        down = self.intermediate * self.hidden * ITEM_SIZES[self.dtype]
+        down = self.intermediate * self.hidden * (1 if self.fp8 else ITEM_SIZES[self.dtype])
         return 2 * down, down
 
     def as_json(self) -> dict[str, object]:

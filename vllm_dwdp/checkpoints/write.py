@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_dwdp.checkpoints.families import make_config
+from vllm_dwdp.checkpoints.fp8 import FP8_CONFIG, as_fp8
 from vllm_dwdp.checkpoints.spec import CheckpointSpec
 from vllm_dwdp.checkpoints.tokenizer import make_tokenizer, special_ids, unreadable_ids
 from vllm_dwdp.checkpoints.weights import as_on_disk, mute, random_weights
@@ -70,7 +71,11 @@ def _fill(spec: CheckpointSpec, folder: Path) -> None:
     _name_as_on_hub(folder / "config.json", spec)
     (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
-    _save_weights(as_on_disk(weights, spec), folder, spec.shard_mib)
+    on_disk = as_on_disk(weights, spec)
+    if spec.fp8:
+        on_disk = as_fp8(on_disk)
+        _edit_config(folder / "config.json", quantization_config=FP8_CONFIG)
+    _save_weights(on_disk, folder, spec.shard_mib)
     # Last: a folder with this file is complete.
     (folder / SPEC_FILE).write_text(json.dumps(spec.as_json(), indent=2) + "\n")
 
@@ -78,9 +83,15 @@ def _fill(spec: CheckpointSpec, folder: Path) -> None:
 def _name_as_on_hub(file: Path, spec: CheckpointSpec) -> None:
     """transformers renames Qwen3-MoE's expert count when it saves; real checkpoints have the old name."""
     if spec.family == "qwen3_moe":
-        values = json.loads(file.read_text())
-        values["num_experts"] = values.pop("num_local_experts", spec.num_experts)
-        file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        number = json.loads(file.read_text()).get("num_local_experts", spec.num_experts)
+        _edit_config(file, num_local_experts=None, num_experts=number)
+
+
+def _edit_config(file: Path, **changes: object) -> None:
+    """Set keys, or remove those that are None."""
+    values = {**json.loads(file.read_text()), **changes}
+    values = {key: value for key, value in values.items() if key not in changes or value is not None}
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _save_weights(weights: dict[str, torch.Tensor], folder: Path, shard_mib: float | None) -> None:

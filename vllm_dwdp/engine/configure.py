@@ -15,6 +15,7 @@ from vllm_dwdp import BACKEND, patches
 from vllm_dwdp.config import DwdpConfig, Rendezvous
 from vllm_dwdp.engine import options
 from vllm_dwdp.engine.cores import bind_ranks
+from vllm_dwdp.engine.devices import keep_experts_out_of_graphs, set_devices
 from vllm_dwdp.engine.environment import own_ipc_folder, set_for_launch
 from vllm_dwdp.engine.launch import RENDEZVOUS_ENV, DwdpLaunch, attach_launch, format_address
 from vllm_dwdp.engine.model_config import hide_moe
@@ -84,14 +85,19 @@ def create_engine_config(
     headless = bool(keywords.get("headless", positional[1] if len(positional) > 1 else False))
     options.check_arguments(args, headless)
     config = DwdpConfig.parse((args.additional_config or {}).get(BACKEND))
-    options.check_settings(config, current_platform.is_cpu())
+    on_cpu = current_platform.is_cpu()
+    if not on_cpu and not current_platform.is_cuda():
+        raise DwdpError(
+            f"dwdp runs on vLLM's CPU and CUDA platforms, not on {current_platform.device_name}: leave it out"
+        )
+    options.check_settings(config, on_cpu)
     group_size = config.resolve_group_size(args.data_parallel_size)
     launcher = resolve_launcher(config.launcher)
 
     @functools.wraps(args.create_model_config)
     def create_model_config() -> ModelConfig:
         model_config = type(args).create_model_config(args)
-        config.check(args.data_parallel_size, options.check_model(model_config))
+        config.check(args.data_parallel_size, options.check_model(model_config, on_cpu))
         hide_moe(model_config)
         return model_config
 
@@ -99,7 +105,10 @@ def create_engine_config(
     args.create_model_config = create_model_config  # type: ignore[method-assign]
     args.distributed_executor_backend = _executor(launcher)
     # Always present, so that compile caches never mix with those of plain vLLM.
-    additional_config = args.additional_config
+    additional_config, moe_backend = args.additional_config, args.moe_backend
+    if not on_cpu and moe_backend == "auto":
+        # The kernels that slots and slabs were tried with; other choices are refused once the layers exist.
+        args.moe_backend = "triton"
     args.additional_config = {**(additional_config or {}), BACKEND: config.to_dict()}
     try:
         vllm_config = original(args, *positional, **keywords)
@@ -107,11 +116,15 @@ def create_engine_config(
         del args.create_model_config
         args.distributed_executor_backend = BACKEND
         args.additional_config = additional_config
+        args.moe_backend = moe_backend
     options.check_config(vllm_config)
     parallel = vllm_config.parallel_config
     if parallel.worker_cls not in _WORKERS:
         raise DwdpError(f"dwdp has no worker for {parallel.worker_cls}: it runs on vLLM's CPU and CUDA platforms")
     parallel.worker_cls = _WORKERS[parallel.worker_cls]
+    if not on_cpu:
+        set_devices(vllm_config, config, args.data_parallel_size)
+        keep_experts_out_of_graphs(vllm_config)
     launch = _launch(args, config, vllm_config)
     attach_launch(vllm_config, launch)
     publishing = not args.disable_log_stats and (args._api_process_count == 1 or args._api_process_rank == 0)
@@ -119,7 +132,7 @@ def create_engine_config(
         watch_ranks(vllm_config, launch, publishing, summarise=not _is_api_server_of_many(args))
     if not _is_api_server_of_many(args):
         own_ipc_folder(vllm_config)
-        if current_platform.is_cpu():
+        if on_cpu:
             bind_ranks(vllm_config, args.data_parallel_size)
         if launcher == "ray":
             from vllm_dwdp.engine.ray_cluster import join_or_start

@@ -1,11 +1,34 @@
-"""The dwdp worker on vLLM's CUDA platform."""
+"""vLLM's GPU worker with the experts of its group."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from vllm.config import VllmConfig
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_dwdp.engine.worker import DwdpWorkerMixin
+from vllm_dwdp.engine.launch import launch_of
+from vllm_dwdp.engine.worker import DwdpWorkerMixin, in_ray
 
 
 class DwdpGPUWorker(DwdpWorkerMixin, Worker):
-    """`Worker` for one rank; peers' experts over the transport for GPUs."""
+    """`Worker` of vllm.v1.worker.gpu_worker, holding one rank's share."""
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        if in_ray():
+            # vLLM takes any other executor for one whose ranks index all devices (gpu_worker.py, `init_device`); Ray has
+            # chosen this worker's already. The config is this process's own copy.
+            vllm_config.parallel_config.distributed_executor_backend = "ray"
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def determine_available_memory(self) -> int:
+        """vLLM's profiling run; ranks that share a GPU take turns, so that their peaks do not add up."""
+        launch = launch_of(self.vllm_config)
+        assert launch is not None
+        before = self.dwdp_rank - 1
+        if self.dwdp_rank % launch.config.ranks_per_device:
+            self.dwdp_rendezvous.get(before, "profiled")
+        try:
+            return int(super().determine_available_memory())
+        finally:
+            self.dwdp_rendezvous.put("profiled", True)

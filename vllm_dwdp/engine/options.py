@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 #: Load formats read through vLLM's default loader, which can be asked for single experts, and random weights.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
+
+#: Quantisations of a checkpoint that GPUs compute with; which kernels is checked when the layers exist.
+GPU_QUANTISATIONS = ("fp8",)
 
 #: Architectures whose weight loading takes all experts of a tensor at once, by name.
 REFUSED_ARCHITECTURES = {
@@ -150,14 +154,8 @@ def check_arguments(args: EngineArgs, headless: bool) -> None:
 
 def check_settings(config: DwdpConfig, on_cpu: bool) -> None:
     """Refuse settings of dwdp that this release, or this platform, does not have; raises DwdpError."""
-    if not on_cpu:
-        raise DwdpError("this release of dwdp shares experts between CPU ranks only: use vLLM's CPU build")
-    if config.transport not in ("auto", "shm"):
-        raise DwdpError(f'dwdp.transport is "{config.transport}", which is for GPUs: use auto or shm on CPU')
-    if config.weight_view == "split":
-        raise DwdpError('dwdp.weight_view is "split", which is for GPUs: use auto, contiguous or inplace on CPU')
-    if config.ranks_per_device > 1:
-        raise DwdpError(f"dwdp.ranks_per_device is {config.ranks_per_device}, which is for GPUs: leave it out on CPU")
+    for message in _on_cpu(config) if on_cpu else _on_gpu(config):
+        raise DwdpError(message)
     if config.rendezvous is not None:
         raise DwdpError(
             f"dwdp.rendezvous is {config.rendezvous.host}:{config.rendezvous.port}, for ranks that are started apart, "
@@ -165,7 +163,25 @@ def check_settings(config: DwdpConfig, on_cpu: bool) -> None:
         )
 
 
-def check_model(model_config: ModelConfig) -> int:
+def _on_cpu(config: DwdpConfig) -> Iterator[str]:
+    if config.transport not in ("auto", "shm"):
+        yield f'dwdp.transport is "{config.transport}", which is for GPUs: use auto or shm on CPU'
+    if config.weight_view == "split":
+        yield 'dwdp.weight_view is "split", which is for GPUs: use auto, contiguous or inplace on CPU'
+    if config.ranks_per_device > 1:
+        yield f"dwdp.ranks_per_device is {config.ranks_per_device}, which is for GPUs: leave it out on CPU"
+
+
+def _on_gpu(config: DwdpConfig) -> Iterator[str]:
+    if config.transport not in ("auto", "cupy_ipc"):
+        yield f'dwdp.transport is "{config.transport}", which is for CPU: use auto or cupy_ipc on GPUs'
+    if config.weight_view == "inplace":
+        yield 'dwdp.weight_view is "inplace", which is for CPU: use auto, split or contiguous on GPUs'
+    if importlib.util.find_spec("cupy") is None:
+        yield 'dwdp needs CuPy on GPUs: pip install "vllm-dwdp[cuda13]" (or [cuda12], as your vLLM is built)'
+
+
+def check_model(model_config: ModelConfig, on_cpu: bool) -> int:
     """Refuse models without routed experts, or with experts dwdp cannot share; returns the number of experts."""
     name = model_config.model
     for architecture in model_config.architectures:
@@ -176,7 +192,7 @@ def check_model(model_config: ModelConfig) -> int:
         raise DwdpError(
             f"{name} has no routed experts, {BACKEND} would share nothing: serve it with --data-parallel-size alone"
         )
-    if model_config.quantization is not None:
+    if model_config.quantization is not None and (on_cpu or model_config.quantization not in GPU_QUANTISATIONS):
         raise DwdpError(f"{name}: {_quantisation(str(model_config.quantization))}")
     return experts
 

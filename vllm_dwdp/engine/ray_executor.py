@@ -10,8 +10,10 @@ import ray
 from vllm.platforms import current_platform
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 
+from vllm_dwdp.engine.launch import launch_of
 from vllm_dwdp.engine.orphans import end_with_parent
 from vllm_dwdp.engine.ray_cluster import OBJECT_STORE_BYTES
+from vllm_dwdp.errors import DwdpTimeout
 from vllm_dwdp.patches import ray_worker
 
 #: What a CPU worker asks of Ray: enough to be placed, little enough that ranks may outnumber cores.
@@ -30,18 +32,26 @@ class DwdpRayExecutor(RayExecutorV2):
         rank = self.parallel_config.data_parallel_index
         # vLLM builds actor names from this id: engines of one cluster must not share them.
         self.vllm_config.instance_id = f"{self.vllm_config.instance_id}_dwdp{rank}"
-        if not current_platform.is_cpu():
-            super()._init_executor()
-            return
         if not ray.is_initialized():
             address = os.environ.get("RAY_ADDRESS")
             options: dict[str, Any] = {} if address else {"object_store_memory": OBJECT_STORE_BYTES}
             ray.init(address=address, runtime_env=self.parallel_config.ray_runtime_env, **options)
-        group = ray.util.placement_group([{"CPU": _CPU_SHARE}], strategy="PACK")
-        ray.get(group.ready(), timeout=self._timeout_s())
+        share = {"CPU": _CPU_SHARE} if current_platform.is_cpu() else {"GPU": self._gpu_share()}
+        group = ray.util.placement_group([share], strategy="PACK")
+        try:
+            ray.get(group.ready(), timeout=self._timeout_s())
+        except ray.exceptions.GetTimeoutError as error:
+            raise DwdpTimeout(
+                f"Ray did not give rank {rank} {share} within {self._timeout_s():.0f} s; the cluster has "
+                f"{ray.cluster_resources()}: free some, or start it with more"
+            ) from error
         self.parallel_config.placement_group = group
-        with ray_worker.cpu_workers():
+        with ray_worker.cpu_workers() if current_platform.is_cpu() else contextlib.nullcontext():
             super()._init_executor()
+
+    def _gpu_share(self) -> float:
+        launch = launch_of(self.vllm_config)
+        return 1.0 / (launch.config.ranks_per_device if launch else 1)
 
     def _post_init_executor(self) -> None:
         super()._post_init_executor()
@@ -50,8 +60,6 @@ class DwdpRayExecutor(RayExecutorV2):
             handle.rank = self.parallel_config.data_parallel_index
 
     def _timeout_s(self) -> float:
-        from vllm_dwdp.engine.launch import launch_of
-
         launch = launch_of(self.vllm_config)
         return launch.config.timeout_s if launch else 60.0
 
@@ -62,8 +70,5 @@ class DwdpRayExecutor(RayExecutorV2):
                 self.collective_rpc("shutdown", timeout=_STOP_TIMEOUT_S)
         super().shutdown()
 
-    @staticmethod
-    def _get_actor_resource_kwargs() -> dict[str, Any]:
-        if current_platform.is_cpu():
-            return {"num_gpus": 0}
-        return RayExecutorV2._get_actor_resource_kwargs()
+    def _get_actor_resource_kwargs(self) -> dict[str, Any]:  # type: ignore[override]
+        return {"num_gpus": 0 if current_platform.is_cpu() else self._gpu_share()}

@@ -9,7 +9,7 @@ import sys
 from contextlib import nullcontext
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -47,7 +47,7 @@ def identity_of(vllm_config: VllmConfig, launch: DwdpLaunch) -> Identity:
     )
 
 
-def _in_ray() -> bool:
+def in_ray() -> bool:
     """Whether this worker is a Ray actor."""
     ray = sys.modules.get("ray")
     return ray is not None and ray.is_initialized()
@@ -75,7 +75,7 @@ class DwdpWorkerMixin:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """vLLM's `load_model` for this rank's share, then the views of all experts."""
         launch, rank = self.dwdp_launch, self.dwdp_rank
-        rendezvous = Rendezvous(launch.rendezvous, rank, launch.config.timeout_s)
+        self.dwdp_rendezvous = rendezvous = Rendezvous(launch.rendezvous, rank, launch.config.timeout_s)
         group = launch.group_of(rank)
         try:
             rendezvous.check_identity(identity_of(self.vllm_config, launch), group)
@@ -88,9 +88,11 @@ class DwdpWorkerMixin:
             ).open()
             with freed_memory_is_returned() if build.on_cpu else nullcontext():
                 super().load_model(*args, **kwargs)  # type: ignore[misc]
-                self.dwdp_sharing = ExpertSharing(build, rendezvous, launch)
+                # Kernel objects are made once more, and ask for the config.
+                with set_current_vllm_config(self.vllm_config):
+                    self.dwdp_sharing = ExpertSharing(build, rendezvous, launch)
             sharing = self.dwdp_sharing
-            logger.info("dwdp rank %d: %s", rank, sharing.describe("Ray" if _in_ray() else "a process"))
+            logger.info("dwdp rank %d: %s", rank, sharing.describe("Ray" if in_ray() else "a process"))
             window = sharing.window(self.vllm_config.scheduler_config.max_num_batched_tokens)
             if window is not None and not window.hides:
                 logger.warning("dwdp rank %d: %s", rank, window.describe())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
@@ -9,6 +11,9 @@ from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 from vllm_dwdp.transport.limits import require_memory
+
+#: vLLM's methods whose weights may lie in slabs and slots of a GPU: plain ones, and FP8 with scales per block or tensor.
+GPU_METHODS = ("UnquantizedFusedMoEMethod", "Fp8MoEMethod")
 
 
 def check_coverage(model: nn.Module, build: ModelBuild) -> None:
@@ -28,15 +33,30 @@ def check_coverage(model: nn.Module, build: ModelBuild) -> None:
             continue
         if not isinstance(module, DwdpExpertsMixin):
             raise DwdpError(f"{name}: MoE layer {path} ({type(module).__name__}) is not covered by dwdp")
-        method = type(module.quant_method).__name__
-        if method != "UnquantizedFusedMoEMethod":
-            raise DwdpError(f"{name}: experts of {path} use {method}, which this release of dwdp does not support")
+        if why := _refused_method(module.quant_method, build.on_cpu):
+            raise DwdpError(f"{name}: experts of {path} {why}")
         inside.update(map(id, module.parameters()))
     for path, parameter in model.named_parameters():
         if id(parameter) not in inside and parameter.ndim >= 3 and parameter.shape[0] in experts and ".experts" in path:
             raise DwdpError(
                 f"{name}: {path} holds {parameter.shape[0]} experts outside of RoutedExperts: not supported"
             )
+
+
+def _refused_method(method: Any, on_cpu: bool) -> str | None:
+    """Why experts computed by this method of vLLM cannot be shared; None where they can.
+
+    Refused are methods that nobody has looked at: they may keep copies of weights, or counts of a share.
+    """
+    name = type(method).__name__
+    if name not in (("UnquantizedFusedMoEMethod",) if on_cpu else GPU_METHODS):
+        return f"use {name}, which this release of dwdp does not support"
+    if on_cpu:
+        return None
+    backend = getattr(method, "unquantized_backend", None) or getattr(method, "fp8_backend", None)
+    if backend is None or backend.name != "TRITON":
+        return f"use {name} with the kernels {getattr(backend, 'name', None)}: dwdp needs --moe-backend triton"
+    return None
 
 
 def check_memory(build: ModelBuild) -> None:

@@ -45,6 +45,7 @@ class DwdpExpertsMixin:
     dwdp_share: tuple[int, ...]
     dwdp_layer: int
     dwdp_gate: LayerGate | None
+    dwdp_tables: tuple[Any, ...] | None
     _dwdp_whole_map: ExpertMapManager
 
     def __init__(
@@ -74,6 +75,7 @@ class DwdpExpertsMixin:
         self.dwdp_share = share
         self.dwdp_layer = -1
         self.dwdp_gate = None
+        self.dwdp_tables = None
         # Outside of nn.Module's registries on purpose: only kept for the switch to all experts.
         object.__setattr__(self, "_dwdp_whole_map", expert_map_manager)
 
@@ -82,9 +84,17 @@ class DwdpExpertsMixin:
         self.expert_map_manager = self._dwdp_whole_map
         self.moe_config.num_local_experts = self.moe_config.num_experts  # type: ignore[attr-defined]
         self.update_expert_map_info()  # type: ignore[attr-defined]
+        if not ModelBuild.current().on_cpu:
+            self._dwdp_rebuild_kernel()
         self.dwdp_layer = layer
         self.dwdp_gate = gate
         self._dwdp_number = register_gate(gate, layer)
+
+    def _dwdp_rebuild_kernel(self) -> None:
+        """vLLM's kernel object once more: scales, biases and the number of experts that it keeps are now those of all E."""
+        self.quant_method._init_moe_kernel(self)
+        if self.dwdp_tables is not None:
+            self.quant_method.moe_kernel.fused_experts.attach_tables(*self.dwdp_tables)
 
     def forward_modular(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """`RoutedExperts.forward_modular` between acquire and release; not released where it raises (the ring

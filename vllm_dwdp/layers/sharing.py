@@ -9,6 +9,7 @@ from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.slabs import map_peers, move_to_slabs, replicate_small
+from vllm_dwdp.layers.split import attach_split, why_not_split
 from vllm_dwdp.layers.views import (
     InplaceGate,
     attach_contiguous,
@@ -21,7 +22,7 @@ from vllm_dwdp.layers.window import Window, copy_rate, estimate, product_rate
 from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.prefetch.prefetcher import Prefetcher, TraceEvent
 from vllm_dwdp.prefetch.ring import Ring
-from vllm_dwdp.transport.base import Memory, Program
+from vllm_dwdp.transport.base import Memory, Program, Transport
 from vllm_dwdp.transport.handles_json import handle_to_json
 from vllm_dwdp.transport.shm import ShmTransport
 
@@ -32,12 +33,21 @@ if TYPE_CHECKING:
 _CLOSE_TIMEOUT_S = 5.0
 
 
-def make_transport(build: ModelBuild, cores: tuple[int, ...]) -> ShmTransport:
+def make_transport(build: ModelBuild, cores: tuple[int, ...]) -> Transport:
     """The transport for this platform; raises DwdpError for one that is not there."""
     name = build.config.transport
     if build.on_cpu and name in ("auto", "shm"):
         return ShmTransport(build.config.timeout_s, cores)
-    raise DwdpError(f"transport {name!r} is not available here: this release shares experts between CPU ranks (shm)")
+    if not build.on_cpu and name in ("auto", "cupy_ipc"):
+        import torch
+
+        from vllm_dwdp.transport.cuda_device import open_device
+        from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
+
+        return CupyIpcTransport(open_device(torch.cuda.current_device()), build.config.timeout_s)
+    raise DwdpError(
+        f"transport {name!r} is not available {'on CPU: use shm' if build.on_cpu else 'on GPUs: use cupy_ipc'}"
+    )
 
 
 class ExpertSharing:
@@ -75,36 +85,51 @@ class ExpertSharing:
             raise
 
     def _attach_views(self) -> None:
-        config, rank = self.build.config, self.build.rank
-        if config.weight_view == "split":
-            raise DwdpError('weight_view "split" needs the GPU kernels: use auto, contiguous or inplace')
+        rank = self.build.rank
+        if not self.build.on_cpu:
+            self.view = self._gpu_view()
+            self._attach_ring()
+            return
+        view = self.build.config.weight_view
         # One view for the whole model: a single layer off the pages takes the others along.
         misfit = next((layer for layer in self.layers if not fits_pages(layer, rank)), None)
-        if config.weight_view == "contiguous" or (config.weight_view == "auto" and misfit is not None):
+        if view == "contiguous" or (view == "auto" and misfit is not None):
             self.view = "contiguous"
             self._attach_ring()
             return
         if misfit is not None:
             raise refuse_inplace(misfit, misfit.fetched)
         self.view = "inplace"
+        self._attach_pages()
+
+    def _gpu_view(self) -> str:
+        view = self.build.config.weight_view
+        if view != "auto":
+            return view
+        # One view for the whole model, as on CPU.
+        return "contiguous" if any(why_not_split(layer) for layer in self.layers) else "split"
+
+    def _attach_pages(self) -> None:
+        assert isinstance(self.transport, ShmTransport)
         gate = InplaceGate(self.counters)
         for i, layer in enumerate(self.layers):
-            attach_inplace(layer, rank, self.transport)
+            attach_inplace(layer, self.build.rank, self.transport)
             # The range has mappings of its own.
             for peer in layer.peers.values():
                 self.transport.unmap_peer(peer)
             layer.build.module.dwdp_attach(gate, i)
 
     def _attach_ring(self) -> None:
-        config = self.build.config
+        config, rank = self.build.config, self.build.rank
         ring = Ring(len(self.layers), config.num_slots)
-        nbytes = slot_bytes(self.layers)
+        nbytes = slot_bytes(self.layers, rank, split=self.view == "split")
         self.slots = [self.transport.allocate_slot(nbytes) for _ in range(ring.used_slots)]
         engine = self.transport.copy_engine()
         self._closing.callback(engine.close, _CLOSE_TIMEOUT_S)
         self.engine = engine
+        attach = attach_split if self.view == "split" else attach_contiguous
         programs = [
-            attach_contiguous(layer, self.build.rank, self.slots[ring.slot_of(i)], engine, config.slice_bytes)
+            attach(layer, rank, self.slots[ring.slot_of(i)], engine, config.slice_bytes)
             for i, layer in enumerate(self.layers)
         ]
         trace = self.trace if config.trace else None
@@ -129,7 +154,8 @@ class ExpertSharing:
         tensors = [(layer.build.module, tensor) for layer in self.layers for tensor in layer.fetched]
         flop = sum(2 * module.top_k * tensor.row_bytes // tensor.dtype.itemsize for module, tensor in tensors)
         rate = copy_rate(self.engine, self.refilled[0], self.build.config.timeout_s)
-        return estimate(self.refilled, flop, tokens, rate, product_rate(tensors[0][1].dtype))
+        first = tensors[0][1]
+        return estimate(self.refilled, flop, tokens, rate, product_rate(first.dtype, first.parameter.device))
 
     @property
     def bytes_per_forward(self) -> int:

@@ -104,7 +104,9 @@ def expert_tensors(module: Any, share: int, name: str) -> tuple[tuple[ExpertTens
         )
     whole = sum(tensor.row_bytes for tensor in tensors)
     small = {
-        tensor.name for tensor in tensors if len(tensor.row_shape) < 2 and tensor.row_bytes <= REPLICATED_PART * whole
+        tensor.name
+        for tensor in tensors
+        if (len(tensor.row_shape) < 2 or "_scale" in tensor.name) and tensor.row_bytes <= REPLICATED_PART * whole
     }
     return (
         tuple(tensor for tensor in tensors if tensor.name not in small),
@@ -122,6 +124,9 @@ def move_to_slabs(build: ModelBuild, transport: Transport) -> list[LayerSlab]:
         share = layer.placement.shares[build.rank]
         fetched, replicated = expert_tensors(layer.module, len(share), layer.name)
         layout = slab_layout((*fetched, *replicated), len(share), layer.on_pages)
+        if not build.on_cpu:
+            # The original of the layer before; slabs do not come from torch's allocator.
+            torch.cuda.empty_cache()
         slab = transport.allocate_slab(layout.nbytes)
         flat = slab.tensor()
         for tensor, offset in zip((*fetched, *replicated), layout.offsets, strict=True):

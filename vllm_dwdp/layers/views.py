@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 
-from vllm_dwdp.copy_plan import SlotLayout, build_plan
+from vllm_dwdp.copy_plan import SlotLayout, build_plan, slot_rows
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.slabs import ExpertTensor, LayerSlab, alignment
 from vllm_dwdp.prefetch.counters import CounterPage
@@ -61,14 +61,15 @@ def attach_inplace(layer: LayerSlab, rank: int, transport: ShmTransport) -> None
         tensor.parameter.data = tensor.view(whole.tensor(), 0, placement.num_experts)
 
 
-def slot_bytes(layers: Sequence[LayerSlab]) -> int:
-    """Bytes of a slot that fits any of `layers` in the contiguous view."""
-    return max(_slot_layout(layer).nbytes for layer in layers)
+def slot_bytes(layers: Sequence[LayerSlab], rank: int, split: bool = False) -> int:
+    """Bytes of a slot of `rank` that fits any of `layers`, in the contiguous or in the split view."""
+    return max(_slot_layout(layer, rank, split).nbytes for layer in layers)
 
 
-def _slot_layout(layer: LayerSlab) -> SlotLayout:
+def _slot_layout(layer: LayerSlab, rank: int, split: bool) -> SlotLayout:
     specs = tuple(tensor.spec for tensor in layer.fetched)
-    return SlotLayout(specs, layer.build.placement.num_experts, alignment(layer.build.on_pages))
+    rows = len(slot_rows(layer.build.placement, rank, split))
+    return SlotLayout(specs, rows, alignment(layer.build.on_pages))
 
 
 def attach_contiguous(layer: LayerSlab, rank: int, slot: Memory, engine: CopyEngine, slice_bytes: int) -> Program:

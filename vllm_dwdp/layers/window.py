@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_dwdp.errors import DwdpTimeout
 from vllm_dwdp.transport.base import CopyEngine, Program
 
 _PRODUCT = 512
+_PRODUCT_ON_GPU = 4096
 _REPEATS = 8
 
 
@@ -47,21 +49,32 @@ def copy_rate(engine: CopyEngine, program: Program, timeout_s: float) -> float:
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()
-        engine.wait(engine.submit(program), timeout_s)
+        event = engine.submit(program)
+        engine.wait(event, timeout_s)
+        # On a GPU only the stream waited.
+        while not engine.ready(event):
+            if time.perf_counter() - started > timeout_s:
+                raise DwdpTimeout(f"a copy of {program.pulled_bytes} bytes from peers took more than {timeout_s:.0f} s")
         seconds = time.perf_counter() - started
     return (program.pulled_bytes + program.local_bytes) / seconds
 
 
-def product_rate(dtype: torch.dtype) -> float:
-    """FLOP per second of a matrix product on this rank's cores."""
-    a = torch.ones(_PRODUCT, _PRODUCT, dtype=dtype)
+def product_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
+    """FLOP per second of a matrix product on this rank's cores, or on its GPU; FP8 counts as BF16."""
+    on_gpu = torch.device(device).type == "cuda"
+    size = _PRODUCT_ON_GPU if on_gpu else _PRODUCT
+    a = torch.ones(size, size, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype, device=device)
     a @ a
     best = float("inf")
     for _ in range(_REPEATS):
+        if on_gpu:
+            torch.cuda.synchronize()
         started = time.perf_counter()
         a @ a
+        if on_gpu:
+            torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)
-    return 2 * _PRODUCT**3 / best
+    return 2 * size**3 / best
 
 
 def estimate(programs: Sequence[Program], flop_per_token: int, tokens: int, rate: float, flop_rate: float) -> Window:

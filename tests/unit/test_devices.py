@@ -1,0 +1,71 @@
+"""Which GPU a rank gets, and what CUDA graphs keep (engine/devices.py), without a GPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.config import CUDAGraphMode
+
+from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.engine import devices
+from vllm_dwdp.engine.devices import MOE_OPS, devices_of_ranks, keep_experts_out_of_graphs, set_devices
+from vllm_dwdp.errors import DwdpError
+
+
+@given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 20))
+def test_ranks_fill_one_device_after_the_other(ranks: int, per_device: int, count: int) -> None:
+    known = [100 + i for i in range(count)]
+    if -(-ranks // per_device) > count:
+        with pytest.raises(DwdpError, match=f"{ranks} ranks .* but there are {count}"):
+            devices_of_ranks(ranks, per_device, known)
+        return
+    found = devices_of_ranks(ranks, per_device, known)
+    assert len(found) == ranks and found == sorted(found)
+    assert max(found.count(device) for device in found) <= per_device
+
+
+def config(kv_bytes: int | None, chosen: list[int] | None) -> Any:
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(assigned_physical_gpu_ids=chosen),
+        cache_config=SimpleNamespace(kv_cache_memory_bytes=kv_bytes, gpu_memory_utilization=0.9),
+    )
+
+
+def test_ranks_that_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = SimpleNamespace(device_count=lambda: 2, device_id_to_physical_device_id=lambda i: 4 + i)
+    monkeypatch.setattr(devices, "current_platform", platform)
+    alone = config(None, None)
+    set_devices(alone, DwdpConfig(), 2)
+    assert alone.parallel_config.assigned_physical_gpu_ids is None and alone.cache_config.gpu_memory_utilization == 0.9
+    shared = config(1 << 30, None)
+    set_devices(shared, DwdpConfig(ranks_per_device=2), 4)
+    assert shared.parallel_config.assigned_physical_gpu_ids == [4, 4, 5, 5]
+    assert shared.cache_config.gpu_memory_utilization == 0.45
+    chosen = config(1 << 30, [7])
+    set_devices(chosen, DwdpConfig(ranks_per_device=3), 3)
+    assert chosen.parallel_config.assigned_physical_gpu_ids == [7, 7, 7]
+    with pytest.raises(DwdpError, match="ranks_per_device is 2.*--kv-cache-memory-bytes"):
+        set_devices(config(None, None), DwdpConfig(ranks_per_device=2), 4)
+    with pytest.raises(DwdpError, match="3 ranks .* need 3 GPUs, but there are 2"):
+        set_devices(config(None, None), DwdpConfig(), 3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "ops", "expected"),
+    [
+        (CUDAGraphMode.FULL_AND_PIECEWISE, ["vllm::attention"], CUDAGraphMode.PIECEWISE),
+        (CUDAGraphMode.PIECEWISE, ["vllm::attention"], CUDAGraphMode.PIECEWISE),
+        (CUDAGraphMode.FULL, [], CUDAGraphMode.NONE),
+        (CUDAGraphMode.NONE, ["vllm::attention"], CUDAGraphMode.NONE),
+    ],
+)
+def test_no_graph_holds_a_moe_layer(mode: CUDAGraphMode, ops: list[str], expected: CUDAGraphMode) -> None:
+    compilation = SimpleNamespace(cudagraph_mode=mode, splitting_ops=list(ops))
+    keep_experts_out_of_graphs(SimpleNamespace(compilation_config=compilation))  # type: ignore[arg-type]
+    assert compilation.cudagraph_mode == expected
+    if expected != CUDAGraphMode.NONE:
+        assert set(MOE_OPS) <= set(compilation.splitting_ops)

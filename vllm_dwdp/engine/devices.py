@@ -1,0 +1,72 @@
+"""GPUs of a launch: which rank computes where, and what several ranks on one GPU need (`ranks_per_device`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.errors import DwdpError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.dwdp")
+
+#: vLLM's opaque op of a MoE layer. Outside of CUDA graphs, its acquire and release run on the host at every step.
+MOE_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
+
+
+def devices_of_ranks(num_ranks: int, ranks_per_device: int, devices: list[int]) -> list[int]:
+    """[rank] -> its device: neighbours share one. Raises DwdpError where there are too few devices."""
+    needed = -(-num_ranks // ranks_per_device)
+    if needed > len(devices):
+        raise DwdpError(
+            f"{num_ranks} ranks with dwdp.ranks_per_device {ranks_per_device} need {needed} GPUs, but there are "
+            f"{len(devices)}: use fewer ranks, or ranks_per_device {-(-num_ranks // max(1, len(devices)))}"
+        )
+    return [devices[rank // ranks_per_device] for rank in range(num_ranks)]
+
+
+def set_devices(vllm_config: VllmConfig, config: DwdpConfig, num_ranks: int) -> None:
+    """Give every rank its GPU through vLLM's own `--device-ids`; raises DwdpError.
+
+    vLLM measures free memory as if it were alone on a device, so ranks that share one need a KV cache of a given size.
+    """
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    chosen = parallel.assigned_physical_gpu_ids
+    if chosen is None:
+        chosen = [current_platform.device_id_to_physical_device_id(i) for i in range(current_platform.device_count())]
+    devices = devices_of_ranks(num_ranks, config.ranks_per_device, list(chosen))
+    if config.ranks_per_device == 1:
+        return
+    if cache.kv_cache_memory_bytes is None:
+        raise DwdpError(
+            f"dwdp.ranks_per_device is {config.ranks_per_device}: ranks that share a GPU cannot measure what is free "
+            "for them; give each a KV cache of a fixed size with --kv-cache-memory-bytes"
+        )
+    parallel.assigned_physical_gpu_ids = devices
+    cache.gpu_memory_utilization /= config.ranks_per_device
+
+
+def keep_experts_out_of_graphs(vllm_config: VllmConfig) -> None:
+    """CUDA graphs of this release hold what lies between MoE layers: split at them, and take no full graphs."""
+    from vllm.config import CUDAGraphMode
+
+    compilation = vllm_config.compilation_config
+    mode = compilation.cudagraph_mode
+    if mode is None or mode == CUDAGraphMode.NONE:
+        return
+    if not compilation.splitting_ops:
+        logger.info("dwdp: CUDA graphs are off, %s cannot be split at MoE layers", mode.name)
+        compilation.cudagraph_mode = CUDAGraphMode.NONE
+        return
+    compilation.splitting_ops = [
+        *compilation.splitting_ops,
+        *(op for op in MOE_OPS if op not in compilation.splitting_ops),
+    ]
+    if mode.has_full_cudagraphs():
+        logger.info("dwdp: CUDA graphs are piecewise instead of %s, with MoE layers between them", mode.name)
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE

@@ -1,0 +1,97 @@
+"""The split view: kernels find every expert by its address, in the own slab or in a slot, and nothing is merged (GPUs)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_dwdp.copy_plan import build_plan, slot_rows
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.layers.slabs import ExpertTensor, LayerSlab, alignment
+from vllm_dwdp.prefetch.prefetcher import bind_plan
+from vllm_dwdp.transport.base import CopyEngine, Memory, Program
+
+if TYPE_CHECKING:
+    from vllm_dwdp.kernels.weight_table import PerExpert, Scales, WeightTable
+
+#: What the split-weight kernels fetch; everything else of a layer is small and replicated.
+WEIGHTS = ("w13_weight", "w2_weight")
+
+
+def why_not_split(layer: LayerSlab) -> str | None:
+    """Why there is no split-weight kernel for `layer`; None where there is one."""
+    import torch
+
+    fetched = tuple(tensor.name for tensor in layer.fetched)
+    if fetched != WEIGHTS:
+        return f"it fetches {', '.join(fetched)}, not just {' and '.join(WEIGHTS)}"
+    known = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
+    if layer.fetched[0].dtype not in known:
+        return f"weights are {layer.fetched[0].dtype}"
+    return None
+
+
+def addresses(layer: LayerSlab, rank: int, tensor: ExpertTensor, slot: Memory, slot_offset: int) -> list[int]:
+    """[expert] -> address of its row of `tensor`: in the own slab for the share, else in the slot."""
+    placement = layer.build.placement
+    own = layer.slab.address + layer.offset(rank, tensor)
+    where = {expert: own + row * tensor.row_bytes for row, expert in enumerate(placement.shares[rank])}
+    for expert, row in slot_rows(placement, rank, split=True).items():
+        where[expert] = slot.address + slot_offset + row * tensor.row_bytes
+    return [where[expert] for expert in range(placement.num_experts)]
+
+
+def attach_split(layer: LayerSlab, rank: int, slot: Memory, engine: CopyEngine, slice_bytes: int) -> Program:
+    """Have the layer compute from `addresses`; returns the copies that fill its slot.
+
+    vLLM's code reads shapes off the parameters: they become [E, ...] tensors that repeat one expert and cost no memory.
+    Raises DwdpError where the kernels cannot take the layer.
+    """
+    from vllm_dwdp.kernels.experts import SplitExperts
+
+    if why := why_not_split(layer):
+        raise DwdpError(f"{layer.build.name} has no split-weight kernel ({why}): use weight_view contiguous")
+    specs = [tensor.spec for tensor in layer.fetched]
+    plan = build_plan(layer.build.placement, rank, specs, slice_bytes, alignment(layer.build.on_pages), split=True)
+    module: Any = layer.build.module
+    experts = layer.build.placement.num_experts
+    tables = []
+    for tensor, offset in zip(layer.fetched, plan.slot.offsets, strict=True):
+        tables.append(_table(module, tensor, addresses(layer, rank, tensor, slot, offset), layer.replicated))
+        tensor.parameter.data = tensor.parameter.data[:1].expand(experts, *tensor.row_shape)
+    module.quant_method.experts_cls = SplitExperts
+    module.dwdp_tables = tuple(tables)
+    slabs = {owner: layer.memory(owner).address for owner in range(layer.build.placement.num_ranks)}
+    return bind_plan(engine, plan, slabs, slot.address)
+
+
+def _table(module: Any, tensor: ExpertTensor, where: list[int], small: tuple[ExpertTensor, ...]) -> WeightTable:
+    from vllm_dwdp.kernels.weight_table import PerExpert, WeightTable
+
+    named = {other.name: other.parameter.data for other in small}
+    prefix = tensor.name.removesuffix("_weight")
+    bias: PerExpert | None = None
+    if (values := named.get(f"{prefix}_bias")) is not None:
+        bias = PerExpert.dense(values)
+    rows, cols = tensor.row_shape
+    return WeightTable.from_addresses(
+        where,
+        (len(where), rows, cols),
+        tensor.dtype,
+        tensor.parameter.device,
+        scales=_scales(module, prefix, named),
+        bias=bias,
+    )
+
+
+def _scales(module: Any, prefix: str, named: dict[str, Any]) -> Scales | None:
+    from vllm_dwdp.kernels.weight_table import PerExpert, Scales
+
+    block = named.get(f"{prefix}_weight_scale_inv")
+    if block is not None:
+        rows, cols = module.quant_method.moe_block_shape
+        return Scales("block", PerExpert.dense(block), (rows, cols))
+    scale = named.get(f"{prefix}_weight_scale")
+    if scale is None:
+        return None
+    per_channel = scale.ndim > 1 and scale.shape[1] > 1
+    return Scales("channel" if per_channel else "tensor", PerExpert.dense(scale))
