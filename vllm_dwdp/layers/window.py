@@ -47,7 +47,7 @@ def copy_rate(engine: CopyEngine, program: Program, timeout_s: float) -> float:
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()
-        engine.wait(engine.submit(program), timeout_s)
+        engine.finish(engine.submit(program), timeout_s)
         seconds = time.perf_counter() - started
     return (program.pulled_bytes + program.local_bytes) / seconds
 
