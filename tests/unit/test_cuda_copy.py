@@ -41,7 +41,7 @@ class Bench:
 
 
 @pytest.fixture
-def bench() -> Iterator[Bench]:
+def bench(quick_collections: None) -> Iterator[Bench]:
     made = Bench()
     yield made
     made.machine.frozen = False

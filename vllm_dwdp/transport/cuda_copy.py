@@ -11,7 +11,7 @@ fairly; with in_flight > 1 they are dealt out to that many branches, so that sli
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -57,9 +57,11 @@ class CudaCopyEngine(CopyEngine):
     def __init__(self, device: CudaDevice, options: CopyOptions) -> None:
         self._device = device
         self._options = options
-        self._streams = [device.make_stream() for _ in range(options.in_flight)]
-        self._fork = device.make_event(timing=False)
-        self._joins = [device.make_event(timing=False) for _ in self._streams[1:]]
+        with ExitStack() as made:
+            self._streams = [self._stream(made) for _ in range(options.in_flight)]
+            self._fork = self._event(made)
+            self._joins = [self._event(made) for _ in self._streams[1:]]
+            self._made = made.pop_all()
         self._events = EventPool(device, timing=False)
         self._exposed = ExposedWaits(device)
         self._graphs: list[int] = []
@@ -168,10 +170,17 @@ class CudaCopyEngine(CopyEngine):
             self._device.destroy_graph(graph)
         self._exposed.close()
         self._events.close()
-        for event in (self._fork, *self._joins):
-            self._device.destroy_event(event)
-        for stream in self._streams:
-            self._device.destroy_stream(stream)
+        self._made.close()
+
+    def _stream(self, made: ExitStack) -> int:
+        stream = self._device.make_stream()
+        made.callback(self._device.destroy_stream, stream)
+        return stream
+
+    def _event(self, made: ExitStack) -> int:
+        event = self._device.make_event(timing=False)
+        made.callback(self._device.destroy_event, event)
+        return event
 
     def _build(self, slices: Sequence[Copy]) -> int:
         stream = self._streams[0]
