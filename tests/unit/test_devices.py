@@ -48,9 +48,9 @@ def test_ranks_that_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = config(1 << 30, [7])
     set_devices(chosen, DwdpConfig(ranks_per_device=3), 3)
     assert chosen.parallel_config.assigned_physical_gpu_ids == [7, 7, 7]
-    with pytest.raises(DwdpError, match="ranks_per_device is 2.*--kv-cache-memory-bytes"):
+    with pytest.raises(DwdpError, match=r"ranks_per_device is 2.*--kv-cache-memory-bytes"):
         set_devices(config(None, None), DwdpConfig(ranks_per_device=2), 4)
-    with pytest.raises(DwdpError, match="3 ranks .* need 3 GPUs, but there are 2"):
+    with pytest.raises(DwdpError, match=r"3 ranks .* need 3 GPUs, but there are 2"):
         set_devices(config(None, None), DwdpConfig(), 3)
 
 

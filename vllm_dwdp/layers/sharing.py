@@ -41,10 +41,12 @@ def make_transport(build: ModelBuild, cores: tuple[int, ...]) -> Transport:
     if not build.on_cpu and name in ("auto", "cupy_ipc"):
         import torch
 
+        from vllm_dwdp.transport.cuda_copy import CopyOptions
         from vllm_dwdp.transport.cuda_device import open_device
         from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
 
-        return CupyIpcTransport(open_device(torch.cuda.current_device()), build.config.timeout_s)
+        options = CopyOptions(timeout_s=build.config.timeout_s)
+        return CupyIpcTransport(open_device(torch.cuda.current_device()), options)
     raise DwdpError(
         f"transport {name!r} is not available {'on CPU: use shm' if build.on_cpu else 'on GPUs: use cupy_ipc'}"
     )

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_dwdp.errors import DwdpTimeout
 from vllm_dwdp.transport.base import CopyEngine, Program
 
 _PRODUCT = 512
@@ -49,12 +48,7 @@ def copy_rate(engine: CopyEngine, program: Program, timeout_s: float) -> float:
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()
-        event = engine.submit(program)
-        engine.wait(event, timeout_s)
-        # On a GPU only the stream waited.
-        while not engine.ready(event):
-            if time.perf_counter() - started > timeout_s:
-                raise DwdpTimeout(f"a copy of {program.pulled_bytes} bytes from peers took more than {timeout_s:.0f} s")
+        engine.finish(engine.submit(program), timeout_s)
         seconds = time.perf_counter() - started
     return (program.pulled_bytes + program.local_bytes) / seconds
 

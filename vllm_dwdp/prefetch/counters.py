@@ -15,7 +15,7 @@ from vllm_dwdp.transport.mapping import PAGE, Mapping
 from vllm_dwdp.transport.memfd import MemoryFile, create_file, map_handle
 
 MAGIC: Final = 0x44574450_50414745  # 'DWDPPAGE'
-VERSION: Final = 1
+VERSION: Final = 2
 VIEWS: Final = ("none", "split", "contiguous", "inplace")  # a view's code is its position
 _HEADER: Final = ("magic", "version", "view_code")
 
@@ -36,6 +36,7 @@ class Counters:
     local_bytes: int  # of the merge copy
     slot_waits: int  # acquires that had to wait for a copy
     exposed_wait_ns: int  # time they waited
+    unmeasured: int  # acquires whose wait is not known and in neither of the two above (inside CUDA graphs)
     on_demand: int  # acquires of a layer that was not in its slot nor on its way
     heartbeat_ns: int  # time.monotonic_ns of the last forward's begin, or of the last `beat`
 
@@ -64,6 +65,7 @@ class CounterFields(ctypes.Structure):
     local_bytes: int
     slot_waits: int
     exposed_wait_ns: int
+    unmeasured: int
     on_demand: int
     heartbeat_ns: int
 

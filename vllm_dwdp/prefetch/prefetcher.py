@@ -119,7 +119,9 @@ class Prefetcher:
             # Behind all compute issued so far, which includes an aborted use, and behind the copy in flight.
             self._pull(layer, self._engine.record())
         exposed_s = self._wait(slot)
-        if exposed_s:
+        if exposed_s is None:
+            page.unmeasured += 1
+        elif exposed_s:
             page.slot_waits += 1
             page.exposed_wait_ns += int(exposed_s * 1e9)
         page.layers += 1
@@ -155,7 +157,7 @@ class Prefetcher:
         for slot in self._slots:
             if slot.copied is not None and not self._engine.ready(slot.copied):
                 try:
-                    self._engine.wait(slot.copied, max(0.0, deadline - time.monotonic()))
+                    self._engine.finish(slot.copied, max(0.0, deadline - time.monotonic()))
                 except DwdpTimeout:
                     raise
                 except DwdpError:
@@ -175,7 +177,7 @@ class Prefetcher:
             self._untraced.append((slot.copied, layer, slot.number))
             self._note("submit", layer, slot.number)
 
-    def _wait(self, slot: _Slot) -> float:
+    def _wait(self, slot: _Slot) -> float | None:
         assert slot.copied is not None
         try:
             return self._engine.wait(slot.copied, self._timeout_s)

@@ -27,7 +27,7 @@ class Handle:
     """What a peer needs to map a slab; picklable, and msgpack-able through `to_dict`.
 
     transport: name of the transport, as in the config. host: id of the host, as the transport understands it.
-    device: 'cpu' or 'cuda:i'. nbytes: size of the slab. payload: the transport's own words.
+    device: 'cpu' or 'cuda:<uuid>', never an index. nbytes: size of the slab. payload: the transport's own words.
     """
 
     transport: str
@@ -131,11 +131,20 @@ class CopyEngine(ABC):
         """An event that is complete when all compute issued so far by the calling thread is done."""
 
     @abstractmethod
-    def wait(self, event: Event, timeout_s: float) -> float:
-        """Let compute wait for `event`; returns the seconds it stood still as far as known, 0.0 if it was complete.
+    def wait(self, event: Event, timeout_s: float) -> float | None:
+        """Let compute wait for `event`; returns the seconds it stood still, 0.0 if it was complete.
 
+        Where compute is a stream the host goes on, and what is returned is an earlier wait that has become known since:
+        each one once, in order, so that sums and counts are right. None: this wait will never be known (CUDA graphs).
         Raises DwdpTimeout after `timeout_s`, and DwdpError if the copy failed.
         """
+
+    def finish(self, event: Event, timeout_s: float) -> None:
+        """Return when `event` is complete, the host waiting too; raises as `wait`. For set-up and close, not for steps."""
+        self.wait(event, timeout_s)
+
+    def join(self) -> None:  # noqa: B027
+        """Last of all in a CUDA graph capture: compute waits for every copy submitted in it. Nothing to do elsewhere."""
 
     @abstractmethod
     def ready(self, event: Event) -> bool:

@@ -4,7 +4,7 @@ import ctypes
 import mmap
 import os
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.transport.base import Memory
@@ -80,13 +80,23 @@ def map_private(nbytes: int, purpose: str) -> Mapping:
     return mapping
 
 
+class Range(Protocol):
+    """What `Mapping` is to others: memory of this process that goes when the last one lets go of it."""
+
+    address: int
+    nbytes: int
+
+    def tensor(self) -> "torch.Tensor":
+        """uint8 [nbytes] without a copy; it keeps the memory."""
+
+
 class MappedMemory(Memory):
-    """Memory behind a `Mapping`."""
+    """Memory behind a `Mapping`, or another range."""
 
-    def __init__(self, mapping: Mapping) -> None:
-        self._mapping: Mapping | None = mapping
+    def __init__(self, mapping: Range) -> None:
+        self._mapping: Range | None = mapping
 
-    def _mapped(self) -> Mapping:
+    def _mapped(self) -> Range:
         if self._mapping is None:
             raise DwdpError(f"{type(self).__name__} was let go of: allocate or map it again")
         return self._mapping

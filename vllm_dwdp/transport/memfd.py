@@ -59,8 +59,9 @@ class MemoryFile:
             self.fd = -1
 
 
-def create_file(nbytes: int, purpose: str) -> MemoryFile:
-    """A zeroed memory file of `nbytes` > 0 with all its pages allocated, of fixed size, writable by this mapping only.
+def create_file(nbytes: int, purpose: str, shared_writes: bool = False) -> MemoryFile:
+    """A zeroed memory file of `nbytes` > 0 with all its pages allocated, of fixed size, writable by this mapping only, or
+    with `shared_writes` by every process of this user.
 
     Raises DwdpError where memory does not suffice: without the check before and the allocation here the process would
     die of SIGBUS, or of the OOM killer, at the first touch.
@@ -75,7 +76,8 @@ def create_file(nbytes: int, purpose: str) -> MemoryFile:
         os.posix_fallocate(fd, 0, nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         mapping = map_file(fd, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, purpose)
-        _seal_future_writes(fd)
+        if not shared_writes:
+            _seal_future_writes(fd)
         payload = {"pid": os.getpid(), "fd": fd, "inode": os.fstat(fd).st_ino, "token": token}
         handle = Handle(TRANSPORT, "|".join(this_host()), "cpu", nbytes, json.dumps(payload).encode())
     except OSError as error:
@@ -87,8 +89,8 @@ def create_file(nbytes: int, purpose: str) -> MemoryFile:
     return MemoryFile(fd, mapping, handle)
 
 
-def open_file(handle: Handle) -> int:
-    """Open a peer's memory file read-only; returns a descriptor, which the caller closes.
+def open_file(handle: Handle, writable: bool = False) -> int:
+    """Open a peer's memory file, read-only unless `writable`; returns a descriptor, which the caller closes.
 
     Raises PeerLost where the owner is gone or no longer offers it, DwdpError for another host or missing permission.
     """
@@ -98,7 +100,8 @@ def open_file(handle: Handle) -> int:
     owner = f"process {pid}, descriptor {number}"
     try:
         # Not blocking: should the number stand for something else by now, a pipe say, opening it must not hang.
-        fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        access = os.O_RDWR if writable else os.O_RDONLY
+        fd = os.open(f"/proc/{pid}/fd/{number}", access | os.O_CLOEXEC | os.O_NONBLOCK)
     except PermissionError as error:
         raise DwdpError(
             f"no permission to open the memory of {owner}: run all ranks as one user, in one PID namespace, not setuid"
@@ -120,11 +123,11 @@ def open_file(handle: Handle) -> int:
     return fd
 
 
-def map_handle(handle: Handle, purpose: str) -> Mapping:
-    """Map a peer's memory file, read-only; raises as `open_file` does."""
-    fd = open_file(handle)
+def map_handle(handle: Handle, purpose: str, writable: bool = False) -> Mapping:
+    """Map a peer's memory file, read-only unless `writable`; raises as `open_file` does."""
+    fd = open_file(handle, writable)
     try:
-        return map_file(fd, handle.nbytes, mmap.PROT_READ, purpose)
+        return map_file(fd, handle.nbytes, mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0), purpose)
     finally:
         os.close(fd)
 

@@ -1,0 +1,255 @@
+"""The CUDA copy engine on simulated CUDA: graphs, events, exposed waits, limits of time, closing."""
+
+import gc
+import pickle
+from collections.abc import Iterator
+
+import pytest
+
+from tests.unit.cuda_rank import process_id
+from tests.unit.fake_cuda import FakeCuda, Machine
+from vllm_dwdp.errors import DwdpError, DwdpTimeout
+from vllm_dwdp.transport.base import Copy, Event, Program
+from vllm_dwdp.transport.cuda_copy import CopyOptions, CudaProgram
+from vllm_dwdp.transport.cuda_device import CudaError
+from vllm_dwdp.transport.cuda_events import NOISE_S
+from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
+from vllm_dwdp.transport.shm_copy import ShmEvent
+
+SIZE = 4096
+LIMIT_S = 30.0
+
+
+class Bench:
+    """One process with a source and a target of SIZE bytes."""
+
+    def __init__(self, **options: object) -> None:
+        self.machine = Machine()
+        self.device: FakeCuda = self.machine.process()
+        self.transport = CupyIpcTransport(self.device, CopyOptions(**options), process_id(0))  # type: ignore[arg-type]
+        self.source, self.target = self.transport.allocate_slab(SIZE), self.transport.allocate_slot(SIZE)
+        self.source.tensor().random_()
+        self.engine = self.transport.copy_engine()
+
+    def program(self, slices: int = 4) -> CudaProgram:
+        step = SIZE // slices
+        copies = [Copy(self.target.address + at, self.source.address + at, step) for at in range(0, SIZE, step)]
+        return self.engine.bind(copies[1:], copies[:1])
+
+    def arrived(self) -> bool:
+        return bool((self.source.tensor() == self.target.tensor()).all())
+
+
+@pytest.fixture
+def bench(quick_collections: None) -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    made.machine.frozen = False
+    made.engine.close(LIMIT_S)
+    made.engine.close(LIMIT_S)
+    made.transport.close()
+    gc.collect()
+    assert made.device.clean()
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 8])
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("slices", [1, 4, 64])
+def test_copies_arrive(in_flight: int, graphs: bool, slices: int) -> None:
+    bench = Bench(in_flight=in_flight, graphs=graphs)
+    program = bench.program(slices)
+    assert (program.pulled_bytes, program.local_bytes, program.copies) == (
+        SIZE - SIZE // slices,
+        SIZE // slices,
+        slices,
+    )
+    assert (program.graph is not None) == graphs
+    bound = bench.device.calls["copy_async"]
+    assert bound == (slices if graphs else 0)
+    event = bench.engine.submit(program)
+    bench.engine.finish(event, LIMIT_S)
+    assert bench.arrived() and bench.engine.ready(event) and event.span() is None
+    assert bench.device.calls["copy_async"] == slices
+    assert bench.device.calls["launch"] == graphs
+    bench.engine.close(LIMIT_S)
+
+
+def test_slices_run_on_as_many_branches_as_may_be_in_flight() -> None:
+    bench = Bench(in_flight=3)
+    graph = bench.program(9).graph
+    assert graph is not None
+    nodes = bench.device.graphs[graph]
+    assert sum(not node.after for node in nodes) == 3
+    assert all(len(node.after) <= 1 for node in nodes)
+
+
+def test_a_program_without_copies_is_an_event(bench: Bench) -> None:
+    program = bench.engine.bind([])
+    assert program.graph is None and program.copies == 0
+    bench.engine.finish(bench.engine.submit(program, bench.engine.record()), LIMIT_S)
+
+
+def test_wait_does_not_block_and_tells_earlier_waits_once(bench: Bench) -> None:
+    engine, device, machine = bench.engine, bench.device, bench.machine
+    program, told = bench.program(), []
+    for delay in (0.25, 0.5):
+        machine.frozen = True
+        device.delay(engine._streams[0], delay)
+        told.append(engine.wait(engine.submit(program, engine.record()), LIMIT_S))
+        machine.frozen = False
+        machine.drain()
+    assert told == [0.0, pytest.approx(0.25, abs=1e-4)]
+    done = engine.record()
+    machine.drain()
+    assert engine.wait(done, LIMIT_S) == pytest.approx(0.5, abs=1e-4)
+    assert engine.wait(done, LIMIT_S) == 0.0
+
+
+def test_noise_counts_as_no_wait(bench: Bench) -> None:
+    for delay, expected in ((NOISE_S / 2, 0.0), (NOISE_S * 2, NOISE_S * 2)):
+        bench.machine.frozen = True
+        bench.device.delay(bench.engine._streams[0], delay)
+        bench.engine.wait(bench.engine.submit(bench.engine.bind([]), bench.engine.record()), LIMIT_S)
+        bench.machine.frozen = False
+        bench.machine.drain()
+        done = bench.engine.record()
+        bench.machine.drain()
+        assert bench.engine.wait(done, LIMIT_S) == pytest.approx(expected)
+
+
+def test_a_hidden_copy_exposes_nothing(bench: Bench) -> None:
+    program = bench.program()
+    for _ in range(5):
+        bench.machine.frozen = True
+        event = bench.engine.submit(program, bench.engine.record())
+        bench.device.kernel([lambda: None], seconds=1.0)  # compute that hides the copy
+        assert bench.engine.wait(event, LIMIT_S) == 0.0
+        bench.machine.frozen = False
+        bench.machine.drain()
+
+
+def test_events_are_pooled(bench: Bench) -> None:
+    program = bench.program()
+    for _ in range(3):
+        bench.engine.wait(bench.engine.submit(program, bench.engine.record()), LIMIT_S)
+        bench.machine.drain()
+    made = bench.device.calls["make_event"]
+    for _ in range(50):
+        bench.engine.wait(bench.engine.submit(program, bench.engine.record()), LIMIT_S)
+        bench.machine.drain()
+    assert bench.device.calls["make_event"] == made
+
+
+def test_an_overdue_copy_is_noticed_at_submit_wait_and_close() -> None:
+    bench = Bench(timeout_s=0.02)
+    program = bench.program()
+    bench.machine.frozen = True
+    event = bench.engine.submit(program)
+    assert not bench.engine.ready(event)
+    with pytest.raises(DwdpTimeout, match=r"not done after 0.01 s"):
+        bench.engine.finish(event, 0.01)
+    with pytest.raises(DwdpTimeout, match=r"not done after 0.03 s"):
+        bench.engine.close(0.03)
+    with pytest.raises(DwdpTimeout, match=r"not done after 0.02 s"):
+        bench.engine.submit(program)
+    with pytest.raises(DwdpTimeout, match=r"not done after 0.005 s"):
+        bench.engine.wait(event, 0.005)
+    bench.machine.frozen = False
+    bench.engine.close(LIMIT_S)
+    assert bench.arrived()
+
+
+def test_events_that_outlive_the_engine_are_destroyed_too(bench: Bench) -> None:
+    event: Event | None = bench.engine.submit(bench.program())
+    bench.engine.close(LIMIT_S)
+    assert event is not None and bench.engine.ready(event) and len(bench.device.events) == 1
+    event = None
+    assert not bench.device.events
+
+
+def test_closed_means_closed(bench: Bench) -> None:
+    program, event = bench.program(), bench.engine.record()
+    bench.engine.close(LIMIT_S)
+    for call in (
+        lambda: bench.engine.submit(program),
+        lambda: bench.engine.wait(event, 1.0),
+        lambda: bench.engine.bind([]),
+        bench.engine.record,
+    ):
+        with pytest.raises(DwdpError, match="closed"):
+            call()
+
+
+def test_what_is_not_of_this_engine_is_refused(bench: Bench) -> None:
+    with pytest.raises(DwdpError, match="ShmEvent reached the CUDA copy engine"):
+        bench.engine.wait(ShmEvent(), 1.0)
+    with pytest.raises(DwdpError, match="Program reached the CUDA copy engine"):
+        bench.engine.submit(Program(0, 0, 0))
+    for number in (0, 9):
+        with pytest.raises(DwdpError, match=rf"{number} copies in flight: it must be in 1..8"):
+            CopyOptions(in_flight=number)
+
+
+def test_a_failed_capture_leaves_the_engine_usable(bench: Bench) -> None:
+    bench.device.fail["copy_async"] = "cudaErrorInvalidValue"
+    with pytest.raises(CudaError, match=r"copy_async failed \(cudaErrorInvalidValue: made to fail\)"):
+        bench.program()
+    bench.engine.finish(bench.engine.submit(bench.program()), LIMIT_S)
+    assert bench.arrived()
+
+
+@pytest.mark.parametrize("call", ["launch", "record", "wait_event", "query"])
+def test_every_failure_is_raised(bench: Bench, call: str) -> None:
+    program, release = bench.program(), bench.engine.record()
+    bench.engine.submit(program)
+    bench.device.fail[call] = "cudaErrorECCUncorrectable"
+    with pytest.raises(CudaError, match="cudaErrorECCUncorrectable") as caught:
+        bench.engine.submit(program, release)
+    assert "\n" not in str(caught.value)
+    copied = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copied), copied.code) == (str(caught.value), "cudaErrorECCUncorrectable")
+
+
+def test_copies_of_a_capture_run_at_its_replay(bench: Bench) -> None:
+    program = bench.program()
+    bench.device.begin_torch_capture()
+    event = bench.engine.submit(program, bench.engine.record())
+    assert bench.engine.wait(event, LIMIT_S) is None
+    bench.engine.join()
+    graph = bench.device.end_torch_capture()
+    bench.machine.drain()
+    assert not bench.arrived() and bench.engine.ready(event)
+    assert bench.engine.wait(event, LIMIT_S) == 0.0  # of a capture: complete, as far as eager compute is concerned
+    bench.device.launch(graph, 0)
+    bench.machine.drain()
+    assert bench.arrived()
+    bench.device.destroy_graph(graph)
+
+
+def test_a_capture_without_join_is_refused_by_cuda(bench: Bench) -> None:
+    program = bench.program()
+    bench.device.begin_torch_capture()
+    bench.engine.submit(program, bench.engine.record())
+    with pytest.raises(CudaError, match="cudaErrorStreamCaptureUnjoined"):
+        bench.device.end_torch_capture()
+    bench.device.current = 0
+    bench.engine.finish(bench.engine.submit(program), LIMIT_S)
+    assert bench.arrived()
+    for stream in [s for s in bench.device.streams if s and s not in bench.engine._streams]:
+        bench.device.destroy_stream(stream)
+
+
+def test_nothing_is_queried_in_a_capture(bench: Bench) -> None:
+    program = bench.program()
+    bench.machine.frozen = True
+    before = bench.engine.submit(program)
+    bench.device.begin_torch_capture()
+    queries = bench.device.calls["query"]
+    assert not bench.engine.ready(before)
+    assert bench.engine.wait(before, LIMIT_S) is None
+    bench.engine.submit(program, bench.engine.record())
+    bench.engine.join()
+    assert bench.device.calls["query"] == queries
+    bench.device.destroy_graph(bench.device.end_torch_capture())
+    bench.engine.join()  # outside a capture it does nothing
+    assert bench.engine._capture == 2

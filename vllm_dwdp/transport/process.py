@@ -1,0 +1,47 @@
+"""Who a process is, so that a handle can say whether its owner is this process, another one, or gone."""
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+
+class ProcessId(NamedTuple):
+    """pid: within `namespace`. started: clock ticks since boot, since a pid can be reused."""
+
+    pid: int
+    started: int
+    namespace: str
+
+
+def this_process() -> ProcessId:
+    """The calling process; started and namespace are 0 and '' without /proc."""
+    return _this_process(os.getpid())
+
+
+@cache
+def _this_process(pid: int) -> ProcessId:
+    found = _started(pid)
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return ProcessId(pid, found or 0, namespace)
+
+
+def is_gone(process: ProcessId) -> bool:
+    """Whether `process` has certainly ended; False where it cannot be known, as from another PID namespace."""
+    here = this_process()
+    if not here.namespace or process.namespace != here.namespace:
+        return False
+    return _started(process.pid) != process.started
+
+
+def _started(pid: int) -> int | None:
+    """Field 22 of /proc/PID/stat; None where the process is gone or a zombie."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()  # behind the name, which may hold spaces
+    return None if fields[0] in "ZX" else int(fields[19])
