@@ -76,10 +76,10 @@ def nearest(entries: dict[int, Tiles], num_tokens: int) -> Tiles:
     return entries[min(entries, key=lambda tokens: abs(tokens - num_tokens))]
 
 
-def default_tiles(shape: LayerShape, num_tokens: int) -> Tiles:
+def default_tiles(dtype: str, num_tokens: int) -> Tiles:
     """Tiles for where neither a table nor vLLM is at hand (tests on a CPU)."""
     block_m = 16 if num_tokens <= 32 else 64
-    return Tiles(block_m, 64, 128 if shape.dtype.startswith("fp8") else 64, 1, 4, 3)
+    return Tiles(block_m, 64, 128 if dtype.startswith("fp8") else 64, 1, 4, 3)
 
 
 def tiles_for(
@@ -110,7 +110,7 @@ def tiles_for(
         if entries:
             return nearest(entries, num_tokens)
     if not on_cuda:
-        return default_tiles(shape, num_tokens)
+        return default_tiles(shape.dtype, num_tokens)
     # vLLM's names: nothing for 16 bits, one word for all FP8.
     dtype = {"fp32": "float32", "fp8": "fp8_w8a8", "fp8_block": "fp8_w8a8"}.get(shape.dtype)
     return Tiles.from_vllm(vllm_ops.best_config(shape[:4], shape.top_k, dtype, num_tokens, block))

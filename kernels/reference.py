@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -26,8 +26,8 @@ def dequantize(stored: torch.Tensor, scales: Scales, dtype: torch.dtype = torch.
 
 def reference_experts(
     hidden: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
+    w13: Sequence[torch.Tensor] | torch.Tensor,
+    w2: Sequence[torch.Tensor] | torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     activation: Activation,
@@ -38,14 +38,14 @@ def reference_experts(
     rounding: Rounding | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """[M, H] of `dtype` from w13 [E, 2 I, H] and w2 [E, H, I]; ids below 0 add nothing.
+    """[M, H] of `dtype` from w13 [E, 2 I, H] and w2 [E, H, I], or one matrix per expert; ids below 0 add nothing.
 
     Args:
         on_input: router weights are multiplied before the activation instead of at the end.
         rounding: applied to the input of each GEMM: what a quantisation loses.
     """
     rounding = rounding or (lambda x: x)
-    out = torch.zeros(hidden.shape[0], w2.shape[1], dtype=dtype, device=hidden.device)
+    out = torch.zeros(hidden.shape[0], hidden.shape[1], dtype=dtype, device=hidden.device)
     states = rounding(hidden).to(dtype)
     for expert in topk_ids.unique().tolist():
         if expert < 0:
