@@ -1,1 +1,13 @@
-"""Triton kernels over experts in split memory, with their benches. Installed as vllm_dwdp.kernels."""
+"""Triton kernels over experts in split memory, with their benches. Installed as vllm_dwdp.kernels.
+
+    weight_table.py   where the matrices of a layer's experts are: a table of base addresses
+    tiles.py          tile configuration of a launch
+    split_gemm.py     grouped GEMM over such a table;  persistent.py: the same on a fixed grid, with tensor descriptors
+    split_moe.py      a whole MoE layer: both GEMMs, activation, top-k reduction
+    torch_ops.py, vllm_ops.py   what a layer needs beside its GEMMs: in plain torch, or vLLM's kernels
+    experts.py        the class that vLLM's modular MoE layer calls
+    configs.py        which tiles for which shape on which device;  tune.py finds and writes them
+    bench.py, compile_report.py, reference.py   measured, compiled and right?
+
+Importing this package imports neither Triton nor vLLM.
+"""

@@ -1,0 +1,198 @@
+"""The class that vLLM's modular MoE layer calls for experts in split memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm import _custom_ops
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+from vllm.model_executor.layers.fused_moe.modular_kernel import ExpertTokensMetadata
+from vllm.model_executor.layers.quantization.utils.fp8_utils import is_deep_gemm_e8m0_used
+
+from vllm_dwdp.errors import DwdpError
+
+from . import vllm_ops
+from .configs import layer_shape, tiles_for
+from .split_gemm import Assignment
+from .split_moe import Workspace, check_layer, split_experts
+from .tiles import Tiles
+from .torch_ops import QuantKind
+from .weight_table import PerExpert, Scales, WeightTable
+
+
+class _LayerOps:
+    """`MoeOps` as `TritonExperts.apply` of vLLM 0.32.0 composes them, for one activation."""
+
+    def __init__(self, experts: SplitExperts, activation: MoEActivation) -> None:
+        self._experts = experts
+        self._activation = activation
+        self._fused = (
+            activation == MoEActivation.SILU
+            and experts.activation_config.clamp_limit is None
+            and experts.quant_kind == "block"
+            and experts.block_shape == [128, 128]
+            and not is_deep_gemm_e8m0_used()
+        )
+
+    def assign(self, topk_ids: torch.Tensor, block_m: int, num_experts: int) -> Assignment:
+        return vllm_ops.assign(topk_ids, block_m, num_experts)
+
+    def width(self, rows: int) -> int:
+        return int(self._experts.adjust_N_for_activation(rows, self._activation))
+
+    def activate(self, out: torch.Tensor, gate_up: torch.Tensor) -> None:
+        self._experts.activation(self._activation, out, gate_up)
+
+    def quantize(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        block = self._experts.block_shape
+        return vllm_ops.quantize(x, scale, self._experts.quant_kind, block[1] if block else 0)
+
+    def activate_quantize(
+        self, out: torch.Tensor, gate_up: torch.Tensor, scale: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self._fused:
+            quantized: tuple[torch.Tensor, torch.Tensor | None] = _custom_ops.silu_and_mul_per_block_quant(
+                gate_up, group_size=128, quant_dtype=torch.float8_e4m3fn
+            )
+            return quantized
+        self.activate(out, gate_up)
+        return self.quantize(out, scale)
+
+    def reduce(self, partial: torch.Tensor, out: torch.Tensor) -> None:
+        self._experts.moe_sum(partial, out)
+
+
+class SplitExperts(TritonExperts):
+    """vLLM's Triton experts with weights by address table; everything but the two GEMMs is vLLM's.
+
+    vLLM reads shapes from the w1 and w2 that it passes (`moe_problem_size`, `local_num_experts`, checks of its callers), and
+    nothing else here does. Give the layer's parameters stand-ins of the shapes [E, 2 I, H] and [E, H, I] in the weights'
+    dtype; `stand_in` makes them, a single row expanded. Nothing may read or write their elements.
+    Workspaces are vLLM's, of the sizes that `TritonExperts.workspace_shapes` asks for.
+
+    Attributes:
+        quant_kind: how activations are quantised.
+    """
+
+    def __init__(self, moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig) -> None:
+        super().__init__(moe_config, quant_config)
+        self._tables: tuple[WeightTable, WeightTable] | None = None
+        self._tiles: dict[tuple[int, int], Tiles] = {}
+        self._ops: dict[MoEActivation, _LayerOps] = {}
+        self.quant_kind = _quant_kind(quant_config)
+
+    @staticmethod
+    def supports_lora() -> bool:
+        """Not over split memory."""
+        return False
+
+    def attach_tables(self, w13: WeightTable, w2: WeightTable) -> None:
+        """Compute with these from now on; before the first forward and before CUDA graphs are captured.
+
+        Biases that the tables lack are taken from vLLM's quantisation config, as dense [E, rows] tensors: attach again if
+        those move.
+
+        Raises:
+            DwdpError: tables that do not fit each other or the layer's quantisation.
+        """
+        if w13.num_experts != w2.num_experts or w13.cols != w2.rows or w13.dtype != w2.dtype:
+            check_layer(w13, w2, w2.cols)
+        if (w13.dtype == torch.float8_e4m3fn) != (self.quant_kind != "none"):
+            raise DwdpError(f"tables of {w13.dtype} for a layer whose activations are quantised {self.quant_kind!r}")
+        self._tables = (_with_bias(w13, self.w1_bias), _with_bias(w2, self.w2_bias))
+        self._tiles.clear()
+
+    def tiles(self, num_tokens: int, top_k: int) -> Tiles:
+        """Tiles for a batch; looked up once per number of tokens."""
+        key = (num_tokens, top_k)
+        if key not in self._tiles:
+            w13, w2 = self._attached()
+            block = tuple(self.block_shape) if self.block_shape else None
+            shape = layer_shape(w13, w2, top_k)
+            self._tiles[key] = tiles_for(shape, num_tokens, w13.addresses.device, block)  # type: ignore[arg-type]
+        return self._tiles[key]
+
+    def _attached(self) -> tuple[WeightTable, WeightTable]:
+        if self._tables is None:
+            raise DwdpError("SplitExperts has no weights yet: call attach_tables before the first forward")
+        return self._tables
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor,
+        workspace2: torch.Tensor,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        """As vLLM's `TritonExperts.apply`, on the attached tables; w1 and w2 are stand-ins and not looked at."""
+        w13, down = self._attached()
+        if expert_map is not None or self._lora_context is not None:
+            what = "an expert map" if expert_map is not None else "LoRA"
+            raise DwdpError(
+                f"split-weight experts with {what}: the tables hold all {w13.num_experts} experts, without LoRA"
+            )
+        ops = self._ops.get(activation)
+        if ops is None:
+            ops = self._ops[activation] = _LayerOps(self, activation)
+        quantized = hidden_states.dtype == torch.float8_e4m3fn
+        split_experts(
+            hidden_states,
+            w13,
+            down,
+            topk_weights,
+            topk_ids,
+            ops=ops,
+            tiles=self.tiles(topk_ids.shape[0], topk_ids.shape[1]),
+            # With weights on the input, vLLM's prepare step has already multiplied them.
+            router_weight="none" if apply_router_weight_on_input else "output",
+            a1_scale=a1q_scale if a1q_scale is not None else self.a1_scale,
+            a2_scale=a2_scale,
+            workspace=Workspace(workspace13, workspace2),
+            out=output,
+            compute_dtype=torch.bfloat16 if quantized else hidden_states.dtype,
+        )
+
+
+def _with_bias(table: WeightTable, bias: torch.Tensor | None) -> WeightTable:
+    return table if table.bias or bias is None else replace(table, bias=PerExpert.dense(bias))
+
+
+def _quant_kind(quant_config: FusedMoEQuantConfig) -> QuantKind:
+    if quant_config.quant_dtype is None:
+        return "none"
+    if not quant_config.use_fp8_w8a8:
+        raise DwdpError(
+            f"no split-weight kernel for experts quantised to {quant_config.quant_dtype}: use weight_view contiguous"
+        )
+    if quant_config.block_shape:
+        return "block"
+    return "token" if quant_config.per_act_token_quant else "tensor"
+
+
+def stand_in(table: WeightTable) -> torch.Tensor:
+    """[E, rows, cols] of the table's dtype that holds a single row: shapes and strides for vLLM; never to be read."""
+    row = torch.empty(table.cols, dtype=table.dtype, device=table.addresses.device)
+    return row.expand(table.num_experts, table.rows, table.cols)
+
+
+def scales_of(values: torch.Tensor, block_shape: list[int] | None, rows: int) -> Scales:
+    """Dense scales as vLLM keeps them after loading, by their shape: block [E, ., .], channel [E, rows(, 1)], tensor [E]."""
+    if block_shape:
+        return Scales("block", PerExpert.dense(values), (block_shape[0], block_shape[1]))
+    kind: Any = "channel" if values.ndim > 1 and values.shape[1] == rows and rows > 1 else "tensor"
+    return Scales(kind, PerExpert.dense(values))

@@ -1,0 +1,191 @@
+"""Where the matrices of a layer's experts are: one base address per expert, instead of one [E, N, K] tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from vllm_dwdp.errors import DwdpError
+
+#: Bytes. The kernels promise it to the compiler, which then loads 16 bytes at a time; TMA descriptors need it as well.
+ALIGNMENT = 16
+
+#: block: one per group_n x group_k tile; channel: one per row; tensor: one per expert.
+ScaleKind = Literal["block", "channel", "tensor"]
+
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
+
+
+def _address_tensor(
+    what: str, addresses: Sequence[int], alignment: int, num_experts: int, device: torch.device | str
+) -> torch.Tensor:
+    if len(addresses) != num_experts or not addresses:
+        raise DwdpError(f"{what}: {len(addresses)} addresses for {num_experts} experts; give one per expert")
+    for expert, address in enumerate(addresses):
+        if address <= 0 or address % alignment:
+            raise DwdpError(
+                f"{what}: expert {expert} is at {address:#x}, which is no address aligned to {alignment} bytes; "
+                "align the tensors of slabs and slots"
+            )
+    # An address is 64 bits; torch's int64 keeps the bits.
+    signed = [address - (1 << 64) if address >> 63 else address for address in addresses]
+    return torch.tensor(signed, dtype=torch.int64, device=device)
+
+
+@dataclass(frozen=True)
+class PerExpert:
+    """A small tensor per expert (a bias or the scales): dense, or by a table of addresses.
+
+    Attributes:
+        data: dense [E, ...] of `dtype`, or int64 [E] addresses if `is_table`; on the kernels' device.
+        dtype: of the elements.
+        strides: elements from one expert (0 for a table), row and column group to the next.
+    """
+
+    data: torch.Tensor
+    dtype: torch.dtype
+    strides: tuple[int, int, int]
+    is_table: bool
+
+    @classmethod
+    def dense(cls, data: torch.Tensor) -> PerExpert:
+        """From [E], [E, N] or [E, N, G]; any strides."""
+        if not 1 <= data.ndim <= 3:
+            raise DwdpError(f"a tensor per expert has 1 to 3 dimensions, this one {data.ndim} ({tuple(data.shape)})")
+        strides = (*data.stride(), 0, 0)[:3]
+        return cls(data, data.dtype, (strides[0], strides[1], strides[2]), False)
+
+    @classmethod
+    def table(
+        cls, addresses: Sequence[int], dtype: torch.dtype, device: torch.device | str, strides: tuple[int, int] = (1, 0)
+    ) -> PerExpert:
+        """From one address per expert, aligned to an element; `strides` of a row and of a column group in elements."""
+        signed = _address_tensor("scales or bias", addresses, dtype.itemsize, len(addresses), device)
+        return cls(signed, dtype, (0, *strides), True)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Scales of FP8 weights, float32: weight = stored * scale.
+
+    Attributes:
+        kind: what a scale covers.
+        values: [E, ceil(N/group_n), ceil(K/group_k)] for block, [E, N] or [E, N, 1] for channel, [E] for tensor.
+        group: (group_n, group_k) for block, (0, 0) otherwise.
+    """
+
+    kind: ScaleKind
+    values: PerExpert
+    group: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        if self.values.dtype != torch.float32:
+            raise DwdpError(f"scales are {self.values.dtype}; the kernels read float32")
+        if (self.kind == "block") != all(size > 0 for size in self.group):
+            raise DwdpError(
+                f"scales per {self.kind} with groups of {self.group}: only block scales have groups, and all do"
+            )
+
+
+@dataclass(frozen=True)
+class WeightTable:
+    """One matrix [rows, cols] per expert, anywhere in memory that the device can read.
+
+    The table neither owns nor keeps that memory: whoever made it keeps slabs, slots and mappings for as long as a kernel
+    may run. `rows` is N and `cols` K of `x [., K] @ weight.T -> [., N]`.
+
+    Attributes:
+        addresses: int64 [E] on the device, each a multiple of 16 bytes.
+        row_stride: elements from one row to the next; the elements of a row are adjacent.
+        scales: for FP8 weights, None otherwise.
+        bias: [E, rows], or None.
+    """
+
+    addresses: torch.Tensor
+    rows: int
+    cols: int
+    row_stride: int
+    dtype: torch.dtype
+    scales: Scales | None = None
+    bias: PerExpert | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.addresses.shape[0]
+
+    @classmethod
+    def from_addresses(
+        cls,
+        addresses: Sequence[int],
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        row_stride: int | None = None,
+        scales: Scales | None = None,
+        bias: PerExpert | None = None,
+    ) -> WeightTable:
+        """From one base address per expert and the shape (E, rows, cols); raises DwdpError for what cannot be right."""
+        num_experts, rows, cols = shape
+        stride = cols if row_stride is None else row_stride
+        if min(shape) < 1 or stride < cols:
+            raise DwdpError(f"experts of shape {shape} with rows {stride} elements apart: rows must not overlap")
+        if dtype not in WEIGHT_DTYPES:
+            raise DwdpError(
+                f"no split-weight kernel for {dtype}; there are ones for {', '.join(map(str, WEIGHT_DTYPES))}"
+            )
+        if (dtype.itemsize == 1) != (scales is not None):
+            raise DwdpError(
+                f"weights of {dtype} with{'out' if scales is None else ''} scales: FP8 needs them, others have none"
+            )
+        for what, part in (("scales", scales.values if scales else None), ("bias", bias)):
+            if part is not None and part.data.shape[0] != num_experts:
+                raise DwdpError(f"{what} of {part.data.shape[0]} experts for weights of {num_experts}")
+        _check_extents(rows, cols, scales, bias)
+        table = _address_tensor("weights", addresses, ALIGNMENT, num_experts, device)
+        return cls(table, rows, cols, stride, dtype, scales, bias)
+
+    @classmethod
+    def of(
+        cls, experts: Sequence[torch.Tensor], *, scales: Scales | None = None, bias: PerExpert | None = None
+    ) -> WeightTable:
+        """From one [rows, cols] tensor per expert (which the caller keeps); a [E, rows, cols] tensor is such a sequence."""
+        first = experts[0]
+        for tensor in experts:
+            if tensor.shape != first.shape or tensor.stride() != first.stride() or tensor.stride(1) != 1:
+                raise DwdpError(
+                    f"experts of shape {tuple(tensor.shape)}, strides {tensor.stride()} beside {tuple(first.shape)}, "
+                    f"{first.stride()}: all must agree, with adjacent elements in a row"
+                )
+        return cls.from_addresses(
+            [tensor.data_ptr() for tensor in experts],
+            (len(experts), first.shape[0], first.shape[1]),
+            first.dtype,
+            first.device,
+            row_stride=first.stride(0),
+            scales=scales,
+            bias=bias,
+        )
+
+
+def _check_extents(rows: int, cols: int, scales: Scales | None, bias: PerExpert | None) -> None:
+    """The kernel reads scales and biases unmasked up to rows and cols: dense ones must reach that far."""
+    if bias is not None and not bias.is_table and bias.data.shape[1:] != (rows,):
+        raise DwdpError(f"bias of shape {tuple(bias.data.shape)} for experts of {rows} rows: needs [E, {rows}]")
+    if scales is None or scales.values.is_table:
+        return
+    found = tuple(scales.values.data.shape[1:])
+    if scales.kind == "block":
+        wanted: tuple[tuple[int, ...], ...] = ((-(-rows // scales.group[0]), -(-cols // scales.group[1])),)
+    elif scales.kind == "channel":
+        wanted = ((rows,), (rows, 1))
+    else:
+        wanted = ((), (1,), (1, 1))
+    if found not in wanted:
+        raise DwdpError(
+            f"scales per {scales.kind} of shape [E, {found}] for experts of {rows} x {cols}: needs {wanted[0]}"
+        )
