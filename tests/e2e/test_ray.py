@@ -96,7 +96,7 @@ def test_a_killed_ray_worker_ends_everything_and_is_named(
     )
     try:
         assert server.complete("No rank waits", rank=1) == server.complete("No rank waits", rank=0)
-        worker = _ray_worker(1)
+        worker = _ray_worker(server.log.read_text(), 1)
         if stopped_first:
             os.kill(worker, signal.SIGSTOP)
             assert server.complete("Two slots", rank=0)
@@ -110,16 +110,8 @@ def test_a_killed_ray_worker_ends_everything_and_is_named(
         server.kill()
 
 
-def _ray_worker(rank: int) -> int:
-    """The process of the Ray actor that is the worker of `rank`."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            title = (folder / "cmdline").read_text().replace("\0", " ")
-        except OSError:
-            continue
-        if "VLLM" in title or "ray::" in title:
-            found.append((title, int(folder.name)))
-    [pid] = [pid for title, pid in found if "Worker" in title and re.search(rf"(DP|dwdp){rank}\b", title)] or [0]
-    assert pid, found
-    return pid
+def _ray_worker(log: str, rank: int) -> int:
+    """The process of the Ray actor that is the worker of `rank`, by the line it logs at start."""
+    found = re.search(rf"pid=(\d+)[,)][^\n]*dwdp rank {rank}: ", log)
+    assert found, log[-4000:]
+    return int(found[1])
