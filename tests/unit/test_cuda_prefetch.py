@@ -34,7 +34,7 @@ def play(machine: Machine, ranks: list[Rank], forwards: int) -> None:
     machine.drain()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 2**32),
     st.integers(1, 7),

@@ -70,6 +70,11 @@ class CudaCopyEngine(CopyEngine):
         self._captured = False  # whether the capture of this number has begun
         self._closed = False
 
+    @property
+    def stream(self) -> int:
+        """The stream on which programs begin and end, for measurements."""
+        return self._streams[0]
+
     def bind(self, pulls: Sequence[Copy], local: Sequence[Copy] = ()) -> CudaProgram:
         """See CopyEngine; not while compute is captured."""
         self._check_open()

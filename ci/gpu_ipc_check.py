@@ -1,0 +1,298 @@
+#!/usr/bin/env python3
+"""Checks the CUDA transport and copy engine on a real GPU, one is enough, and measures them. Needs no vLLM.
+
+    python ci/gpu_ipc_check.py                      all parts, under 4 minutes; table on stdout, JSON beside it
+    python ci/gpu_ipc_check.py --only ranks,exposed
+    python ci/gpu_ipc_check.py --cpu                the parts with processes over shared memory, on any machine
+
+Every part runs in a process of its own and has a limit of time, so that one failure hides no other. Exit code 1: some
+part failed, or a value is off.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from importlib.metadata import distributions
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from gpu_ranks import Group, Setting, own_slab
+from gpu_rates import MIB, Layer, Row, exposed, launch_times, overlap, rates, same_bytes
+from repo_path import ROOT
+
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.transport.base import Memory, Transport
+from vllm_dwdp.transport.cuda_cupy import CupyDevice
+from vllm_dwdp.transport.cuda_pinned import PinnedTransport
+from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
+
+KIB = 1024
+SIZES = [64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB]
+
+
+class TorchCompute:
+    """Compute on a real device."""
+
+    def __init__(self, device: CupyDevice) -> None:
+        import torch
+
+        self.torch, self.device = torch, device
+        self.left = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        self.product = torch.empty_like(self.left)
+        self.matmul()
+        torch.cuda._sleep(1000)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        torch.cuda._sleep(20_000_000)
+        end.record()
+        torch.cuda.synchronize()
+        self.cycles_per_s = 20_000_000 / (begin.elapsed_time(end) * 1e-3)
+
+    def sleep(self, stream: int, seconds: float) -> None:
+        cuda = self.torch.cuda
+        on = cuda.current_stream() if stream == self.device.compute_stream() else cuda.ExternalStream(stream)
+        with cuda.stream(on):
+            cuda._sleep(int(seconds * self.cycles_per_s))
+
+    def matmul(self) -> None:
+        self.torch.mm(self.left, self.left, out=self.product)
+
+
+class Mapped:
+    """A slab of `nbytes` of another process, mapped here, and a device and a transport to go with it."""
+
+    def __init__(self, kind: str, nbytes: int) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, theirs = spawn.Pipe()
+        self.owner = spawn.Process(target=own_slab, args=(theirs, kind, nbytes), daemon=False)
+        self.owner.start()
+        theirs.close()
+        try:
+            self.device = CupyDevice(0)
+            self.transport: Transport = (CupyIpcTransport if kind == "cupy_ipc" else PinnedTransport)(self.device)
+            self.source: Memory = self.transport.map_peer(self.pipe.recv())
+        except BaseException:
+            self.owner.kill()
+            raise
+
+    def __enter__(self) -> "Mapped":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.transport.close()
+        self.pipe.close()
+        self.owner.join(30)
+        if self.owner.is_alive():
+            self.owner.kill()
+
+
+def ranks_part(settings: list[Setting], order: str, acquires: int) -> list[Row]:
+    """Byte equality over the acquires of every rank."""
+    rows = []
+    for setting in settings:
+        name = f"{setting.transport}, {setting.num_ranks} ranks"
+        group = Group(setting)
+        try:
+            begin = time.perf_counter()
+            played = group.play(order, acquires)
+            took = time.perf_counter() - begin
+            group.close()
+        finally:
+            group.abandon()
+        wrong, acquired = sum(one.wrong for one in played.values()), sum(one.acquired for one in played.values())
+        unmeasured = sum(one.unmeasured for one in played.values())
+        note = f"{acquired} acquires in {took:.1f} s, {unmeasured} waits not available"
+        rows.append(Row(order, f"{name}: wrong bytes", wrong, "bytes", wrong == 0 and acquired >= acquires, note))
+    return rows
+
+
+def killed_part(transport: str) -> list[Row]:
+    """SIGKILL of an owner between two plays: its readers go on, with the right bytes."""
+    group = Group(Setting(transport, 3))
+    try:
+        group.play("play", 200)
+        group.kill(0)
+        group.play("churn", 2048 if transport != "shm" else 1)
+        played = group.play("play", 300)
+        group.close()
+    finally:
+        group.abandon()
+    wrong = sum(one.wrong for one in played.values())
+    return [Row("killed", f"{transport}: wrong bytes after the owner's end", wrong, "bytes", wrong == 0)]
+
+
+def refusals_part() -> list[Row]:
+    """What CUDA itself must refuse, in our words; and that nothing is left behind."""
+    device = CupyDevice(0)
+    transport = CupyIpcTransport(device)
+    device.zero(device_slab := device.malloc(2 * MIB), 2 * MIB)  # whatever CUDA takes for itself at first
+    device.free(device_slab)
+    before, texts = device.memory().free, []
+    slab = transport.allocate_slab(64 * MIB)
+    for call in (
+        lambda: transport.map_peer(transport.export_handle(slab)),
+        lambda: transport.allocate_slab(device.memory().total),
+    ):
+        try:
+            call()
+            texts.append("")
+        except DwdpError as error:
+            texts.append(str(error))
+    for error in (lambda: device.ipc_open(b"\1" * 64), lambda: device.free(12345)):
+        try:
+            error()
+            texts.append("")
+        except DwdpError as found:
+            texts.append(str(found))
+    zero = not bool(slab.tensor().any())
+    shared = slab.tensor().data_ptr() == slab.address
+    transport.close()
+    lost = before - device.memory().free
+    return [
+        Row("refusals", "the same process", 0, "", "very process" in texts[0], texts[0]),
+        Row("refusals", "too little memory", 0, "", "GiB free" in texts[1], texts[1]),
+        Row("refusals", "a handle of nobody", 0, "", "cudaError" in texts[2], texts[2]),
+        Row("refusals", "an address of nobody", 0, "", "cudaError" in texts[3], texts[3]),
+        Row("refusals", "a slab is zeroed, and torch sees it without a copy", 0, "", zero and shared),
+        Row("refusals", "memory not given back", lost / MIB, "MiB", lost <= 32 * MIB),  # torch's own buffers
+    ]
+
+
+def rate_part(kind: str, nbytes: int) -> list[Row]:
+    with Mapped(kind, nbytes) as peer:
+        slot = peer.transport.allocate_slot(nbytes)
+        rows = rates(peer.device, kind, peer.source, slot, SIZES, [1, 2, 4, 8])
+        return rows + [same_bytes(peer.device, peer.source, slot)]
+
+
+def launch_part() -> list[Row]:
+    layer = Layer()
+    per_rank = -(-layer.experts // layer.ranks) * sum(spec.row_bytes for spec in layer.tensors)
+    with Mapped("cupy_ipc", per_rank) as peer:
+        return launch_times(peer.device, peer.transport, peer.source, layer, [MIB, 4 * MIB, 16 * MIB], 4 * MIB)
+
+
+def overlap_part() -> list[Row]:
+    with Mapped("cuda_pinned", 256 * MIB) as peer:
+        slot = peer.transport.allocate_slot(256 * MIB)
+        return overlap(peer.device, TorchCompute(peer.device), peer.source, slot, SIZES[1:5])
+
+
+def exposed_part() -> list[Row]:
+    with Mapped("cuda_pinned", MIB) as peer:
+        slot = peer.transport.allocate_slot(MIB)
+        return exposed(peer.device, TorchCompute(peer.device), peer.source, slot, [5e-4, 2e-3, 1e-2])
+
+
+def parts(cpu: bool, acquires: int) -> dict[str, Callable[[], list[Row]]]:
+    """By name, in the order of their worth."""
+    if cpu:
+        return {
+            "ranks": lambda: ranks_part([Setting("shm", 2)], "play", acquires),
+            "killed": lambda: killed_part("shm"),
+        }
+    ipc = [Setting("cupy_ipc", 2), Setting("cupy_ipc", 3, 1), Setting("cupy_ipc", 4, 4)]
+    return {
+        "refusals": refusals_part,
+        "ranks": lambda: ranks_part([*ipc, Setting("cuda_pinned", 2)], "play", acquires),
+        "killed": lambda: killed_part("cupy_ipc"),
+        "exposed": exposed_part,
+        "replay": lambda: ranks_part([Setting("cupy_ipc", 2), Setting("cuda_pinned", 2, 1)], "replay", acquires),
+        "launch": launch_part,
+        "overlap": overlap_part,
+        "rate-pinned": lambda: rate_part("cuda_pinned", 128 * MIB),
+        "rate-ipc": lambda: rate_part("cupy_ipc", 1024 * MIB),
+    }
+
+
+def run_part(pipe: Connection, name: str, cpu: bool, acquires: int) -> None:
+    """In a process of its own: sends the rows of one part, one that failed if it raised."""
+    try:
+        rows = parts(cpu, acquires)[name]()
+    except BaseException as error:
+        traceback.print_exc()
+        rows = [Row(name, "failed", 0, "", False, f"{type(error).__name__}: {error}".splitlines()[0])]
+    pipe.send(rows)
+
+
+def attempt(name: str, cpu: bool, acquires: int, limit_s: float) -> list[Row]:
+    """The rows of one part, whatever becomes of its process."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=run_part, args=(theirs, name, cpu, acquires))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(limit_s):
+            return [Row(name, "failed", 0, "", False, f"no result after {limit_s:.0f} s")]
+        rows: list[Row] = ours.recv()
+        return rows
+    except EOFError:
+        process.join(10)
+        return [Row(name, "failed", 0, "", False, f"its process ended with code {process.exitcode}")]
+    finally:
+        process.join(10)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def show(row: Row) -> str:
+    verdict = {None: "", True: "ok", False: "FAILED"}[row.ok]
+    return f"{row.part:9} {row.name:52} {row.value:12.3f} {row.unit:6} {verdict:6} {row.note}".rstrip()
+
+
+def about(cpu: bool) -> dict[str, Any]:
+    """What it ran on; asked without touching a device in this process."""
+    import platform
+
+    import torch
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    if not cpu:
+        versions["cupy"] = " ".join(
+            f"{item.name} {item.version}" for item in distributions() if item.name.startswith("cupy")
+        )
+    return versions
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="parts, separated by commas")
+    parser.add_argument("--cpu", action="store_true", help="only the parts that need no GPU, over shared memory")
+    parser.add_argument("--acquires", type=int, default=1000, help="per rank (%(default)s)")
+    parser.add_argument("--limit", type=float, default=230.0, help="seconds for everything (%(default)s)")
+    parser.add_argument("--json", type=Path, default=ROOT / ".cache" / "gpu_ipc_check.json")
+    arguments = parser.parse_args()
+    known = list(parts(arguments.cpu, arguments.acquires))
+    names = arguments.only.split(",") if arguments.only else known
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"no part {', '.join(unknown)}: there are {', '.join(known)}")
+    begin, found, rows = time.monotonic(), about(arguments.cpu), []
+    for name in names:
+        left, started = arguments.limit - (time.monotonic() - begin), time.monotonic()
+        if left < 5:
+            new = [Row(name, "not run", 0, "", False, f"the {arguments.limit:.0f} s were over")]
+        else:
+            new = attempt(name, arguments.cpu, arguments.acquires, left)
+        new.append(Row(name, "took", time.monotonic() - started, "s"))
+        rows += new
+        print("\n".join(show(row) for row in new), flush=True)
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps({"about": found, "rows": [row._asdict() for row in rows]}, indent=1))
+    failed = [row for row in rows if row.ok is False]
+    print(
+        f"\n{len(failed)} failed of {sum(row.ok is not None for row in rows)} checks, {time.monotonic() - begin:.0f} s"
+    )
+    for row in failed:
+        print(show(row))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

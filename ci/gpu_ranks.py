@@ -1,0 +1,248 @@
+"""Ranks in processes of their own, for gpu_ipc_check.py: they share slabs, prefetch, and compare every acquired byte.
+
+With transport "shm" the same code runs on a machine without a GPU.
+"""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple
+
+import repo_path  # noqa: F401
+
+from vllm_dwdp.copy_plan import SlabLayout, TensorSpec, build_plan
+from vllm_dwdp.placement import place
+from vllm_dwdp.prefetch.counters import CounterPage
+from vllm_dwdp.prefetch.prefetcher import Prefetcher, bind_plan
+from vllm_dwdp.prefetch.ring import Ring
+from vllm_dwdp.transport.base import Handle, Transport
+from vllm_dwdp.transport.cuda_copy import CopyOptions
+from vllm_dwdp.transport.cuda_cupy import CupyDevice
+from vllm_dwdp.transport.cuda_pinned import PinnedTransport
+from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
+from vllm_dwdp.transport.devices import device_of_rank
+from vllm_dwdp.transport.shm import ShmTransport
+
+LIMIT_S = 60.0
+EXPERTS, LAYERS, SLOTS = 8, 5, 2
+TENSORS = (TensorSpec("w13", 96 << 10), TensorSpec("w2", 48 << 10), TensorSpec("scale", 12))
+
+
+class Setting(NamedTuple):
+    transport: str  # cupy_ipc, cuda_pinned or shm
+    num_ranks: int
+    in_flight: int = 2
+    slice_bytes: int = 64 << 10
+
+
+class Played(NamedTuple):
+    wrong: int  # bytes
+    acquired: int
+    exposed_s: float
+    unmeasured: int
+
+
+def make_transport(name: str, rank: int, num_ranks: int, options: CopyOptions) -> Transport:
+    """On the device of `rank`, where ranks share devices as evenly as there are."""
+    if name == "shm":
+        return ShmTransport(LIMIT_S)
+    import torch
+
+    count = torch.cuda.device_count()
+    per_device = -(-num_ranks // max(1, count))
+    visible = CupyDevice(0).devices()
+    device = CupyDevice(device_of_rank(rank, num_ranks, per_device, visible).index)
+    kind = CupyIpcTransport if name == "cupy_ipc" else PinnedTransport
+    return kind(device, options)
+
+
+def weights(layout: SlabLayout | Any, layer: int, experts: Sequence[int]) -> Any:
+    """uint8 [layout.nbytes]: what everybody agrees on for these experts of a layer."""
+    import torch
+
+    made = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    for number, (spec, offset) in enumerate(zip(layout.tensors, layout.offsets, strict=True)):
+        for row, expert in enumerate(experts):
+            seeded = torch.Generator().manual_seed(1_000_000 * layer + 1000 * number + expert)
+            at = offset + row * spec.row_bytes
+            made[at : at + spec.row_bytes] = torch.randint(
+                0, 256, (spec.row_bytes,), dtype=torch.uint8, generator=seeded
+            )
+    return made
+
+
+class Player:
+    """One rank's prefetcher, and compute that compares what it acquires."""
+
+    def __init__(self, pipe: Connection, rank: int, setting: Setting) -> None:
+        import torch
+
+        self.torch, self.rng = torch, random.Random(rank)
+        self.transport = make_transport(setting.transport, rank, setting.num_ranks, CopyOptions(setting.in_flight))
+        placement = place(EXPERTS, setting.num_ranks)
+        plan = build_plan(placement, rank, TENSORS, setting.slice_bytes)
+        own = [self.transport.allocate_slab(plan.slabs[rank].nbytes) for _ in range(LAYERS)]
+        for layer, slab in enumerate(own):
+            slab.tensor().copy_(weights(plan.slabs[rank], layer, placement.shares[rank]))
+        self.on_gpu = setting.transport != "shm"
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        pipe.send([self.transport.export_handle(slab) for slab in own])
+        handles: dict[int, list[Handle]] = pipe.recv()
+        self.ring = Ring(LAYERS, SLOTS)
+        slots = [self.transport.allocate_slot(plan.slot.nbytes) for _ in range(SLOTS)]
+        self.seen = [slot.tensor() for slot in slots]
+        where = self.seen[0].device
+        self.expected = [weights(plan.slot, layer, range(EXPERTS)).to(where) for layer in range(LAYERS)]
+        self.wrong = torch.zeros((), dtype=torch.int64, device=where)
+        self.engine = self.transport.copy_engine()
+        self.peers = []
+        programs = []
+        for layer in range(LAYERS):
+            mapped = {peer: self.transport.map_peer(handles[peer][layer]) for peer in handles if peer != rank}
+            self.peers += mapped.values()
+            addresses = {peer: slab.address for peer, slab in mapped.items()} | {rank: own[layer].address}
+            programs.append(bind_plan(self.engine, plan, addresses, slots[self.ring.slot_of(layer)].address))
+        self.page = CounterPage.create(rank)
+        self.prefetcher = Prefetcher(self.ring, self.engine, programs, self.page, LIMIT_S)
+        self.prefetcher.start()
+
+    def use(self, layer: int) -> None:
+        """Compare the slot at the beginning and at the end of a compute of random length."""
+        slot, right = self.seen[self.prefetcher.slot_of(layer)], self.expected[layer]
+        for _ in range(2):
+            self.wrong += (slot != right).sum()
+            if self.on_gpu and self.rng.random() < 0.5 and not self.torch.cuda.is_current_stream_capturing():
+                self.torch.cuda._sleep(self.rng.randrange(1, 400_000))
+
+    def play(self, acquires: int, aborts: bool = True) -> None:
+        """Whole forwards until at least `acquires` acquires, some aborted, with delays on the host too."""
+        done = 0
+        while done < acquires:
+            last = self.rng.randrange(LAYERS) if aborts and self.rng.random() < 0.1 else None
+            for layer in range(LAYERS):
+                self.prefetcher.acquire(layer)
+                self.use(layer)
+                done += 1
+                if layer == last:
+                    break
+                self.prefetcher.release(layer)
+                if self.rng.random() < 0.2:
+                    time.sleep(self.rng.random() * 1e-3)
+
+    def replay(self, acquires: int) -> None:
+        """Capture a whole forward, copies included, as torch captures; replay it; then go on eagerly."""
+        torch = self.torch
+        self.play(LAYERS, aborts=False)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for layer in range(LAYERS):
+                self.prefetcher.acquire(layer)
+                self.use(layer)
+                self.prefetcher.release(layer)
+            self.engine.join()
+        for _ in range(-(-acquires // LAYERS)):
+            graph.replay()
+        torch.cuda.synchronize()
+        self.play(2 * LAYERS, aborts=False)
+
+    def churn(self, mib: int) -> None:
+        """Allocate and write memory, which must not be a dead owner's."""
+        made = [self.torch.full((1 << 20,), 0xAA, dtype=self.torch.uint8, device=self.wrong.device) for _ in range(mib)]
+        self.wrong += sum(int((block != 0xAA).sum()) for block in made[:1])
+
+    def result(self) -> Played:
+        page = self.page.fields
+        return Played(int(self.wrong), page.layers, page.exposed_wait_ns * 1e-9, page.unmeasured)
+
+
+def run_rank(pipe: Connection, rank: int, setting: Setting) -> None:
+    """A rank that does what it is sent: ("play", "replay" or "churn", a number), then "unmap", then "end"."""
+    player = Player(pipe, rank, setting)
+    while (order := pipe.recv()) not in ("unmap", "end"):
+        getattr(player, order[0])(order[1])
+        pipe.send(player.result())
+    player.prefetcher.close(LIMIT_S)
+    player.engine.close(LIMIT_S)
+    for peer in player.peers:
+        player.transport.unmap_peer(peer)
+    pipe.send("unmapped")
+    pipe.recv()
+    player.transport.close()
+
+
+class Group:
+    """The ranks of one setting, seen from outside."""
+
+    def __init__(self, setting: Setting) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.pipes: dict[int, Connection] = {}
+        self.processes: dict[int, BaseProcess] = {}
+        for rank in range(setting.num_ranks):
+            self.pipes[rank], theirs = spawn.Pipe()
+            self.processes[rank] = spawn.Process(target=run_rank, args=(theirs, rank, setting))
+            self.processes[rank].start()
+            theirs.close()
+        handles = {rank: self.answer(rank) for rank in self.pipes}
+        self.tell(handles)
+
+    def tell(self, order: object) -> None:
+        """Send to all ranks that are there."""
+        for pipe in self.pipes.values():
+            pipe.send(order)
+
+    def answer(self, rank: int) -> Any:
+        """The next word of a rank; raises RuntimeError where none comes."""
+        if not self.pipes[rank].poll(LIMIT_S):
+            raise RuntimeError(f"rank {rank} said nothing for {LIMIT_S} s")
+        try:
+            return self.pipes[rank].recv()
+        except EOFError:
+            raise RuntimeError(f"rank {rank} ended with code {self.processes[rank].exitcode}: see above") from None
+
+    def play(self, order: str, acquires: int) -> dict[int, Played]:
+        """All ranks at once; what each has seen since it began."""
+        self.tell((order, acquires))
+        return {rank: self.answer(rank) for rank in self.pipes}
+
+    def kill(self, rank: int) -> None:
+        """SIGKILL, and wait until it is gone."""
+        os.kill(self.processes[rank].pid or 0, signal.SIGKILL)
+        self.processes.pop(rank).join(LIMIT_S)
+        self.pipes.pop(rank).close()
+
+    def close(self) -> None:
+        """In the order of a shutdown: all unmap, then all free."""
+        self.tell("unmap")
+        for rank in self.pipes:
+            self.answer(rank)
+        self.tell("end")
+        for process in self.processes.values():
+            process.join(LIMIT_S)
+        codes = [process.exitcode for process in self.processes.values()]
+        if any(codes):
+            raise RuntimeError(f"ranks ended with codes {codes}")
+
+    def abandon(self) -> None:
+        """End whatever is left after a failure."""
+        for process in self.processes.values():
+            if process.is_alive():
+                process.kill()
+                process.join(LIMIT_S)
+
+
+def own_slab(pipe: Connection, transport: str, nbytes: int) -> None:
+    """An owner of one slab; it ends when its pipe is closed."""
+    made = make_transport(transport, 0, 1, CopyOptions())
+    slab = made.allocate_slab(nbytes)
+    pipe.send(made.export_handle(slab))
+    try:
+        pipe.recv()
+    except EOFError:
+        made.close()

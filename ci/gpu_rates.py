@@ -1,0 +1,213 @@
+"""Measurements for gpu_ipc_check.py: copy rate, host time of a launch, overlap with compute, exposed waits.
+
+They reach the device through CudaDevice alone, and compute through `Compute`, so that tests run them on a simulated one.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import repo_path  # noqa: F401
+
+from vllm_dwdp.copy_plan import TensorSpec, build_plan
+from vllm_dwdp.placement import place
+from vllm_dwdp.prefetch.prefetcher import bind_plan
+from vllm_dwdp.transport.base import Copy, Memory, Program, Transport
+from vllm_dwdp.transport.cuda_copy import CopyOptions, CudaCopyEngine
+from vllm_dwdp.transport.cuda_device import CudaDevice
+from vllm_dwdp.transport.cuda_events import NOISE_S
+
+LIMIT_S = 60.0
+KIB, MIB = 1 << 10, 1 << 20
+NVLINK = 450e9  # bytes per second, one direction
+LAUNCH_SHARE = 0.01  # of a pull's time that its launch may take
+
+
+class Row(NamedTuple):
+    """One line of the table; ok is None where there is nothing to fail."""
+
+    part: str
+    name: str
+    value: float
+    unit: str
+    ok: bool | None = None
+    note: str = ""
+
+
+class Layer(NamedTuple):
+    """The pull of one MoE layer."""
+
+    experts: int = 256
+    ranks: int = 4
+    hidden: int = 7168
+    intermediate: int = 2048
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        one = self.hidden * self.intermediate  # FP8
+        return (TensorSpec("w13", 2 * one), TensorSpec("w2", one))
+
+
+class Compute(Protocol):
+    """What only a real device, or a simulated one, can do."""
+
+    def sleep(self, stream: int, seconds: float) -> None:
+        """Keep `stream` busy for about that long."""
+
+    def matmul(self) -> None:
+        """One large matrix product on the compute stream."""
+
+
+def timed(device: CudaDevice, stream: int, work: Callable[[], object]) -> float:
+    """Seconds that `stream` took from before `work` to after it; returns when it is done."""
+    begin, end = device.make_event(timing=True), device.make_event(timing=True)
+    device.record(begin, stream)
+    work()
+    device.record(end, stream)
+    settle(device, end)
+    seconds = device.elapsed_s(begin, end)
+    device.destroy_event(begin)
+    device.destroy_event(end)
+    return seconds
+
+
+def settle(device: CudaDevice, event: int) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not device.query(event):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the device was not done after {LIMIT_S} s")
+        time.sleep(20e-6)
+
+
+def cut(dst: int, src: int, nbytes: int, slice_bytes: int) -> list[Copy]:
+    return [Copy(dst + at, src + at, min(slice_bytes, nbytes - at)) for at in range(0, nbytes, slice_bytes)]
+
+
+def rates(
+    device: CudaDevice,
+    kind: str,
+    source: Memory,
+    slot: Memory,
+    sizes: Sequence[int],
+    depths: Sequence[int],
+    rounds: int = 3,
+) -> list[Row]:
+    """GB/s by slice size and slices in flight, graphs against single copies at one point."""
+    rows = []
+    cases = [(size, depth, True) for size in sizes for depth in depths] + [(MIB, 1, False)]
+    for size, depth, graphs in cases:
+        engine = CudaCopyEngine(device, CopyOptions(depth, graphs, LIMIT_S))
+        program = engine.bind(cut(slot.address, source.address, source.nbytes, size))
+        seconds = min(timed(device, engine.stream, partial(engine.submit, program)) for _ in range(rounds + 1))
+        engine.close(LIMIT_S)
+        how = f"{size // KIB} KiB, {depth} in flight" + ("" if graphs else ", without a graph")
+        rows.append(Row("rate", f"{kind}, {how}", source.nbytes / seconds / 1e9, "GB/s"))
+    return rows
+
+
+def same_bytes(device: CudaDevice, source: Memory, slot: Memory) -> Row:
+    """What the last of the copies left: to be asked once after `rates`."""
+    wrong = int((source.tensor().to(slot.tensor().device) != slot.tensor()[: source.nbytes]).sum())
+    return Row("rate", "wrong bytes", wrong, "bytes", wrong == 0)
+
+
+def launch_times(
+    device: CudaDevice, transport: Transport, source: Memory, layer: Layer, sizes: Sequence[int], judged: int
+) -> list[Row]:
+    """Host time to submit one layer's graph, against its pull at NVLINK; `judged` is the slice size that must be below
+    LAUNCH_SHARE. source: stands for the slabs of all ranks."""
+    placement, rows = place(layer.experts, layer.ranks), []
+    slot = transport.allocate_slot(build_plan(placement, 0, layer.tensors, sizes[-1]).slot.nbytes)
+    for size in sizes:
+        engine = CudaCopyEngine(device, CopyOptions(1, True, LIMIT_S))
+        plan = build_plan(placement, 0, layer.tensors, size)
+        free, begin = device.memory().free, time.perf_counter()
+        program = bind_plan(engine, plan, dict.fromkeys(range(layer.ranks), source.address), slot.address)
+        bound = time.perf_counter() - begin
+        taken = free - device.memory().free
+        spent = []
+        for _ in range(6):
+            after = engine.record()
+            begin = time.perf_counter()
+            event = engine.submit(program, after)
+            spent.append(time.perf_counter() - begin)
+            engine.finish(event, LIMIT_S)
+        host, pull = statistics.median(spent[1:]), program.pulled_bytes / NVLINK
+        note = (
+            f"{program.copies} copies, bound in {bound * 1e3:.0f} ms, {taken / MIB:.1f} MiB, pull {pull * 1e3:.2f} ms"
+        )
+        ok = host < LAUNCH_SHARE * pull if size == judged else None
+        rows.append(Row("launch", f"{size // MIB} MiB: host time", host * 1e6, "us", None, note))
+        rows.append(Row("launch", f"{size // MIB} MiB: of the pull at 450 GB/s", 100 * host / pull, "%", ok))
+        engine.close(LIMIT_S)
+    return rows
+
+
+def overlap(
+    device: CudaDevice, compute: Compute, source: Memory, slot: Memory, sizes: Sequence[int], products: int = 20
+) -> list[Row]:
+    """How much slower matrix products are while pulls from pinned memory run beside them, by slice size."""
+
+    def work() -> None:
+        for _ in range(products):
+            compute.matmul()
+
+    stream, rows = device.compute_stream(), []
+    for size in (*sizes, source.nbytes):
+        engine = CudaCopyEngine(device, CopyOptions(1, True, LIMIT_S))
+        program = engine.bind(cut(slot.address, source.address, source.nbytes, size))
+        pull = min(timed(device, engine.stream, partial(engine.submit, program)) for _ in range(2))
+        alone = min(timed(device, stream, work) for _ in range(3))
+        count = int(1.5 * alone / pull) + 2
+        ratios, idle = [], False
+        for _ in range(3):
+            last = [engine.submit(program) for _ in range(count)]
+            ratios.append(timed(device, stream, work) / alone)
+            idle |= engine.ready(last[-1])  # then the products were not covered to their end
+            engine.finish(last[-1], LIMIT_S)
+        name = "one copy" if size == source.nbytes else f"{size // KIB} KiB"
+        note = f"pull {source.nbytes / pull / 1e9:.1f} GB/s" + (", pulls ended early" if idle else "")
+        rows.append(Row("overlap", f"{name}: slow-down", 100 * (min(ratios) - 1), "%", min(ratios) < 1.8, note))
+        engine.close(LIMIT_S)
+    return rows
+
+
+def exposed(device: CudaDevice, compute: Compute, source: Memory, slot: Memory, delays: Sequence[float]) -> list[Row]:
+    """What the engine says compute waited, against a delay put before the copy; and nothing where compute hides it."""
+    rows = []
+    engine = CudaCopyEngine(device, CopyOptions(1, True, LIMIT_S))
+    program: Program = engine.bind([Copy(slot.address, source.address, 256)])
+
+    def told(delay: float, hidden: float) -> tuple[float, float]:
+        """(what was injected, what the engine tells)."""
+        stream = device.compute_stream()
+        begin, end = device.make_event(timing=True), device.make_event(timing=True)
+        device.record(begin, engine.stream)
+        compute.sleep(engine.stream, delay)
+        event = engine.submit(program)
+        device.record(end, engine.stream)
+        if hidden:
+            compute.sleep(stream, hidden)
+        found = engine.wait(event, LIMIT_S)
+        assert found == 0.0, "an earlier wait was told late"
+        after = engine.record()
+        engine.finish(after, LIMIT_S)
+        settle(device, end)
+        found = engine.wait(after, LIMIT_S)
+        injected = device.elapsed_s(begin, end)
+        for raw in (begin, end):
+            device.destroy_event(raw)
+        return injected, found or 0.0
+
+    told(delays[0], 0.0)
+    for delay in delays:
+        injected, found = told(delay, 0.0)
+        # The host issues the wait some microseconds after the delay has begun.
+        ok = abs(found - injected) < 0.05 * injected + 100e-6
+        rows.append(Row("exposed", f"delay {injected * 1e3:.3f} ms: told", found * 1e3, "ms", ok))
+    _, found = told(delays[0], 4 * delays[-1])
+    rows.append(Row("exposed", "hidden delay: told", found * 1e3, "ms", found <= 4 * NOISE_S))
+    engine.close(LIMIT_S)
+    return rows

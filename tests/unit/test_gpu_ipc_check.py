@@ -1,0 +1,141 @@
+"""ci/gpu_ipc_check.py as far as a machine without a GPU can run it: its measurements on simulated CUDA, its processes
+over shared memory."""
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.cuda_rank import process_id
+from tests.unit.fake_cuda import FakeCuda, Machine
+from vllm_dwdp.transport.base import Memory
+from vllm_dwdp.transport.cuda_pinned import PinnedTransport
+from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
+
+CI = Path(__file__).resolve().parents[2] / "ci"
+SCRIPT = CI / "gpu_ipc_check.py"
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def measures() -> Any:
+    sys.path.insert(0, str(CI))
+    import gpu_rates
+
+    sys.path.remove(str(CI))
+    return gpu_rates
+
+
+class FakeCompute:
+    def __init__(self, device: FakeCuda) -> None:
+        self.device = device
+
+    def sleep(self, stream: int, seconds: float) -> None:
+        self.device.delay(stream, seconds)
+
+    def matmul(self) -> None:
+        self.device.kernel([lambda: None], seconds=0.01)
+
+
+class Setup:
+    def __init__(self, nbytes: int) -> None:
+        self.machine = Machine(3)
+        owner, self.device = self.machine.process(), self.machine.process()
+        self.owner = CupyIpcTransport(owner, process=process_id(0))
+        self.transport = CupyIpcTransport(self.device, process=process_id(1))
+        slab = self.owner.allocate_slab(nbytes)
+        slab.tensor().random_()
+        self.source: Memory = self.transport.map_peer(self.owner.export_handle(slab))
+        self.slot = self.transport.allocate_slot(nbytes)
+        self.compute = FakeCompute(self.device)
+
+
+def test_rates(measures: Any) -> None:
+    setup = Setup(2 * MIB)
+    rows = measures.rates(setup.device, "fake", setup.source, setup.slot, [MIB // 4, MIB], [1, 2])
+    assert len(rows) == 5 and measures.same_bytes(setup.device, setup.source, setup.slot).ok
+    by_name = {row.name: row.value for row in rows}
+    assert by_name["fake, 256 KiB, 1 in flight"] == pytest.approx(1.0)  # the simulated rate, GB/s
+    assert by_name["fake, 256 KiB, 2 in flight"] == pytest.approx(2.0)
+    assert by_name["fake, 1024 KiB, 1 in flight, without a graph"] == pytest.approx(1.0)
+    setup.slot.tensor()[5] ^= 1
+    assert not measures.same_bytes(setup.device, setup.source, setup.slot).ok
+
+
+def test_launch_times(measures: Any) -> None:
+    setup = Setup(2 * 3 * 64 * 32)
+    layer = measures.Layer(experts=8, ranks=4, hidden=64, intermediate=32)
+    rows = measures.launch_times(setup.device, setup.transport, setup.source, layer, [4096, MIB], MIB)
+    assert len(rows) == 4 and all(row.value > 0 for row in rows)
+    assert rows[3].ok is False  # no host launches so small a layer in 1 % of its pull
+    assert measures.Layer().tensors[0].row_bytes + measures.Layer().tensors[1].row_bytes == 44_040_192
+
+
+def test_overlap(measures: Any) -> None:
+    setup = Setup(MIB)
+    rows = measures.overlap(setup.device, setup.compute, setup.source, setup.slot, [MIB // 4], products=3)
+    assert [row.name for row in rows] == ["256 KiB: slow-down", "one copy: slow-down"]
+    assert all(row.ok and row.value == pytest.approx(0.0, abs=1e-6) for row in rows)
+
+
+def test_exposed_waits(measures: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup(MIB)
+    # Nothing runs before compute waits, so that the copy is never done by then.
+    monkeypatch.setattr(setup.machine, "wander", lambda most: None)
+    monkeypatch.setattr(measures.time, "sleep", lambda seconds: setup.machine.drain())
+    monkeypatch.setattr("vllm_dwdp.transport.cuda_copy.time.sleep", lambda seconds: setup.machine.drain())
+    rows = measures.exposed(setup.device, setup.compute, setup.source, setup.slot, [1e-3, 5e-3])
+    assert [row.ok for row in rows] == [True] * 3, rows
+    assert rows[1].value == pytest.approx(5.0, rel=1e-3) and rows[2].value == 0.0
+
+
+def test_a_wrong_measurement_of_waits_is_caught(measures: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup(MIB)
+    monkeypatch.setattr(setup.machine, "wander", lambda most: None)
+    monkeypatch.setattr("vllm_dwdp.transport.cuda_copy.time.sleep", lambda seconds: setup.machine.drain())
+    monkeypatch.setattr(setup.device, "wait_event", lambda stream, event: None)  # compute does not wait
+    monkeypatch.setattr(measures.time, "sleep", lambda seconds: setup.machine.drain())
+    rows = measures.exposed(setup.device, setup.compute, setup.source, setup.slot, [1e-3, 5e-3])
+    assert [row.ok for row in rows] == [False, False, True]
+
+
+def test_pinned_source(measures: Any) -> None:
+    machine = Machine()
+    owner, reader = PinnedTransport(machine.process()), PinnedTransport(machine.process())
+    slab = owner.allocate_slab(MIB)
+    slab.tensor().random_()
+    source, slot = reader.map_peer(owner.export_handle(slab)), reader.allocate_slot(MIB)
+    measures.rates(machine.processes[1], "pinned", source, slot, [MIB], [1])
+    assert measures.same_bytes(machine.processes[1], source, slot).ok
+    reader.close()
+    owner.close()
+    del slab, source, slot
+    gc.collect()
+
+
+def test_processes_and_report_over_shared_memory(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    command = [sys.executable, str(SCRIPT), "--cpu", "--acquires", "60", "--json", str(out), "--limit", "300"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=320, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 failed of 2 checks" in done.stdout
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in rows if row["ok"]] == [
+        "shm, 2 ranks: wrong bytes",
+        "shm: wrong bytes after the owner's end",
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU these parts do not fail")
+def test_a_part_that_fails_hides_no_other(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    command = [sys.executable, str(SCRIPT), "--only", "refusals,exposed", "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["part"] for row in rows if row["ok"] is False} == {"refusals", "exposed"}
