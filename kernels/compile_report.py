@@ -28,6 +28,7 @@ from .tiles import Tiles
 from .weight_table import PerExpert, Scales, WeightTable
 
 META = torch.device("meta")
+FP8 = torch.float8_e4m3fn
 _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -83,16 +84,13 @@ CASES = (
     Case("deepseek bf16 w13", 8192, 8, 256, 4096, 7168, Tiles(64, 128, 64, 16, 4, 3)),
     Case("gpt-oss w13 + bias", 8192, 4, 128, 5760, 2880, Tiles(128, 128, 64, 1, 8, 3), bias=True),
     Case("fp16 w2", 1024, 1, 8, 4096, 14336, Tiles(64, 128, 64, 8, 4, 3), torch.float16),
-    Case(
-        "deepseek fp8 block w13", 8192, 8, 256, 4096, 7168, Tiles(64, 128, 128, 32, 4, 3), torch.float8_e4m3fn, "block"
-    ),
-    Case(
-        "deepseek fp8 block decode", 16, 8, 256, 4096, 7168, Tiles(16, 128, 128, 1, 4, 3), torch.float8_e4m3fn, "block"
-    ),
-    Case("fp8 channel", 1024, 8, 128, 4096, 4096, Tiles(128, 128, 128, 1, 8, 3), torch.float8_e4m3fn, "channel"),
-    Case("fp8 tensor", 1024, 8, 128, 4096, 4096, Tiles(64, 128, 128, 1, 4, 3), torch.float8_e4m3fn, "tensor"),
+    Case("deepseek fp8 block w13", 8192, 8, 256, 4096, 7168, Tiles(64, 128, 128, 32, 4, 3), FP8, "block"),
+    Case("deepseek fp8 block decode", 16, 8, 256, 4096, 7168, Tiles(16, 128, 128, 1, 4, 3), FP8, "block"),
+    Case("fp8 channel", 1024, 8, 128, 4096, 4096, Tiles(128, 128, 128, 1, 8, 3), FP8, "channel"),
+    Case("fp8 tensor", 1024, 8, 128, 4096, 4096, Tiles(64, 128, 128, 1, 4, 3), FP8, "tensor"),
     Case("persistent 128x256", 8192, 8, 256, 4096, 7168, Tiles(128, 256, 64, 8, 8, 3, "persistent")),
     Case("persistent 64x256", 8192, 8, 256, 4096, 7168, Tiles(64, 256, 64, 8, 8, 4, "persistent")),
+    Case("persistent fp8 block", 8192, 8, 256, 4096, 7168, Tiles(64, 128, 128, 8, 8, 3, "persistent"), FP8, "block"),
     Case("persistent 128x128", 8192, 1, 256, 7168, 2048, Tiles(128, 128, 64, 8, 8, 4, "persistent")),
 )
 
