@@ -210,7 +210,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write everything there")
     options = parser.parse_args()
     device = torch.device(options.device)
-    models, tokens, pairs, pair_s, budget_s = MODELS, TOKENS, 30, 0.04, 3600.0
+    models: Sequence[ModelShape] = MODELS
+    tokens: Sequence[int] = TOKENS
+    pairs, pair_s, budget_s = 30, 0.04, 3600.0
     if options.quick:
         models, tokens = tuple(model for model in MODELS if model.name in QUICK_MODELS), QUICK_TOKENS
         pairs, pair_s, budget_s = 15, 0.02, 150.0

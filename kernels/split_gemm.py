@@ -246,8 +246,7 @@ def prepare(
             f"split GEMM of {tuple(a.shape)} (strides {a.stride()}) with experts of {weights.rows} x {weights.cols} into "
             f"{tuple(out.shape)}: needs [M, {weights.cols}] with adjacent elements and [{num_routes}, {weights.rows}]"
         )
-    # The interpreter reads float32 tests of FP8 weights too, hence only the sizes are compared.
-    if a.dtype.itemsize != weights.dtype.itemsize:
+    if a.dtype != weights.dtype:
         raise DwdpError(f"split GEMM of {a.dtype} with weights of {weights.dtype}: both must be the same")
     scales, bias = weights.scales, weights.bias
     if (scales is None) != (a_scale is None):

@@ -88,6 +88,7 @@ def search(start: Tiles, itemsize: int, compare: Compare, rounds: int = ROUNDS) 
 
 def comparing(problem: Problem, tokens: int) -> Compare:
     """Times on this GPU."""
+    from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
     from .bench import own_experts
@@ -102,7 +103,7 @@ def comparing(problem: Problem, tokens: int) -> Compare:
     def compare(candidate: Tiles, best: Tiles) -> float | None:
         try:
             own = calls(candidate)
-        except (OutOfResources, PTXASError, DwdpError):
+        except (CompilationError, OutOfResources, PTXASError, DwdpError):
             return None
         return statistics.median(in_turns(calls(best), own, problem.device, 7, 0.02).ratios)
 
