@@ -10,6 +10,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ RATE = 1e9  # bytes per second of a copy
 
 @dataclass(eq=False)
 class Block:
-    """An allocation: `base` as other processes may see it is a number of their own."""
+    """An allocation; other processes see it at addresses of their own."""
 
     real: int
     nbytes: int
@@ -69,8 +70,6 @@ class Run:
 
     def step(self, stream: "Stream", rng: random.Random) -> bool:
         begin = max(stream.time, self.issued)
-        if not self.left:
-            return True
         node = rng.choice([node for node in self.left if all(before in self.ended for before in node.after)])
         if self.left[node] < len(node.pieces):
             node.pieces[self.left[node]]()
@@ -84,13 +83,11 @@ class Run:
         return True
 
 
-@dataclass
-class Wait:
+class Wait(NamedTuple):
     point: Point
 
 
-@dataclass
-class Record:
+class Record(NamedTuple):
     point: Point
     issued: float
 
@@ -322,15 +319,15 @@ class FakeCuda(CudaDevice):
         return mine.point is None or mine.point.done
 
     def elapsed_s(self, begin: int, end: int) -> float:
-        points = [self.events[event].point for event in (begin, end) if self.events[event].timing]
-        assert len(points) == 2 and all(point is not None and point.done for point in points)
-        return points[1].time - points[0].time  # type: ignore[union-attr]
+        first, last = self.events[begin], self.events[end]
+        assert first.timing and last.timing and first.point and last.point and first.point.done and last.point.done
+        return last.point.time - first.point.time
 
     def copy_async(self, dst: int, src: int, nbytes: int, stream: int) -> None:
         self._call("copy_async")
         half = nbytes // 2
-        parts = [(dst, src, half), (dst + half, src + half, nbytes - half)]
-        self._give(stream, [self._mover(*part) for part in parts], nbytes / RATE)
+        pieces = [self._mover(dst, src, half), self._mover(dst + half, src + half, nbytes - half)]
+        self._give(stream, pieces, nbytes / RATE)
 
     def capturing(self, stream: int) -> bool:
         return self.streams[stream].capture is not None
