@@ -58,29 +58,39 @@ CASES = {
 }
 
 
+def launcher(case: Case) -> str:
+    """Processes, unless the case is about Ray."""
+    return str(case.dwdp.get("launcher", "mp"))
+
+
 def attention(family: str) -> dict[str, Any]:
     """The attention backend that needs nothing but Triton."""
     return {"attention_backend": "TRITON_MLA" if family == "deepseek_v3" else "TRITON_ATTN"}
 
 
-def check(name: str, case: Case, folder: Path, plain: dict[str, Any]) -> dict[str, Any]:
+def check(name: str, case: Case, folder: Path, plain: dict[str, Any], limit_s: float, cpu: bool) -> dict[str, Any]:
     """Run a case; what differs is listed under `wrong`."""
     spec = CheckpointSpec(**{"dtype": "bfloat16", **case.model})
     model = write_checkpoint(
         spec, CACHE / f"{spec.family}-{zlib.crc32(json.dumps(spec.as_json(), sort_keys=True).encode()):08x}"
     )
     env = {**ENV, "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
-    options = {**attention(spec.family), "kv_cache_memory_bytes": 256 << 20, **case.options}
+    options = {**({} if cpu else attention(spec.family)), "kv_cache_memory_bytes": 256 << 20, **case.options}
     key = json.dumps([spec.as_json(), options], sort_keys=True)
     if key not in plain:
-        plain[key] = run_job(folder, model, ["digests", "tokens", "batch"], env, **options)
-    config = {"ranks_per_device": case.ranks, "timeout_s": 120, **case.dwdp}
+        started = time.monotonic()
+        plain[key] = run_job(folder, model, ["digests", "tokens", "batch"], env, limit_s, **options)
+        print(f"gpu e2e: plain vLLM took {time.monotonic() - started:.0f} s", flush=True)
+    config = {"ranks_per_device": case.ranks, "timeout_s": 60, "launcher": launcher(case), **case.dwdp}
+    if cpu:
+        del config["ranks_per_device"]
     started = time.monotonic()
     job = run_job(
         folder,
         model,
         STEPS,
         env,
+        limit_s,
         **options,
         distributed_executor_backend="dwdp",
         data_parallel_size=case.ranks,
@@ -116,6 +126,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default="", help="cases whose name contains this, by comma")
+    parser.add_argument("--cpu", action="store_true", help="on CPU, to try this script: choose cases with --only")
+    parser.add_argument("--job-s", type=float, default=150, help="abort an engine after this many seconds")
     parser.add_argument("--limit-s", type=float, default=450, help="begin no case after this many seconds")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -129,12 +141,12 @@ def main() -> int:
                 rows.append({"case": name, "wrong": ["not run: out of time"]})
                 continue
             try:
-                rows.append(check(name, case, Path(folder), plain))
+                rows.append(check(name, case, Path(folder), plain, args.job_s, args.cpu))
             except BaseException as error:
                 if isinstance(error, KeyboardInterrupt):
                     raise
-                traceback.print_exc(limit=3)
-                rows.append({"case": name, "wrong": [f"{type(error).__name__}: {str(error)[-3000:]}"]})
+                traceback.print_exc(limit=1)
+                rows.append({"case": name, "wrong": [f"{type(error).__name__}: {str(error)[:200]}"]})
             print(f"gpu e2e: {rows[-1]}", flush=True)
             if args.json:
                 args.json.write_text(json.dumps(rows, indent=1))

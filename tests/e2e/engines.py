@@ -34,6 +34,7 @@ def environment(**more: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "PYTHONPATH": str(REPO),
+        "PYTHONFAULTHANDLER": "1",
         **more,
     }
 
@@ -98,9 +99,17 @@ def listen_to_ctrl_c() -> None:
 
 
 def run_job(
-    folder: Path, model: Path | str, steps: Sequence[str], env: dict[str, str] | None = None, **options: Any
+    folder: Path,
+    model: Path | str,
+    steps: Sequence[str],
+    env: dict[str, str] | None = None,
+    limit_s: float = 420,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Run `tests.e2e.job` in its own session; its JSON, with `left`: what stayed after it."""
+    """Run `tests.e2e.job` in its own session; its JSON, with `left`: what stayed after it.
+
+    After `limit_s` every process of it is aborted, which has Python print where it stood.
+    """
     name = f"job-{time.monotonic_ns()}"
     spec, out, log = (folder / f"{name}.{kind}" for kind in ("spec", "json", "log"))
     spec.write_text(json.dumps({"model": str(model), "options": options, "steps": list(steps)}))
@@ -115,9 +124,11 @@ def run_job(
             start_new_session=True,
         )
         try:
-            code = process.wait(timeout=420)
+            code = process.wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
+            os.killpg(process.pid, signal.SIGABRT)
+            time.sleep(1)
+            os.killpg(process.pid, signal.SIGKILL)
             code = -9
     text = log.read_text()
     assert code == 0, f"job ended with {code}:\n{text[-6000:]}"
