@@ -67,7 +67,7 @@ def _wrapped(text: str) -> str:
 def plan_text(request: PlanRequest) -> str:
     """The report for a terminal, at most 110 columns."""
     case = request.case
-    m, h = case.model, case.hardware
+    m = case.model
     v = judge(case)
     parts = [_wrapped(headline(case, v))]
     if v.gain:
@@ -214,14 +214,12 @@ def _resized(case: Case, ranks: int) -> Case:
 
 
 def _decode_table(request: PlanRequest) -> str:
-    case = request.case
     lines: list[list[Any]] = [["", "pulled per step", "step", "tokens/s/user", "tokens/s/GPU"]]
     for d in _decode(request):
         lines.append([
             d.way, show_bytes(d.pulled) if d.pulled else "-", show_time(d.seconds), f"{1 / d.seconds:,.1f}",
             f"{d.tokens_per_gpu:,.0f}",
         ])  # fmt: skip
-    del case
     return table(lines)
 
 

@@ -73,9 +73,9 @@ SGLANG: Final = {4 * _K: 1.16, 8 * _K: 1.37, 16 * _K: 1.18}
 SGLANG_128: Final = 506 / 329
 
 #: PR sgl-project/sglang #33310: DeepSeek-R1 MXFP4, 8 x MI355X: (ISL, tokens per rank and step) -> DWDP8 / DEP8.
-#: Tokens per step at ISL 4K and 8K are not published. The limit was 32K, and 32 requests in flight give a rank at most 16K; but
-#: DWDP, bound by its pulls, ran at 1.08 times the rate of the run with 4K tokens per step, so steps had about 4.4K. At 8K
-#: likewise: 1.66 times, 6.8K.
+#: Tokens per step at ISL 4K and 8K are not published. The limit was 32K; 32 requests in flight give a rank at most 16K at
+#: ISL 4K. But DWDP, bound by its pulls, ran at 1.08 times (8K: 1.66 times) the rate of the run with 4K tokens per step,
+#: so steps had about 4.4K (6.8K).
 AMD: Final = {
     (4 * _K, 4 * _K): 0.340,
     (8 * _K, 4 * _K): 0.320,
