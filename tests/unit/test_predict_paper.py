@@ -1,5 +1,7 @@
 """The reproduction: promised tolerances, few constants, and held-out points that are not tuned away."""
 
+from pathlib import Path
+
 import pytest
 
 from vllm_dwdp.predict.contention import exposed, meeting, simulate_meeting
@@ -99,3 +101,8 @@ def test_contention_only_without_slices() -> None:
     assert mean == pytest.approx(1 + 6 / 7)
     assert waits == pytest.approx(mean - 1), "a pull is never shorter than alone"
     assert exposed(1.0, 0.5, 2, 1.0, sliced=False) == (1.0, 0.5)
+
+
+def test_the_table_in_the_docs_is_what_the_command_prints() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "predict.md").read_text()
+    assert page.endswith(report()[0] + "\n"), "write the output of `vllm-dwdp paper` to the end of docs/predict.md"

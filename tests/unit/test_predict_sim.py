@@ -93,9 +93,8 @@ def test_step_costs_are_the_planners(model: str, resident: float | None) -> None
     pairs = tuple(float(groups[w].pairs(work.new, work.context).sum()) for w in cost.windows)
     planned = float(local_time(m, h, work, resident=resident).total.mean())
     assert cost.seconds(Chunk(16384, pairs, 4, 0.0)) == pytest.approx(planned, rel=0.01)
-    if m.groups[0].attention.kind != "MLA":
-        planned = float(local_time(m, h, decoding(64, 2048), resident=resident).total.mean())
-        assert cost.seconds(Chunk(64, tuple(0.0 for _ in pairs), 64, 64 * 2048.0)) == pytest.approx(planned, rel=0.02)
+    planned = float(local_time(m, h, decoding(64, 2048), resident=resident).total.mean())
+    assert cost.seconds(Chunk(64, tuple(0.0 for _ in pairs), 64, 64 * 2048.0)) == pytest.approx(planned, rel=0.02)
 
 
 def test_same_seed_same_result_and_same_arrivals_for_all_ways() -> None:

@@ -72,7 +72,8 @@ def show_bytes(value: float) -> str:
 def show_time(seconds: float) -> str:
     """Seconds, milliseconds or microseconds with three digits."""
     for limit, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
-        if seconds >= limit:
+        # What rounds up to 1000 is shown in the next unit.
+        if seconds >= limit * 0.9995:
             return f"{seconds / limit:.3g} {unit}"
     return f"{seconds * 1e9:.3g} ns"
 

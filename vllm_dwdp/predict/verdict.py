@@ -156,6 +156,11 @@ def others_that_fit(case: Case, least_kv: int) -> list[str]:
     return ways
 
 
+def _what_fits(case: Case, least_kv: int) -> str:
+    fits = [n for n in group_sizes(case) if n > case.ranks and case.memory(n).kv_tokens >= least_kv]
+    return f"--ranks {fits[0]}" if fits else "a smaller weight format (--expert-format), or a shorter context"
+
+
 def judge(case: Case) -> Verdict:
     """The recommendation for a case; raises DwdpError only for impossible settings."""
     least_kv = case.lengths.isl + case.osl
@@ -167,7 +172,7 @@ def judge(case: Case) -> Verdict:
             "do not use it here", 0.0, 0.0, others[0] if others else "",
             f"it does not fit: {show_bytes(plan.used)} of {show_bytes(plan.limit)} are taken before the KV cache; "
             f"{room} left hold {show_count(plan.kv_tokens)} tokens of the {show_count(least_kv)} that one request needs",
-            "more ranks (--ranks), a smaller weight format, or a shorter context",
+            _what_fits(case, least_kv),
         )  # fmt: skip
     if not others:
         error = uncertainty(case, "DEP")

@@ -52,10 +52,12 @@ class StepCost:
         for group in model.groups:
             core = group.attention
             rate = hardware.rate(options.attention_compute) * eff.matmul
+            read = core.kv_elements() * options.kv_element / bandwidth
             self._attention.append((
                 self.windows.index(core.window),
                 group.count * core.core_flop_per_pair() / rate / split,
-                group.count * core.kv_elements() * options.kv_element / bandwidth / split,
+                # Decode: the latent space for MLA, and whichever is longer of its products and its reads.
+                    group.count * max(core.core_flop_per_pair(absorbed=True) / rate, read) / split,
                 core.window,
             ))  # fmt: skip
             fmt, mlp = model.attention_format, model.mlp_format
