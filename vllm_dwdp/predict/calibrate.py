@@ -29,8 +29,10 @@ ROWS: Final = {
     "synchronisation": "imbalance",
 }
 _KEYS: Final = {"model", "way", "ranks", "isl", "tokens_per_step", "experts_per_rank", "milliseconds"}
-_EXAMPLE: Final = '[{"model": "...", "way": "DWDP", "ranks": 4, "isl": 8192, "tokens_per_step": 32768, '
+_EXAMPLE: Final = (
+    '[{"model": "...", "way": "DWDP", "ranks": 4, "isl": 8192, "tokens_per_step": 32768, '
     '"milliseconds": {"grouped": 340}}]'
+)
 
 
 def calibrate(measured: str, hardware: str) -> tuple[str, str]:
