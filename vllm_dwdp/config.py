@@ -74,6 +74,7 @@ class DwdpConfig:
     num_slots: prefetch buffers per rank. slice_bytes: bytes of one copy.
     ranks_per_device: ranks that share one accelerator. timeout_s: limit of every wait, in seconds.
     trace: record the times of acquire, ready, release and of every copy.
+    require_win: refuse to start where the planner predicts a loss, or cannot tell.
     """
 
     group_size: int | None = None
@@ -86,6 +87,7 @@ class DwdpConfig:
     ranks_per_device: int = 1
     timeout_s: float = 300.0
     trace: bool = False
+    require_win: bool = False
     rendezvous: Rendezvous | None = None
 
     def __post_init__(self) -> None:
@@ -101,8 +103,9 @@ class DwdpConfig:
         limit: object = self.timeout_s
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not (0 < limit < math.inf):
             raise DwdpError(f"dwdp.timeout_s is {limit!r}: it must be a finite number of seconds above 0, such as 300")
-        if not isinstance(self.trace, bool):
-            raise DwdpError(f"dwdp.trace is {self.trace!r}: it must be true or false")
+        for key in ("trace", "require_win"):
+            if not isinstance(getattr(self, key), bool):
+                raise DwdpError(f"dwdp.{key} is {getattr(self, key)!r}: it must be true or false")
         if self.rendezvous is not None and not isinstance(self.rendezvous, Rendezvous):
             object.__setattr__(self, "rendezvous", Rendezvous.parse(self.rendezvous))
 

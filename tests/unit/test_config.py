@@ -31,6 +31,7 @@ def test_missing_and_empty_give_the_defaults() -> None:
             "ranks_per_device": st.integers(1, 4),
             "timeout_s": st.integers(1, 1000) | st.floats(0.001, 1e6),
             "trace": st.booleans(),
+            "require_win": st.booleans(),
             "rendezvous": st.none() | st.just("10.0.0.1:29500/group-7"),
         },
     )

@@ -1,0 +1,44 @@
+"""The arguments of `vllm-dwdp plan` -> a checked case."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from vllm_dwdp.predict.formats import KV_BYTES
+from vllm_dwdp.predict.hardware_file import load_hardware
+from vllm_dwdp.predict.read_config import load_model
+from vllm_dwdp.predict.strategies import Options
+from vllm_dwdp.predict.verdict import Case, check_case
+from vllm_dwdp.predict.work import Lengths
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What `plan` was asked."""
+
+    case: Case
+    decode_sequences: int
+    cached_experts: int
+    skew: float
+
+
+def case_of(args: argparse.Namespace) -> PlanRequest:
+    """Read model and hardware, and check the case; raises DwdpError."""
+    case = Case(
+        model=load_model(args.model, args.expert_format, args.linear_format),
+        hardware=load_hardware(args.hardware),
+        ranks=args.ranks,
+        lengths=Lengths(args.isl, args.length_ratio, args.isl_std),
+        tokens=args.tokens_per_step,
+        share=args.experts_per_rank,
+        view=args.weight_view,
+        num_slots=args.num_slots,
+        sliced=not args.no_slices,
+        cached=args.prefix_cache_hits,
+        options=Options(kv_element=KV_BYTES[args.kv_cache_dtype]),
+        osl=args.osl,
+        utilisation=args.gpu_memory_utilization,
+    )
+    check_case(case)
+    return PlanRequest(case, args.decode_sequences, args.cached_experts, args.skew)

@@ -1,0 +1,69 @@
+"""What `vllm-dwdp simulate` prints."""
+
+from __future__ import annotations
+
+from math import isnan
+from typing import Any
+
+from vllm_dwdp.predict.plan_report import table
+from vllm_dwdp.predict.sim.run import Result
+from vllm_dwdp.predict.sim.scenario import Scenario
+from vllm_dwdp.predict.units import show_count, show_time
+
+
+def results_text(s: Scenario, results: list[Result]) -> str:
+    """A table with one line per way, and what stands out."""
+    lines: list[list[Any]] = [[
+        "", "prompt tok/s/GPU", "output", "TTFT p50", "p90", "p99", "gap p50", "p99", "exposed", "waiting", "idle",
+            "done", "lost",
+    ]]  # fmt: skip
+    for r in results:
+        lines.append([
+            r.way, f"{r.prompt_per_gpu:,.0f}", f"{r.output_per_gpu:,.0f}", *(_time(x) for x in r.ttft), _time(r.gap[0]),
+            _time(r.gap[2]), f"{r.exposed:.1%}", f"{r.waiting:.1%}", f"{r.idle:.1%}", f"{r.finished}/{r.requests}", r.lost,
+        ])  # fmt: skip
+    load = s.stream
+    head = [
+        f"{s.model.name} on {s.ranks} x {s.hardware.name} in groups of {s.group_size}, {s.seconds:g} s, seed {s.seed}",
+        f"each rank: {load.rate:g} requests/s ({'Poisson' if load.burst == 1 else f'bursts of {load.burst:g}'}), prompts "
+        f"of {show_count(load.lengths.isl)} tokens, {load.osl} out, {show_count(s.tokens_per_step)} tokens per step"
+        + (f"; faults on ranks {', '.join(map(str, sorted(s.faults)))}" if s.faults else ""),
+        "",
+    ]
+    tail = [
+        "",
+        "  gap: between two tokens of a request. Shares of the GPUs' time: exposed, compute stood still for a pull;",
+        "  waiting, for other ranks or in a stall; idle, no request. done: finished of arrived. lost: with a dead group.",
+    ]
+    best = {r.way: r for r in results}
+    if "DWDP" in best:
+        for way, r in best.items():
+            if way != "DWDP" and r.prompt_per_gpu:
+                tail.append(
+                    f"  DWDP against {way}: {best['DWDP'].prompt_per_gpu / r.prompt_per_gpu:.2f}x prompt tokens/s/GPU, "
+                    f"{best['DWDP'].ttft[0] / r.ttft[0]:.2f}x median TTFT"
+                )
+    return "\n".join([*head, table(lines), *tail])
+
+
+def _time(seconds: float) -> str:
+    return "-" if isnan(seconds) else show_time(seconds)
+
+
+def results_json(s: Scenario, results: list[Result]) -> dict[str, Any]:
+    """The same as numbers; seconds and shares."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [clean(v) for v in value]
+        return None if isinstance(value, float) and isnan(value) else value
+
+    return {
+        "model": s.model.name,
+        "hardware": s.hardware.name,
+        "ranks": s.ranks,
+        "group_size": s.group_size,
+        "seconds": s.seconds,
+        "seed": s.seed,
+        "results": [{k: clean(v) for k, v in vars(r).items()} for r in results],
+    }

@@ -1,0 +1,162 @@
+"""Scenario files (TOML): a fleet, its load, what goes wrong, and the ways to compare on the same arrivals."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.predict.formats import KV_BYTES
+from vllm_dwdp.predict.hardware_file import Hardware, load_hardware
+from vllm_dwdp.predict.model import MoeModel
+from vllm_dwdp.predict.read_config import load_model
+from vllm_dwdp.predict.sim.groups import Fault
+from vllm_dwdp.predict.sim.requests import Stream
+from vllm_dwdp.predict.strategies import PLAIN, Options, check_group, pull_bytes
+from vllm_dwdp.predict.units import parse_count, parse_quantity
+from vllm_dwdp.predict.work import Lengths
+
+WAYS: Final = ("DWDP", "DEP", "TP", "DP")
+_TOP: Final = {
+    "model", "hardware", "ranks", "group_size", "seconds", "seed", "ways", "tokens_per_step", "max_sequences",
+    "experts_per_rank", "slices", "weight_view", "kv_cache_dtype", "expert_format", "linear_format", "requests", "faults",
+}  # fmt: skip
+_REQUESTS: Final = {"rate", "isl", "length_ratio", "isl_std", "osl", "burst", "hit_rate", "hit_share"}
+_FAULT: Final = {"rank", "slow", "stall_at", "stall_for", "dead_at"}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A run. `ranks` accelerators in groups of `group_size`; `seconds` of simulated time."""
+
+    model: MoeModel
+    hardware: Hardware
+    ranks: int
+    group_size: int
+    seconds: float
+    seed: int
+    ways: tuple[str, ...]
+    tokens_per_step: int
+    max_sequences: int
+    stream: Stream
+    faults: dict[int, Fault]
+    share: int | None = None
+    sliced: bool = True
+    merge: bool = False
+    options: Options = PLAIN
+
+
+def load_scenario(path: str, seed: int | None = None) -> Scenario:
+    """Read a scenario file; `seed` replaces its own. Raises DwdpError in one line."""
+    import tomllib
+
+    try:
+        raw = tomllib.loads(Path(path).read_text())
+    except OSError as e:
+        raise DwdpError(f"scenario {path} cannot be read ({e.strerror}): give a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise DwdpError(f"scenario {path} is no valid TOML ({e}): correct it there") from None
+    scenario = parse_scenario(raw, path)
+    return scenario if seed is None else replace(scenario, seed=seed)
+
+
+def parse_scenario(raw: dict[str, Any], where: str) -> Scenario:
+    """See `load_scenario`."""
+    _known(raw, _TOP, where, "")
+    load = raw.get("requests")
+    if not isinstance(load, dict):
+        raise DwdpError(f"{where}: [requests] is missing: add it with rate (requests/s and rank), isl and osl")
+    _known(load, _REQUESTS, where, "requests.")
+    for key in ("model", "hardware"):
+        if not isinstance(raw.get(key), str):
+            raise DwdpError(f"{where}: {key} is {raw.get(key)!r}: give its name or path as text")
+    ranks = parse_count(raw.get("ranks"), f"{where}: ranks", 1)
+    size = parse_count(raw.get("group_size", ranks), f"{where}: group_size", 2)
+    if ranks % size:
+        raise DwdpError(f"{where}: {ranks} ranks cannot be split into groups of {size}: change ranks or group_size")
+    model = load_model(raw["model"], raw.get("expert_format"), raw.get("linear_format"))
+    hardware = load_hardware(raw["hardware"])
+    check_group(hardware, size)
+    ways = tuple(raw.get("ways", WAYS[:3]))
+    for way in ways:
+        if way not in WAYS:
+            raise DwdpError(f"{where}: ways has {way!r}: it may have {', '.join(WAYS)}")
+    share = raw.get("experts_per_rank")
+    pull_bytes(model, size, share)
+    view = raw.get("weight_view", "split")
+    if view not in ("split", "contiguous"):
+        raise DwdpError(f"{where}: weight_view is {view!r}: it must be split or contiguous")
+    kv = raw.get("kv_cache_dtype", "auto")
+    if kv not in KV_BYTES:
+        raise DwdpError(f"{where}: kv_cache_dtype is {kv!r}: it must be one of {', '.join(KV_BYTES)}")
+    return Scenario(
+        model=model,
+        hardware=hardware,
+        ranks=ranks,
+        group_size=size,
+        seconds=parse_quantity(raw.get("seconds", "600 s"), "seconds", f"{where}: seconds"),
+        seed=parse_count(raw.get("seed", 0), f"{where}: seed", 0),
+        ways=ways,
+        tokens_per_step=parse_count(raw.get("tokens_per_step", 8192), f"{where}: tokens_per_step"),
+        max_sequences=parse_count(raw.get("max_sequences", 256), f"{where}: max_sequences"),
+        stream=_stream(load, where),
+        faults=_faults(raw.get("faults", []), ranks, where),
+        share=share,
+        sliced=bool(raw.get("slices", True)),
+        merge=view == "contiguous",
+        options=Options(kv_element=KV_BYTES[kv]),
+    )
+
+
+def _stream(load: dict[str, Any], where: str) -> Stream:
+    def number(key: str, default: float | None, low: float, high: float) -> float:
+        value = load.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise DwdpError(f"{where}: requests.{key} is {value!r}: it must be a number in {low:g}..{high:g}")
+        return float(value)
+
+    lengths = Lengths(
+        parse_count(load.get("isl", 8192), f"{where}: requests.isl"),
+        number("length_ratio", 1.0, 0.001, 1.0),
+        number("isl_std", 0.0, 0.0, 1e9),
+    )
+    return Stream(
+        rate=number("rate", None, 1e-6, 1e6),
+        lengths=lengths,
+        osl=parse_count(load.get("osl", 1), f"{where}: requests.osl"),
+        burst=number("burst", 1.0, 1.0, 1e4),
+        hit_rate=number("hit_rate", 0.0, 0.0, 1.0),
+        hit_share=number("hit_share", 0.5, 0.0, 0.99),
+    )
+
+
+def _faults(raw: Any, ranks: int, where: str) -> dict[int, Fault]:
+    faults: dict[int, Fault] = {}
+    for entry in raw:
+        _known(entry, _FAULT, where, "faults.")
+        rank = parse_count(entry.get("rank"), f"{where}: faults.rank", 0)
+        if rank >= ranks:
+            raise DwdpError(f"{where}: faults.rank is {rank}: there are ranks 0..{ranks - 1}")
+        values: dict[str, float] = {}
+        for key in ("stall_at", "stall_for", "dead_at"):
+            if key in entry:
+                values[key] = parse_quantity(entry[key], "seconds", f"{where}: faults.{key}")
+        slow = entry.get("slow", 1.0)
+        if not isinstance(slow, int | float) or slow < 1:
+            raise DwdpError(f"{where}: faults.slow is {slow!r}: it must be a number of at least 1 (times slower)")
+        if ("stall_at" in values) != ("stall_for" in values):
+            raise DwdpError(
+                f"{where}: a stall of rank {rank} needs both stall_at and stall_for, such as '60 s' and '10 s'"
+            )
+        faults[rank] = Fault(slow=float(slow), **values)
+    return faults
+
+
+def _known(table: dict[str, Any], known: set[str], where: str, prefix: str) -> None:
+    for key in table:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
+            raise DwdpError(f"{where}: {prefix}{key} is unknown: {hint}")
