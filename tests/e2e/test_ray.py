@@ -105,7 +105,7 @@ def test_a_killed_ray_worker_ends_everything_and_is_named(
         server.process.wait(90)
         assert time.monotonic() - started < 60
         assert server.left() == []
-        assert "RayWorkerProc rank=1 died unexpectedly" in server.log.read_text()
+        assert "RayWorkerProc rank=[1] died unexpectedly" in server.log.read_text()
     finally:
         server.kill()
 
