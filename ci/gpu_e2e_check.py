@@ -46,7 +46,7 @@ CASES = {
     "qwen3-split-2": Case(QWEN, 2, {"weight_view": "split"}),
     "qwen3-contiguous-2": Case(QWEN, 2, {"weight_view": "contiguous"}),
     "qwen3-auto-ray-2": Case(QWEN, 2, {"launcher": "ray"}),
-    "qwen3-split-compiled-2": Case(QWEN, 2, {"weight_view": "split"}, {"enforce_eager": False}),
+    "qwen3-split-compiled-2": Case(QWEN, 2, {"weight_view": "split", "compile_on_gpu": True}, {"enforce_eager": False}),
     "deepseek-split-2": Case({"family": "deepseek_v3", "num_layers": 4}, 2, {"weight_view": "split"}),
     "qwen3-fp8-split-2": Case(FP8, 2, {"weight_view": "split"}),
     "qwen3-fp8-contiguous-2": Case(FP8, 2, {"weight_view": "contiguous"}),

@@ -105,7 +105,10 @@ def create_engine_config(
     args.create_model_config = create_model_config  # type: ignore[method-assign]
     args.distributed_executor_backend = _executor(launcher)
     # Always present, so that compile caches never mix with those of plain vLLM.
-    additional_config, moe_backend = args.additional_config, args.moe_backend
+    additional_config, moe_backend, eager = args.additional_config, args.moe_backend, args.enforce_eager
+    if not on_cpu and not eager and not config.compile_on_gpu:
+        logger.info("dwdp: eager on GPUs in this release; try additional_config dwdp.compile_on_gpu for compiled code")
+        args.enforce_eager = True
     if not on_cpu and moe_backend == "auto":
         # The kernels that slots and slabs were tried with; other choices are refused once the layers exist.
         args.moe_backend = "triton"
@@ -116,7 +119,7 @@ def create_engine_config(
         del args.create_model_config
         args.distributed_executor_backend = BACKEND
         args.additional_config = additional_config
-        args.moe_backend = moe_backend
+        args.moe_backend, args.enforce_eager = moe_backend, eager
     options.check_config(vllm_config)
     parallel = vllm_config.parallel_config
     if parallel.worker_cls not in _WORKERS:
