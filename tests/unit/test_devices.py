@@ -12,18 +12,19 @@ from vllm.config import CUDAGraphMode
 
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import devices
-from vllm_dwdp.engine.devices import MOE_OPS, devices_of_ranks, keep_experts_out_of_graphs, set_devices
+from vllm_dwdp.engine.devices import MOE_OPS, keep_experts_out_of_graphs, set_devices
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.transport.devices import device_of_rank
 
 
 @given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 20))
 def test_ranks_fill_one_device_after_the_other(ranks: int, per_device: int, count: int) -> None:
     known = [100 + i for i in range(count)]
     if -(-ranks // per_device) > count:
-        with pytest.raises(DwdpError, match=f"{ranks} ranks .* but there are {count}"):
-            devices_of_ranks(ranks, per_device, known)
+        with pytest.raises(DwdpError, match=f"{ranks} ranks .* GPUs but {count} are visible"):
+            device_of_rank(0, ranks, per_device, known)
         return
-    found = devices_of_ranks(ranks, per_device, known)
+    found = [device_of_rank(rank, ranks, per_device, known) for rank in range(ranks)]
     assert len(found) == ranks and found == sorted(found)
     assert max(found.count(device) for device in found) <= per_device
 
@@ -50,7 +51,7 @@ def test_ranks_that_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen.parallel_config.assigned_physical_gpu_ids == [7, 7, 7]
     with pytest.raises(DwdpError, match=r"ranks_per_device is 2.*--kv-cache-memory-bytes"):
         set_devices(config(None, None), DwdpConfig(ranks_per_device=2), 4)
-    with pytest.raises(DwdpError, match=r"3 ranks .* need 3 GPUs, but there are 2"):
+    with pytest.raises(DwdpError, match=r"3 ranks .* need 3 GPUs but 2 are visible"):
         set_devices(config(None, None), DwdpConfig(), 3)
 
 

@@ -9,6 +9,7 @@ from vllm.platforms import current_platform
 
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.transport.devices import device_of_rank
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -17,17 +18,6 @@ logger = init_logger("vllm.dwdp")
 
 #: vLLM's opaque op of a MoE layer. Outside of CUDA graphs, its acquire and release run on the host at every step.
 MOE_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
-
-
-def devices_of_ranks(num_ranks: int, ranks_per_device: int, devices: list[int]) -> list[int]:
-    """[rank] -> its device: neighbours share one. Raises DwdpError where there are too few devices."""
-    needed = -(-num_ranks // ranks_per_device)
-    if needed > len(devices):
-        raise DwdpError(
-            f"{num_ranks} ranks with dwdp.ranks_per_device {ranks_per_device} need {needed} GPUs, but there are "
-            f"{len(devices)}: use fewer ranks, or ranks_per_device {-(-num_ranks // max(1, len(devices)))}"
-        )
-    return [devices[rank // ranks_per_device] for rank in range(num_ranks)]
 
 
 def set_devices(vllm_config: VllmConfig, config: DwdpConfig, num_ranks: int) -> None:
@@ -39,7 +29,7 @@ def set_devices(vllm_config: VllmConfig, config: DwdpConfig, num_ranks: int) -> 
     chosen = parallel.assigned_physical_gpu_ids
     if chosen is None:
         chosen = [current_platform.device_id_to_physical_device_id(i) for i in range(current_platform.device_count())]
-    devices = devices_of_ranks(num_ranks, config.ranks_per_device, list(chosen))
+    devices = [device_of_rank(rank, num_ranks, config.ranks_per_device, chosen) for rank in range(num_ranks)]
     if config.ranks_per_device == 1:
         return
     if cache.kv_cache_memory_bytes is None:

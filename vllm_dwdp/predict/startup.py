@@ -51,7 +51,8 @@ def predicted_loss(
         )  # fmt: skip
         check_case(case)
         verdict = judge(case)
-    except DwdpError as e:
+    except (DwdpError, ArithmeticError, LookupError, TypeError, ValueError) as e:
+        # A model whose config nobody foresaw must not keep a launch from starting.
         if require_win:
             raise DwdpError(f"require_win is set, but the planner cannot tell: {e}; leave require_win out") from None
         return None

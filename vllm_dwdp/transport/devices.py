@@ -1,9 +1,12 @@
 """Which device a rank uses (pure). Devices are named by UUID between processes: indices differ with what each one sees."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.transport.cuda_device import DeviceInfo
+
+_D = TypeVar("_D")
 
 
 def devices_needed(num_ranks: int, ranks_per_device: int) -> int:
@@ -13,9 +16,7 @@ def devices_needed(num_ranks: int, ranks_per_device: int) -> int:
     return -(-num_ranks // ranks_per_device)
 
 
-def device_of_rank(
-    local_rank: int, num_local_ranks: int, ranks_per_device: int, visible: Sequence[DeviceInfo]
-) -> DeviceInfo:
+def device_of_rank(local_rank: int, num_local_ranks: int, ranks_per_device: int, visible: Sequence[_D]) -> _D:
     """The device of the rank that is number `local_rank` of this host's `num_local_ranks`.
 
     Ranks fill one device after the other. Raises DwdpError where too few devices are visible.
