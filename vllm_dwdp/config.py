@@ -75,7 +75,7 @@ class DwdpConfig:
     ranks_per_device: ranks that share one accelerator. timeout_s: limit of every wait, in seconds.
     trace: record the times of acquire, ready, release and of every copy.
     require_win: refuse to start where the planner predicts a loss, or cannot tell.
-    compile_on_gpu: torch.compile and piecewise CUDA graphs on GPUs, which otherwise run eagerly.
+    compile_on_gpu: torch.compile on GPUs, which otherwise run eagerly.
     """
 
     group_size: int | None = None

@@ -1,4 +1,4 @@
-"""Which GPU a rank gets, and what CUDA graphs keep (engine/devices.py), without a GPU."""
+"""Which GPU a rank gets, and that no CUDA graph holds a MoE layer (engine/devices.py), without a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm.config import CUDAGraphMode
 
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import devices
-from vllm_dwdp.engine.devices import MOE_OPS, keep_experts_out_of_graphs, set_devices
+from vllm_dwdp.engine.devices import set_devices, without_cuda_graphs
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.transport.devices import device_of_rank
 
@@ -55,18 +55,8 @@ def test_ranks_that_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         set_devices(config(None, None), DwdpConfig(), 3)
 
 
-@pytest.mark.parametrize(
-    ("mode", "ops", "expected"),
-    [
-        (CUDAGraphMode.FULL_AND_PIECEWISE, ["vllm::attention"], CUDAGraphMode.PIECEWISE),
-        (CUDAGraphMode.PIECEWISE, ["vllm::attention"], CUDAGraphMode.PIECEWISE),
-        (CUDAGraphMode.FULL, [], CUDAGraphMode.NONE),
-        (CUDAGraphMode.NONE, ["vllm::attention"], CUDAGraphMode.NONE),
-    ],
-)
-def test_no_graph_holds_a_moe_layer(mode: CUDAGraphMode, ops: list[str], expected: CUDAGraphMode) -> None:
-    compilation = SimpleNamespace(cudagraph_mode=mode, splitting_ops=list(ops))
-    keep_experts_out_of_graphs(SimpleNamespace(compilation_config=compilation))  # type: ignore[arg-type]
-    assert compilation.cudagraph_mode == expected
-    if expected != CUDAGraphMode.NONE:
-        assert set(MOE_OPS) <= set(compilation.splitting_ops)
+@pytest.mark.parametrize("mode", [CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.NONE, None])
+def test_no_graph_holds_a_moe_layer(mode: CUDAGraphMode | None) -> None:
+    compilation = SimpleNamespace(cudagraph_mode=mode)
+    without_cuda_graphs(SimpleNamespace(compilation_config=compilation))  # type: ignore[arg-type]
+    assert compilation.cudagraph_mode in (None, CUDAGraphMode.NONE)

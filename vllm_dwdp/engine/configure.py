@@ -15,7 +15,7 @@ from vllm_dwdp import BACKEND, patches
 from vllm_dwdp.config import DwdpConfig, Rendezvous
 from vllm_dwdp.engine import options
 from vllm_dwdp.engine.cores import bind_ranks
-from vllm_dwdp.engine.devices import keep_experts_out_of_graphs, set_devices
+from vllm_dwdp.engine.devices import set_devices, without_cuda_graphs
 from vllm_dwdp.engine.environment import own_ipc_folder, set_for_launch
 from vllm_dwdp.engine.launch import RENDEZVOUS_ENV, DwdpLaunch, attach_launch, format_address
 from vllm_dwdp.engine.model_config import hide_moe
@@ -127,7 +127,7 @@ def create_engine_config(
     parallel.worker_cls = _WORKERS[parallel.worker_cls]
     if not on_cpu:
         set_devices(vllm_config, config, args.data_parallel_size)
-        keep_experts_out_of_graphs(vllm_config)
+        without_cuda_graphs(vllm_config)
     launch = _launch(args, config, vllm_config)
     attach_launch(vllm_config, launch)
     publishing = not args.disable_log_stats and (args._api_process_count == 1 or args._api_process_rank == 0)

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.dwdp")
 
-#: vLLM's opaque op of a MoE layer. Outside of CUDA graphs, its acquire and release run on the host at every step.
-MOE_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
-
 
 def set_devices(vllm_config: VllmConfig, config: DwdpConfig, num_ranks: int) -> None:
     """Give every rank its GPU through vLLM's own `--device-ids`; raises DwdpError.
@@ -41,22 +38,15 @@ def set_devices(vllm_config: VllmConfig, config: DwdpConfig, num_ranks: int) -> 
     cache.gpu_memory_utilization /= config.ranks_per_device
 
 
-def keep_experts_out_of_graphs(vllm_config: VllmConfig) -> None:
-    """CUDA graphs of this release hold what lies between MoE layers: split at them, and take no full graphs."""
+def without_cuda_graphs(vllm_config: VllmConfig) -> None:
+    """Turn CUDA graphs off: acquire and release run on the host, so no graph may hold a MoE layer.
+
+    Splitting graphs at `vllm::moe_forward` is no way out: it returns a new tensor, and the graph behind it would go on
+    reading the address that was there when it was captured.
+    """
     from vllm.config import CUDAGraphMode
 
     compilation = vllm_config.compilation_config
-    mode = compilation.cudagraph_mode
-    if mode is None or mode == CUDAGraphMode.NONE:
-        return
-    if not compilation.splitting_ops:
-        logger.info("dwdp: CUDA graphs are off, %s cannot be split at MoE layers", mode.name)
+    if compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE):
+        logger.info("dwdp: CUDA graphs (%s) are off: this release has none with DWDP", compilation.cudagraph_mode.name)
         compilation.cudagraph_mode = CUDAGraphMode.NONE
-        return
-    compilation.splitting_ops = [
-        *compilation.splitting_ops,
-        *(op for op in MOE_OPS if op not in compilation.splitting_ops),
-    ]
-    if mode.has_full_cudagraphs():
-        logger.info("dwdp: CUDA graphs are piecewise instead of %s, with MoE layers between them", mode.name)
-        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
