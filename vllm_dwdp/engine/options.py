@@ -137,7 +137,10 @@ def _loading(args: EngineArgs) -> Iterator[str]:
 
 
 def _quantisation(name: str) -> str:
-    return f"quantisation {name!r} is not supported by this release of dwdp: use a BF16, FP16 or FP32 checkpoint"
+    return (
+        f"quantisation {name!r} is not supported by this release of dwdp: use a BF16, FP16 or FP32 checkpoint, or on GPUs "
+        "one in FP8, without --quantization"
+    )
 
 
 def check_arguments(args: EngineArgs, headless: bool) -> None:

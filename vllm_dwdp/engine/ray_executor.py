@@ -41,6 +41,7 @@ class DwdpRayExecutor(RayExecutorV2):
         try:
             ray.get(group.ready(), timeout=self._timeout_s())
         except ray.exceptions.GetTimeoutError as error:
+            ray.util.remove_placement_group(group)
             raise DwdpTimeout(
                 f"Ray did not give rank {rank} {share} within {self._timeout_s():.0f} s; the cluster has "
                 f"{ray.cluster_resources()}: free some, or start it with more"

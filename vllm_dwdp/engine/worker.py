@@ -125,6 +125,8 @@ class DwdpWorkerMixin:
             tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             max_model_len=model.max_model_len,
             view=config.weight_view,
+            num_slots=config.num_slots,
+            utilisation=vllm_config.cache_config.gpu_memory_utilization,
             kv_element=1.0 if str(vllm_config.cache_config.cache_dtype).startswith("fp8") else 2.0,
             require_win=config.require_win,
         )

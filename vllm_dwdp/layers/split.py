@@ -11,7 +11,7 @@ from vllm_dwdp.prefetch.prefetcher import bind_plan
 from vllm_dwdp.transport.base import CopyEngine, Memory, Program
 
 if TYPE_CHECKING:
-    from vllm_dwdp.kernels.weight_table import PerExpert, Scales, WeightTable
+    from vllm_dwdp.kernels.weight_table import PerExpert, WeightTable
 
 #: What the split-weight kernels fetch; everything else of a layer is small and replicated.
 WEIGHTS = ("w13_weight", "w2_weight")
@@ -43,21 +43,20 @@ def addresses(layer: LayerSlab, rank: int, tensor: ExpertTensor, slot: Memory, s
 def attach_split(layer: LayerSlab, rank: int, slot: Memory, engine: CopyEngine, slice_bytes: int) -> Program:
     """Have the layer compute from `addresses`; returns the copies that fill its slot.
 
-    vLLM's code reads shapes off the parameters: they become [E, ...] tensors that repeat one expert and cost no memory.
+    vLLM's code reads shapes off the parameters: they become [E, ...] tensors that repeat one row and cost no memory.
     Raises DwdpError where the kernels cannot take the layer.
     """
-    from vllm_dwdp.kernels.experts import SplitExperts
+    from vllm_dwdp.kernels.experts import SplitExperts, stand_in
 
     if why := why_not_split(layer):
         raise DwdpError(f"{layer.build.name} has no split-weight kernel ({why}): use weight_view contiguous")
     specs = [tensor.spec for tensor in layer.fetched]
     plan = build_plan(layer.build.placement, rank, specs, slice_bytes, alignment(layer.build.on_pages), split=True)
     module: Any = layer.build.module
-    experts = layer.build.placement.num_experts
     tables = []
     for tensor, offset in zip(layer.fetched, plan.slot.offsets, strict=True):
         tables.append(_table(module, tensor, addresses(layer, rank, tensor, slot, offset), layer.replicated))
-        tensor.parameter.data = tensor.parameter.data[:1].expand(experts, *tensor.row_shape)
+        tensor.parameter.data = stand_in(tables[-1])
     module.quant_method.experts_cls = SplitExperts
     module.dwdp_tables = tuple(tables)
     slabs = {owner: layer.memory(owner).address for owner in range(layer.build.placement.num_ranks)}
@@ -65,6 +64,7 @@ def attach_split(layer: LayerSlab, rank: int, slot: Memory, engine: CopyEngine, 
 
 
 def _table(module: Any, tensor: ExpertTensor, where: list[int], small: tuple[ExpertTensor, ...]) -> WeightTable:
+    from vllm_dwdp.kernels.experts import scales_of
     from vllm_dwdp.kernels.weight_table import PerExpert, WeightTable
 
     named = {other.name: other.parameter.data for other in small}
@@ -73,25 +73,13 @@ def _table(module: Any, tensor: ExpertTensor, where: list[int], small: tuple[Exp
     if (values := named.get(f"{prefix}_bias")) is not None:
         bias = PerExpert.dense(values)
     rows, cols = tensor.row_shape
+    scales = named.get(f"{prefix}_weight_scale_inv", named.get(f"{prefix}_weight_scale"))
+    block = getattr(module.quant_method, "moe_block_shape", None)
     return WeightTable.from_addresses(
         where,
         (len(where), rows, cols),
         tensor.dtype,
         tensor.parameter.device,
-        scales=_scales(module, prefix, named),
+        scales=None if scales is None else scales_of(scales, block, rows),
         bias=bias,
     )
-
-
-def _scales(module: Any, prefix: str, named: dict[str, Any]) -> Scales | None:
-    from vllm_dwdp.kernels.weight_table import PerExpert, Scales
-
-    block = named.get(f"{prefix}_weight_scale_inv")
-    if block is not None:
-        rows, cols = module.quant_method.moe_block_shape
-        return Scales("block", PerExpert.dense(block), (rows, cols))
-    scale = named.get(f"{prefix}_weight_scale")
-    if scale is None:
-        return None
-    per_channel = scale.ndim > 1 and scale.shape[1] > 1
-    return Scales("channel" if per_channel else "tensor", PerExpert.dense(scale))

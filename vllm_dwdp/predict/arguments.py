@@ -43,12 +43,15 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def count(what: str, least: int = 1) -> Any:
-    """An argparse type for whole numbers such as 32768, 32K or 32k."""
+def count(what: str, least: int = 1, most: int | None = None) -> Any:
+    """An argparse type for whole numbers such as 32768, 32K or 32k, in least..most."""
 
     def read(text: str) -> int:
         try:
-            return parse_count(text, what, least)
+            value = parse_count(text, what, least)
+            if most is not None and value > most:
+                raise DwdpError(f"{what} is {text}: it must be at most {most}")
+            return value
         except DwdpError as e:
             raise argparse.ArgumentTypeError(str(e)) from None
 
@@ -128,7 +131,7 @@ def _plan(commands: Any) -> None:
     load.add_argument("--prefix-cache-hits", type=number("--prefix-cache-hits", 0, 0.99), default=0.0,
                       help="share of a prompt found in the prefix cache")  # fmt: skip
     load.add_argument(
-        "--decode-sequences", type=count("--decode-sequences"), default=64, help="requests of a decode step"
+        "--decode-sequences", type=count("--decode-sequences", 1, 1 << 16), default=64, help="requests of a decode step"
     )
     load.add_argument(
         "--skew", type=number("--skew", 0, 10), default=0.0, help="Zipf exponent of the experts' popularity"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +29,8 @@ ROWS: Final = {
     "pull": "link",
     "synchronisation": "imbalance",
 }
+#: Below this a measurement is in another unit, not slow.
+LEAST_EFFICIENCY: Final = 0.001
 _KEYS: Final = {"model", "way", "ranks", "isl", "tokens_per_step", "experts_per_rank", "milliseconds"}
 _EXAMPLE: Final = (
     '[{"model": "...", "way": "DWDP", "ranks": 4, "isl": 8192, "tokens_per_step": 32768, '
@@ -71,6 +74,10 @@ def calibrate(measured: str, hardware: str) -> tuple[str, str]:
                 f"{measured} asks for {name} = {value:.2f} of the peak of {start.name}: check the unit (ms), the model's "
                 "formats and the hardware's peak rates"
             )
+        if value < LEAST_EFFICIENCY:
+            raise DwdpError(
+                f"{measured} asks for {name} = {value:.2g} of the peak of {start.name}: check the unit (ms)"
+            )
     text = _with_table(hardware, {n: float(v) for n, v in zip(names, fitted, strict=True)})
     was, now = (float(np.exp(np.sqrt(np.mean(errors(v) ** 2))) - 1) for v in (before, fitted))
     changes = ", ".join(f"{n} {b:.3g} -> {v:.3g}" for n, b, v in zip(names, before, fitted, strict=True))
@@ -88,9 +95,18 @@ def _read(path: str) -> list[dict[str, Any]]:
         rows = entry.get("milliseconds")
         known = {*ROWS, "merge", "step"}
         good = isinstance(rows, dict) and rows and set(rows) <= known
-        if not good or any(isinstance(v, bool) or not isinstance(v, int | float) or v <= 0 for v in rows.values()):
+        if not good or not all(_positive(v) for v in rows.values()):
             raise DwdpError(f"{path}: milliseconds is {rows!r}: rows above 0, of {', '.join(sorted(known))}")
     return raw
+
+
+def _share(entry: dict[str, Any], where: str) -> int | None:
+    value = entry.get("experts_per_rank")
+    return None if value is None else parse_count(value, f"{where}: experts_per_rank")
+
+
+def _positive(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < math.inf
 
 
 def _case(entry: dict[str, Any], hardware: Hardware, path: str, index: int) -> tuple[str, Case]:
@@ -101,7 +117,7 @@ def _case(entry: dict[str, Any], hardware: Hardware, path: str, index: int) -> t
     case = Case(
         load_model(str(entry.get("model"))), hardware, parse_count(entry.get("ranks", 2), f"{where}: ranks"),
         Lengths(parse_count(entry.get("isl"), f"{where}: isl")),
-        parse_count(entry.get("tokens_per_step"), f"{where}: tokens_per_step"), entry.get("experts_per_rank"),
+        parse_count(entry.get("tokens_per_step"), f"{where}: tokens_per_step"), _share(entry, where),
         options=Options(),
     )  # fmt: skip
     for row in entry["milliseconds"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -20,6 +21,12 @@ def main(argv: list[str] | None = None) -> int:
     except DwdpError as e:
         print(f"vllm-dwdp {args.command}: error: {e}", file=sys.stderr)
         return 2
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError, ImportError) as e:
+        what = f"{type(e).__name__}: {e}".splitlines()[0]
+        print(
+            f"vllm-dwdp {args.command}: error: the input is not understood ({what}): check its types", file=sys.stderr
+        )
+        return 2
     except BrokenPipeError:
         # Such as `| head`. Without this, Python complains once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -30,6 +37,7 @@ def _plan(args: argparse.Namespace) -> int:
     from vllm_dwdp.predict.plan_report import plan_json, plan_text
     from vllm_dwdp.predict.plan_request import case_of
 
+    _check_plot(args.plot)
     request = case_of(args)
     print(json.dumps(plan_json(request), indent=2) if args.json else plan_text(request))
     if args.plot:
@@ -44,6 +52,7 @@ def _simulate(args: argparse.Namespace) -> int:
     from vllm_dwdp.predict.sim.run import run_scenario
     from vllm_dwdp.predict.sim.scenario import load_scenario
 
+    _check_plot(args.plot)
     scenario = load_scenario(args.scenario, seed=args.seed)
     results = run_scenario(scenario, progress=sys.stderr.isatty())
     print(json.dumps(results_json(scenario, results), indent=2) if args.json else results_text(scenario, results))
@@ -116,6 +125,17 @@ def _models(args: argparse.Namespace) -> int:
         ])  # fmt: skip
     print(table(lines))
     return 0
+
+
+def _check_plot(path: str | None) -> None:
+    """Refuse a picture that could not be drawn, before anything is computed for it."""
+    if path is None:
+        return
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise DwdpError(f"--plot {path}: {folder} is no folder that can be written to; give another path")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise DwdpError("--plot needs matplotlib: pip install 'vllm-dwdp[predict]'")
 
 
 def _drawn(paths: list[str], quiet: bool) -> None:

@@ -95,7 +95,7 @@ def load_hardware(name: str) -> Hardware:
         raw = tomllib.loads(path.read_text())
     except OSError as e:
         raise DwdpError(f"hardware file {path} cannot be read ({e.strerror}): give a shipped name or a .toml") from None
-    except tomllib.TOMLDecodeError as e:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise DwdpError(f"hardware file {path} is no valid TOML ({e}): correct it there") from None
     return parse_hardware(raw, str(path))
 
@@ -107,7 +107,7 @@ def parse_hardware(raw: dict[str, Any], where: str) -> Hardware:
     _known(peak, {"bf16", "fp8", "fp4"}, where, "peak.")
     _known(link, _LINK, where, "link.")
     _known(under, {"attention", "matmul", "duty"}, where, "interference.")
-    given = raw.get("efficiency", {})
+    given = _table(raw, "efficiency", where) if "efficiency" in raw else {}
     _known(given, set(EFFICIENCIES), where, "efficiency.")
     efficiency = {key: _number(given, key, where, "efficiency.", 0, 1000) for key in given}
     for key in ("memory", "matmul", "grouped", "link"):
@@ -138,7 +138,7 @@ def parse_hardware(raw: dict[str, Any], where: str) -> Hardware:
         slowdown_duty=_number(under, "duty", where, "interference.", 0, 1),
         board_power=quantity(raw, "board_power", "watts"),
         efficiency=Efficiency(**efficiency),
-        sources=dict(raw.get("sources", {})),
+        sources=_table(raw, "sources", where) if "sources" in raw else {},
     )
 
 

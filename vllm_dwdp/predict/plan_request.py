@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.formats import KV_BYTES
 from vllm_dwdp.predict.hardware_file import load_hardware
 from vllm_dwdp.predict.read_config import load_model
@@ -25,6 +26,11 @@ class PlanRequest:
 
 def case_of(args: argparse.Namespace) -> PlanRequest:
     """Read model and hardware, and check the case; raises DwdpError."""
+    if args.isl_std and args.length_ratio != 1.0:
+        raise DwdpError(
+            f"--isl-std {args.isl_std:g} and --length-ratio {args.length_ratio:g}: they are two ways to spread lengths; "
+            "give one"
+        )
     case = Case(
         model=load_model(args.model, args.expert_format, args.linear_format),
         hardware=load_hardware(args.hardware),

@@ -21,6 +21,8 @@ def read_formats(config: dict[str, Any], name: str) -> Formats:
     """From `quantization_config` (none: the type of the weights); raises DwdpError on an unknown method."""
     plain = _plain(config)
     quant = config.get("quantization_config") or config.get("compression_config")
+    if quant and not isinstance(quant, dict):
+        raise DwdpError(f"quantization_config of {name} is {quant!r}: it must be a mapping with quant_method")
     if not isinstance(quant, dict):
         return Formats(plain, plain, plain)
     packed = FORMATS[_format_name(quant, name)]

@@ -76,6 +76,13 @@ class Fields:
             raise DwdpError(f"{names[0]} of {self.name} is {value!r}: it must be a whole number >= {least}")
         return value
 
+    def numbers(self, name: str) -> list[int] | None:
+        """A list of whole numbers, or None; raises DwdpError for anything else."""
+        value = self.get(name)
+        if value is None or (isinstance(value, list) and all(isinstance(item, int) for item in value)):
+            return value
+        raise DwdpError(f"{name} of {self.name} is {value!r}: it must be a list of layer numbers")
+
 
 def load_model(source: str, expert_format: str | None = None, linear_format: str | None = None) -> MoeModel:
     """The model of a config.json, of a folder with one, of a shipped name, or of an id in the local Hugging Face cache.
@@ -90,7 +97,8 @@ def load_model(source: str, expert_format: str | None = None, linear_format: str
         raise DwdpError(f"{path} is no readable JSON ({e}): give a model's config.json") from None
     if not isinstance(raw, dict):
         raise DwdpError(f"{path} holds a {type(raw).__name__}: a model's config.json is a mapping")
-    name = source.rstrip("/") if path.parent == MODELS else str(raw.get("_name_or_path") or path.parent.name)
+    by_file = path.resolve().parent.name if path.name == "config.json" else path.stem
+    name = source.rstrip("/") if path.parent == MODELS else str(raw.get("_name_or_path") or by_file)
     return parse_model(raw, name, expert_format, linear_format)
 
 
@@ -160,7 +168,7 @@ def parse_model(
         expert_format=experts_in,
         attention_format=_linear(formats.attention, linear_format),
         mlp_format=_linear(formats.mlp, linear_format),
-        context_limit=f.get("max_position_embeddings"),
+        context_limit=f.count("max_position_embeddings", default=0) or None,
     )
 
 
@@ -174,14 +182,14 @@ def _with_window(a: Attention, window: int | None) -> Attention:
 
 def _moe_layers(f: Fields, layers: int) -> list[bool]:
     """Which layers have routed experts."""
-    listed = f.get("moe_layers")
-    if isinstance(listed, list):
+    listed = f.numbers("moe_layers")
+    if listed is not None:
         return [i in listed for i in range(layers)]
-    if step := f.get("interleave_moe_layer_step"):
+    if step := f.count("interleave_moe_layer_step", default=0, least=0):
         return [(i + 1) % step == 0 for i in range(layers)]
     first = f.count("first_k_dense_replace", "moe_layer_start_index", default=0, least=0)
     every = f.count("moe_layer_freq", "decoder_sparse_step", "moe_layer_interval", default=1)
-    dense = set(f.get("mlp_only_layers") or [])
+    dense = set(f.numbers("mlp_only_layers") or [])
     sparse_step = f.get("decoder_sparse_step") is not None
     return [
         i >= first and i not in dense and ((i + 1) % every == 0 if sparse_step else i % every == 0)
@@ -192,7 +200,7 @@ def _moe_layers(f: Fields, layers: int) -> list[bool]:
 def _windows(f: Fields, layers: int) -> list[int | None]:
     """Per layer, how far attention looks back; None: everything."""
     types = f.get("layer_types")
-    span = f.get("attention_chunk_size") if f.kind.startswith("llama4") else f.get("sliding_window")
+    span = f.count("attention_chunk_size" if f.kind.startswith("llama4") else "sliding_window", default=0) or None
     if types is None and f.kind == "gpt_oss":
         types = ["sliding_attention" if (i + 1) % 2 else "full_attention" for i in range(layers)]
     if types is None and f.kind.startswith("llama4"):
@@ -200,7 +208,7 @@ def _windows(f: Fields, layers: int) -> list[int | None]:
         types = ["chunked_attention" if rope else "full_attention" for rope in full]
     if isinstance(types, list):
         for kind in types:
-            if kind not in _FULL | _WINDOWED:
+            if not isinstance(kind, str) or kind not in _FULL | _WINDOWED:
                 raise DwdpError(
                     f"{f.name} has layers of type {kind!r}: the planner knows {', '.join(sorted(_FULL | _WINDOWED))} only"
                 )
@@ -237,9 +245,9 @@ def _attention(f: Fields, hidden: int) -> Attention:
 
 def _shared_params(f: Fields, hidden: int, width: int) -> int:
     """Parameters of a layer's shared experts."""
-    if size := f.get("shared_expert_intermediate_size", "shared_intermediate_size"):
+    if size := f.count("shared_expert_intermediate_size", "shared_intermediate_size", default=0, least=0):
         gate = hidden if f.kind == "qwen2_moe" else 0
-        return 3 * hidden * int(size) + gate
+        return 3 * hidden * size + gate
     if f.kind.startswith("llama4"):
         return 3 * hidden * width
     return 3 * hidden * width * f.count(*_SHARED_COUNT, default=0, least=0)

@@ -18,6 +18,8 @@ TYPICAL_PROMPT: Final = 8192
 def hardware_of(device: str) -> str | None:
     """The shipped hardware file of a device name such as 'NVIDIA H100 80GB HBM3'; None: none fits."""
     words = device.lower().replace("-", " ").split()
+    if {"pcie", "nvl"} & set(words):
+        return None  # the files are of boards whose GPUs are all linked
     # gb200 before b200: words are compared whole, so neither is taken for the other.
     return next((name for name in shipped() if name in words), None)
 
@@ -32,6 +34,8 @@ def predicted_loss(
     tokens: int,
     max_model_len: int,
     view: str,
+    num_slots: int = 2,
+    utilisation: float = 0.92,
     kv_element: float = 2.0,
     require_win: bool = False,
 ) -> str | None:
@@ -47,22 +51,36 @@ def predicted_loss(
         prompt = max(1, min(TYPICAL_PROMPT, tokens, max_model_len - 1))
         case = Case(
             parse_model(config, name), load_hardware(hardware), ranks, Lengths(prompt), tokens, share=share,
-            view="contiguous" if view == "contiguous" else "split", options=Options(kv_element=kv_element),
+            view="contiguous" if view == "contiguous" else "split", num_slots=num_slots, utilisation=utilisation,
+            options=Options(kv_element=kv_element),
         )  # fmt: skip
         check_case(case)
         verdict = judge(case)
-    except (DwdpError, ArithmeticError, LookupError, TypeError, ValueError) as e:
+    except Exception as e:
         # A model whose config nobody foresaw must not keep a launch from starting.
         if require_win:
             raise DwdpError(f"require_win is set, but the planner cannot tell: {e}; leave require_win out") from None
         return None
+    if verdict.gain == 0:
+        # vLLM itself says more exactly what does not fit, unless a win was asked for.
+        if require_win:
+            raise DwdpError(
+                f"require_win is set, but {verdict.reason}: {_as_vllm(verdict.knob)}; or leave require_win out"
+            )
+        return None
     loses = verdict.answer == "do not use it here" and verdict.gain > 0
     if not loses and not (require_win and verdict.gain < 1):
         return None
+    how = "to lose" if loses else "not to win for sure"
     line = (
-        f"DWDP is predicted to lose here: {(verdict.gain - 1) * 100:+.0f} % +- {verdict.error * 100:.0f} tokens/s/GPU "
-        f"against {verdict.best} in prefill of {tokens} tokens per step ({verdict.reason}); better: {verdict.knob}"
+        f"DWDP is predicted {how} here: {(verdict.gain - 1) * 100:+.0f} % +- {verdict.error * 100:.0f} tokens/s/GPU "
+        f"against {verdict.best} in prefill of {tokens} tokens per step ({verdict.reason}); better: {_as_vllm(verdict.knob)}"
     )
     if require_win:
         raise DwdpError(f"{line}; or leave require_win out")
     return line
+
+
+def _as_vllm(knob: str) -> str:
+    """A knob of `vllm-dwdp plan` in the words of vLLM's command line."""
+    return knob.replace("--ranks", "--data-parallel-size").replace("--tokens-per-step", "--max-num-batched-tokens")

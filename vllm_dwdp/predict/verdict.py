@@ -157,8 +157,21 @@ def others_that_fit(case: Case, least_kv: int) -> list[str]:
 
 
 def _what_fits(case: Case, least_kv: int) -> str:
+    """What makes room: more ranks, else fewer tokens per step, fewer slots, or what the user knows best."""
     fits = [n for n in group_sizes(case) if n > case.ranks and case.memory(n).kv_tokens >= least_kv]
-    return f"--ranks {fits[0]}" if fits else "a smaller weight format (--expert-format), or a shorter context"
+    if fits:
+        return f"--ranks {fits[0]}"
+    tokens = case.tokens // 2
+    while tokens >= 1024:
+        if replace(case, tokens=tokens).memory().kv_tokens >= least_kv:
+            return f"--tokens-per-step {tokens}"
+        tokens //= 2
+    if case.num_slots > 2 and replace(case, num_slots=2).memory().kv_tokens >= least_kv:
+        return "--num-slots 2"
+    if case.view == "contiguous" and replace(case, view="split").memory().kv_tokens >= least_kv:
+        return "--weight-view split"
+    shorter = ", or a shorter context" if case.memory().kv > 0 else ""
+    return f"a smaller weight format (--expert-format){shorter}, or a larger chip"
 
 
 def judge(case: Case) -> Verdict:

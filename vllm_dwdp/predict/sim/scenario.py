@@ -48,6 +48,12 @@ class Scenario:
     options: Options = PLAIN
 
 
+def _tables(value: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise DwdpError(f"{where}: faults is {value!r}: write each as a table [[faults]]")
+    return value
+
+
 def load_scenario(path: str, seed: int | None = None) -> Scenario:
     """Read a scenario file; `seed` replaces its own. Raises DwdpError in one line."""
     import tomllib
@@ -79,17 +85,25 @@ def parse_scenario(raw: dict[str, Any], where: str) -> Scenario:
     model = load_model(raw["model"], raw.get("expert_format"), raw.get("linear_format"))
     hardware = load_hardware(raw["hardware"])
     check_group(hardware, size)
-    ways = tuple(raw.get("ways", WAYS[:3]))
+    given = raw.get("ways", list(WAYS[:3]))
+    if not isinstance(given, list) or not given:
+        raise DwdpError(f"{where}: ways is {given!r}: write a list such as ['DWDP', 'DEP']")
+    ways = tuple(given)
     for way in ways:
         if way not in WAYS:
             raise DwdpError(f"{where}: ways has {way!r}: it may have {', '.join(WAYS)}")
     share = raw.get("experts_per_rank")
+    if share is not None:
+        share = parse_count(share, f"{where}: experts_per_rank")
+    sliced = raw.get("slices", True)
+    if not isinstance(sliced, bool):
+        raise DwdpError(f"{where}: slices is {sliced!r}: it must be true or false")
     pull_bytes(model, size, share)
     view = raw.get("weight_view", "split")
     if view not in ("split", "contiguous"):
         raise DwdpError(f"{where}: weight_view is {view!r}: it must be split or contiguous")
     kv = raw.get("kv_cache_dtype", "auto")
-    if kv not in KV_BYTES:
+    if not isinstance(kv, str) or kv not in KV_BYTES:
         raise DwdpError(f"{where}: kv_cache_dtype is {kv!r}: it must be one of {', '.join(KV_BYTES)}")
     return Scenario(
         model=model,
@@ -102,9 +116,9 @@ def parse_scenario(raw: dict[str, Any], where: str) -> Scenario:
         tokens_per_step=parse_count(raw.get("tokens_per_step", 8192), f"{where}: tokens_per_step"),
         max_sequences=parse_count(raw.get("max_sequences", 256), f"{where}: max_sequences"),
         stream=_stream(load, where),
-        faults=_faults(raw.get("faults", []), ranks, where),
+        faults=_faults(_tables(raw.get("faults", []), where), ranks, where),
         share=share,
-        sliced=bool(raw.get("slices", True)),
+        sliced=sliced,
         merge=view == "contiguous",
         options=Options(kv_element=KV_BYTES[kv]),
     )

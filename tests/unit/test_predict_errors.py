@@ -1,0 +1,85 @@
+"""Odd input to `vllm-dwdp`: one line and status 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_dwdp.predict.cli import main
+from vllm_dwdp.predict.startup import hardware_of, predicted_loss
+
+MODEL = "Qwen/Qwen3-30B-A3B"
+CONFIG = json.loads((Path(__file__).parents[2] / "vllm_dwdp/predict/models/Qwen3-30B-A3B.json").read_text())
+MEASURED = {"model": MODEL, "way": "DWDP", "ranks": 4, "isl": 8192, "tokens_per_step": 32768}
+
+
+def error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line that the command prints."""
+    try:
+        status = main(list(argv))
+    except SystemExit as exit_:
+        status = int(exit_.code or 0)
+    err = capsys.readouterr().err
+    assert status == 2 and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("mlp_only_layers", 5, ["mlp_only_layers", "list"]),
+        ("max_position_embeddings", "x", ["max_position_embeddings", "'x'"]),
+        ("shared_expert_intermediate_size", -100, ["-100"]),
+        ("sliding_window", -5, ["sliding_window", "-5"]),
+        ("layer_types", [["a"]], ["['a']"]),
+        ("quantization_config", 5, ["quantization_config", "mapping"]),
+        ("moe_layers", 5, ["moe_layers", "list"]),
+    ],
+)
+def test_odd_fields(
+    field: str, value: object, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "odd.json"
+    file.write_text(json.dumps({**CONFIG, field: value}))
+    line = error(capsys, "plan", str(file))
+    assert all(word in line for word in [*words, "odd"]), line
+
+
+def test_odd_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "65536" in error(capsys, "plan", MODEL, "--decode-sequences", "1000000000")
+    assert "no folder" in error(capsys, "plan", MODEL, "--plot", "/no/such/x.png")
+    assert "give one" in error(capsys, "plan", MODEL, "--isl-std", "5", "--length-ratio", "0.5")
+    (tmp_path / "h.toml").write_bytes(b"\xff\xfe")
+    assert "TOML" in error(capsys, "plan", MODEL, "--hardware", str(tmp_path / "h.toml"))
+
+
+@pytest.mark.parametrize(
+    ("ms", "words"), [(float("nan"), "rows above 0"), (float("inf"), "rows above 0"), (1e12, "unit")]
+)
+def test_measurements_that_cannot_be(ms: float, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "m.json"
+    file.write_text(json.dumps([{**MEASURED, "milliseconds": {"grouped": ms}}]))
+    assert words in error(capsys, "calibrate", str(file), "--hardware", "H200")
+
+
+def test_what_does_not_fit_names_what_makes_room(capsys: pytest.CaptureFixture[str]) -> None:
+    case = ["plan", "DeepSeek-R1", "--hardware", "H200", "--ranks", "8", "--isl", "8192", "--tokens-per-step"]
+    assert main([*case, "32K"]) == 0
+    assert "Instead: --tokens-per-step 16384" in capsys.readouterr().out
+    assert main([*case, "16384"]) == 0
+    assert "DWDP: use it" in capsys.readouterr().out
+
+
+def test_a_launch_is_never_stopped_by_the_planner() -> None:
+    def ask(config: dict[str, object], device: str) -> str | None:
+        return predicted_loss(
+            config, "m", device, ranks=4, share=None, tokens=2048, max_model_len=4096, view="auto", num_slots=2
+        )
+
+    assert ask({"num_experts": object(), "layer_types": 3}, "NVIDIA H200") is None
+    assert hardware_of("NVIDIA H100 PCIe") is None and hardware_of("NVIDIA H200 NVL") is None
+    assert hardware_of("NVIDIA H200") == "h200"
+    told = ask(CONFIG, "NVIDIA H200")
+    assert told is not None and "predicted to lose" in told
