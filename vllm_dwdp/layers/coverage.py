@@ -53,6 +53,11 @@ def _refused_method(method: Any, on_cpu: bool) -> str | None:
         return f"use {name}, which this release of dwdp does not support"
     if on_cpu:
         return None
+    if getattr(getattr(method, "quant_config", None), "activation_scheme", "dynamic") != "dynamic":
+        # vLLM takes the largest input scale of the experts that it has loaded, here a share: silently wrong.
+        return (
+            f"use {name} with static activation scales, which a share cannot tell: use a checkpoint with dynamic ones"
+        )
     backend = getattr(method, "unquantized_backend", None) or getattr(method, "fp8_backend", None)
     if backend is None or backend.name != "TRITON":
         return f"use {name} with the kernels {getattr(backend, 'name', None)}: dwdp needs --moe-backend triton"

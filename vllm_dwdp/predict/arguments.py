@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.formats import FORMATS, KV_BYTES
+from vllm_dwdp.predict.memory_plan import UTILISATION
 from vllm_dwdp.predict.units import parse_count
 
 
@@ -116,7 +117,7 @@ def _plan(commands: Any) -> None:
     place = plan.add_argument_group("machine")
     place.add_argument("--hardware", default="h200", help="a shipped name or a .toml file")
     place.add_argument("--ranks", "--data-parallel-size", type=count("--ranks"), default=4, help="ranks of a group")
-    place.add_argument("--gpu-memory-utilization", type=number("--gpu-memory-utilization", 0.01, 1.0), default=0.92,
+    place.add_argument("--gpu-memory-utilization", type=number("--gpu-memory-utilization", 0.01, 1.0), default=UTILISATION,
                        help="share of the memory that may be used")  # fmt: skip
     load = plan.add_argument_group("load")
     load.add_argument("--isl", "--input-len", type=count("--isl"), default=8192, help="tokens of a prompt")

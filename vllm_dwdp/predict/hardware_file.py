@@ -102,13 +102,13 @@ def load_hardware(name: str) -> Hardware:
 
 def parse_hardware(raw: dict[str, Any], where: str) -> Hardware:
     """A hardware file's content; raises DwdpError that names the key and the file."""
-    _known(raw, _KEYS | _TABLES, where, "")
+    known_keys(raw, _KEYS | _TABLES, where, "")
     peak, link, under = _table(raw, "peak", where), _table(raw, "link", where), _table(raw, "interference", where)
-    _known(peak, {"bf16", "fp8", "fp4"}, where, "peak.")
-    _known(link, _LINK, where, "link.")
-    _known(under, {"attention", "matmul", "duty"}, where, "interference.")
+    known_keys(peak, {"bf16", "fp8", "fp4"}, where, "peak.")
+    known_keys(link, _LINK, where, "link.")
+    known_keys(under, {"attention", "matmul", "duty"}, where, "interference.")
     given = _table(raw, "efficiency", where) if "efficiency" in raw else {}
-    _known(given, set(EFFICIENCIES), where, "efficiency.")
+    known_keys(given, set(EFFICIENCIES), where, "efficiency.")
     efficiency = {key: _number(given, key, where, "efficiency.", 0, 1000) for key in given}
     for key in ("memory", "matmul", "grouped", "link"):
         if efficiency.get(key, 1) > 1:
@@ -162,7 +162,8 @@ def _number(table: dict[str, Any], key: str, where: str, prefix: str, low: float
     return float(value)
 
 
-def _known(table: dict[str, Any], known: set[str], where: str, prefix: str) -> None:
+def known_keys(table: dict[str, Any], known: set[str], where: str, prefix: str) -> None:
+    """Raise DwdpError for a key of a TOML table that is not `known`, with the nearest one."""
     for key in table:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)

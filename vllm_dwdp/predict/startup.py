@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.hardware_file import load_hardware, shipped
+from vllm_dwdp.predict.memory_plan import UTILISATION
 from vllm_dwdp.predict.read_config import parse_model
 from vllm_dwdp.predict.strategies import Options
 from vllm_dwdp.predict.verdict import Case, check_case, judge
@@ -35,7 +36,7 @@ def predicted_loss(
     max_model_len: int,
     view: str,
     num_slots: int = 2,
-    utilisation: float = 0.92,
+    utilisation: float = UTILISATION,
     kv_element: float = 2.0,
     require_win: bool = False,
 ) -> str | None:

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.hardware_file import Hardware
-from vllm_dwdp.predict.memory_plan import MemoryPlan, memory_plan
+from vllm_dwdp.predict.memory_plan import UTILISATION, MemoryPlan, memory_plan
 from vllm_dwdp.predict.model import MoeModel
 from vllm_dwdp.predict.strategies import (
     PLAIN,
@@ -50,7 +50,7 @@ class Case:
     cached: float = 0.0
     options: Options = PLAIN
     osl: int = 1
-    utilisation: float = 0.92
+    utilisation: float = UTILISATION
 
     def work(self, tokens: int | None = None) -> Work:
         """Steps of prefill at full load."""

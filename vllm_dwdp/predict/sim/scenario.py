@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.formats import KV_BYTES
-from vllm_dwdp.predict.hardware_file import Hardware, load_hardware
+from vllm_dwdp.predict.hardware_file import Hardware, known_keys, load_hardware
 from vllm_dwdp.predict.model import MoeModel
 from vllm_dwdp.predict.read_config import load_model
 from vllm_dwdp.predict.sim.groups import Fault
@@ -70,11 +69,11 @@ def load_scenario(path: str, seed: int | None = None) -> Scenario:
 
 def parse_scenario(raw: dict[str, Any], where: str) -> Scenario:
     """See `load_scenario`."""
-    _known(raw, _TOP, where, "")
+    known_keys(raw, _TOP, where, "")
     load = raw.get("requests")
     if not isinstance(load, dict):
         raise DwdpError(f"{where}: [requests] is missing: add it with rate (requests/s and rank), isl and osl")
-    _known(load, _REQUESTS, where, "requests.")
+    known_keys(load, _REQUESTS, where, "requests.")
     for key in ("model", "hardware"):
         if not isinstance(raw.get(key), str):
             raise DwdpError(f"{where}: {key} is {raw.get(key)!r}: give its name or path as text")
@@ -149,7 +148,7 @@ def _stream(load: dict[str, Any], where: str) -> Stream:
 def _faults(raw: Any, ranks: int, where: str) -> dict[int, Fault]:
     faults: dict[int, Fault] = {}
     for entry in raw:
-        _known(entry, _FAULT, where, "faults.")
+        known_keys(entry, _FAULT, where, "faults.")
         rank = parse_count(entry.get("rank"), f"{where}: faults.rank", 0)
         if rank >= ranks:
             raise DwdpError(f"{where}: faults.rank is {rank}: there are ranks 0..{ranks - 1}")
@@ -166,11 +165,3 @@ def _faults(raw: Any, ranks: int, where: str) -> dict[int, Fault]:
             )
         faults[rank] = Fault(slow=float(slow), **values)
     return faults
-
-
-def _known(table: dict[str, Any], known: set[str], where: str, prefix: str) -> None:
-    for key in table:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
-            raise DwdpError(f"{where}: {prefix}{key} is unknown: {hint}")
