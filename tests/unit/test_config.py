@@ -32,7 +32,6 @@ def test_missing_and_empty_give_the_defaults() -> None:
             "timeout_s": st.integers(1, 1000) | st.floats(0.001, 1e6),
             "trace": st.booleans(),
             "require_win": st.booleans(),
-            "compile_on_gpu": st.booleans(),
             "rendezvous": st.none() | st.just("10.0.0.1:29500/group-7"),
         },
     )

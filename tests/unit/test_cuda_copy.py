@@ -2,15 +2,17 @@
 
 import gc
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.unit.cuda_rank import process_id
 from tests.unit.fake_cuda import FakeCuda, Machine
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
 from vllm_dwdp.transport.base import Copy, Event, Program
-from vllm_dwdp.transport.cuda_copy import CopyOptions, CudaProgram
+from vllm_dwdp.transport.cuda_copy import CopyOptions, CudaProgram, join_adjacent
 from vllm_dwdp.transport.cuda_device import CudaError
 from vllm_dwdp.transport.cuda_events import NOISE_S
 from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
@@ -253,3 +255,24 @@ def test_nothing_is_queried_in_a_capture(bench: Bench) -> None:
     bench.device.destroy_graph(bench.device.end_torch_capture())
     bench.engine.join()  # outside a capture it does nothing
     assert bench.engine._capture == 2
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), max_size=40),
+    st.integers(1, 40),
+)
+def test_joined_copies_move_the_same_bytes(steps: list[tuple[int, int]], most: int) -> None:
+    at = dict.fromkeys(range(4), 0)
+    copies = []
+    for peer, nbytes in steps:
+        copies.append(Copy(1000 * peer + at[peer], 10_000 * (peer + 1) + at[peer], nbytes))
+        at[peer] += nbytes
+    joined = join_adjacent(copies, most)
+
+    def moved(some: Iterable[Copy]) -> list[tuple[int, int]]:
+        return sorted((c.dst + i, c.src + i) for c in some for i in range(c.nbytes))
+
+    assert moved(joined) == moved(copies)
+    assert all(c.nbytes <= max(most, 9) for c in joined)
+    if most >= sum(nbytes for _, nbytes in steps):
+        assert len(joined) == len({peer for peer, _ in steps})

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tests.unit.cuda_rank import Rank, close_ranks, start_ranks
 from tests.unit.fake_cuda import Machine
+from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.prefetch.ring import Ring
 from vllm_dwdp.transport.cuda_copy import CopyOptions
 
@@ -98,38 +99,112 @@ def test_a_step_makes_no_event_and_no_copy_call() -> None:
     close_ranks(ranks)
 
 
-@pytest.mark.parametrize("in_flight", [1, 3])
-@pytest.mark.parametrize(("layers", "slots"), [(6, 2), (5, 2), (4, 3), (2, 3)])
-def test_a_captured_forward_replays_with_the_right_bytes(layers: int, slots: int, in_flight: int) -> None:
-    machine = Machine(layers)
+def capture(rank: Rank) -> int:
+    """The graph of a whole forward of `rank`."""
+    rank.prefetcher.align()
+    rank.device.begin_torch_capture()
+    for layer in range(len(rank.expected)):
+        rank.prefetcher.acquire(layer)
+        rank.use(layer)
+        rank.prefetcher.release(layer)
+    rank.prefetcher.end_capture()
+    return rank.device.end_torch_capture()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 7), st.integers(2, 4), st.integers(1, 3))
+def test_graphs_of_whole_forwards_take_turns_with_eager_ones(
+    seed: int, layers: int, slots: int, in_flight: int
+) -> None:
+    machine = Machine(seed)
     ring = Ring(layers, slots)
     ranks = start_ranks(machine, 2, 5, ring, CopyOptions(in_flight))
     for rank in ranks:
         rank.prefetcher.start()
-        for layer in range(layers):
-            rank.play(layer, False)
-    machine.drain()
-    graphs = []
+    graphs = {id(rank): [capture(rank) for _ in range(2)] for rank in ranks}  # as for two batch sizes
+    refilled = sum(ring.next_layer(layer) is not None for layer in range(layers))
     for rank in ranks:
-        for _ in range(2):  # two captures in a row, as for two batch sizes
-            rank.device.begin_torch_capture()
+        fields = rank.page.fields
+        assert (fields.forwards, fields.layers, fields.unmeasured) == (0, 0, 0)
+        assert rank.compared == 0
+    for _ in range(24):
+        rank = machine.rng.choice(ranks)
+        fields = rank.page.fields
+        before = (fields.forwards, fields.layers, fields.unmeasured, fields.pulls)
+        if machine.rng.random() < 0.5:
+            at_home = all(slot.holds == slot.number for slot in rank.prefetcher._slots)
+            rank.prefetcher.align()
+            rank.device.launch(machine.rng.choice(graphs[id(rank)]), 0)
+            after = (fields.forwards, fields.layers, fields.unmeasured)
+            assert after == (before[0] + 1, before[1] + layers, before[2] + layers)
+            assert fields.pulls >= before[3] + refilled and (fields.pulls == before[3] + refilled) == at_home
+        else:  # an eager forward, one in three of them aborted
+            aborted = machine.rng.randrange(layers) if machine.rng.random() < 0.3 else None
             for layer in range(layers):
-                rank.prefetcher.acquire(layer)
-                rank.use(layer)
-                rank.prefetcher.release(layer)
-            rank.engine.join()
-            graphs.append((rank, rank.device.end_torch_capture()))
-    for rank, graph in graphs * 3:
-        compared = rank.compared
-        rank.device.launch(graph, 0)
-        machine.drain()
-        assert rank.compared == compared + 6 * layers
-    for rank in ranks:  # and eager again
-        for layer in range(layers):
-            rank.play(layer, False)
+                rank.play(layer, layer == aborted)
+                if layer == aborted:
+                    break
     machine.drain()
-    assert all(rank.wrong == 0 for rank in ranks)
-    assert all(rank.page.fields.unmeasured == 2 * layers for rank in ranks)
-    for rank, graph in graphs:
-        rank.device.destroy_graph(graph)
+    assert all(rank.compared and rank.wrong == 0 for rank in ranks)
+    for rank in ranks:
+        assert rank.page.fields.pulled_bytes == rank.page.fields.pulls * rank.plan.pulled_bytes
+        for graph in graphs[id(rank)]:
+            rank.device.destroy_graph(graph)
+    close_ranks(ranks)
+
+
+def test_the_harness_catches_a_replay_that_is_not_aligned() -> None:
+    machine = Machine(3)
+    (rank, _) = ranks = start_ranks(machine, 2, 5, Ring(6, 2), CopyOptions())
+    rank.prefetcher.start()
+    graph = capture(rank)
+    for layer in range(3):  # aborted: slots hold layers 4 and 3, or are being filled
+        rank.play(layer, False)
+    machine.drain()
+    assert rank.wrong == 0
+    rank.device.launch(graph, 0)
+    machine.drain()
+    assert rank.wrong > 0
+    rank.device.destroy_graph(graph)
+    close_ranks(ranks)
+
+
+def test_what_a_failed_capture_left_is_fetched_again() -> None:
+    machine = Machine(4)
+    ranks = start_ranks(machine, 2, 5, Ring(4, 2), CopyOptions())
+    rank = ranks[0]
+    rank.prefetcher.start()
+    machine.drain()
+    rank.prefetcher.align()
+    rank.device.begin_torch_capture()
+    rank.prefetcher.acquire(0)
+    rank.prefetcher.release(0)
+    with pytest.raises(DwdpError, match="cudaErrorStreamCaptureUnjoined"):
+        rank.device.end_torch_capture()
+    rank.device.current = 0
+    with pytest.raises(DwdpError, match="a CUDA graph capture ended without its copies"):
+        rank.prefetcher.acquire(2)
+    for layer in range(4):
+        rank.play(layer, False)
+    machine.drain()
+    assert rank.compared and rank.wrong == 0
+    for stream in [s for s in rank.device.streams if s and s not in rank.engine._streams]:
+        rank.device.destroy_stream(stream)
+    close_ranks(ranks)
+
+
+def test_a_capture_without_layers_counts_nothing() -> None:
+    machine = Machine(5)
+    ranks = start_ranks(machine, 2, 5, Ring(4, 2), CopyOptions())
+    rank, fields = ranks[0], ranks[0].page.fields
+    rank.prefetcher.start()
+    graph = capture(rank)
+    rank.prefetcher.align()  # as for the graph of a drafter
+    rank.prefetcher.end_capture()
+    assert fields.forwards == 0
+    rank.prefetcher.align()
+    rank.device.launch(graph, 0)
+    machine.drain()
+    assert (fields.forwards, fields.layers) == (1, 4)
+    rank.device.destroy_graph(graph)
     close_ranks(ranks)

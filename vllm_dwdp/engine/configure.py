@@ -15,7 +15,7 @@ from vllm_dwdp import BACKEND, patches
 from vllm_dwdp.config import DwdpConfig, Rendezvous
 from vllm_dwdp.engine import options
 from vllm_dwdp.engine.cores import bind_ranks
-from vllm_dwdp.engine.devices import set_devices, without_cuda_graphs
+from vllm_dwdp.engine.devices import set_devices
 from vllm_dwdp.engine.environment import own_ipc_folder, set_for_launch
 from vllm_dwdp.engine.launch import RENDEZVOUS_ENV, DwdpLaunch, attach_launch, format_address
 from vllm_dwdp.engine.model_config import hide_moe
@@ -105,10 +105,7 @@ def create_engine_config(
     args.create_model_config = create_model_config  # type: ignore[method-assign]
     args.distributed_executor_backend = _executor(launcher)
     # Always present, so that compile caches never mix with those of plain vLLM.
-    additional_config, moe_backend, eager = args.additional_config, args.moe_backend, args.enforce_eager
-    if not on_cpu and not eager and not config.compile_on_gpu:
-        logger.info("dwdp: eager on GPUs in this release; try additional_config dwdp.compile_on_gpu for compiled code")
-        args.enforce_eager = True
+    additional_config, moe_backend = args.additional_config, args.moe_backend
     if not on_cpu and moe_backend == "auto":
         # The kernels that slots and slabs were tried with; other choices are refused once the layers exist.
         args.moe_backend = "triton"
@@ -119,7 +116,7 @@ def create_engine_config(
         del args.create_model_config
         args.distributed_executor_backend = BACKEND
         args.additional_config = additional_config
-        args.moe_backend, args.enforce_eager = moe_backend, eager
+        args.moe_backend = moe_backend
     options.check_config(vllm_config)
     parallel = vllm_config.parallel_config
     if parallel.worker_cls not in _WORKERS:
@@ -127,7 +124,9 @@ def create_engine_config(
     parallel.worker_cls = _WORKERS[parallel.worker_cls]
     if not on_cpu:
         set_devices(vllm_config, config, args.data_parallel_size)
-        without_cuda_graphs(vllm_config)
+        from vllm_dwdp.engine.graphs import fit_graphs
+
+        fit_graphs(vllm_config)
     launch = _launch(args, config, vllm_config)
     attach_launch(vllm_config, launch)
     publishing = not args.disable_log_stats and (args._api_process_count == 1 or args._api_process_rank == 0)

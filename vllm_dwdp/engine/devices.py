@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_dwdp.config import DwdpConfig
@@ -13,8 +12,6 @@ from vllm_dwdp.transport.devices import device_of_rank
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-logger = init_logger("vllm.dwdp")
 
 
 def set_devices(vllm_config: VllmConfig, config: DwdpConfig, num_ranks: int) -> None:
@@ -36,17 +33,3 @@ def set_devices(vllm_config: VllmConfig, config: DwdpConfig, num_ranks: int) -> 
         )
     parallel.assigned_physical_gpu_ids = devices
     cache.gpu_memory_utilization /= config.ranks_per_device
-
-
-def without_cuda_graphs(vllm_config: VllmConfig) -> None:
-    """Turn CUDA graphs off: acquire and release run on the host, so no graph may hold a MoE layer.
-
-    Splitting graphs at `vllm::moe_forward` is no way out: it returns a new tensor, and the graph behind it would go on
-    reading the address that was there when it was captured.
-    """
-    from vllm.config import CUDAGraphMode
-
-    compilation = vllm_config.compilation_config
-    if compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE):
-        logger.info("dwdp: CUDA graphs (%s) are off: this release has none with DWDP", compilation.cudagraph_mode.name)
-        compilation.cudagraph_mode = CUDAGraphMode.NONE

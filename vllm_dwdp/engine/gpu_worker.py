@@ -7,6 +7,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_dwdp.engine.graphs import follow_graphs, splits
 from vllm_dwdp.engine.launch import launch_of
 from vllm_dwdp.engine.worker import DwdpWorkerMixin, in_ray
 
@@ -20,6 +21,20 @@ class DwdpGPUWorker(DwdpWorkerMixin, Worker):
             # chosen this worker's already. The config is this process's own copy.
             vllm_config.parallel_config.distributed_executor_backend = "ray"
         super().__init__(vllm_config, *args, **kwargs)
+
+    def dwdp_outer_runners(self) -> dict[str, Any]:
+        """By layer name, vLLM's runners whose op is cut off from acquire and release."""
+        compilation = self.vllm_config.compilation_config
+        if not splits(compilation):
+            return {}
+        return {name: compilation.static_forward_context[name] for name in compilation.static_all_moe_layers}
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """See DwdpWorkerMixin; from then on vLLM's CUDA graphs and the prefetcher know of each other."""
+        super().load_model(*args, **kwargs)
+        assert self.dwdp_sharing is not None
+        if self.dwdp_sharing.prefetcher is not None:
+            follow_graphs(self.dwdp_sharing.prefetcher)
 
     def determine_available_memory(self) -> int:
         """vLLM's profiling run; ranks that share a GPU take turns, so that their peaks do not add up."""

@@ -91,6 +91,7 @@ class DwdpWorkerMixin:
             ).open()
             with freed_memory_is_returned() if build.on_cpu else nullcontext():
                 super().load_model(*args, **kwargs)  # type: ignore[misc]
+                build.outer_runners = self.dwdp_outer_runners()
                 # Kernel objects are made once more, and ask for the config.
                 with set_current_vllm_config(self.vllm_config):
                     self.dwdp_sharing = ExpertSharing(build, rendezvous, launch)
@@ -103,6 +104,10 @@ class DwdpWorkerMixin:
         except BaseException as error:
             rendezvous.fail(error)
             raise
+
+    def dwdp_outer_runners(self) -> dict[str, Any]:
+        """See ModelBuild.outer_runners; GPU workers have some where code is compiled."""
+        return {}
 
     def _predicted_loss(self, ranks: int) -> str | None:
         """What the planner says against this launch; on the first rank only, and nothing on CPU.

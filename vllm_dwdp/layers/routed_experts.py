@@ -19,7 +19,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
-from vllm_dwdp.layers.gates import LayerGate, register_gate
+from vllm_dwdp.layers.gates import LayerGate, between_ops, register_gate
 
 
 class ShareMap(ExpertMapManager):
@@ -75,20 +75,27 @@ class DwdpExpertsMixin:
         self.dwdp_share = share
         self.dwdp_layer = -1
         self.dwdp_gate = None
+        self._dwdp_outside = False
         self.dwdp_tables = None
         # Outside of nn.Module's registries on purpose: only kept for the switch to all experts.
         object.__setattr__(self, "_dwdp_whole_map", expert_map_manager)
 
-    def dwdp_attach(self, gate: LayerGate, layer: int) -> None:
-        """From here on the parameters are views of all E experts; forget the share and compute behind `gate`."""
+    def dwdp_attach(self, gate: LayerGate, layer: int, runner: Any = None) -> None:
+        """From here on the parameters are views of all E experts; forget the share and compute behind `gate`.
+
+        runner: vLLM's MoERunner of this layer, where acquire and release go around its op and not around the experts in it.
+        """
         self.expert_map_manager = self._dwdp_whole_map
         self.moe_config.num_local_experts = self.moe_config.num_experts  # type: ignore[attr-defined]
         self.update_expert_map_info()  # type: ignore[attr-defined]
         if not ModelBuild.current().on_cpu:
             self._dwdp_rebuild_kernel()
+        self._dwdp_number = register_gate(gate, layer)
         self.dwdp_layer = layer
         self.dwdp_gate = gate
-        self._dwdp_number = register_gate(gate, layer)
+        if runner is not None:
+            runner._forward_entry = between_ops(runner._forward_entry, self._dwdp_number)
+            self._dwdp_outside = True
 
     def _dwdp_rebuild_kernel(self) -> None:
         """vLLM's kernel object once more: scales, biases and the number of experts that it keeps are now those of all E."""
@@ -112,12 +119,16 @@ class DwdpExpertsMixin:
         return output
 
     def _dwdp_acquire(self, states: torch.Tensor) -> None:
+        if self._dwdp_outside:
+            return
         if torch.compiler.is_compiling():
             torch.ops.dwdp.acquire(states, self._dwdp_number)
         else:
             self.dwdp_gate.acquire(self.dwdp_layer)  # type: ignore[union-attr]
 
     def _dwdp_release(self, states: torch.Tensor) -> None:
+        if self._dwdp_outside:
+            return
         if torch.compiler.is_compiling():
             torch.ops.dwdp.release(states, self._dwdp_number)
         else:

@@ -138,8 +138,9 @@ class ExpertSharing:
         self.prefetcher = Prefetcher(ring, engine, programs, self.counters, config.timeout_s, trace)
         # A layer with a slot of its own is pulled once and stays.
         self.refilled = [program for i, program in enumerate(programs) if ring.next_layer(i) is not None]
+        runners = self.build.outer_runners
         for i, layer in enumerate(self.layers):
-            layer.build.module.dwdp_attach(self.prefetcher, i)
+            layer.build.module.dwdp_attach(self.prefetcher, i, runners.get(layer.build.name))
 
     def start(self) -> None:
         """Begin to prefetch; the model may run."""

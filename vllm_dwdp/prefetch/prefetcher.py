@@ -7,17 +7,23 @@ A slot holds one layer or is being filled with it; either way `holds` says which
 is refilled only behind an event recorded on the compute side after its last use, so that nothing in use is overwritten;
 and it is handed out only when it holds the layer asked for, so that nothing stale is read. Whatever the caller does
 (aborted forwards, other orders) costs time at most.
+
+A CUDA graph of a whole forward finds every slot with its first layer, and leaves it so: `align` sees to the one before each
+replay, the cyclic lists to the other.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from vllm_dwdp.copy_plan import CopyPlan, Slice
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
 from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.prefetch.ring import Ring
 from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Program
+
+#: What a replay counts as its capture did.
+_REPLAYED: Final = ("forwards", "layers", "pulls", "pulled_bytes", "local_bytes", "unmeasured", "on_demand")
 
 TraceKind = Literal["acquire", "ready", "release", "submit", "copy_begin", "copy_end"]
 
@@ -80,6 +86,8 @@ class Prefetcher:
         self._next = [ring.next_layer(layer) for layer in range(ring.num_layers)]
         self._last = ring.num_layers  # the layer acquired last: one that is not behind it begins a forward
         self._closed = False
+        self._before_graph = self._counted()
+        self._per_replay = tuple(0 for _ in _REPLAYED)
         self._trace = trace
         self._clock = clock
         self._untraced: list[tuple[Event, int, int]] = []  # copies whose times are not known yet: event, layer, slot
@@ -118,12 +126,7 @@ class Prefetcher:
             page.on_demand += 1
             # Behind all compute issued so far, which includes an aborted use, and behind the copy in flight.
             self._pull(layer, self._engine.record())
-        exposed_s = self._wait(slot)
-        if exposed_s is None:
-            page.unmeasured += 1
-        elif exposed_s:
-            page.slot_waits += 1
-            page.exposed_wait_ns += int(exposed_s * 1e9)
+        self._wait(slot)
         page.layers += 1
         slot.used_by = layer
         if self._trace is not None:
@@ -146,6 +149,40 @@ class Prefetcher:
         following = self._next[layer]
         if following is not None:
             self._pull(following, self._engine.record())
+
+    def align(self) -> None:
+        """Before a CUDA graph of a whole forward is captured or replayed: compute waits until slots hold their first layers.
+
+        Counts one replay, which `end_capture` takes back where it was a capture. Raises as `acquire`.
+        """
+        self._check_open()
+        for slot in self._slots:
+            slot.used_by = None
+            if slot.holds != slot.number:
+                self._page.on_demand += 1
+                self._pull(slot.number, self._engine.record())
+            self._wait(slot)
+        self._counters.beat()
+        self._before_graph = self._counted()
+        self._set_counted(self._before_graph, self._per_replay)
+
+    def end_capture(self) -> None:
+        """Last of all in the capture of a whole forward: copies end in it too, and its counts are those of each replay."""
+        self._engine.join()
+        before = self._before_graph
+        found = tuple(
+            now - then - replay for now, then, replay in zip(self._counted(), before, self._per_replay, strict=True)
+        )
+        if any(found):
+            self._per_replay = found
+        self._set_counted(before)
+
+    def _counted(self) -> tuple[int, ...]:
+        return tuple(getattr(self._page, name) for name in _REPLAYED)
+
+    def _set_counted(self, values: Sequence[int], more: Sequence[int] | None = None) -> None:
+        for name, value, added in zip(_REPLAYED, values, more or [0] * len(values), strict=True):
+            setattr(self._page, name, value + added)
 
     def close(self, timeout_s: float) -> None:
         """Wait for the copies in flight, after which slots and slabs may be freed; idempotent.
@@ -177,15 +214,20 @@ class Prefetcher:
             self._untraced.append((slot.copied, layer, slot.number))
             self._note("submit", layer, slot.number)
 
-    def _wait(self, slot: _Slot) -> float | None:
+    def _wait(self, slot: _Slot) -> None:
         assert slot.copied is not None
         try:
-            return self._engine.wait(slot.copied, self._timeout_s)
+            exposed_s = self._engine.wait(slot.copied, self._timeout_s)
         except DwdpTimeout:
             raise  # the copy may still end
         except DwdpError:
             slot.holds = None  # what is there is no layer
             raise
+        if exposed_s is None:
+            self._page.unmeasured += 1
+        elif exposed_s:
+            self._page.slot_waits += 1
+            self._page.exposed_wait_ns += int(exposed_s * 1e9)
 
     def _check_open(self) -> None:
         if self._closed:

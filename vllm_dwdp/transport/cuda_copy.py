@@ -21,6 +21,9 @@ from vllm_dwdp.transport.cuda_device import CudaDevice
 from vllm_dwdp.transport.cuda_events import EAGER, CudaEvent, EventPool, ExposedWaits
 
 MOST_IN_FLIGHT: Final = 8
+#: Slices that follow each other become one node of at most this size inside of captures: every captured forward holds nodes
+#: for all layers, and there may be fifty such graphs.
+CAPTURED_BYTES: Final = 64 << 20
 _POLL_S: Final = 100e-6
 
 
@@ -40,9 +43,11 @@ class CopyOptions:
 
 @dataclass(frozen=True, eq=False)
 class CudaProgram(Program):
-    """slices: in issue order. graph: their captured graph; None where there are none, or graphs are off."""
+    """slices: in issue order. joined: the same for captures, in fewer copies. graph: of the slices; None where there are
+    none, or graphs are off."""
 
     slices: tuple[Copy, ...]
+    joined: tuple[Copy, ...]
     graph: int | None
 
 
@@ -68,6 +73,7 @@ class CudaCopyEngine(CopyEngine):
         self._under_way: deque[CudaEvent] = deque()
         self._capture = EAGER + 1  # the number of the capture under way, or of the next one
         self._captured = False  # whether the capture of this number has begun
+        self._failed_captures: set[int] = set()
         self._closed = False
 
     @property
@@ -81,7 +87,7 @@ class CudaCopyEngine(CopyEngine):
         slices = (*pulls, *local)
         graph = self._build(slices) if slices and self._options.graphs else None
         pulled, merged = sum(copy.nbytes for copy in pulls), sum(copy.nbytes for copy in local)
-        return CudaProgram(pulled, merged, len(slices), slices, graph)
+        return CudaProgram(pulled, merged, len(slices), slices, join_adjacent(slices, CAPTURED_BYTES), graph)
 
     def submit(self, program: Program, after: Event | None = None) -> CudaEvent:
         """See CopyEngine. Raises DwdpTimeout where an earlier copy is overdue."""
@@ -93,7 +99,7 @@ class CudaCopyEngine(CopyEngine):
         if self._capturing(compute):
             device.record(self._fork, compute)
             device.wait_event(stream, self._fork)
-            self._issue(program.slices)
+            self._issue(program.joined)
             end = CudaEvent(self._events, self._capture)
             device.record(end.raw, stream)
             return end
@@ -127,6 +133,8 @@ class CudaCopyEngine(CopyEngine):
             if mine.capture == self._capture:
                 device.wait_event(compute, mine.raw)
             return None
+        if mine.capture in self._failed_captures:
+            raise DwdpError("a CUDA graph capture ended without its copies, which never ran: look for its own error")
         # A query costs a microsecond and spares a wait on the device and two events.
         if mine.capture == EAGER and not device.query(mine.raw):
             submitted = mine.deadline - self._options.timeout_s
@@ -153,7 +161,7 @@ class CudaCopyEngine(CopyEngine):
     def join(self) -> None:
         """See CopyEngine."""
         compute = self._device.compute_stream()
-        if not self._capturing(compute):
+        if not self._captured or not self._capturing(compute):
             return
         # Brings the copy stream into the capture, should no copy have done so.
         self._device.record(self._fork, compute)
@@ -222,7 +230,8 @@ class CudaCopyEngine(CopyEngine):
         capturing = self._device.capturing(compute)
         if capturing:
             self._captured = True
-        elif self._captured:  # ended without `join`: nothing was submitted in it, or it failed
+        elif self._captured:  # ended without `join`
+            self._failed_captures.add(self._capture)
             self._next_capture()
         return capturing
 
@@ -240,6 +249,21 @@ class CudaCopyEngine(CopyEngine):
             self._under_way.popleft()
         if self._under_way and time.monotonic() > self._under_way[0].deadline:
             raise _overdue(self._options.timeout_s)
+
+
+def join_adjacent(copies: Sequence[Copy], most_bytes: int) -> tuple[Copy, ...]:
+    """The same bytes in fewer copies: one that goes on where another ended, at both ends, joins it up to `most_bytes`."""
+    joined: list[Copy] = []
+    ends: dict[tuple[int, int], int] = {}
+    for copy in copies:
+        place = ends.pop((copy.dst, copy.src), None)
+        if place is not None and joined[place].nbytes + copy.nbytes <= most_bytes:
+            joined[place] = joined[place]._replace(nbytes=joined[place].nbytes + copy.nbytes)
+        else:
+            place = len(joined)
+            joined.append(copy)
+        ends[copy.dst + copy.nbytes, copy.src + copy.nbytes] = place
+    return tuple(joined)
 
 
 def _overdue(timeout_s: float) -> DwdpTimeout:

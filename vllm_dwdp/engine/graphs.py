@@ -1,0 +1,99 @@
+"""CUDA graphs with prefetching: copies inside of graphs of whole forwards, acquire and release between piecewise ones.
+
+    whole forward   align | replay: experts, copies and their waits are all in the graph, which ends when the copies do
+    piecewise       graph | acquire, on the host | graph with the experts | release, on the host | graph | attention | ...
+
+vLLM calls its offloader before it captures or replays a graph and last of all in a capture, so that weights can be copied
+meanwhile (model_executor/offloader/base.py): that is all that DWDP needs too, and no launch with DWDP has another offloader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING
+
+from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
+from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.logger import init_logger
+from vllm.model_executor.offloader.base import BaseOffloader, NoopOffloader, get_offloader, set_offloader
+
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.layers.gates import OPS
+from vllm_dwdp.prefetch.prefetcher import Prefetcher
+
+if TYPE_CHECKING:
+    from torch import nn
+    from vllm.config import CompilationConfig, VllmConfig
+
+logger = init_logger("vllm.dwdp")
+
+
+def fit_graphs(vllm_config: VllmConfig) -> None:
+    """Have vLLM split its piecewise graphs at acquire and release; raises DwdpError where they cannot be split there."""
+    compilation = vllm_config.compilation_config
+    if compilation.mode == CompilationMode.STOCK_TORCH_COMPILE:
+        raise DwdpError(
+            "compilation mode STOCK_TORCH_COMPILE is not supported by dwdp: use -cc.mode 3 (the default) or 0"
+        )
+    mode = compilation.cudagraph_mode or CUDAGraphMode.NONE
+    if is_breakable_cudagraph_enabled() and mode.has_piecewise_cudagraphs():
+        compilation.cudagraph_mode = mode.without_piecewise()
+        logger.info(
+            "dwdp: CUDA graphs are %s instead of %s: breakable graphs cannot be split at its copies; "
+            "VLLM_USE_BREAKABLE_CUDAGRAPH=0 takes compiled ones",
+            compilation.cudagraph_mode.name,
+            mode.name,
+        )
+    if not splits(compilation):
+        return
+    if compilation.use_inductor_graph_partition:
+        raise DwdpError("use_inductor_graph_partition cannot be split at dwdp's copies: leave it out")
+    if not compilation.splitting_ops:
+        raise DwdpError(
+            "splitting_ops is empty, so that piecewise CUDA graphs would hold dwdp's copies: leave it out, or add "
+            "-cc.mode 0 -cc.cudagraph_mode FULL_DECODE_ONLY"
+        )
+    compilation.splitting_ops = [*compilation.splitting_ops, *OPS]
+
+
+def splits(compilation: CompilationConfig) -> bool:
+    """Whether compiled code is cut at acquire and release, so that piecewise graphs hold neither.
+
+    Also where only whole forwards are to be graphs: vLLM may fall back to piecewise ones later, for a backend of attention.
+    """
+    graphs = compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE)
+    return graphs and compilation.mode == CompilationMode.VLLM_COMPILE
+
+
+class CopiesInGraphs(BaseOffloader):
+    """Tells the prefetcher of graphs of whole forwards."""
+
+    def __init__(self, prefetcher: Prefetcher) -> None:
+        self._prefetcher = prefetcher
+
+    def wrap_modules(self, modules_generator: Generator[nn.Module, None, None], prefix: str = "") -> list[nn.Module]:
+        """See BaseOffloader: nothing is offloaded."""
+        return list(modules_generator)
+
+    def sync_prev_onload(self) -> None:
+        """See BaseOffloader: before a capture and before a replay."""
+        if _of_whole_forward():
+            self._prefetcher.align()
+
+    def join_after_forward(self) -> None:
+        """See BaseOffloader: last of all in a capture."""
+        if _of_whole_forward():
+            self._prefetcher.end_capture()
+
+
+def follow_graphs(prefetcher: Prefetcher) -> None:
+    """Have vLLM tell `prefetcher` of its graphs; raises DwdpError where something else is told of them."""
+    if not isinstance(get_offloader(), NoopOffloader):
+        raise DwdpError(f"{type(get_offloader()).__name__} moves weights that peers read: turn offloading off")
+    set_offloader(CopiesInGraphs(prefetcher))
+
+
+def _of_whole_forward() -> bool:
+    """Model runner V1 asks inside of a forward context of mode FULL, V2 outside of any; piecewise graphs have one."""
+    return not is_forward_context_available() or get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.FULL
