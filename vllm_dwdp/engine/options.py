@@ -176,7 +176,7 @@ def _on_cpu(config: DwdpConfig) -> Iterator[str]:
 
 
 def _on_gpu(config: DwdpConfig) -> Iterator[str]:
-    if config.transport not in ("auto", "cupy_ipc"):
+    if config.transport not in ("auto", "cupy_ipc", "cuda_pinned"):
         yield f'dwdp.transport is "{config.transport}", which is for CPU: use auto or cupy_ipc on GPUs'
     if config.weight_view == "inplace":
         yield 'dwdp.weight_view is "inplace", which is for CPU: use auto, split or contiguous on GPUs'

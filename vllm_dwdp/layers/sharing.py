@@ -38,15 +38,17 @@ def make_transport(build: ModelBuild, cores: tuple[int, ...]) -> Transport:
     name = build.config.transport
     if build.on_cpu and name in ("auto", "shm"):
         return ShmTransport(build.config.timeout_s, cores)
-    if not build.on_cpu and name in ("auto", "cupy_ipc"):
+    if not build.on_cpu and name in ("auto", "cupy_ipc", "cuda_pinned"):
         import torch
 
         from vllm_dwdp.transport.cuda_copy import CopyOptions
         from vllm_dwdp.transport.cuda_device import open_device
+        from vllm_dwdp.transport.cuda_pinned import MirroredTransport
         from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
 
         options = CopyOptions(timeout_s=build.config.timeout_s)
-        return CupyIpcTransport(open_device(torch.cuda.current_device()), options)
+        device = open_device(torch.cuda.current_device())
+        return MirroredTransport(device, options) if name == "cuda_pinned" else CupyIpcTransport(device, options)
     raise DwdpError(
         f"transport {name!r} is not available {'on CPU: use shm' if build.on_cpu else 'on GPUs: use cupy_ipc'}"
     )

@@ -13,7 +13,7 @@ from vllm_dwdp.transport import memfd
 from vllm_dwdp.transport.base import Handle, PeerSlab, Slab, Transport
 from vllm_dwdp.transport.cuda_copy import CopyOptions, CudaCopyEngine
 from vllm_dwdp.transport.cuda_device import CudaDevice, CudaError
-from vllm_dwdp.transport.cuda_memory import DeviceSlot, allocate
+from vllm_dwdp.transport.cuda_memory import DeviceSlab, DeviceSlot, allocate
 from vllm_dwdp.transport.mapping import MappedMemory, Mapping, round_up
 
 if TYPE_CHECKING:
@@ -128,6 +128,27 @@ class PinnedTransport(Transport):
         if isinstance(memory, MappedMemory):
             self._live.discard(memory)
             memory.close()
+
+
+class MirroredTransport(PinnedTransport):
+    """The own slab on the device, where kernels read it; peers read its mirror in pinned memory, made with the handle.
+
+    For whole engines that share one GPU: their pulls take the copy engine and overlap with compute, as over NVLink.
+    """
+
+    def allocate_slab(self, nbytes: int) -> DeviceSlab:  # type: ignore[override]
+        """See Transport."""
+        slab = DeviceSlab(allocate(self._device, nbytes, "a slab"))
+        self._live.add(slab)
+        return slab
+
+    def export_handle(self, slab: Slab) -> Handle:
+        """See Transport: once for each slab, and when nothing writes to it any more."""
+        if not isinstance(slab, DeviceSlab) or slab not in self._live:
+            raise DwdpError(f"a handle for {type(slab).__name__}: only a live slab of this transport has one")
+        mirror = super().allocate_slab(slab.nbytes)
+        mirror.tensor().copy_(slab.tensor())
+        return mirror.handle
 
 
 def _unpin(device: CudaDevice, mapping: Mapping) -> None:
