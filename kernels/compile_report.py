@@ -176,14 +176,17 @@ def compile_case(case: Case, arch: int) -> Row:
     launch, single = launch_of(case)
     constants = dict(launch.constants)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    arguments, halves = launch.arguments, not single and split_gemm.halves(case.tiles)
     if case.tiles.kernel == "persistent":
         kernel: Any = persistent.persistent_kernel
-        constants.update(PROGRAMS=132)
+        # The lowest address: 64 bits, a multiple of 16.
+        arguments += (1 << 46,)
+        constants.update(PROGRAMS=132, UNIT=256, HALVES=halves)
     else:
         kernel = split_gemm.split_gemm_kernel
         flat = case.scales != "none" and case.tiles.block_m < 64 <= case.tiles.block_n
-        constants.update(SINGLE=single, SWAP=flat and arch == 90)
-    made = triton.compile(source_of(kernel, launch.arguments, constants), GPUTarget("cuda", arch, 32), options)
+        constants.update(SINGLE=single, SWAP=flat and arch == 90, HALVES=halves)
+    made = triton.compile(source_of(kernel, arguments, constants), GPUTarget("cuda", arch, 32), options)
     ptx: str = made.asm["ptx"]
     counts = {name: len(re.findall(pattern, ptx)) for name, pattern in _PATTERNS.items()}
     registers, spilled = spills(ptx, arch)
