@@ -28,7 +28,7 @@ import triton
 from .configs import device_name, layer_shape, tiles_for
 from .reference import reference_experts
 from .shapes import BLOCK, MODELS, TINY_MODELS, Batch, ModelShape, Problem
-from .split_moe import split_experts
+from .split_moe import Workspace, split_experts
 from .tiles import Tiles
 from .timing import captured, in_turns, lower_bound
 from .torch_ops import quantize_fp8
@@ -93,10 +93,14 @@ def vllm_experts(problem: Problem, batch: Batch) -> torch.Tensor:
     return result
 
 
-def own_experts(problem: Problem, batch: Batch, tiles: Tiles, scattered: bool = True) -> torch.Tensor:
+def own_experts(
+    problem: Problem, batch: Batch, tiles: Tiles, scattered: bool = True, workspace: Workspace | None = None
+) -> torch.Tensor:
     """The layer by our kernels."""
     w13, w2 = problem.tables if scattered else problem.contiguous
-    return split_experts(batch.hidden, w13, w2, batch.weights, batch.ids, ops=problem.ops(), tiles=tiles)
+    return split_experts(
+        batch.hidden, w13, w2, batch.weights, batch.ids, ops=problem.ops(), tiles=tiles, workspace=workspace
+    )
 
 
 def problem_tiles(problem: Problem, batch: Batch, own: bool) -> Tiles:

@@ -10,6 +10,7 @@ the loop over K of the current one. The routes' rows are gathered by pointers: s
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -136,12 +137,13 @@ def _descriptor_memory(size: int, _alignment: int, _stream: int | None) -> torch
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def launch_persistent(launch: Launch, weights: WeightTable, tiles: Tiles, device: torch.device) -> None:
-    """Launch what `prepare` laid out and `describable` allowed."""
+def planned(
+    launch: Launch, weights: WeightTable, tiles: Tiles, device: torch.device
+) -> tuple[Any, tuple[int], tuple[Any, ...], dict[str, Any]]:
+    """(kernel, grid, arguments, constants) of what `prepare` laid out and `describable` allowed."""
     count = programs(tiles, weights.dtype.itemsize, device)
     # Per launch: Triton keeps the allocator per context, and others set theirs.
     triton.set_allocator(_descriptor_memory)
+    constants = launch.constants | {"HALVES": halves(tiles), "PROGRAMS": count, "UNIT": weights.unit}
     grid = (min(count, launch.row_blocks * launch.column_blocks),)
-    persistent_kernel[grid](
-        *launch.arguments, weights.origin, **launch.constants, HALVES=halves(tiles), PROGRAMS=count, UNIT=weights.unit
-    )
+    return persistent_kernel, grid, (*launch.arguments, weights.origin), constants

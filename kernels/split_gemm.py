@@ -235,15 +235,36 @@ def split_gemm(
     Raises:
         DwdpError: shapes or dtypes that do not fit each other.
     """
-    launch = prepare(a, weights, out, assignment, tiles, top_k, router_weights, a_scale, compute_dtype or out.dtype)
-    if tiles.kernel == "persistent":
-        from .persistent import describable, launch_persistent
+    kernel, grid, arguments, constants = _planned(
+        a, weights, out, assignment, tiles, top_k, router_weights, a_scale, compute_dtype or out.dtype
+    )
+    kernel[grid](*arguments, **constants)
 
-        if describable(launch, weights, assignment):
-            launch_persistent(launch, weights, tiles, a.device)
-            return
+
+def compile_gemm(
+    a: torch.Tensor, weights: WeightTable, out: torch.Tensor, assignment: Assignment, tiles: Tiles, *, top_k: int,
+    router_weights: torch.Tensor | None = None, a_scale: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """Compile what `split_gemm` would launch, and launch nothing."""
+    kernel, grid, arguments, constants = _planned(
+        a, weights, out, assignment, tiles, top_k, router_weights, a_scale, out.dtype
+    )
+    kernel.warmup(*arguments, grid=grid, **constants)
+
+
+def _planned(
+    a: torch.Tensor, weights: WeightTable, out: torch.Tensor, assignment: Assignment, tiles: Tiles, top_k: int,
+    router_weights: torch.Tensor | None, a_scale: torch.Tensor | None, compute_dtype: torch.dtype,
+) -> tuple[Any, tuple[int], tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+    """(kernel, grid, arguments, constants)."""
+    launch = prepare(a, weights, out, assignment, tiles, top_k, router_weights, a_scale, compute_dtype)
+    if tiles.kernel == "persistent":
+        from . import persistent
+
+        if persistent.describable(launch, weights, assignment):
+            return persistent.planned(launch, weights, tiles, a.device)
     grid = (launch.row_blocks * launch.column_blocks,)
-    split_gemm_kernel[grid](*launch.arguments, **launch.constants, **variant(weights, assignment, tiles, a.device))
+    return split_gemm_kernel, grid, launch.arguments, launch.constants | variant(weights, assignment, tiles, a.device)
 
 
 def variant(weights: WeightTable, assignment: Assignment, tiles: Tiles, device: torch.device) -> dict[str, bool]:
