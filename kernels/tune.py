@@ -27,7 +27,7 @@ import triton
 
 from vllm_dwdp.errors import DwdpError
 
-from .bench import describe, errors, own_experts
+from .bench import describe, errors, own_experts, poisoned
 from .candidates import CHOICES, fits, listed, neighbours
 from .configs import FOLDER, default_tiles, device_name, layer_shape, tiles_for
 from .shapes import BLOCK, MODELS, TINY_MODELS, Batch, ModelShape, Problem
@@ -88,9 +88,7 @@ class Trials:
     def __init__(self, problem: Problem, tokens: int, start: Tiles, ends: float) -> None:
         self.problem, self.ends, self.tried = problem, ends, 0
         self.batches = [problem.batch(tokens, seed) for seed in range(2)]
-        w13, w2 = problem.tables
-        like = torch.empty(0, dtype=problem.dtype, device=problem.device)
-        self.workspace = Workspace.allocate(tokens * problem.model.top_k, problem.ops().width(w13.rows), w13, w2, like)
+        self.workspace = poisoned(problem, tokens)
         self.expected = self._run(self.batches[0], start)
         found = errors(problem, self.batches[0], [self.expected])[0]
         if not found < TOLERANCE:
