@@ -1,4 +1,4 @@
-"""Split-weight experts beside vLLM's fused_experts: `python -m vllm_dwdp.kernels.bench [--both] [--limit-s S] [--json FILE]`.
+"""Split-weight experts beside vLLM's fused_experts: `python -m vllm_dwdp.kernels.bench [--both]`.
 
 A layer's routed experts, whole (quantisation, sorting, both GEMMs, activation, reduction), for shapes of known models and
 1 to 32,768 tokens. MODE same: both sides use the same tile configuration (vLLM's choice) and results are compared bit by
@@ -150,7 +150,14 @@ def errors(problem: Problem, batch: Batch, results: Sequence[torch.Tensor]) -> l
 
 
 def measure(
-    problem: Problem, tokens: int, modes: Sequence[str], *, pairs: int, pair_s: float, folder: Path, rates: dict[str, float]
+    problem: Problem,
+    tokens: int,
+    modes: Sequence[str],
+    *,
+    pairs: int,
+    pair_s: float,
+    folder: Path,
+    rates: dict[str, float],
 ) -> list[Cell]:
     """Compare and time one number of tokens, once per mode; where our tiles are vLLM's, once for both."""
     few = tokens >= LARGE or problem.device.type != "cuda"

@@ -50,13 +50,14 @@ def fits(tiles: Tiles, itemsize: int) -> bool:
 
 def listed(routes_per_expert: float, block_scales: bool) -> list[Tiles]:
     """The list for a number of routes per expert, best guesses first."""
+    chosen: tuple[tuple[Any, ...], ...]
     if routes_per_expert < 6:
         chosen = _FLAT_BLOCK if block_scales else _FLAT
     elif routes_per_expert < 48:
         chosen = _MIDDLE_BLOCK if block_scales else _MIDDLE
     else:
         chosen = _TALL_BLOCK if block_scales else _TALL
-    return [Tiles(*sizes) for sizes in chosen]  # type: ignore[arg-type]
+    return [Tiles(*sizes) for sizes in chosen]
 
 
 def neighbours(tiles: Tiles, itemsize: int, names: tuple[str, ...] = tuple(CHOICES)) -> Iterator[Tiles]:

@@ -92,6 +92,14 @@ CASES = (
     Case("persistent 64x256", 8192, 8, 256, 4096, 7168, Tiles(64, 256, 64, 8, 8, 4, "persistent")),
     Case("persistent fp8 block", 8192, 8, 256, 4096, 7168, Tiles(64, 128, 128, 8, 8, 3, "persistent"), FP8, "block"),
     Case("persistent 128x128", 8192, 1, 256, 7168, 2048, Tiles(128, 128, 64, 8, 8, 4, "persistent")),
+    Case("persistent two per SM", 8192, 8, 256, 4096, 7168, Tiles(128, 128, 64, 8, 4, 3, "persistent")),
+    Case("persistent four stages", 8192, 8, 256, 4096, 7168, Tiles(128, 256, 64, 8, 8, 4, "persistent")),
+    Case(
+        "persistent fp8 block 128", 8192, 8, 256, 4096, 7168, Tiles(128, 128, 128, 8, 8, 4, "persistent"), FP8, "block"
+    ),
+    Case("pointer 128x256 halves", 8192, 8, 256, 4096, 7168, Tiles(128, 256, 64, 8, 8, 4)),
+    Case("fp8 block halves", 8192, 8, 256, 4096, 7168, Tiles(128, 128, 128, 8, 8, 4), FP8, "block"),
+    Case("fp8 block odd depth", 1024, 8, 16, 1536, 1472, Tiles(64, 128, 128, 8, 4, 3), FP8, "block"),
 )
 
 

@@ -75,7 +75,7 @@ def persistent_kernel(
         if HALVES:
             small = lower >= num_routes
         else:
-            small: tl.constexpr = False
+            small: tl.constexpr = False  # type: ignore[no-redef]
         if small:
             compute_tile(
                 a_ptr, weights, place, out_ptr, bias_ptr, a_scale_ptr, w_scale_ptr, router_ptr,

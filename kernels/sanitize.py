@@ -108,7 +108,9 @@ def check(case: Case, device: torch.device) -> float:
         exact = stored.double() * spread.double()
         wide = a_scale.double().repeat_interleave(GROUP, 1)[:, : case.cols] if case.scales == "block" else a_scale
         exact_a = given.double() * wide
-        scales = Scales(case.scales, PerExpert.dense(at_the_end(kept, device)), (GROUP, GROUP) if case.scales == "block" else (0, 0))
+        scales = Scales(
+            case.scales, PerExpert.dense(at_the_end(kept, device)), (GROUP, GROUP) if case.scales == "block" else (0, 0)
+        )
     bias = torch.randn(case.experts, case.rows, device=device).to(dtype) if case.bias else None
     # Made last to first, so that addresses are not in the order of experts.
     experts: Sequence[torch.Tensor] = [at_the_end(matrix, device) for matrix in reversed(list(stored))][::-1]
@@ -157,7 +159,10 @@ def main() -> int:
         wrong += not error < TOLERANCE
         said = "right" if error < TOLERANCE else "WRONG"
         print(f"{case.name:<24} {said} (off by {error:.1e}, {time.monotonic() - begun:.0f} s)", flush=True)
-    print(f"{len(cases) - left} cases, {wrong} wrong" + (f", {left} left out: {options.limit_s:.0f} s are over" if left else ""))
+    print(
+        f"{len(cases) - left} cases, {wrong} wrong"
+        + (f", {left} left out: {options.limit_s:.0f} s are over" if left else "")
+    )
     return 1 if wrong else 0
 
 

@@ -54,9 +54,9 @@ def compute_tile(
     """Compute and store out[routes, column : column + BLOCK_N].
 
     weights: base address of the expert's matrix, or (DESCRIPTOR) the descriptor of all, in which it begins at `place`.
-    routes: int32 [BLOCK_M]. readable: num_routes, or 0 to write zeros. SWAP: compute the transposed tile, so that the long side of a flat
-    tile lies where the matrix unit wants 64 rows. INTERPRETED: multiply in float32, since the interpreter multiplies the
-    bits of bfloat16.
+    routes: int32 [BLOCK_M]. readable: num_routes, or 0 to write zeros. SWAP: compute the transposed tile, so that the long
+    side of a flat tile lies where the matrix unit wants 64 rows. INTERPRETED: multiply in float32, since the interpreter
+    multiplies the bits of bfloat16.
     """
     valid = routes < num_routes
     reads = routes < readable
@@ -76,12 +76,17 @@ def compute_tile(
         else:
             w_ptrs = weights + (depth[:, None] + inside[None, :] * stride_wn)
 
+    # One scale for all columns of the tile: the same products, without a pointer and a load per column.
+    ONE_GROUP: tl.constexpr = W_SCALE == BLOCKS and GROUP_N % BLOCK_N == 0
     a_scale = 1.0
     w_scale = 1.0
     if W_SCALE != NO_SCALE:
         w_scale_base = expert_pointer(w_scale_ptr, expert, stride_se, HOW_SCALE, tl.float32)
         if W_SCALE == BLOCKS:
-            w_scales = w_scale_base + inside // GROUP_N * stride_sn
+            if ONE_GROUP:
+                w_scales = w_scale_base + column // GROUP_N * stride_sn
+            else:
+                w_scales = w_scale_base + inside // GROUP_N * stride_sn
         elif W_SCALE == ROWS:
             w_scale = tl.load(w_scale_base + inside * stride_sn)[None, :]
         else:
@@ -125,7 +130,12 @@ def compute_tile(
             group_k = step * BLOCK_K // GROUP_K
             a_now = tl.load(a_scales + group_k * stride_ask, mask=reads, other=0.0)
             w_now = tl.load(w_scales + group_k * stride_sk)
-            if SWAP:
+            if ONE_GROUP:
+                if SWAP:
+                    acc += tl.dot(w, a) * w_now * a_now[None, :]
+                else:
+                    acc += tl.dot(a, w) * a_now[:, None] * w_now
+            elif SWAP:
                 acc += tl.dot(w, a) * w_now[:, None] * a_now[None, :]
             else:
                 acc += tl.dot(a, w) * a_now[:, None] * w_now[None, :]
@@ -144,7 +154,7 @@ def compute_tile(
         acc = tl.trans(acc, (1, 0))
 
     # Dequantise, add the bias, weigh by the router, all in float32; round once.
-    if W_SCALE == TENSOR or W_SCALE == ROWS:  # noqa: PLR1714
+    if W_SCALE != NO_SCALE and W_SCALE != BLOCKS:
         acc = acc * a_scale * w_scale
     if HOW_BIAS != ABSENT:
         acc += bias.to(tl.float32)[None, :]

@@ -2,10 +2,10 @@
 
 For each layer and number of tokens: vLLM's choice first, then a short list (candidates.py), then changes of the winner's
 stages and grouping. All kernels of a list are compiled beforehand in parallel threads; each candidate's result is compared
-with vLLM's choice's over poisoned memory, and timed in turns with the best so far, stopping early where it is clearly slower.
-What beats vLLM's choice by at least 1 % goes into FOLDER/<device>.json, which `configs.tiles_for` reads before vLLM's tables;
-other tiles may round other bits, within the same tolerance of a float32 reference. The table is written after every row,
-and rows that it has are skipped, so that a run can be cut and begun again. `--thorough` descends coordinate by coordinate.
+with vLLM's choice's over poisoned memory, and timed in turns with the best so far, not for long where it is clearly slower.
+What beats vLLM's choice by at least 1 % goes into FOLDER/<device>.json, which `configs.tiles_for` reads before vLLM's
+tables; other tiles may round other bits, within the same tolerance of a float32 reference. The table is written after
+every row, and rows that it has are skipped, so that a run can be cut and begun again. `--thorough` descends coordinate by coordinate.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ GAIN = 1.01
 ROUNDS = 3
 #: A candidate slower than this in a first look is not measured further.
 HOPELESS = 0.93
-#: Largest difference from the result of vLLM's tiles, by the largest value there; 16-bit results of other tiles differ by less.
+#: Largest difference from the result of vLLM's tiles, by the largest value there; right 16-bit results differ by less.
 TOLERANCE = 2e-2
 
 #: (candidate, best so far) -> how many times faster the candidate is, or None if it cannot run.
@@ -92,7 +92,9 @@ class Trials:
         self.expected = self._run(self.batches[0], start)
         found = errors(problem, self.batches[0], [self.expected])[0]
         if not found < TOLERANCE:
-            raise DwdpError(f"{problem.model.name}, {tokens} tokens: off by {found:.1e} with {describe(start)}; not tuned")
+            raise DwdpError(
+                f"{problem.model.name}, {tokens} tokens: off by {found:.1e} with {describe(start)}; not tuned"
+            )
         self._best = (start, self._calls(start))
         self.start_s = seconds(self._best[1][0], 3, problem.device)
 
@@ -134,7 +136,8 @@ class Trials:
                 ratio = statistics.median(in_turns(self._best[1], own, device, 7, 0.02).ratios)
         except Exception as error:
             # Whatever a compiler or a launch cannot do; a wrong result is worth knowing.
-            print(f"    {describe(candidate)}: {type(error).__name__}: {str(error).splitlines()[0][:110] if str(error) else ''}")
+            said = (str(error).splitlines() or [""])[0][:110]
+            print(f"    {describe(candidate)}: {type(error).__name__}: {said}")
             if "illegal" in str(error) or "misaligned" in str(error):
                 raise
             return None
@@ -198,8 +201,8 @@ def tune_row(problem: Problem, tokens: int, ends: float, workers: int, thorough:
     spent, us = time.monotonic() - begun, trials.start_s / gain * 1e6
     rate = model.flops_per_token * tokens / us / 1e6
     print(
-        f"{model.name:<16} {tokens:>6} {gain:>6.3f} {us:>10.1f} {rate:>8.1f} {trials.tried:>5} {compiled:>5.1f} {spent:>5.1f}  "
-        f"{describe(best)}  (vLLM: {describe(start)})",
+        f"{model.name:<16} {tokens:>6} {gain:>6.3f} {us:>10.1f} {rate:>8.1f} {trials.tried:>5} "
+        f"{compiled:>5.1f} {spent:>5.1f}  {describe(best)}  (vLLM: {describe(start)})",
         flush=True,
     )
     # An entry stands for its neighbourhood, so vLLM's own choice is kept where nothing was better.
@@ -212,7 +215,9 @@ def tune(
 ) -> None:  # fmt: skip
     """Search for all, writing each row as it is found; after `limit_s` seconds nothing new is begun."""
     ends = time.monotonic() + limit_s
-    print(f"{'MODEL':<16} {'TOKENS':>6} {'GAIN':>6} {'us':>10} {'TFLOP/s':>8} {'TRIED':>5} {'COMP':>5} {'SEC':>5}  TILES")
+    print(
+        f"{'MODEL':<16} {'TOKENS':>6} {'GAIN':>6} {'us':>10} {'TFLOP/s':>8} {'TRIED':>5} {'COMP':>5} {'SEC':>5}  TILES"
+    )
     rows = [(model, count) for model in models for count in tokens]
     problem: Problem | None = None
     for done, (model, count) in enumerate(rows):

@@ -129,7 +129,9 @@ def test_the_tuner_writes_each_row_and_goes_on_where_it_was_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On tiny layers; times mean nothing here, wrong results do."""
-    monkeypatch.setattr(tune, "listed", lambda routes, block: [Tiles(16, 32, 32), Tiles(32, 32, 32, kernel="persistent")])
+    monkeypatch.setattr(
+        tune, "listed", lambda routes, block: [Tiles(16, 32, 32), Tiles(32, 32, 32, kernel="persistent")]
+    )
     monkeypatch.setattr(tune, "neighbours", lambda *_: iter([Tiles(16, 16, 32)]))
     command = ["tune", "--tiny", "--device", "cpu", "--folder", str(tmp_path), "--tokens", "3", "--limit-s", "60"]
     monkeypatch.setattr(sys, "argv", [*command, "--model", "tiny-oss"])
