@@ -5,7 +5,8 @@ stages and grouping. All kernels of a list are compiled beforehand in parallel t
 with vLLM's choice's over poisoned memory, and timed in turns with the best so far, not for long where it is clearly slower.
 What beats vLLM's choice by at least 1 % goes into FOLDER/<device>.json, which `configs.tiles_for` reads before vLLM's
 tables; other tiles may round other bits, within the same tolerance of a float32 reference. The table is written after
-every row, and rows that it has are skipped, so that a run can be cut and begun again. `--thorough` descends coordinate by coordinate.
+every row, and rows that it has are skipped, so that a run can be cut and begun again. `--thorough` descends coordinate by
+coordinate.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.kernels import bench, candidates, configs, tune
+from vllm_dwdp.kernels import bench, candidates, configs, sanitize, tune
 from vllm_dwdp.kernels.tiles import Tiles
 from vllm_dwdp.kernels.timing import lower_bound
 from vllm_dwdp.kernels.torch_ops import Activation, activate, assign, quantize_fp8, room_for_routes
@@ -203,3 +203,39 @@ def test_the_bench_notices_wrong_results(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(bench, "own_experts", wrong)
     monkeypatch.setattr(sys, "argv", ["bench", "--tiny", "--device", "cpu", "--model", "tiny-oss", "--tokens", "2"])
     assert bench.main() == 1
+
+
+def test_the_script_for_memory_checkers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every case is right; and a result that is not is told."""
+    monkeypatch.setattr(sys, "argv", ["sanitize", "--device", "cpu"])
+    assert sanitize.main() == 0
+    said = capsys.readouterr().out
+    assert said.count("right") == len(sanitize.CASES) and "persistent, half tiles" in said
+    real = sanitize.split_gemm
+
+    def wrong(a: torch.Tensor, table: object, out: torch.Tensor, *given: object, **named: object) -> None:
+        real(a, table, out, *given, **named)  # type: ignore[arg-type]
+        out[0, 0] += 1.0
+
+    monkeypatch.setattr(sanitize, "split_gemm", wrong)
+    monkeypatch.setattr(sys, "argv", ["sanitize", "--device", "cpu", "--case", "single"])
+    assert sanitize.main() == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_listed_tiles_fit_and_name_every_kind() -> None:
+    for routes in (0.1, 8, 256):
+        for block_scales, itemsize in ((False, 2), (True, 1)):
+            tiles = candidates.listed(routes, block_scales)
+            assert 4 < len(tiles) == len(set(tiles)) <= 12
+            assert all(candidates.fits(one, itemsize) for one in tiles)
+            assert any(one.kernel == "persistent" for one in tiles) == (routes > 48)
+            # Scales per 128 columns: the kernel would cut a deeper tile.
+            assert not block_scales or all(one.block_k <= 128 for one in tiles)
+
+
+def test_every_tuned_model_has_its_key() -> None:
+    """The tuner's key, made without a GPU's tables, is the one that a layer's tables are looked up with."""
+    for model in bench.TINY_MODELS:
+        problem = bench.Problem(model, CPU, torch.float16)
+        assert configs.layer_shape(*problem.tables, model.top_k).key == model.key(torch.float16)
