@@ -161,7 +161,8 @@ def main() -> int:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.v1.worker.workspace import init_workspace_manager
 
-    device, ends, answers = torch.device("cuda", 0), time.monotonic() + options.limit_s, []
+    device, ends = torch.device("cuda", 0), time.monotonic() + options.limit_s
+    answers: list[Answer] = []
     init_workspace_manager(device)
     with set_current_vllm_config(VllmConfig()):
         for model in [m for m in MODELS if any(part.lower() in m.name.lower() for part in options.model)]:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from vllm_dwdp.errors import DwdpError
 
-#: pointer: vLLM's own scheme, bitwise equal to it. persistent: a fixed grid that reads weights through descriptors.
+#: pointer: vLLM's own scheme, bitwise equal to it. persistent: a fixed grid that reads weights through a descriptor, with
+#: the same bits; where no descriptor can be, the pointer kernel computes instead.
 KernelName = Literal["pointer", "persistent"]
 
 _VLLM_NAMES = {

@@ -44,8 +44,13 @@ GAIN = 1.01
 ROUNDS = 3
 #: A candidate slower than this in a first look is not measured further.
 HOPELESS = 0.93
+#: A layer that takes longer is measured fewer times, and from LARGE tokens on only a few candidates are tried.
+SLOW_S, LARGE, FEW = 0.004, 16384, 4
 #: Largest difference from the result of vLLM's tiles, by the largest value there; right 16-bit results differ by less.
 TOLERANCE = 2e-2
+
+#: The process can launch nothing more after such an error.
+LOST = ("illegal", "misaligned", "unspecified launch failure")
 
 #: (candidate, best so far) -> how many times faster the candidate is, or None if it cannot run.
 Compare = Callable[[Tiles, Tiles], float | None]
@@ -132,14 +137,15 @@ class Trials:
             own = self._calls(candidate)
             if best != self._best[0]:
                 self._best = (best, self._calls(best))
-            ratio = statistics.median(in_turns(self._best[1], own, device, 3, 0.004).ratios)
+            slow = self.start_s > SLOW_S
+            ratio = statistics.median(in_turns(self._best[1], own, device, 1 if slow else 3, 0.004).ratios)
             if ratio >= HOPELESS:
-                ratio = statistics.median(in_turns(self._best[1], own, device, 7, 0.02).ratios)
+                ratio = statistics.median(in_turns(self._best[1], own, device, 3 if slow else 7, 0.02).ratios)
         except Exception as error:
             # Whatever a compiler or a launch cannot do; a wrong result is worth knowing.
             said = (str(error).splitlines() or [""])[0][:110]
             print(f"    {describe(candidate)}: {type(error).__name__}: {said}")
-            if "illegal" in str(error) or "misaligned" in str(error):
+            if any(word in str(error) for word in LOST):
                 raise
             return None
         if ratio >= GAIN:
@@ -181,7 +187,15 @@ def write(path: Path, key: str, found: dict[int, tuple[Tiles, float]]) -> None:
     path.write_text(json.dumps(whole, indent=1) + "\n")
 
 
-def tune_row(problem: Problem, tokens: int, ends: float, workers: int, thorough: bool) -> tuple[Tiles, float]:
+def tune_row(
+    problem: Problem,
+    tokens: int,
+    ends: float,
+    workers: int,
+    thorough: bool,
+    kernels: Sequence[str],
+    hints: Sequence[Tiles] = (),
+) -> tuple[Tiles, float]:
     """Search for one layer and number of tokens; prints a line."""
     begun, model, itemsize = time.monotonic(), problem.model, problem.tables[0].dtype.itemsize
     blocked = model.quant == "block"
@@ -189,13 +203,16 @@ def tune_row(problem: Problem, tokens: int, ends: float, workers: int, thorough:
     start = tiles_for(shape, tokens, problem.device, (BLOCK, BLOCK) if blocked else None, own=False)
     trials = Trials(problem, tokens, start, ends)
     candidates = [t for t in listed(tokens * model.top_k / model.experts, blocked) if fits(t, itemsize)]
+    candidates = [t for t in dict.fromkeys([*hints, *candidates]) if t.kernel in kernels and t != start]
+    if tokens >= LARGE:
+        candidates = candidates[:FEW]
     trials.compile(candidates, workers)
     compiled = time.monotonic() - begun
     if thorough:
         best, gain = search(start, itemsize, trials.compare)
     else:
         best, gain = pick(start, candidates, trials.compare)
-        polished = list(neighbours(best, itemsize, ("num_stages", "group_m")))
+        polished = list(neighbours(best, itemsize, ("num_stages", "group_m"))) if tokens < LARGE else []
         trials.compile(polished, workers)
         best, more = pick(best, polished, trials.compare)
         gain *= more
@@ -213,6 +230,7 @@ def tune_row(problem: Problem, tokens: int, ends: float, workers: int, thorough:
 def tune(
     models: Sequence[ModelShape], tokens: Sequence[int], device: torch.device, path: Path, *,
     limit_s: float = 1e9, workers: int = 14, thorough: bool = False, again: bool = False,
+    kernels: Sequence[str] = CHOICES["kernel"],
 ) -> None:  # fmt: skip
     """Search for all, writing each row as it is found; after `limit_s` seconds nothing new is begun."""
     ends = time.monotonic() + limit_s
@@ -237,8 +255,17 @@ def tune(
         if problem is None:
             problem = Problem(model, device, dtype)
         # A row may take twice its part of what is left.
+        hints = [
+            Tiles(**entry["tiles"])
+            for tokens, entry in read(path)["shapes"].get(key, {}).items()
+            if int(tokens) >= 8192
+        ]
         row_ends = min(ends, time.monotonic() + 2 * (ends - time.monotonic()) / (len(rows) - done))
-        write(path, key, {count: tune_row(problem, count, row_ends, workers, thorough)})
+        write(
+            path,
+            key,
+            {count: tune_row(problem, count, row_ends, workers, thorough, kernels, hints if count >= LARGE else ())},
+        )
 
 
 def main() -> int:
@@ -250,6 +277,7 @@ def main() -> int:
     parser.add_argument("--limit-s", type=float, default=1e9, help="begin nothing new after so many seconds")
     parser.add_argument("--workers", type=int, default=14, help="threads that compile")
     parser.add_argument("--thorough", action="store_true", help="descend from vLLM's choice instead of trying a list")
+    parser.add_argument("--kernel", nargs="*", default=list(CHOICES["kernel"]), help="only these kernels")
     parser.add_argument("--again", action="store_true", help="also rows that the table has")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny layers, for a machine without a GPU")
@@ -269,7 +297,7 @@ def main() -> int:
     device = torch.device(options.device)
     tune(
         models, options.tokens, device, options.folder / f"{device_name(device)}.json", limit_s=options.limit_s,
-        workers=options.workers, thorough=options.thorough, again=options.again,
+        workers=options.workers, thorough=options.thorough, kernels=options.kernel, again=options.again,
     )  # fmt: skip
     return 0
 

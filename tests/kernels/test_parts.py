@@ -196,8 +196,8 @@ def test_the_bench_runs_and_writes(
 def test_the_bench_notices_wrong_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = bench.own_experts
 
-    def wrong(problem: object, batch: object, tiles: object, scattered: bool = True) -> torch.Tensor:
-        found = real(problem, batch, tiles, scattered)  # type: ignore[arg-type]
+    def wrong(problem: object, batch: object, tiles: object, scattered: bool = True, **given: object) -> torch.Tensor:
+        found = real(problem, batch, tiles, scattered, **given)  # type: ignore[arg-type]
         return found * 1.5 if scattered else found
 
     monkeypatch.setattr(bench, "own_experts", wrong)
