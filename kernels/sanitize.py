@@ -60,6 +60,7 @@ CASES = (
     Case("tall, odd", 70, 2, 3, 136, 104, _tiles("pointer", 64, 64, 64), bias=True),
     Case("half tiles", 150, 2, 3, 136, 136, _tiles("pointer", 128, 128, 64, 8), bias=True),
     Case("fp8 blocks, swapped", 9, 2, 4, 136, 192, _tiles("pointer", 16, 64, 64), "block"),
+    Case("fp8 blocks, wide tiles", 70, 2, 3, 136, 192, _tiles("pointer", 64, 128, 64), "block"),
     Case("fp8 channels", 70, 2, 3, 136, 192, _tiles("pointer", 128, 64, 64), "channel"),
     Case("persistent", 90, 2, 3, 136, 128, _tiles("persistent", 64, 64, 64), bias=True),
     Case("persistent, half tiles", 150, 2, 3, 264, 192, _tiles("persistent", 128, 256, 64, 8), bias=True),

@@ -47,7 +47,8 @@ HOPELESS = 0.93
 #: A layer that takes longer is measured fewer times, and from LARGE tokens on only a few candidates are tried.
 SLOW_S, LARGE, FEW = 0.004, 16384, 4
 #: Largest difference from the result of vLLM's tiles, by the largest value there; right 16-bit results differ by less.
-TOLERANCE = 2e-2
+#: With FP8 blocks a value may fall to its other neighbour between the GEMMs: vLLM is 2 % off the reference itself there.
+TOLERANCE = {"none": 2e-2, "block": 5e-2}
 
 #: The process can launch nothing more after such an error.
 LOST = ("illegal", "misaligned", "unspecified launch failure")
@@ -96,8 +97,9 @@ class Trials:
         self.batches = [problem.batch(tokens, seed) for seed in range(2)]
         self.workspace = poisoned(problem, tokens)
         self.expected = self._run(self.batches[0], start)
+        self.tolerance = TOLERANCE[problem.model.quant]
         found = errors(problem, self.batches[0], [self.expected])[0]
-        if not found < TOLERANCE:
+        if not found < self.tolerance:
             raise DwdpError(
                 f"{problem.model.name}, {tokens} tokens: off by {found:.1e} with {describe(start)}; not tuned"
             )
@@ -112,7 +114,7 @@ class Trials:
         self.workspace.activated.fill_(float("nan"))
         found = self._run(self.batches[0], tiles).float()
         off = (found - self.expected.float()).abs().max() / self.expected.float().abs().max()
-        if not float(off) < TOLERANCE:
+        if not float(off) < self.tolerance:
             raise DwdpError(f"off by {float(off):.1e}")
         return captured([lambda batch=batch: self._run(batch, tiles) for batch in self.batches], self.problem.device)  # type: ignore[misc]
 
@@ -256,16 +258,15 @@ def tune(
             problem = Problem(model, device, dtype)
         # A row may take twice its part of what is left.
         hints = [
-            Tiles(**entry["tiles"])
-            for tokens, entry in read(path)["shapes"].get(key, {}).items()
-            if int(tokens) >= 8192
+            Tiles(**entry["tiles"]) for known, entry in read(path)["shapes"].get(key, {}).items() if int(known) >= 8192
         ]
         row_ends = min(ends, time.monotonic() + 2 * (ends - time.monotonic()) / (len(rows) - done))
-        write(
-            path,
-            key,
-            {count: tune_row(problem, count, row_ends, workers, thorough, kernels, hints if count >= LARGE else ())},
-        )
+        try:
+            row = tune_row(problem, count, row_ends, workers, thorough, kernels, hints if count >= LARGE else ())
+        except (DwdpError, torch.OutOfMemoryError) as error:
+            print(f"{model.name:<16} {count:>6} left out: {str(error).splitlines()[0][:150]}", flush=True)
+            continue
+        write(path, key, {count: row})
 
 
 def main() -> int:
