@@ -2,12 +2,14 @@
 
     weight_table.py   where the matrices of a layer's experts are: a table of base addresses
     tiles.py          tile configuration of a launch
-    split_gemm.py     grouped GEMM over such a table;  persistent.py: the same on a fixed grid, with tensor descriptors
+    tile_math.py      what one tile computes
+    split_gemm.py     grouped GEMM over such a table;  persistent.py: the same on a fixed grid, with a tensor descriptor
     split_moe.py      a whole MoE layer: both GEMMs, activation, top-k reduction
     torch_ops.py, vllm_ops.py   what a layer needs beside its GEMMs: in plain torch, or vLLM's kernels
     experts.py        the class that vLLM's modular MoE layer calls
-    configs.py        which tiles for which shape on which device;  tune.py finds and writes them
-    bench.py, compile_report.py, reference.py   measured, compiled and right?
+    configs.py        which tiles for which shape on which device;  tune.py finds and writes them, candidates.py lists them
+    bench.py, rates.py, backends.py             how fast, beside what the card and vLLM's other backends reach
+    compile_report.py, sanitize.py, reference.py   compiled and right?
 
 Importing this package imports neither Triton nor vLLM.
 """

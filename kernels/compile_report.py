@@ -92,6 +92,14 @@ CASES = (
     Case("persistent 64x256", 8192, 8, 256, 4096, 7168, Tiles(64, 256, 64, 8, 8, 4, "persistent")),
     Case("persistent fp8 block", 8192, 8, 256, 4096, 7168, Tiles(64, 128, 128, 8, 8, 3, "persistent"), FP8, "block"),
     Case("persistent 128x128", 8192, 1, 256, 7168, 2048, Tiles(128, 128, 64, 8, 8, 4, "persistent")),
+    Case("persistent two per SM", 8192, 8, 256, 4096, 7168, Tiles(128, 128, 64, 8, 4, 3, "persistent")),
+    Case("persistent four stages", 8192, 8, 256, 4096, 7168, Tiles(128, 256, 64, 8, 8, 4, "persistent")),
+    Case(
+        "persistent fp8 block 128", 8192, 8, 256, 4096, 7168, Tiles(128, 128, 128, 8, 8, 4, "persistent"), FP8, "block"
+    ),
+    Case("pointer 128x256 halves", 8192, 8, 256, 4096, 7168, Tiles(128, 256, 64, 8, 8, 4)),
+    Case("fp8 block halves", 8192, 8, 256, 4096, 7168, Tiles(128, 128, 128, 8, 8, 4), FP8, "block"),
+    Case("fp8 block odd depth", 1024, 8, 16, 1536, 1472, Tiles(64, 128, 128, 8, 4, 3), FP8, "block"),
 )
 
 
@@ -176,14 +184,17 @@ def compile_case(case: Case, arch: int) -> Row:
     launch, single = launch_of(case)
     constants = dict(launch.constants)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    arguments, halves = launch.arguments, not single and split_gemm.halves(case.tiles)
     if case.tiles.kernel == "persistent":
         kernel: Any = persistent.persistent_kernel
-        constants.update(PROGRAMS=132)
+        # The lowest address: 64 bits, a multiple of 16.
+        arguments += (1 << 46,)
+        constants.update(PROGRAMS=132, UNIT=256, HALVES=halves)
     else:
         kernel = split_gemm.split_gemm_kernel
         flat = case.scales != "none" and case.tiles.block_m < 64 <= case.tiles.block_n
-        constants.update(SINGLE=single, SWAP=flat and arch == 90)
-    made = triton.compile(source_of(kernel, launch.arguments, constants), GPUTarget("cuda", arch, 32), options)
+        constants.update(SINGLE=single, SWAP=flat and arch == 90, HALVES=halves)
+    made = triton.compile(source_of(kernel, arguments, constants), GPUTarget("cuda", arch, 32), options)
     ptx: str = made.asm["ptx"]
     counts = {name: len(re.findall(pattern, ptx)) for name, pattern in _PATTERNS.items()}
     registers, spilled = spills(ptx, arch)

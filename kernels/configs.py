@@ -1,6 +1,7 @@
 """Which tiles to use: measured tables per device beside this file, then vLLM's tuned ones, then vLLM's defaults.
 
-A table holds what `tune.py` measured to be faster than vLLM's choice for that very device and shape, so it goes first.
+A table holds what `tune.py` measured to be faster than vLLM's choice for that very device and shape, so it goes first. Other
+tiles may round other bits than vLLM's choice does; both are as far from the exact result.
 """
 
 from __future__ import annotations
@@ -71,9 +72,18 @@ def read_table(path: Path) -> dict[str, dict[int, Tiles]]:
         raise DwdpError(f"{path} is no table of tiles ({error}): write it with vllm_dwdp.kernels.tune") from error
 
 
-def nearest(entries: dict[int, Tiles], num_tokens: int) -> Tiles:
-    """The entry measured at the number of tokens closest to `num_tokens`, as vLLM picks its own."""
-    return entries[min(entries, key=lambda tokens: abs(tokens - num_tokens))]
+#: An entry serves batches of half to twice its own number of tokens: tables are sparse, and what is fastest changes slowly.
+REACH = 2.0
+
+
+def nearest(entries: dict[int, Tiles], num_tokens: int) -> Tiles | None:
+    """The entry nearest by ratio, if within `REACH`; the largest one serves everything above it."""
+
+    def apart(tokens: int) -> float:
+        return max(tokens / num_tokens, num_tokens / tokens) if num_tokens else float(tokens)
+
+    best = min(entries, key=apart)
+    return entries[best] if apart(best) <= REACH or num_tokens >= max(entries) else None
 
 
 def default_tiles(dtype: str, num_tokens: int) -> Tiles:
@@ -107,8 +117,9 @@ def tiles_for(
             return Tiles.from_vllm(forced)
     if own:
         entries = read_table(folder / f"{device_name(device)}.json").get(shape.key)
-        if entries:
-            return nearest(entries, num_tokens)
+        measured = nearest(entries, num_tokens) if entries else None
+        if measured is not None:
+            return measured
     if not on_cuda:
         return default_tiles(shape.dtype, num_tokens)
     # vLLM's names: nothing for 16 bits, one word for all FP8.

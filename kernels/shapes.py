@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from .configs import LayerShape
 from .torch_ops import FP8_MAX, Activation, MoeOps, TorchOps
 from .weight_table import PerExpert, Scales, WeightTable
 
@@ -32,6 +33,11 @@ class ModelShape:
         """Of both GEMMs, padding not counted."""
         return 2.0 * self.top_k * 3 * self.width * self.hidden
 
+    def key(self, dtype: torch.dtype) -> str:
+        """Name in a table of tiles, with weights of `dtype` where they are not quantised."""
+        name = "fp8_block" if self.quant == "block" else {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+        return LayerShape(self.experts, 2 * self.width, self.hidden, self.width, name, self.top_k).key
+
 
 MODELS = (
     ModelShape("Qwen3-30B-A3B", 128, 2048, 768, 8),
@@ -39,6 +45,8 @@ MODELS = (
     ModelShape("DeepSeek-V3", 256, 7168, 2048, 8, "block"),
     ModelShape("gpt-oss-120b", 128, 2880, 2880, 4, activation=Activation("swigluoai", limit=7.0), bias=True),
     ModelShape("Mixtral-8x7B", 8, 4096, 14336, 2),
+    # No model: DeepSeek-V3's layer in 16 bits, for the share of the card's matrix rate.
+    ModelShape("E256-bf16", 256, 7168, 2048, 8),
 )
 
 #: For machines without a GPU: every kind of layer, as small as tiles allow.

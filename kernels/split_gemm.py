@@ -16,19 +16,9 @@ import triton.language as tl
 
 from vllm_dwdp.errors import DwdpError
 
+from .tile_math import ABSENT, BLOCKS, DENSE, NO_SCALE, ROWS, TABLE, TENSOR, compute_tile, tile_place
 from .tiles import Tiles
 from .weight_table import WeightTable
-
-# Constants of the kernels: what a scale covers.
-NO_SCALE: tl.constexpr = tl.constexpr(0)
-TENSOR: tl.constexpr = tl.constexpr(1)
-ROWS: tl.constexpr = tl.constexpr(2)  # a channel of the weights, a token of the activations
-BLOCKS: tl.constexpr = tl.constexpr(3)
-
-# Constants of the kernels: how a tensor per expert is given.
-ABSENT: tl.constexpr = tl.constexpr(0)
-DENSE: tl.constexpr = tl.constexpr(1)
-TABLE: tl.constexpr = tl.constexpr(2)
 
 TL_DTYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -53,42 +43,6 @@ class Assignment(NamedTuple):
 
 
 @triton.jit
-def expert_pointer(ptr, expert, stride, HOW: tl.constexpr, TYPE: tl.constexpr):
-    """First element of a tensor per expert, dense or by table."""
-    if HOW == TABLE:
-        return tl.load(ptr + expert).to(tl.pointer_type(TYPE))
-    return ptr + expert * stride
-
-
-@triton.jit
-def weight_pointer(table_ptr, expert, TYPE: tl.constexpr):
-    """Base address of an expert's matrix; the table's constructor has checked what is promised here."""
-    base = tl.load(table_ptr + expert).to(tl.pointer_type(TYPE))
-    return tl.multiple_of(base, 16)
-
-
-@triton.jit
-def store_tile(
-    acc, out_ptr, router_ptr, bias_base, a_scale, w_scale, routes, valid, column, N,
-    stride_om, stride_on, stride_bn,
-    COMPUTE_TYPE: tl.constexpr, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, MUL_ROUTER: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Dequantise, add the bias, weigh by the router, all in float32; round once and store."""
-    columns = column + tl.arange(0, BLOCK_N)
-    if SCALED:
-        acc = acc * a_scale * w_scale
-    if HAS_BIAS:
-        bias = tl.load(bias_base + columns * stride_bn, mask=columns < N, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
-    if MUL_ROUTER:
-        weight = tl.load(router_ptr + routes, mask=valid, other=0)
-        acc *= weight.to(tl.float32)[:, None]
-    outs = out_ptr + stride_om * routes[:, None] + stride_on * columns[None, :]
-    tl.store(outs, acc.to(COMPUTE_TYPE), mask=valid[:, None] & (columns[None, :] < N))
-
-
-@triton.jit
 def split_gemm_kernel(
     a_ptr, table_ptr, out_ptr, bias_ptr, a_scale_ptr, w_scale_ptr, router_ptr, routes_ptr, experts_ptr, padded_ptr,
     N, K, EM, num_routes,
@@ -97,114 +51,61 @@ def split_gemm_kernel(
     WEIGHT_TYPE: tl.constexpr, COMPUTE_TYPE: tl.constexpr, BIAS_TYPE: tl.constexpr,
     W_SCALE: tl.constexpr, A_SCALE: tl.constexpr, HOW_SCALE: tl.constexpr, HOW_BIAS: tl.constexpr,
     GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, TOP_K: tl.constexpr, MUL_ROUTER: tl.constexpr,
-    SINGLE: tl.constexpr, SWAP: tl.constexpr, INTERPRETED: tl.constexpr,
+    EVEN_K: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    HALVES: tl.constexpr, SINGLE: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     """One tile [BLOCK_M routes, BLOCK_N columns] per program.
 
-    SINGLE: a block is one route. SWAP: compute the transposed tile, so that the long side of a flat tile lies where the
-    matrix unit wants 64 rows. INTERPRETED: multiply in float32, since the interpreter multiplies the bits of bfloat16.
+    SINGLE: a block is one route. HALVES: a block of which half or less is filled is computed as a tile of half the height.
     """
-    pid = tl.program_id(0)
-    blocks_m = tl.cdiv(EM, BLOCK_M)
-    blocks_n = tl.cdiv(N, BLOCK_N)
-    in_group = GROUP_M * blocks_n
-    first_m = pid // in_group * GROUP_M
-    group = min(blocks_m - first_m, GROUP_M)
-    block_m = first_m + pid % in_group % group
-    block_n = pid % in_group // group
-
-    if block_m * BLOCK_M >= tl.load(padded_ptr):
-        return
-    # int64: a route times a row of the output can pass 2^31.
-    rows = tl.arange(0, BLOCK_M).to(tl.int64)
-    if SINGLE:
-        routes = tl.where(rows == 0, block_m, num_routes).to(tl.int64)
-    else:
-        routes = tl.load(routes_ptr + block_m * BLOCK_M + rows).to(tl.int64)
-    valid = routes < num_routes
+    block_m, block_n = tile_place(tl.program_id(0), tl.cdiv(EM, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    # The three loads do not wait for each other. A block past the padded ones holds rubbish, and no address is looked up
+    # for it; with single routes every block is in use.
     expert = tl.load(experts_ptr + block_m).to(tl.int64)
+    rows = tl.arange(0, BLOCK_M)
+    begin = block_m * BLOCK_M
+    if SINGLE:
+        routes = tl.where(rows == 0, block_m, num_routes)
+    else:
+        routes = tl.load(routes_ptr + begin + rows, mask=begin + rows < EM, other=num_routes)
+        if HALVES:
+            half = begin + tl.arange(0, BLOCK_M // 2)
+            upper = tl.load(routes_ptr + half, mask=half < EM, other=num_routes)
+            lower = tl.load(routes_ptr + min(begin + BLOCK_M // 2, EM - 1))
+        if begin >= tl.load(padded_ptr):
+            return
     if expert == -1:
         columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        outs = out_ptr + stride_om * routes[:, None] + stride_on * columns[None, :]
+        outs = out_ptr + stride_om * routes.to(tl.int64)[:, None] + stride_on * columns[None, :]
         nothing = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE_TYPE)
-        tl.store(outs, nothing, mask=valid[:, None] & (columns[None, :] < N))
+        tl.store(outs, nothing, mask=(routes < num_routes)[:, None] & (columns[None, :] < N))
         return
 
-    tokens = routes // TOP_K
-    # Columns past the end wrap around instead of being masked; they are not stored.
-    wrapped = (block_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)) % N
-    depth = tl.arange(0, BLOCK_K)
-    weights = weight_pointer(table_ptr, expert, WEIGHT_TYPE)
-    if SWAP:
-        a_ptrs = a_ptr + (depth[:, None] + tokens[None, :] * stride_am)
-        w_ptrs = weights + (wrapped[:, None] * stride_wn + depth[None, :])
+    # The constructor of the table has checked what is promised here.
+    weights = tl.multiple_of(tl.load(table_ptr + expert).to(tl.pointer_type(WEIGHT_TYPE)), 16)
+    if HALVES:
+        small = lower >= num_routes
     else:
-        a_ptrs = a_ptr + (tokens[:, None] * stride_am + depth[None, :])
-        w_ptrs = weights + (depth[:, None] + wrapped[None, :] * stride_wn)
-
-    a_scale = 1.0
-    w_scale = 1.0
-    if W_SCALE != NO_SCALE:
-        w_scale_base = expert_pointer(w_scale_ptr, expert, stride_se, HOW_SCALE, tl.float32)
-        if W_SCALE == BLOCKS:
-            w_scales = w_scale_base + wrapped // GROUP_N * stride_sn
-        elif W_SCALE == ROWS:
-            w_scale = tl.load(w_scale_base + wrapped * stride_sn)[None, :]
-        else:
-            w_scale = tl.load(w_scale_base)
-        if A_SCALE == BLOCKS:
-            a_scales = a_scale_ptr + tokens * stride_asm
-        elif A_SCALE == ROWS:
-            a_scale = tl.load(a_scale_ptr + tokens * stride_asm, mask=valid, other=0.0)[:, None]
-        else:
-            a_scale = tl.load(a_scale_ptr)
-
-    if SWAP:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        small: tl.constexpr = False  # type: ignore[no-redef]
+    if small:
+        compute_tile(
+            a_ptr, weights, 0, out_ptr, bias_ptr, a_scale_ptr, w_scale_ptr, router_ptr,
+            upper, num_routes, expert, block_n * BLOCK_N, N, K, num_routes,
+            stride_am, stride_wn, stride_om, stride_on, stride_asm, stride_ask,
+            stride_se, stride_sn, stride_sk, stride_be, stride_bn,
+            COMPUTE_TYPE, BIAS_TYPE, W_SCALE, A_SCALE, HOW_SCALE, HOW_BIAS, GROUP_N, GROUP_K, TOP_K, MUL_ROUTER,
+            SWAP, False, EVEN_K, INTERPRETED, BLOCK_M // 2, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(0, tl.cdiv(K, BLOCK_K)):
-        left = K - step * BLOCK_K
-        if SWAP:
-            a = tl.load(a_ptrs, mask=(depth[:, None] < left) & valid[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=depth[None, :] < left, other=0.0)
-        else:
-            a = tl.load(a_ptrs, mask=valid[:, None] & (depth[None, :] < left), other=0.0)
-            w = tl.load(w_ptrs, mask=depth[:, None] < left, other=0.0)
-        if INTERPRETED:
-            a = a.to(tl.float32)
-            w = w.to(tl.float32)
-        if W_SCALE == BLOCKS:
-            group_k = step * BLOCK_K // GROUP_K
-            a_now = tl.load(a_scales + group_k * stride_ask, mask=valid, other=0.0)
-            w_now = tl.load(w_scales + group_k * stride_sk)
-            if SWAP:
-                acc += tl.dot(w, a) * w_now[:, None] * a_now[None, :]
-            else:
-                acc += tl.dot(a, w) * a_now[:, None] * w_now[None, :]
-        elif W_SCALE != NO_SCALE:
-            # Given as acc, and not added: the matrix unit then keeps FP8 sums itself, as it does in vLLM's kernel.
-            if SWAP:
-                acc = tl.dot(w, a, acc=acc)
-            else:
-                acc = tl.dot(a, w, acc=acc)
-        else:
-            acc += tl.dot(a, w)
-        a_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    if SWAP:
-        acc = tl.trans(acc, (1, 0))
-
-    bias_base = bias_ptr
-    if HOW_BIAS != ABSENT:
-        bias_base = expert_pointer(bias_ptr, expert, stride_be, HOW_BIAS, BIAS_TYPE)
-    SCALED: tl.constexpr = W_SCALE != NO_SCALE and W_SCALE != BLOCKS
-    store_tile(
-        acc, out_ptr, router_ptr, bias_base, a_scale, w_scale, routes, valid, block_n * BLOCK_N, N,
-        stride_om, stride_on, stride_bn,
-        COMPUTE_TYPE, SCALED, HOW_BIAS != ABSENT, MUL_ROUTER, BLOCK_N,
-    )  # fmt: skip
+        compute_tile(
+            a_ptr, weights, 0, out_ptr, bias_ptr, a_scale_ptr, w_scale_ptr, router_ptr,
+            routes, num_routes, expert, block_n * BLOCK_N, N, K, num_routes,
+            stride_am, stride_wn, stride_om, stride_on, stride_asm, stride_ask,
+            stride_se, stride_sn, stride_sk, stride_be, stride_bn,
+            COMPUTE_TYPE, BIAS_TYPE, W_SCALE, A_SCALE, HOW_SCALE, HOW_BIAS, GROUP_N, GROUP_K, TOP_K, MUL_ROUTER,
+            SWAP, False, EVEN_K, INTERPRETED, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
 
 
 #: Whether Triton was told to interpret (TRITON_INTERPRET=1 before its first import).
@@ -292,6 +193,7 @@ def prepare(
         "GROUP_K": scales.group[1] if scales else 0,
         "TOP_K": top_k,
         "MUL_ROUTER": router_weights is not None,
+        "EVEN_K": weights.cols % block_k == 0,
         "INTERPRETED": INTERPRETED,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
@@ -333,14 +235,45 @@ def split_gemm(
     Raises:
         DwdpError: shapes or dtypes that do not fit each other.
     """
-    launch = prepare(a, weights, out, assignment, tiles, top_k, router_weights, a_scale, compute_dtype or out.dtype)
-    if tiles.kernel == "persistent":
-        from .persistent import launch_persistent
-
-        if assignment.routes is not None:
-            launch_persistent(launch, a.device)
-            return
-    flat = weights.scales is not None and tiles.block_m < 64 <= tiles.block_n
-    split_gemm_kernel[(launch.row_blocks * launch.column_blocks,)](
-        *launch.arguments, **launch.constants, SINGLE=assignment.routes is None, SWAP=flat and swaps(a.device)
+    kernel, grid, arguments, constants = _planned(
+        a, weights, out, assignment, tiles, top_k, router_weights, a_scale, compute_dtype or out.dtype
     )
+    kernel[grid](*arguments, **constants)
+
+
+def compile_gemm(
+    a: torch.Tensor, weights: WeightTable, out: torch.Tensor, assignment: Assignment, tiles: Tiles, *, top_k: int,
+    router_weights: torch.Tensor | None = None, a_scale: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """Compile what `split_gemm` would launch, and launch nothing."""
+    kernel, grid, arguments, constants = _planned(
+        a, weights, out, assignment, tiles, top_k, router_weights, a_scale, out.dtype
+    )
+    kernel.warmup(*arguments, grid=grid, **constants)
+
+
+def _planned(
+    a: torch.Tensor, weights: WeightTable, out: torch.Tensor, assignment: Assignment, tiles: Tiles, top_k: int,
+    router_weights: torch.Tensor | None, a_scale: torch.Tensor | None, compute_dtype: torch.dtype,
+) -> tuple[Any, tuple[int], tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+    """(kernel, grid, arguments, constants)."""
+    launch = prepare(a, weights, out, assignment, tiles, top_k, router_weights, a_scale, compute_dtype)
+    if tiles.kernel == "persistent":
+        from . import persistent
+
+        if persistent.describable(launch, weights, assignment):
+            return persistent.planned(launch, weights, tiles, a.device)
+    grid = (launch.row_blocks * launch.column_blocks,)
+    return split_gemm_kernel, grid, launch.arguments, launch.constants | variant(weights, assignment, tiles, a.device)
+
+
+def variant(weights: WeightTable, assignment: Assignment, tiles: Tiles, device: torch.device) -> dict[str, bool]:
+    """Constants of the pointer kernel alone."""
+    flat = weights.scales is not None and tiles.block_m < 64 <= tiles.block_n
+    single = assignment.routes is None
+    return {"SINGLE": single, "SWAP": flat and swaps(device), "HALVES": not single and halves(tiles)}
+
+
+def halves(tiles: Tiles) -> bool:
+    """Whether half-filled blocks are computed as half tiles: where the matrix unit still has its 64 rows then."""
+    return tiles.block_m >= (32 if INTERPRETED else 128)

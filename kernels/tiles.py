@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from vllm_dwdp.errors import DwdpError
 
-#: pointer: vLLM's own scheme, bitwise equal to it. persistent: a fixed grid that reads weights through descriptors.
+#: pointer: vLLM's own scheme, bitwise equal to it. persistent: a fixed grid that reads weights through a descriptor, with
+#: the same bits; where no descriptor can be, the pointer kernel computes instead.
 KernelName = Literal["pointer", "persistent"]
 
 _VLLM_NAMES = {
@@ -45,8 +46,6 @@ class Tiles:
                 raise DwdpError(f"{name} is {size}: a tile has powers of two of at least 16")
         if self.kernel not in ("pointer", "persistent"):
             raise DwdpError(f"tiles name the kernel {self.kernel!r}; there are pointer and persistent")
-        if self.kernel == "persistent" and self.group_m & (self.group_m - 1):
-            raise DwdpError(f"group_m is {self.group_m}: the persistent kernel needs a power of two")
 
     @classmethod
     def from_vllm(cls, config: Mapping[str, int]) -> Tiles:

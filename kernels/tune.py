@@ -1,67 +1,60 @@
-"""Searches tiles for this GPU and writes them beside this file: `python -m vllm_dwdp.kernels.tune [--model NAME ...]`.
+"""Searches tiles for this GPU and writes them beside this file: `python -m vllm_dwdp.kernels.tune [--limit-s S]`.
 
-Starts from vLLM's choice and changes one thing at a time (coordinate descent) while the layer gets faster. Every step is
-timed in turns with the best so far. What beats vLLM's choice by at least 1 % goes into configs/<device>.json, which
-`configs.tiles_for` reads before vLLM's tables. `--dry-run` prints what would be tried, without a GPU.
+For each layer and number of tokens: vLLM's choice first, then a short list (candidates.py), then changes of the winner's
+stages and grouping. All kernels of a list are compiled beforehand in parallel threads; each candidate's result is compared
+with vLLM's choice's over poisoned memory, and timed in turns with the best so far, not for long where it is clearly slower.
+What beats vLLM's choice by at least 1 % goes into FOLDER/<device>.json, which `configs.tiles_for` reads before vLLM's
+tables; other tiles may round other bits, within the same tolerance of a float32 reference. The table is written after
+every row, and rows that it has are skipped, so that a run can be cut and begun again. `--thorough` descends coordinate by
+coordinate.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 from vllm_dwdp.errors import DwdpError
 
+from .bench import describe, errors, own_experts, poisoned
+from .candidates import CHOICES, fits, listed, neighbours
 from .configs import FOLDER, default_tiles, device_name, layer_shape, tiles_for
-from .shapes import BLOCK, MODELS, ModelShape, Problem
+from .shapes import BLOCK, MODELS, TINY_MODELS, Batch, ModelShape, Problem
+from .split_gemm import INTERPRETED, compile_gemm
+from .split_moe import Workspace
 from .tiles import Tiles
+from .timing import Call, captured, in_turns, seconds
 
-TOKENS = (1, 4, 16, 64, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "kernel": ("pointer", "persistent"),
-    "block_m": (16, 32, 64, 128),
-    "block_n": (32, 64, 128, 256),
-    "block_k": (64, 128, 256),
-    "num_warps": (4, 8),
-    "num_stages": (2, 3, 4, 5),
-    "group_m": (1, 4, 16, 64),
-}
-#: Bytes of shared memory that a program can have; stages that need more are not tried.
-SHARED = 227 * 1024
+TOKENS = (8192, 1, 128, 1024, 16, 32768)
+#: The layer whose share of the matrix rate is a goal goes first, then those with most to gain.
+ORDER = ("E256-bf16", "gpt-oss-120b", "DeepSeek-V3", "Qwen3-30B-A3B", "Qwen3-235B-A22B", "Mixtral-8x7B")
 GAIN = 1.01
 ROUNDS = 3
+#: A candidate slower than this in a first look is not measured further.
+HOPELESS = 0.93
+#: A layer that takes longer is measured fewer times, and from LARGE tokens on only a few candidates are tried.
+SLOW_S, LARGE, FEW = 0.004, 16384, 4
+#: Largest difference from the result of vLLM's tiles, by the largest value there; right 16-bit results differ by less.
+#: With FP8 blocks a value may fall to its other neighbour between the GEMMs: vLLM is 2 % off the reference itself there.
+TOLERANCE = {"none": 2e-2, "block": 5e-2}
+
+#: The process can launch nothing more after such an error.
+LOST = ("illegal", "misaligned", "unspecified launch failure")
 
 #: (candidate, best so far) -> how many times faster the candidate is, or None if it cannot run.
 Compare = Callable[[Tiles, Tiles], float | None]
-
-
-def fits(tiles: Tiles, itemsize: int) -> bool:
-    """Whether the stages of A and W tiles fit the shared memory, and the accumulator the registers."""
-    stage = (tiles.block_m + tiles.block_n) * tiles.block_k * itemsize
-    accumulator = tiles.block_m * tiles.block_n * 4 / (tiles.num_warps * 32)
-    return stage * (tiles.num_stages - 1) <= SHARED and accumulator <= 4 * 128
-
-
-def neighbours(tiles: Tiles, itemsize: int) -> Iterator[Tiles]:
-    """Every configuration that differs in one thing."""
-    for name, values in CHOICES.items():
-        for value in values:
-            if value == getattr(tiles, name):
-                continue
-            found = replace(tiles, **{name: value})
-            if found.kernel == "persistent" and found.group_m == 1:
-                # There a group is what keeps an expert's row blocks together.
-                found = replace(found, group_m=16)
-            if fits(found, itemsize):
-                yield found
 
 
 def search(start: Tiles, itemsize: int, compare: Compare, rounds: int = ROUNDS) -> tuple[Tiles, float]:
@@ -86,54 +79,194 @@ def search(start: Tiles, itemsize: int, compare: Compare, rounds: int = ROUNDS) 
     return best, gain
 
 
-def comparing(problem: Problem, tokens: int) -> Compare:
-    """Times on this GPU."""
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources, PTXASError
+def pick(start: Tiles, candidates: Iterable[Tiles], compare: Compare) -> tuple[Tiles, float]:
+    """The best of a list, and how many times faster than `start` it is (product of the steps)."""
+    best, gain = start, 1.0
+    for candidate in candidates:
+        ratio = None if candidate == best else compare(candidate, best)
+        if ratio is not None and ratio >= GAIN:
+            best, gain = candidate, gain * ratio
+    return best, gain
 
-    from .bench import own_experts
-    from .timing import captured, in_turns
 
-    batches = [problem.batch(tokens, seed) for seed in range(2)]
+class Trials:
+    """Times candidates on one layer and number of tokens."""
 
-    def calls(tiles: Tiles) -> list[Callable[[], object]]:
-        made = [lambda batch=batch: own_experts(problem, batch, tiles) for batch in batches]  # type: ignore[misc]
-        return captured(made, problem.device)
+    def __init__(self, problem: Problem, tokens: int, start: Tiles, ends: float) -> None:
+        self.problem, self.ends, self.tried = problem, ends, 0
+        self.batches = [problem.batch(tokens, seed) for seed in range(2)]
+        self.workspace = poisoned(problem, tokens)
+        self.expected = self._run(self.batches[0], start)
+        self.tolerance = TOLERANCE[problem.model.quant]
+        found = errors(problem, self.batches[0], [self.expected])[0]
+        if not found < self.tolerance:
+            raise DwdpError(
+                f"{problem.model.name}, {tokens} tokens: off by {found:.1e} with {describe(start)}; not tuned"
+            )
+        self._best = (start, self._calls(start))
+        self.start_s = seconds(self._best[1][0], 3, problem.device)
 
-    def compare(candidate: Tiles, best: Tiles) -> float | None:
-        try:
-            own = calls(candidate)
-        except (CompilationError, OutOfResources, PTXASError, DwdpError):
+    def _run(self, batch: Batch, tiles: Tiles) -> torch.Tensor:
+        return own_experts(self.problem, batch, tiles, workspace=self.workspace)
+
+    def _calls(self, tiles: Tiles) -> list[Call]:
+        self.workspace.gemm.fill_(float("nan"))
+        self.workspace.activated.fill_(float("nan"))
+        found = self._run(self.batches[0], tiles).float()
+        off = (found - self.expected.float()).abs().max() / self.expected.float().abs().max()
+        if not float(off) < self.tolerance:
+            raise DwdpError(f"off by {float(off):.1e}")
+        return captured([lambda batch=batch: self._run(batch, tiles) for batch in self.batches], self.problem.device)  # type: ignore[misc]
+
+    def compile(self, candidates: Sequence[Tiles], workers: int) -> None:
+        """Both GEMMs of every candidate, in parallel; what fails will fail again where it is compared."""
+        if INTERPRETED or workers < 2:
+            return
+        jobs: list[Callable[[], object]] = []
+        for tiles in candidates:
+            jobs += gemms(self.problem, self.batches[0], tiles, self.workspace)
+        with ThreadPoolExecutor(workers) as pool:
+            for done in [pool.submit(job) for job in jobs]:
+                done.exception()
+
+    def compare(self, candidate: Tiles, best: Tiles) -> float | None:
+        """See `Compare`; None as well when time is over, and for wrong results, which are printed."""
+        if time.monotonic() > self.ends:
             return None
-        return statistics.median(in_turns(calls(best), own, problem.device, 7, 0.02).ratios)
+        self.tried += 1
+        device = self.problem.device
+        try:
+            own = self._calls(candidate)
+            if best != self._best[0]:
+                self._best = (best, self._calls(best))
+            slow = self.start_s > SLOW_S
+            ratio = statistics.median(in_turns(self._best[1], own, device, 1 if slow else 3, 0.004).ratios)
+            if ratio >= HOPELESS:
+                ratio = statistics.median(in_turns(self._best[1], own, device, 3 if slow else 7, 0.02).ratios)
+        except Exception as error:
+            # Whatever a compiler or a launch cannot do; a wrong result is worth knowing.
+            said = (str(error).splitlines() or [""])[0][:110]
+            print(f"    {describe(candidate)}: {type(error).__name__}: {said}")
+            if any(word in str(error) for word in LOST):
+                raise
+            return None
+        if ratio >= GAIN:
+            self._best = (candidate, own)
+        return ratio
 
-    return compare
+
+def gemms(problem: Problem, batch: Batch, tiles: Tiles, workspace: Workspace) -> list[Callable[[], object]]:
+    """Calls that compile a layer's two GEMMs and launch nothing."""
+    (w13, w2), ops = problem.tables, problem.ops()
+    tokens, top_k = batch.ids.shape
+    routes, width = tokens * top_k, ops.width(w13.rows)
+    hidden, scale = ops.quantize(batch.hidden, None)
+    second, second_scale = ops.quantize(workspace.activated[: routes * width].view(routes, width), None)
+    blocks = ops.assign(batch.ids, tiles.block_m, w13.num_experts)
+    gate_up, partial = (workspace.gemm[: routes * rows].view(routes, rows) for rows in (w13.rows, w2.rows))
+    return [
+        lambda: compile_gemm(hidden, w13, gate_up, blocks, tiles, top_k=top_k, a_scale=scale),
+        lambda: compile_gemm(
+            second, w2, partial, blocks, tiles, top_k=1, a_scale=second_scale, router_weights=batch.weights
+        ),
+    ]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A table as it is on disk, or an empty one."""
+    return json.loads(path.read_text()) if path.exists() else {"shapes": {}}  # type: ignore[no-any-return]
 
 
 def write(path: Path, key: str, found: dict[int, tuple[Tiles, float]]) -> None:
-    """Put the entries of one shape into a table, in place of those it had."""
-    whole: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"shapes": {}}
-    whole["shapes"][key] = {
-        str(tokens): {"gain": round(gain, 3), "tiles": tiles.to_json()}
-        for tokens, (tiles, gain) in sorted(found.items())
-    }
+    """Put entries of one shape into a table, beside those it has or in their place."""
+    whole = read(path)
+    whole["versions"] = {"torch": torch.__version__, "triton": triton.__version__}
+    entries = whole["shapes"].setdefault(key, {})
+    for tokens, (tiles, gain) in found.items():
+        entries[str(tokens)] = {"gain": round(gain, 3), "tiles": tiles.to_json()}
+    whole["shapes"][key] = dict(sorted(entries.items(), key=lambda entry: int(entry[0])))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
+    path.write_text(json.dumps(whole, indent=1) + "\n")
 
 
-def tune(model: ModelShape, tokens: tuple[int, ...], device: torch.device, folder: Path) -> None:
-    """Search for one model and write what was found, after each number of tokens."""
-    problem = Problem(model, device)
+def tune_row(
+    problem: Problem,
+    tokens: int,
+    ends: float,
+    workers: int,
+    thorough: bool,
+    kernels: Sequence[str],
+    hints: Sequence[Tiles] = (),
+) -> tuple[Tiles, float]:
+    """Search for one layer and number of tokens; prints a line."""
+    begun, model, itemsize = time.monotonic(), problem.model, problem.tables[0].dtype.itemsize
+    blocked = model.quant == "block"
     shape = layer_shape(problem.tables[0], problem.tables[1], model.top_k)
-    block = (BLOCK, BLOCK) if model.quant == "block" else None
-    found: dict[int, tuple[Tiles, float]] = {}
-    for count in tokens:
-        start = tiles_for(shape, count, device, block, own=False)
-        best, gain = search(start, problem.tables[0].dtype.itemsize, comparing(problem, count))
-        print(f"{model.name}, {count} tokens: {gain:.3f} times vLLM's choice with {best}", flush=True)
-        # An entry stands for its neighbourhood, so vLLM's own choice is kept where nothing was better.
-        found[count] = (best, gain) if gain >= GAIN else (start, 1.0)
-        write(folder / f"{device_name(device)}.json", shape.key, found)
+    start = tiles_for(shape, tokens, problem.device, (BLOCK, BLOCK) if blocked else None, own=False)
+    trials = Trials(problem, tokens, start, ends)
+    candidates = [t for t in listed(tokens * model.top_k / model.experts, blocked) if fits(t, itemsize)]
+    candidates = [t for t in dict.fromkeys([*hints, *candidates]) if t.kernel in kernels and t != start]
+    if tokens >= LARGE:
+        candidates = candidates[:FEW]
+    trials.compile(candidates, workers)
+    compiled = time.monotonic() - begun
+    if thorough:
+        best, gain = search(start, itemsize, trials.compare)
+    else:
+        best, gain = pick(start, candidates, trials.compare)
+        polished = list(neighbours(best, itemsize, ("num_stages", "group_m"))) if tokens < LARGE else []
+        trials.compile(polished, workers)
+        best, more = pick(best, polished, trials.compare)
+        gain *= more
+    spent, us = time.monotonic() - begun, trials.start_s / gain * 1e6
+    rate = model.flops_per_token * tokens / us / 1e6
+    print(
+        f"{model.name:<16} {tokens:>6} {gain:>6.3f} {us:>10.1f} {rate:>8.1f} {trials.tried:>5} "
+        f"{compiled:>5.1f} {spent:>5.1f}  {describe(best)}  (vLLM: {describe(start)})",
+        flush=True,
+    )
+    # An entry stands for its neighbourhood, so vLLM's own choice is kept where nothing was better.
+    return (best, gain) if gain >= GAIN else (start, 1.0)
+
+
+def tune(
+    models: Sequence[ModelShape], tokens: Sequence[int], device: torch.device, path: Path, *,
+    limit_s: float = 1e9, workers: int = 14, thorough: bool = False, again: bool = False,
+    kernels: Sequence[str] = CHOICES["kernel"],
+) -> None:  # fmt: skip
+    """Search for all, writing each row as it is found; after `limit_s` seconds nothing new is begun."""
+    ends = time.monotonic() + limit_s
+    print(
+        f"{'MODEL':<16} {'TOKENS':>6} {'GAIN':>6} {'us':>10} {'TFLOP/s':>8} {'TRIED':>5} {'COMP':>5} {'SEC':>5}  TILES"
+    )
+    rows = [(model, count) for model in models for count in tokens]
+    problem: Problem | None = None
+    for done, (model, count) in enumerate(rows):
+        if time.monotonic() > ends:
+            print(f"{limit_s:.0f} s are over: {len(rows) - done} of {len(rows)} rows left; run again to go on")
+            return
+        if problem is None or problem.model is not model:
+            problem = None
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+        key = model.key(dtype)
+        if not again and str(count) in read(path)["shapes"].get(key, {}):
+            continue
+        if problem is None:
+            problem = Problem(model, device, dtype)
+        # A row may take twice its part of what is left.
+        hints = [
+            Tiles(**entry["tiles"]) for known, entry in read(path)["shapes"].get(key, {}).items() if int(known) >= 8192
+        ]
+        row_ends = min(ends, time.monotonic() + 2 * (ends - time.monotonic()) / (len(rows) - done))
+        try:
+            row = tune_row(problem, count, row_ends, workers, thorough, kernels, hints if count >= LARGE else ())
+        except (DwdpError, torch.OutOfMemoryError) as error:
+            print(f"{model.name:<16} {count:>6} left out: {str(error).splitlines()[0][:150]}", flush=True)
+            continue
+        write(path, key, {count: row})
 
 
 def main() -> int:
@@ -142,19 +275,31 @@ def main() -> int:
     parser.add_argument("--model", nargs="*", default=[], help="only models whose names contain one of these")
     parser.add_argument("--tokens", type=int, nargs="*", default=list(TOKENS))
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the table goes")
-    parser.add_argument("--dry-run", action="store_true", help="print the first round and measure nothing")
+    parser.add_argument("--limit-s", type=float, default=1e9, help="begin nothing new after so many seconds")
+    parser.add_argument("--workers", type=int, default=14, help="threads that compile")
+    parser.add_argument("--thorough", action="store_true", help="descend from vLLM's choice instead of trying a list")
+    parser.add_argument("--kernel", nargs="*", default=list(CHOICES["kernel"]), help="only these kernels")
+    parser.add_argument("--again", action="store_true", help="also rows that the table has")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny layers, for a machine without a GPU")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be tried, and measure nothing")
     options = parser.parse_args()
-    models = [m for m in MODELS if not options.model or any(part.lower() in m.name.lower() for part in options.model)]
-    for model in models:
-        if not options.dry_run:
-            tune(model, tuple(options.tokens), torch.device("cuda"), options.folder)
-            continue
-        itemsize = 1 if model.quant == "block" else 2
-        for count in options.tokens:
-            start = default_tiles("fp8_block" if itemsize == 1 else "bf16", count)
-            print(
-                f"{model.name}, {count} tokens: {sum(1 for _ in neighbours(start, itemsize))} candidates around {start}"
-            )
+    by_name = {model.name: model for model in MODELS}
+    models = [*TINY_MODELS] if options.tiny else [by_name[name] for name in ORDER]
+    models = [m for m in models if not options.model or any(part.lower() in m.name.lower() for part in options.model)]
+    if options.dry_run:
+        for model in models:
+            blocked = model.quant == "block"
+            for count in options.tokens:
+                start = default_tiles("fp8_block" if blocked else "bf16", count)
+                tried = [start, *listed(count * model.top_k / model.experts, blocked)]
+                print(f"{model.name}, {count} tokens: {', '.join(describe(tiles) for tiles in tried)}")
+        return 0
+    device = torch.device(options.device)
+    tune(
+        models, options.tokens, device, options.folder / f"{device_name(device)}.json", limit_s=options.limit_s,
+        workers=options.workers, thorough=options.thorough, kernels=options.kernel, again=options.again,
+    )  # fmt: skip
     return 0
 
 

@@ -100,6 +100,9 @@ class WeightTable:
     Attributes:
         addresses: int64 [E] on the device, each a multiple of 16 bytes.
         row_stride: elements from one row to the next; the elements of a row are adjacent.
+        origin: the lowest address.
+        unit: bytes, 256 or 16, that divide every address's distance from `origin`; 0 where those distances are more than
+            2^31 units, which no descriptor of all experts can address.
         scales: for FP8 weights, None otherwise.
         bias: [E, rows], or None.
     """
@@ -111,6 +114,8 @@ class WeightTable:
     dtype: torch.dtype
     scales: Scales | None = None
     bias: PerExpert | None = None
+    origin: int = 0
+    unit: int = 0
 
     @property
     def num_experts(self) -> int:
@@ -147,7 +152,7 @@ class WeightTable:
                 raise DwdpError(f"{what} of {part.data.shape[0]} experts for weights of {num_experts}")
         _check_extents(rows, cols, scales, bias)
         table = _address_tensor("weights", addresses, ALIGNMENT, num_experts, device)
-        return cls(table, rows, cols, stride, dtype, scales, bias)
+        return cls(table, rows, cols, stride, dtype, scales, bias, min(addresses), _unit(addresses))
 
     @classmethod
     def of(
@@ -170,6 +175,15 @@ class WeightTable:
             scales=scales,
             bias=bias,
         )
+
+
+def _unit(addresses: Sequence[int]) -> int:
+    origin = min(addresses)
+    distances = [address - origin for address in addresses]
+    for unit in (256, ALIGNMENT):
+        if all(distance % unit == 0 for distance in distances):
+            return unit if max(distances) // unit < 1 << 31 and max(addresses) < 1 << 63 else 0
+    return 0
 
 
 def _check_extents(rows: int, cols: int, scales: Scales | None, bias: PerExpert | None) -> None:

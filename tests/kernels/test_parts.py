@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.kernels import bench, configs, tune
+from vllm_dwdp.kernels import bench, candidates, configs, sanitize, tune
 from vllm_dwdp.kernels.tiles import Tiles
 from vllm_dwdp.kernels.timing import lower_bound
 from vllm_dwdp.kernels.torch_ops import Activation, activate, assign, quantize_fp8, room_for_routes
@@ -70,8 +70,9 @@ def test_the_nearest_measured_batch_decides(tmp_path: Path) -> None:
     small, large = Tiles(16, 64, 64), Tiles(128, 128, 64, 16, 8, 3, "persistent")
     tune.write(tmp_path / "cpu.json", SHAPE.key, {1: (small, 1.2), 1024: (large, 1.05)})
     tune.write(tmp_path / "cpu.json", SHAPE._replace(experts=8).key, {1: (large, 1.5)})
-    chosen = {tokens: configs.tiles_for(SHAPE, tokens, CPU, folder=tmp_path) for tokens in (1, 500, 520, 9999)}
-    assert list(chosen.values()) == [small, small, large, large]
+    chosen = {tokens: configs.tiles_for(SHAPE, tokens, CPU, folder=tmp_path) for tokens in (1, 2, 3, 511, 512, 9999)}
+    between = configs.default_tiles("bf16", 3), configs.default_tiles("bf16", 511)
+    assert list(chosen.values()) == [small, small, *between, large, large]
     assert configs.tiles_for(SHAPE._replace(top_k=4), 1, CPU, folder=tmp_path) == configs.default_tiles("bf16", 1)
     assert configs.tiles_for(SHAPE, 1, CPU, folder=tmp_path, own=False) == configs.default_tiles("bf16", 1)
 
@@ -121,7 +122,41 @@ def test_the_tuner_finds_the_best_of_a_made_landscape() -> None:
     assert {name: getattr(found, name) for name in best} == best
     assert gain == pytest.approx(1.1**4)
     assert len(asked) == len(set(asked)) < 80
-    assert all(tune.fits(tiles, 2) for tiles in asked)
+    assert all(candidates.fits(tiles, 2) for tiles in asked)
+
+
+def test_the_tuner_writes_each_row_and_goes_on_where_it_was_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On tiny layers; times mean nothing here, wrong results do."""
+    monkeypatch.setattr(
+        tune, "listed", lambda routes, block: [Tiles(16, 32, 32), Tiles(32, 32, 32, kernel="persistent")]
+    )
+    monkeypatch.setattr(tune, "neighbours", lambda *_: iter([Tiles(16, 16, 32)]))
+    command = ["tune", "--tiny", "--device", "cpu", "--folder", str(tmp_path), "--tokens", "3", "--limit-s", "60"]
+    monkeypatch.setattr(sys, "argv", [*command, "--model", "tiny-oss"])
+    assert tune.main() == 0
+    assert len(tune.read(tmp_path / "cpu.json")["shapes"]) == 1
+    monkeypatch.setattr(sys, "argv", [*command, "--model", "tiny-oss", "tiny-fp8"])
+    assert tune.main() == 0
+    said = capsys.readouterr().out
+    assert said.count("tiny-oss") == 1 and said.count("tiny-fp8") == 1 and "off by" not in said
+    assert [list(entries) for entries in tune.read(tmp_path / "cpu.json")["shapes"].values()] == [["3"], ["3"]]
+    configs.read_table(tmp_path / "cpu.json")
+
+
+def test_the_tuner_takes_no_tiles_whose_results_are_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real, wrong = tune.own_experts, Tiles(16, 16, 16)
+
+    def spoiled(problem: object, batch: object, tiles: Tiles, **given: object) -> torch.Tensor:
+        return real(problem, batch, tiles, **given) * (1.5 if tiles == wrong else 1.0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tune, "own_experts", spoiled)
+    problem = tune.Problem(tune.TINY_MODELS[0], CPU, torch.float16)
+    start = configs.default_tiles("fp16", 3)
+    trials = tune.Trials(problem, 3, start, float("inf"))
+    assert trials.compare(wrong, start) is None
+    assert trials.compare(Tiles(16, 32, 32), start) is not None
 
 
 def test_the_bound_lies_below_the_mean_and_narrows() -> None:
@@ -161,10 +196,46 @@ def test_the_bench_runs_and_writes(
 def test_the_bench_notices_wrong_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = bench.own_experts
 
-    def wrong(problem: object, batch: object, tiles: object, scattered: bool = True) -> torch.Tensor:
-        found = real(problem, batch, tiles, scattered)  # type: ignore[arg-type]
+    def wrong(problem: object, batch: object, tiles: object, scattered: bool = True, **given: object) -> torch.Tensor:
+        found = real(problem, batch, tiles, scattered, **given)  # type: ignore[arg-type]
         return found * 1.5 if scattered else found
 
     monkeypatch.setattr(bench, "own_experts", wrong)
     monkeypatch.setattr(sys, "argv", ["bench", "--tiny", "--device", "cpu", "--model", "tiny-oss", "--tokens", "2"])
     assert bench.main() == 1
+
+
+def test_the_script_for_memory_checkers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every case is right; and a result that is not is told."""
+    monkeypatch.setattr(sys, "argv", ["sanitize", "--device", "cpu"])
+    assert sanitize.main() == 0
+    said = capsys.readouterr().out
+    assert said.count("right") == len(sanitize.CASES) and "persistent, half tiles" in said
+    real = sanitize.split_gemm
+
+    def wrong(a: torch.Tensor, table: object, out: torch.Tensor, *given: object, **named: object) -> None:
+        real(a, table, out, *given, **named)  # type: ignore[arg-type]
+        out[0, 0] += 1.0
+
+    monkeypatch.setattr(sanitize, "split_gemm", wrong)
+    monkeypatch.setattr(sys, "argv", ["sanitize", "--device", "cpu", "--case", "single"])
+    assert sanitize.main() == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_listed_tiles_fit_and_name_every_kind() -> None:
+    for routes in (0.1, 8, 256):
+        for block_scales, itemsize in ((False, 2), (True, 1)):
+            tiles = candidates.listed(routes, block_scales)
+            assert 4 < len(tiles) == len(set(tiles)) <= 12
+            assert all(candidates.fits(one, itemsize) for one in tiles)
+            assert any(one.kernel == "persistent" for one in tiles) == (routes > 48)
+            # Scales per 128 columns: the kernel would cut a deeper tile.
+            assert not block_scales or all(one.block_k <= 128 for one in tiles)
+
+
+def test_every_tuned_model_has_its_key() -> None:
+    """The tuner's key, made without a GPU's tables, is the one that a layer's tables are looked up with."""
+    for model in bench.TINY_MODELS:
+        problem = bench.Problem(model, CPU, torch.float16)
+        assert configs.layer_shape(*problem.tables, model.top_k).key == model.key(torch.float16)

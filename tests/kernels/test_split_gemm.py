@@ -1,5 +1,6 @@
 """One GEMM: which rows it writes, tables of small tensors, and what it refuses."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,6 +28,80 @@ def test_rows_without_an_expert_are_left_alone(tiles: Tiles) -> None:
     for row, expert in enumerate(ids[:, 0].tolist()):
         expected = torch.full((24,), 7.0) if expert < 0 else weights[expert] @ a[row]
         torch.testing.assert_close(out[row], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kernel", ["pointer", "persistent"])
+@pytest.mark.parametrize("block_m", [16, 32, 128])
+@pytest.mark.parametrize("tokens", [16, 17, 64, 130])
+def test_blocks_filled_to_any_height(tokens: int, block_m: int, kernel: str, launched: list[str]) -> None:
+    """Full, half-filled and nearly empty blocks; columns that end inside of a tile; and the kernel that was asked for."""
+    torch.manual_seed(tokens)
+    weights, a = torch.randn(3, 40, 64).half(), torch.randn(tokens, 64).half()
+    ids = torch.randint(0, 3, (tokens, 1))
+    out = torch.full((tokens, 40), float("nan"), dtype=torch.float16)
+    views = scatter(weights)
+    tiles = Tiles(block_m, 32, 32, 2, kernel=kernel)  # type: ignore[arg-type]
+    split_gemm(a, WeightTable.of(views), out, assign(ids, block_m, 3), tiles, top_k=1)
+    expected = torch.stack([weights[expert].float() @ a[row].float() for row, expert in enumerate(ids[:, 0].tolist())])
+    torch.testing.assert_close(out.float(), expected, atol=0.02, rtol=2e-3)
+    assert launched == [kernel]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels in the order of their launches."""
+    from vllm_dwdp.kernels import persistent
+    from vllm_dwdp.kernels import split_gemm as module
+
+    names: list[str] = []
+
+    class Noted:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            names.append(self.name)
+            return self.kernel[grid]
+
+    monkeypatch.setattr(module, "split_gemm_kernel", Noted("pointer", module.split_gemm_kernel))
+    monkeypatch.setattr(persistent, "persistent_kernel", Noted("persistent", persistent.persistent_kernel))
+    return names
+
+
+@pytest.mark.parametrize(
+    ("columns", "gap", "spread", "kernel"),
+    [(64, 0, 0, "persistent"), (72, 0, 0, "pointer"), (64, 4, 0, "pointer"), (64, 0, 1 << 40, "pointer")],
+    ids=["fits", "depth", "rows", "far apart"],
+)
+def test_the_pointer_kernel_takes_what_no_descriptor_can(
+    columns: int, gap: int, spread: int, kernel: str, launched: list[str]
+) -> None:
+    weights = torch.randn(2, 16, columns).half()
+    views = scatter(weights, row_gap=gap)
+    table = WeightTable.of(views)
+    assert table.origin == min(view.data_ptr() for view in views) and table.unit in (16, 256)
+    if spread:
+        far = [view.data_ptr() + spread * expert for expert, view in enumerate(views)]
+        assert WeightTable.from_addresses(far, (2, 16, columns), torch.float16, "cpu").unit == 0
+        table = replace(table, unit=0)
+    a, ids = torch.randn(20, columns).half(), torch.arange(20)[:, None] % 2
+    out = torch.empty(20, 16, dtype=torch.float16)
+    split_gemm(a, table, out, assign(ids, 16, 2), PERSISTENT, top_k=1)
+    expected = torch.stack([weights[row % 2].float() @ a[row].float() for row in range(20)])
+    torch.testing.assert_close(out.float(), expected, atol=0.02, rtol=2e-3)
+    assert launched == [kernel]
+
+
+@pytest.mark.parametrize("kernel", ["pointer", "persistent"])
+def test_sorted_blocks_of_expert_minus_one_are_zeroed(kernel: str) -> None:
+    """Biases as well, in both kernels."""
+    views = scatter(torch.ones(8, 16, 32))
+    table = WeightTable.of(views, bias=PerExpert.dense(torch.ones(8, 16)))
+    routes = torch.tensor([0, 2, *[3] * 14, 1, *[3] * 15], dtype=torch.int32)
+    blocks = Assignment(routes, torch.tensor([-1, 4], dtype=torch.int32), torch.tensor([32], dtype=torch.int32))
+    out = torch.full((3, 16), 7.0)
+    split_gemm(torch.ones(3, 32), table, out, blocks, Tiles(16, 32, 32, kernel=kernel), top_k=1)  # type: ignore[arg-type]
+    assert out.tolist() == [[0.0] * 16, [33.0] * 16, [0.0] * 16]
 
 
 def test_a_block_of_expert_minus_one_is_zeroed() -> None:
