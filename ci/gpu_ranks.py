@@ -139,6 +139,7 @@ class Player:
         """Capture a whole forward, copies included, as torch captures; replay it; then go on eagerly."""
         torch = self.torch
         self.play(LAYERS, aborts=False)
+        self.prefetcher.align()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -146,8 +147,11 @@ class Player:
                 self.prefetcher.acquire(layer)
                 self.use(layer)
                 self.prefetcher.release(layer)
-            self.engine.join()
-        for _ in range(-(-acquires // LAYERS)):
+            self.prefetcher.end_capture()
+        for number in range(-(-acquires // LAYERS)):
+            if number % 10 == 9:  # an eager forward, and an aborted one, between replays
+                self.play(1)
+            self.prefetcher.align()
             graph.replay()
         torch.cuda.synchronize()
         self.play(2 * LAYERS, aborts=False)
