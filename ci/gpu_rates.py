@@ -207,7 +207,11 @@ def merge(
         programs = {view: bind_plan(engine, plan, where, slot.address)}
         if plan.local:
             programs["merge copy"] = engine.bind(
-                (), [Copy(slot.address + item.dst_offset, own.address + item.src_offset, item.nbytes) for item in plan.local]
+                (),
+                [
+                    Copy(slot.address + item.dst_offset, own.address + item.src_offset, item.nbytes)
+                    for item in plan.local
+                ],
             )
         for name, program in programs.items():
             spent = [timed(device, engine.stream, partial(engine.submit, program)) for _ in range(TURNS + 1)][1:]
