@@ -9,12 +9,16 @@ from typing import Any, Final, Literal, get_args
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.placement import check_share
 
-TransportName = Literal["auto", "cupy_ipc", "shm"]
+TransportName = Literal["auto", "cupy_ipc", "cuda_pinned", "shm"]
 ViewName = Literal["auto", "split", "contiguous", "inplace"]
 LauncherName = Literal["auto", "ray", "mp"]
 
 MIN_SLICE_BYTES: Final = 4096
 SLICE_MULTIPLE: Final = 256
+MOST_IN_FLIGHT: Final = 8
+#: Where `slice_bytes` is not set. On an H200 slices of 1 MiB reach 0.69 of the rate of 4 MiB, and 4 MiB 0.84 of the best.
+CPU_SLICE_BYTES: Final = 1 << 20
+GPU_SLICE_BYTES: Final = 4 << 20
 
 _CHOICES: Final[dict[str, tuple[str, ...]]] = {
     "transport": get_args(TransportName),
@@ -26,9 +30,10 @@ _LEAST: Final[dict[str, int]] = {
     "experts_per_rank": 1,
     "num_slots": 2,
     "slice_bytes": MIN_SLICE_BYTES,
+    "in_flight": 1,
     "ranks_per_device": 1,
 }
-_OPTIONAL: Final = frozenset({"group_size", "experts_per_rank"})
+_OPTIONAL: Final = frozenset({"group_size", "experts_per_rank", "slice_bytes"})
 _RENDEZVOUS: Final = re.compile(r"(?P<host>\[[^\]]+\]|[^:/\s]+):(?P<port>\d{1,5})/(?P<group_id>[^/\s]+)")
 
 
@@ -71,7 +76,8 @@ class DwdpConfig:
 
     group_size: ranks that share one copy of the experts; None means all ranks.
     experts_per_rank: experts resident on a rank; None means a balanced partition, more than E/N means overlap.
-    num_slots: prefetch buffers per rank. slice_bytes: bytes of one copy.
+    num_slots: prefetch buffers per rank. slice_bytes: bytes of one copy; None means 1 MiB on CPU, 4 MiB on GPUs.
+    in_flight: slices that a rank copies at a time, on GPUs.
     ranks_per_device: ranks that share one accelerator. timeout_s: limit of every wait, in seconds.
     trace: record the times of acquire, ready, release and of every copy.
     require_win: refuse to start where the planner predicts a loss, or cannot tell.
@@ -80,7 +86,8 @@ class DwdpConfig:
     group_size: int | None = None
     experts_per_rank: int | None = None
     num_slots: int = 2
-    slice_bytes: int = 1 << 20
+    slice_bytes: int | None = None
+    in_flight: int = 1
     transport: TransportName = "auto"
     weight_view: ViewName = "auto"
     launcher: LauncherName = "auto"
@@ -95,7 +102,11 @@ class DwdpConfig:
             _check_count(key, getattr(self, key), least)
         for key, choices in _CHOICES.items():
             _check_choice(key, getattr(self, key), choices)
-        if self.slice_bytes % SLICE_MULTIPLE:
+        if self.in_flight > MOST_IN_FLIGHT:
+            raise DwdpError(
+                f"dwdp.in_flight is {self.in_flight}: it must be <= {MOST_IN_FLIGHT}; lower it or leave it out"
+            )
+        if self.slice_bytes is not None and self.slice_bytes % SLICE_MULTIPLE:
             raise DwdpError(
                 f"dwdp.slice_bytes is {self.slice_bytes}: it must be a multiple of {SLICE_MULTIPLE}; "
                 f"{self.slice_bytes // SLICE_MULTIPLE * SLICE_MULTIPLE} is the nearest below"
@@ -127,6 +138,12 @@ class DwdpConfig:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able mapping that `parse` turns back into an equal config."""
         return asdict(self)
+
+    def resolve_slice_bytes(self, on_cpu: bool) -> int:
+        """Bytes of one copy."""
+        if self.slice_bytes is not None:
+            return self.slice_bytes
+        return CPU_SLICE_BYTES if on_cpu else GPU_SLICE_BYTES
 
     def resolve_group_size(self, num_ranks: int) -> int:
         """The ranks per group, N; raises DwdpError when `num_ranks` cannot be split into such groups."""

@@ -41,6 +41,8 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
         pytest.param(2, {"launcher": "slurm"}, ["'slurm'", "auto, ray, mp"], id="unknown-launcher"),
         pytest.param(2, {"weight_view": "split"}, ['"split"', "GPUs", "contiguous or inplace"], id="split-on-cpu"),
         pytest.param(2, {"transport": "cupy_ipc"}, ['"cupy_ipc"', "GPUs", "auto or shm"], id="gpu-transport-on-cpu"),
+        pytest.param(2, {"transport": "cuda_pinned"}, ['"cuda_pinned"', "GPUs", "auto or shm"], id="pinned-on-cpu"),
+        pytest.param(2, {"in_flight": 2}, ["in_flight is 2", "GPUs", "leave it out"], id="in-flight-on-cpu"),
         pytest.param(2, {"ranks_per_device": 2}, ["is 2", "GPUs", "leave it out"], id="ranks-per-device-on-cpu"),
         pytest.param(2, {"rendezvous": "h:1/g"}, ["h:1", "started apart", "leave it out"], id="ranks-started-apart"),
     ],

@@ -14,7 +14,9 @@ from vllm_dwdp.errors import DwdpError
 def test_missing_and_empty_give_the_defaults() -> None:
     assert DwdpConfig.parse(None) == DwdpConfig.parse({}) == DwdpConfig()
     assert DwdpConfig().num_slots == 2
-    assert DwdpConfig().slice_bytes == 1 << 20
+    assert DwdpConfig().resolve_slice_bytes(on_cpu=True) == 1 << 20
+    assert DwdpConfig().resolve_slice_bytes(on_cpu=False) == 4 << 20
+    assert DwdpConfig(slice_bytes=8192).resolve_slice_bytes(on_cpu=False) == 8192
 
 
 @given(
@@ -24,8 +26,9 @@ def test_missing_and_empty_give_the_defaults() -> None:
             "group_size": st.none() | st.integers(2, 72),
             "experts_per_rank": st.none() | st.integers(1, 512),
             "num_slots": st.integers(2, 8),
-            "slice_bytes": st.integers(16, 1 << 20).map(lambda n: n * 256),
-            "transport": st.sampled_from(["auto", "cupy_ipc", "shm"]),
+            "slice_bytes": st.none() | st.integers(16, 1 << 20).map(lambda n: n * 256),
+            "in_flight": st.integers(1, 8),
+            "transport": st.sampled_from(["auto", "cupy_ipc", "cuda_pinned", "shm"]),
             "weight_view": st.sampled_from(["auto", "split", "contiguous", "inplace"]),
             "launcher": st.sampled_from(["auto", "ray", "mp"]),
             "ranks_per_device": st.integers(1, 4),
@@ -59,7 +62,9 @@ def test_round_trip_through_json(raw: dict[str, Any]) -> None:
         ({"ranks_per_device": 0}, ["ranks_per_device is 0", ">= 1"]),
         ({"slice_bytes": 2048}, ["slice_bytes is 2048", ">= 4096"]),
         ({"slice_bytes": 5000}, ["slice_bytes is 5000", "multiple of 256", "4864"]),
-        ({"transport": "nvlink"}, ["'nvlink'", "auto, cupy_ipc, shm"]),
+        ({"in_flight": 0}, ["in_flight is 0", ">= 1"]),
+        ({"in_flight": 9}, ["in_flight is 9", "<= 8"]),
+        ({"transport": "nvlink"}, ["'nvlink'", "auto, cupy_ipc, cuda_pinned, shm"]),
         ({"transport": ["shm"]}, ["['shm']", "one of"]),
         ({"weight_view": "continuous"}, ["did you mean 'contiguous'"]),
         ({"launcher": 3}, ["launcher is 3", "auto, ray, mp"]),

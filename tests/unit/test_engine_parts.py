@@ -156,3 +156,40 @@ def test_metrics_grow_by_what_the_counters_grew() -> None:
     assert value("dwdp:pulled_bytes_total", {"engine": "91"}) == 12
     assert value("dwdp:exposed_wait_seconds_total", {"engine": "91"}) == 3
     assert value("dwdp:experts_held", {"engine": "91"}) == 3
+
+
+@pytest.mark.parametrize(
+    ("layers", "unmeasured", "words"),
+    [
+        (8, 0, ["waited 2.0 ms, 1"]),
+        (8, 6, ["waited 2.0 ms in 2 of the layers", "not available for the others"]),
+        (8, 8, ["wait not available, 1"]),
+    ],
+)
+def test_the_line_at_stop_never_calls_an_unknown_wait_zero(layers: int, unmeasured: int, words: list[str]) -> None:
+    from vllm_dwdp.engine.rank_pages import summary
+
+    zero = {name: 0 for name in Counters.__dataclass_fields__ if name != "view"}
+    counted = {"layers": layers, "unmeasured": unmeasured, "exposed_wait_ns": 2 * 10**6, "on_demand": 1}
+    line = summary(Counters(view="split", **{**zero, **counted}))
+    assert all(word in line for word in words), line
+
+
+def test_engines_of_ray_launches_are_spawned(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_dwdp.engine import ray_cluster
+
+    monkeypatch.delenv(ray_cluster.START_METHOD, raising=False)
+    launch = Owner()
+    ray_cluster.spawn_engines(launch)
+    assert os.environ[ray_cluster.START_METHOD] == "spawn"
+    environment.forget_launches()
+    assert ray_cluster.START_METHOD not in os.environ
+
+    monkeypatch.setenv(ray_cluster.START_METHOD, "spawn")  # the user's own, or vLLM's on CPU: stays
+    ray_cluster.spawn_engines(launch)
+    environment.forget_launches()
+    assert os.environ[ray_cluster.START_METHOD] == "spawn"
+
+    monkeypatch.setenv(ray_cluster.START_METHOD, "fork")
+    with pytest.raises(DwdpError, match=r"=fork does not work with Ray: set it to spawn, or launch by processes"):
+        ray_cluster.spawn_engines(launch)

@@ -71,7 +71,7 @@ def _deepseek(spec: CheckpointSpec) -> dict[str, Any]:
         "topk_method": "noaux_tc",
         "scoring_func": "sigmoid",
         "num_key_value_heads": spec.num_heads,
-        "q_lora_rank": 64,
+        "q_lora_rank": 128,  # a whole FP8 block: vLLM joins it with the others
         "qk_nope_head_dim": spec.head_dim,
         "v_head_dim": spec.head_dim,
         "num_nextn_predict_layers": 0,

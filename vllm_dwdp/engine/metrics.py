@@ -25,8 +25,14 @@ COUNTERS = (
     Series("dwdp:layers", "layers", 1, "MoE layers computed."),
     Series("dwdp:pulled_bytes", "pulled_bytes", 1, "Bytes of experts copied from peers."),
     Series("dwdp:merged_bytes", "local_bytes", 1, "Bytes of own experts copied into slots (contiguous view)."),
-    Series("dwdp:exposed_wait_seconds", "exposed_wait_ns", 1e-9, "Time compute stood still for a pull."),
+    Series(
+        "dwdp:exposed_wait_seconds",
+        "exposed_wait_ns",
+        1e-9,
+        "Time compute stood still for a pull, where it can be told.",
+    ),
     Series("dwdp:slot_waits", "slot_waits", 1, "MoE layers that had to wait for a pull."),
+    Series("dwdp:unmeasured_waits", "unmeasured", 1, "MoE layers whose wait cannot be told (inside CUDA graphs)."),
     Series("dwdp:on_demand_fetches", "on_demand", 1, "MoE layers that were not on their way when they were needed."),
 )
 GAUGES = (

@@ -173,6 +173,8 @@ def _on_cpu(config: DwdpConfig) -> Iterator[str]:
         yield 'dwdp.weight_view is "split", which is for GPUs: use auto, contiguous or inplace on CPU'
     if config.ranks_per_device > 1:
         yield f"dwdp.ranks_per_device is {config.ranks_per_device}, which is for GPUs: leave it out on CPU"
+    if config.in_flight > 1:
+        yield f"dwdp.in_flight is {config.in_flight}, which is for GPUs: on CPU one thread copies, leave it out"
 
 
 def _on_gpu(config: DwdpConfig) -> Iterator[str]:

@@ -7,12 +7,15 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from vllm_dwdp.engine.environment import is_users, set_for_launch
+from vllm_dwdp.errors import DwdpError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 #: vLLM talks to its workers through its own queues; Ray only starts and watches them.
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
+
+START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 
 
 def _init(ray: Any, **options: Any) -> None:
@@ -24,10 +27,11 @@ def join_or_start(vllm_config: VllmConfig) -> None:
     """Have every engine of this launch share one cluster: RAY_ADDRESS is exported to them.
 
     Joins what RAY_ADDRESS, an initialised Ray or a cluster on this machine gives; otherwise starts one that ends with
-    this process.
+    this process. Raises DwdpError where the user asks for forked engines.
     """
     import ray
 
+    spawn_engines(vllm_config)
     if not ray.is_initialized():
         runtime_env = vllm_config.parallel_config.ray_runtime_env
         try:
@@ -42,3 +46,16 @@ def join_or_start(vllm_config: VllmConfig) -> None:
             )
     if not is_users("RAY_ADDRESS"):
         set_for_launch(vllm_config, "RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+
+
+def spawn_engines(vllm_config: object) -> None:
+    """Have vLLM spawn the engines of this launch; raises DwdpError where the user asks for another method."""
+    # A forked child has this process's Ray client without its threads: its first call to the cluster never returns.
+    # vLLM spawns on CPU, and forks on CUDA unless told otherwise.
+    if is_users(START_METHOD, default="spawn"):
+        raise DwdpError(
+            f"{START_METHOD}={os.environ[START_METHOD]} does not work with Ray: set it to spawn, "
+            'or launch by processes with --additional-config \'{"dwdp": {"launcher": "mp"}}\''
+        )
+    if START_METHOD not in os.environ:
+        set_for_launch(vllm_config, START_METHOD, "spawn")

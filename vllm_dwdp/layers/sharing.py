@@ -46,7 +46,7 @@ def make_transport(build: ModelBuild, cores: tuple[int, ...]) -> Transport:
         from vllm_dwdp.transport.cuda_pinned import MirroredTransport
         from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
 
-        options = CopyOptions(timeout_s=build.config.timeout_s)
+        options = CopyOptions(build.config.in_flight, timeout_s=build.config.timeout_s)
         device = open_device(torch.cuda.current_device())
         return MirroredTransport(device, options) if name == "cuda_pinned" else CupyIpcTransport(device, options)
     raise DwdpError(
@@ -131,10 +131,10 @@ class ExpertSharing:
         engine = self.transport.copy_engine()
         self._closing.callback(engine.close, _CLOSE_TIMEOUT_S)
         self.engine = engine
+        slice_bytes = config.resolve_slice_bytes(self.build.on_cpu)
         attach = attach_split if self.view == "split" else attach_contiguous
         programs = [
-            attach(layer, rank, self.slots[ring.slot_of(i)], engine, config.slice_bytes)
-            for i, layer in enumerate(self.layers)
+            attach(layer, rank, self.slots[ring.slot_of(i)], engine, slice_bytes) for i, layer in enumerate(self.layers)
         ]
         trace = self.trace if config.trace else None
         self.prefetcher = Prefetcher(ring, engine, programs, self.counters, config.timeout_s, trace)

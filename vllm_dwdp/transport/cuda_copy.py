@@ -15,12 +15,12 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Final
 
+from vllm_dwdp.config import MOST_IN_FLIGHT
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
 from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Program
 from vllm_dwdp.transport.cuda_device import CudaDevice
 from vllm_dwdp.transport.cuda_events import EAGER, CudaEvent, EventPool, ExposedWaits
 
-MOST_IN_FLIGHT: Final = 8
 #: Slices that follow each other become one node of at most this size inside of captures: every captured forward holds nodes
 #: for all layers, and there may be fifty such graphs.
 CAPTURED_BYTES: Final = 64 << 20
