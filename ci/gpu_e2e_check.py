@@ -1,8 +1,9 @@
 """Real engines on a GPU: DWDP against plain vLLM. `python ci/gpu_e2e_check.py [--json FILE] [--only NAME]`.
 
-Several ranks share the first GPU (`ranks_per_device`), so one is enough. Every case writes a small random checkpoint,
-runs plain vLLM and DWDP, and compares: bytes of every expert as the kernels see them on every rank, greedy tokens one
-request at a time on every rank, the first token's logprob in batches. Exits with 1 if anything differs.
+Several ranks share the first GPU (`ranks_per_device`), so one is enough. Every case of ci/gpu_cases.py writes a small
+random checkpoint, runs plain vLLM and DWDP, and compares: bytes of every expert as the kernels see them on every rank,
+greedy tokens one request at a time on every rank, the first token's logprob in batches. A case of `vllm serve` compares
+tokens over HTTP, pinned to each rank. Several cases run at a time. Exits with 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -12,16 +13,22 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent))
+
+from gpu_cases import CASES, Case
 
 from tests.e2e.engines import REPO, run_job
+from tests.e2e.server import start_server
 from vllm_dwdp.checkpoints import CheckpointSpec, write_checkpoint
 
 CACHE = REPO / ".cache" / "gpu"
@@ -29,77 +36,79 @@ CACHE = REPO / ".cache" / "gpu"
 ENV = {"VLLM_USE_DEEP_GEMM": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_HOST_IP": "127.0.0.1"}
 STEPS = ["digests", "tokens_each_rank", "batch", "counters"]
 BATCH_TOLERANCE = 0.1
+KV_BYTES = 256 << 20
+PROMPTS = ("The experts of a layer", "No rank waits", "Two slots")
+SHOWN = ("view", "experts_held", "slab_bytes", "slot_bytes", "pulled_bytes", "on_demand")
 
 
-class Case(NamedTuple):
-    """One model under one configuration of dwdp and of vLLM."""
+class Plain:
+    """Results of plain vLLM, found once for all cases that share them, whichever thread asks first."""
 
-    model: dict[str, Any]
-    ranks: int
-    dwdp: dict[str, Any]
-    options: dict[str, Any] = MappingProxyType({})  # type: ignore[assignment]
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._locks: dict[str, threading.Lock] = {}
+        self._found: dict[str, Any] = {}
 
-
-QWEN = {"family": "qwen3_moe", "num_experts": 16}
-FP8 = {**QWEN, "fp8": True, "hidden": 256, "intermediate": 256, "head_dim": 64}
-CASES = {
-    "qwen3-split-2": Case(QWEN, 2, {"weight_view": "split"}),
-    "qwen3-contiguous-2": Case(QWEN, 2, {"weight_view": "contiguous"}),
-    "qwen3-auto-ray-2": Case(QWEN, 2, {"launcher": "ray"}),
-    "qwen3-split-compiled-2": Case(QWEN, 2, {"weight_view": "split", "compile_on_gpu": True}, {"enforce_eager": False}),
-    "deepseek-split-2": Case({"family": "deepseek_v3", "num_layers": 4}, 2, {"weight_view": "split"}),
-    "qwen3-fp8-split-2": Case(FP8, 2, {"weight_view": "split"}),
-    "qwen3-fp8-contiguous-2": Case(FP8, 2, {"weight_view": "contiguous"}),
-    "gpt_oss-split-2": Case(
-        {"family": "gpt_oss", "num_experts": 8}, 2, {"weight_view": "split", "experts_per_rank": 5, "num_slots": 3}
-    ),
-    "mixtral-split-3": Case({"family": "mixtral", "num_experts": 7}, 3, {"weight_view": "split"}),
-    "qwen3-contiguous-4": Case(QWEN, 4, {"weight_view": "contiguous"}),
-}
+    def get(self, key: str, find: Callable[[], Any]) -> Any:
+        """What `find` gave for `key`; one that failed is tried again."""
+        with self._lock:
+            lock = self._locks.setdefault(key, threading.Lock())
+        with lock:
+            if key not in self._found:
+                self._found[key] = find()
+            return self._found[key]
 
 
-def launcher(case: Case) -> str:
-    """Processes, unless the case is about Ray."""
-    return str(case.dwdp.get("launcher", "mp"))
-
-
-def attention(family: str) -> dict[str, Any]:
+def attention(family: str) -> str:
     """The attention backend that needs nothing but Triton."""
-    return {"attention_backend": "TRITON_MLA" if family == "deepseek_v3" else "TRITON_ATTN"}
+    return "TRITON_MLA" if family == "deepseek_v3" else "TRITON_ATTN"
 
 
-def check(name: str, case: Case, folder: Path, plain: dict[str, Any], limit_s: float, cpu: bool) -> dict[str, Any]:
-    """Run a case; what differs is listed under `wrong`."""
+def checkpoint(case: Case) -> tuple[Path, str]:
+    """A case's model, written if it is not there, and what identifies it."""
     spec = CheckpointSpec(**{"dtype": "bfloat16", **case.model})
-    model = write_checkpoint(
-        spec, CACHE / f"{spec.family}-{zlib.crc32(json.dumps(spec.as_json(), sort_keys=True).encode()):08x}"
+    key = json.dumps(spec.as_json(), sort_keys=True)
+    return write_checkpoint(spec, CACHE / f"{spec.family}-{zlib.crc32(key.encode()):08x}"), key
+
+
+def settings(case: Case, cpu: bool) -> dict[str, Any]:
+    """Of dwdp; processes launch the ranks unless the case is about Ray."""
+    shared = {} if cpu else {"ranks_per_device": case.ranks}
+    return {**shared, "timeout_s": 60, "launcher": "mp", **case.dwdp}
+
+
+def environ() -> dict[str, str]:
+    return {**ENV, "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
+
+
+def check(case: Case, folder: Path, plain: Plain, limit_s: float, cpu: bool) -> dict[str, Any]:
+    """Run a case of `LLM(...)`; what differs is listed under `wrong`."""
+    model, key = checkpoint(case)
+    options = {"kv_cache_memory_bytes": KV_BYTES, **case.options}
+    if not cpu:
+        options["attention_backend"] = attention(case.model["family"])
+
+    usual = plain.get(
+        key + json.dumps(options, sort_keys=True),
+        lambda: run_job(folder, model, ["digests", "tokens", "batch"], environ(), limit_s, **options),
     )
-    env = {**ENV, "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
-    options = {**({} if cpu else attention(spec.family)), "kv_cache_memory_bytes": 256 << 20, **case.options}
-    key = json.dumps([spec.as_json(), options], sort_keys=True)
-    if key not in plain:
-        started = time.monotonic()
-        plain[key] = run_job(folder, model, ["digests", "tokens", "batch"], env, limit_s, **options)
-        print(f"gpu e2e: plain vLLM took {time.monotonic() - started:.0f} s", flush=True)
-    config = {"ranks_per_device": case.ranks, "timeout_s": 60, "launcher": launcher(case), **case.dwdp}
-    if cpu:
-        del config["ranks_per_device"]
     started = time.monotonic()
     job = run_job(
         folder,
         model,
         STEPS,
-        env,
+        environ(),
         limit_s,
         **options,
         distributed_executor_backend="dwdp",
         data_parallel_size=case.ranks,
-        additional_config={"dwdp": config},
+        additional_config={"dwdp": settings(case, cpu)},
     )
-    usual, wrong = plain[key], []
+    wrong = []
     if any(digests != usual["digests"][0] for digests in job["digests"]):
         wrong.append("bytes")
-    if job["tokens_each_rank"] != [[tokens] * 2 for tokens in usual["tokens"]]:
+    same_tokens = job["tokens_each_rank"] == [[tokens] * 2 for tokens in usual["tokens"]]
+    if case.same_tokens and not same_tokens:
         wrong.append("tokens")
     pairs = list(zip(usual["batch"], job["batch"], strict=True))
     same = [(a, b) for a, b in pairs if a["first"] == b["first"]]
@@ -110,15 +119,78 @@ def check(name: str, case: Case, folder: Path, plain: dict[str, Any], limit_s: f
         wrong.append(f"left behind: {job['left']}")
     first = job["counters"][0]
     return {
-        "case": name,
         "wrong": wrong,
         "seconds": time.monotonic() - started,
         "start_s": job["start_s"],
+        "same_tokens": same_tokens,
         "logprob": largest,
-        **{
-            key: first[key] for key in ("view", "experts_held", "slab_bytes", "slot_bytes", "pulled_bytes", "on_demand")
-        },
+        **{name: first[name] for name in SHOWN},
     }
+
+
+def check_serve(case: Case, folder: Path, plain: Plain, limit_s: float, cpu: bool) -> dict[str, Any]:
+    """Run a case of `vllm serve`: tokens of every rank over HTTP, metrics, the end."""
+    model, key = checkpoint(case)
+    arguments = ["--kv-cache-memory-bytes", str(KV_BYTES)]
+    if not cpu:
+        arguments += ["--attention-backend", attention(case.model["family"])]
+    if case.options.get("enforce_eager"):
+        arguments += ["--enforce-eager"]
+    if compilation := case.options.get("compilation_config"):
+        arguments += ["--compilation-config", json.dumps(compilation)]
+
+    def ask(more: list[str], ranks: int) -> tuple[list[Any], dict[str, float], list[str]]:
+        server = start_server(folder, model, *arguments, *more, env=environ())
+        try:
+            pinned = [None] if ranks == 1 else list(range(ranks))
+            found = [[server.complete(prompt, 12, rank=rank) for prompt in PROMPTS] for rank in pinned]
+            time.sleep(3)  # counters are published once a second
+            metrics = server.metrics()
+            server.stop()
+            return found, metrics, server.left()
+        finally:
+            server.kill()
+
+    usual = plain.get("serve" + key, lambda: ask([], 1)[0][0])
+    started = time.monotonic()
+    config = json.dumps({"dwdp": settings(case, cpu)})
+    backend = ["--distributed-executor-backend", "dwdp", "--data-parallel-size", str(case.ranks)]
+    found, metrics, left = ask([*backend, "--additional-config", config], case.ranks)
+    wrong = ["tokens"] if any(tokens != usual for tokens in found) else []
+    forwards = [value for name, value in metrics.items() if name.startswith("dwdp:forwards_total")]
+    if len(forwards) != case.ranks or not all(forwards):
+        wrong.append(f"metrics: forwards {forwards}")
+    if left:
+        wrong.append(f"left behind: {left}")
+    return {"wrong": wrong, "seconds": time.monotonic() - started, "same_tokens": not wrong, "metrics": metrics}
+
+
+def attempt(name: str, folder: Path, plain: Plain, args: argparse.Namespace) -> dict[str, Any]:
+    """The row of a case, also where it fails."""
+    place = folder / name
+    place.mkdir()
+    case = CASES[name]
+    try:
+        row = (check_serve if case.serve else check)(case, place, plain, args.job_s, args.cpu)
+    except Exception as error:
+        traceback.print_exc(limit=1)
+        row = {"wrong": [f"{type(error).__name__}: {str(error)[-1500:]}"]}
+    print(f"gpu e2e: {name}: {json.dumps(row)[:400]}", flush=True)
+    return {"case": name, **row}
+
+
+def table(rows: list[dict[str, Any]]) -> None:
+    heads = f"{'view':11} {'held':>5} {'slabs MB':>9} {'slots MB':>9} {'tokens':9} {'logprob':>8} {'s':>5}"
+    print(f"\n{'case':26} {'result':10} {heads}")
+    for row in rows:
+        line = f"{row['case']:26} {'WRONG' if row['wrong'] else 'ok':10} "
+        tokens = "equal" if row.get("same_tokens") else "differ"
+        if "view" in row:
+            line += f"{row['view']:11} {row['experts_held']:5} {row['slab_bytes'] / 1e6:9.2f} "
+            line += f"{row['slot_bytes'] / 1e6:9.2f} {tokens:9} {row['logprob']:8.4f} {row['seconds']:5.0f} "
+        elif "seconds" in row:
+            line += f"{'':37} {tokens:9} {'':8} {row['seconds']:5.0f} "
+        print(line + ", ".join(text.splitlines()[-1][:100] if text else "" for text in row["wrong"]))
 
 
 def main() -> int:
@@ -126,43 +198,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default="", help="cases whose name contains this, by comma")
+    parser.add_argument("--skip", default="", help="cases of these names, by comma, are left out")
     parser.add_argument("--cpu", action="store_true", help="on CPU, to try this script: choose cases with --only")
-    parser.add_argument("--job-s", type=float, default=150, help="abort an engine after this many seconds")
+    parser.add_argument("--parallel", type=int, default=1, help="cases at a time")
+    parser.add_argument("--job-s", type=float, default=200, help="abort an engine after this many seconds")
     parser.add_argument("--limit-s", type=float, default=450, help="begin no case after this many seconds")
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    plain: dict[str, Any] = {}
-    begun = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        for name, case in CASES.items():
-            if args.only and not any(part in name for part in args.only.split(",")):
-                continue
-            if time.monotonic() - begun > args.limit_s:
-                rows.append({"case": name, "wrong": ["not run: out of time"]})
-                continue
-            try:
-                rows.append(check(name, case, Path(folder), plain, args.job_s, args.cpu))
-            except BaseException as error:
-                if isinstance(error, KeyboardInterrupt):
-                    raise
-                traceback.print_exc(limit=1)
-                rows.append({"case": name, "wrong": [f"{type(error).__name__}: {str(error)[:200]}"]})
-            print(f"gpu e2e: {rows[-1]}", flush=True)
+    skipped = args.skip.split(",")
+    names = [name for name in CASES if name not in skipped and any(part in name for part in args.only.split(","))]
+    for name in names:
+        checkpoint(CASES[name])
+    rows: dict[str, dict[str, Any]] = {}
+    plain, begun, writing = Plain(), time.monotonic(), threading.Lock()
+
+    def one(name: str) -> None:
+        if time.monotonic() - begun > args.limit_s:
+            row = {"case": name, "wrong": ["not run: out of time"]}
+        else:
+            row = attempt(name, Path(folder), plain, args)
+        with writing:
+            rows[name] = row
             if args.json:
-                args.json.write_text(json.dumps(rows, indent=1))
-    print(
-        f"\n{'case':26} {'result':10} {'view':11} {'held':>5} {'slabs MB':>9} {'slots MB':>9} {'logprob':>8} {'s':>5}"
-    )
-    for row in rows:
-        result = "equal" if not row["wrong"] else "WRONG"
-        if "view" not in row:
-            print(f"{row['case']:26} {result:10} {row['wrong'][0].splitlines()[0][:80]}")
-            continue
-        print(
-            f"{row['case']:26} {result:10} {row['view']:11} {row['experts_held']:5} {row['slab_bytes'] / 1e6:9.2f} "
-            f"{row['slot_bytes'] / 1e6:9.2f} {row['logprob']:8.4f} {row['seconds']:5.0f} {', '.join(row['wrong'])}"
-        )
-    return int(any(row["wrong"] for row in rows))
+                args.json.write_text(json.dumps([rows[name] for name in names if name in rows], indent=1))
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.parallel) as pool:
+        list(pool.map(one, names))
+    table([rows[name] for name in names])
+    return int(any(row["wrong"] for row in rows.values()))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from typing import Any
 
 from tests.e2e.engines import REPO, Leftovers, environment, free_port, listen_to_ctrl_c, processes
 
-VLLM = str(Path(sys.executable).parent / "vllm")
+_SCRIPT = Path(sys.executable).parent / "vllm"
+#: The command; where vLLM was unpacked and not installed, there is none.
+VLLM = [str(_SCRIPT)] if _SCRIPT.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
 @dataclass
@@ -101,7 +103,7 @@ def start_server(folder: Path, model: Path | str, *arguments: str, env: dict[str
     port, log = free_port(), folder / f"serve-{time.monotonic_ns()}.log"
     before = Leftovers()
     command = [
-        VLLM,
+        *VLLM,
         "serve",
         str(model),
         "--port",

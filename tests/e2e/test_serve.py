@@ -86,7 +86,7 @@ def test_metrics_agree_with_each_other(server: Server) -> None:
 def test_vllm_bench_serve_runs_through(server: Server) -> None:
     bench = subprocess.run(
         [
-            *(VLLM, "bench", "serve", "--model", server.model, "--base-url", server.url("")),
+            *(*VLLM, "bench", "serve", "--model", server.model, "--base-url", server.url("")),
             *("--dataset-name", "random", "--input-len", "16", "--output-len", "8", "--num-prompts", "12"),
             *("--max-concurrency", "4", "--disable-tqdm"),
         ],

@@ -1,0 +1,74 @@
+"""What ci/gpu_e2e_check.py runs: small random checkpoints under configurations of dwdp and of vLLM."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+
+class Case(NamedTuple):
+    """One model under one configuration, compared with plain vLLM under the same options.
+
+    same_tokens: greedy tokens have to be plain vLLM's; elsewhere compilers may fuse otherwise, and logprobs are compared.
+    serve: `vllm serve` and HTTP requests instead of `LLM(...)`.
+    """
+
+    model: dict[str, Any]
+    ranks: int
+    dwdp: dict[str, Any]
+    options: dict[str, Any] = MappingProxyType({})  # type: ignore[assignment]
+    same_tokens: bool = True
+    serve: bool = False
+
+
+SIZES = [1, 2, 4, 8, 16, 24]
+EAGER = {"enforce_eager": True}
+#: Graphs of whole decode steps, without torch.compile.
+FULL = {
+    "enforce_eager": False,
+    "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": SIZES},
+}
+#: vLLM's default: torch.compile, piecewise graphs, and whole ones for decode.
+DEFAULT = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": SIZES}}
+PIECEWISE = {
+    "enforce_eager": False,
+    "compilation_config": {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": SIZES},
+}
+
+
+def emulated(options: dict[str, Any]) -> dict[str, Any]:
+    """The same with fused code rounding where unfused code rounds, so that where code is cut makes no difference."""
+    casts = {"inductor_compile_config": {"emulate_precision_casts": True}}
+    return {**options, "compilation_config": {**options["compilation_config"], **casts}}
+
+
+SPLIT, CONTIGUOUS = {"weight_view": "split"}, {"weight_view": "contiguous"}
+QWEN = {"family": "qwen3_moe", "num_experts": 16}
+QWEN_FP8 = {**QWEN, "fp8": True, "hidden": 256, "intermediate": 256, "head_dim": 64}
+DEEPSEEK = {"family": "deepseek_v3", "num_layers": 4, "hidden": 256, "intermediate": 256, "head_dim": 128}
+GPT_OSS = {"family": "gpt_oss", "num_experts": 8}
+MIXTRAL = {"family": "mixtral", "num_experts": 7}
+
+#: In order of value.
+CASES = {
+    "qwen3-split": Case(QWEN, 2, SPLIT, EAGER),
+    "qwen3-contiguous": Case(QWEN, 2, CONTIGUOUS, EAGER),
+    "qwen3-full-split": Case(QWEN, 2, SPLIT, FULL),
+    "qwen3-full-contiguous": Case(QWEN, 2, CONTIGUOUS, FULL),
+    "qwen3-serve": Case(QWEN, 2, {}, FULL, serve=True),
+    "qwen3-ray": Case(QWEN, 2, {"launcher": "ray"}, EAGER),
+    "deepseek-fp8-split": Case({**DEEPSEEK, "fp8": True}, 2, SPLIT, EAGER),
+    "deepseek-split": Case(DEEPSEEK, 2, SPLIT, EAGER),
+    "qwen3-emulated-split": Case(QWEN, 2, SPLIT, emulated(DEFAULT)),
+    "qwen3-default-split": Case(QWEN, 2, SPLIT, DEFAULT, same_tokens=False),
+    "qwen3-default-contiguous": Case(QWEN, 2, CONTIGUOUS, DEFAULT, same_tokens=False),
+    "qwen3-piecewise-split": Case(QWEN, 2, SPLIT, PIECEWISE, same_tokens=False),
+    "qwen3-fp8-split": Case(QWEN_FP8, 2, SPLIT, EAGER),
+    "qwen3-fp8-contiguous": Case(QWEN_FP8, 2, CONTIGUOUS, EAGER),
+    "gpt_oss-split": Case(GPT_OSS, 2, {**SPLIT, "experts_per_rank": 5, "num_slots": 3}, EAGER),
+    "mixtral-split-3": Case(MIXTRAL, 3, SPLIT, EAGER),
+    "deepseek-full-split": Case(DEEPSEEK, 2, SPLIT, FULL),
+    "qwen3-full-split-4": Case(QWEN, 4, SPLIT, FULL),
+    "qwen3-full-contiguous-4": Case(QWEN, 4, CONTIGUOUS, FULL),
+    "qwen3-pinned-split": Case(QWEN, 2, {**SPLIT, "transport": "cuda_pinned"}, EAGER),
+}

@@ -1,0 +1,225 @@
+"""Every check and benchmark of the GPU data path, on one GPU. `python ci/gpu_check.py [STAGE ...] [--out FOLDER]`.
+
+Stages run in order of value, each as processes of its own with a time limit below eight minutes. What a stage found goes
+into FOLDER/gpu_check.json after every step, with its raw results beside it, so that a run that was cut off goes on where it
+was: steps that passed are left out unless --again is given. Exits with 1 if a step failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+STAGE_LIMIT_S = 470
+#: Attributes of memcheck need every tensor in an allocation of its own.
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command. `{out}` in its words is the results' folder; cpu: whether it can be tried without a GPU, with `trial`
+    in place of `words`; soft: a goal missed is told, and fails nothing."""
+
+    name: str
+    words: tuple[str, ...]
+    limit_s: float
+    trial: tuple[str, ...] | None = None
+    env: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Found:
+    """How a step ended."""
+
+    step: str
+    code: int | None  # None: not done in time
+    seconds: float
+    last: str  # the last line it printed
+
+    @property
+    def passed(self) -> bool:
+        return self.code == 0
+
+
+def _script(name: str, *more: str) -> tuple[str, ...]:
+    return ("python", f"ci/{name}.py", *more)
+
+
+def _kernels(name: str, *more: str) -> tuple[str, ...]:
+    return ("python", "-m", f"vllm_dwdp.kernels.{name}", *more)
+
+
+def _checked(tool: str, *cases: str) -> tuple[str, ...]:
+    more = ("--case", *cases) if cases else ()
+    return (
+        "compute-sanitizer",
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        *_kernels("sanitize", "--limit-s", "60", *more),
+    )
+
+
+TINY = ("--device", "cpu", "--tiny")
+STAGES: dict[str, tuple[Step, ...]] = {
+    "kernels": (
+        Step("results", _kernels("sanitize", "--limit-s", "60"), 90),
+        Step("tune", _kernels("tune", "--folder", "{out}/tables", "--limit-s", "150"), 180),
+        Step(
+            "bench",
+            _kernels("bench", "--both", "--tables", "{out}/tables", "--limit-s", "150", "--json", "{out}/kernels.json"),
+            180,
+            _kernels("bench", *TINY, "--tokens", "3", "--json", "{out}/kernels.json"),
+        ),
+    ),
+    "e2e": (
+        Step(
+            "engines",
+            _script("gpu_e2e_check", "--parallel", "5", "--limit-s", "300", "--json", "{out}/e2e.json"),
+            460,
+            _script("gpu_e2e_check", "--cpu", "--only", "qwen3-contiguous", "--json", "{out}/e2e.json"),
+        ),
+    ),
+    "ipc": (
+        Step(
+            "transport",
+            _script("gpu_ipc_check", "--json", "{out}/ipc.json"),
+            240,
+            _script("gpu_ipc_check", "--cpu", "--acquires", "40", "--json", "{out}/ipc.json"),
+        ),
+    ),
+    "prefill": (
+        Step(
+            "prefill and decode",
+            _script("gpu_prefill", "--limit-s", "330", "--json", "{out}/prefill.json"),
+            460,
+            _script("gpu_prefill", "--cpu", "--json", "{out}/prefill.json"),
+        ),
+    ),
+    "backends": (
+        Step(
+            "vLLM's other backends",
+            _kernels("backends", "--limit-s", "120", "--tokens", "8192", "128", "--json", "{out}/backends.json"),
+            150,
+        ),
+    ),
+    "sanitize": (
+        Step("memcheck", _checked("memcheck"), 150, None, UNCACHED),
+        Step("racecheck", _checked("racecheck", "half tiles", "swapped"), 150, None, UNCACHED),
+    ),
+}
+
+
+def command(step: Step, out: Path, cpu: bool) -> list[str]:
+    """Its words on this machine; raises ValueError where there are none without a GPU."""
+    words = step.trial if cpu else step.words
+    if words is None:
+        raise ValueError(f"{step.name} needs a GPU")
+    return [sys.executable if word == "python" else word.format(out=out) for word in words]
+
+
+def run_step(step: Step, name: str, out: Path, cpu: bool) -> Found:
+    """Run a step; what it prints goes to a file and, line by line, on."""
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", **step.env}
+    env["PYTHONPATH"] = os.pathsep.join([str(REPO), *filter(None, [env.get("PYTHONPATH")])])
+    log = out / f"{name.replace('/', '-').replace(' ', '_')}.log"
+    begun, last = time.monotonic(), ""
+    with log.open("wb") as stream:
+        try:
+            process = subprocess.Popen(
+                command(step, out, cpu),
+                cwd=REPO,
+                env=env,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return Found(name, 127, 0.0, str(error))
+        code: int | None
+        try:
+            code = process.wait(step.limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+            last = f"not done after {step.limit_s:.0f} s"
+        finally:
+            # What it started may still run: engines are in its session.
+            _end(process.pid)
+            process.wait()
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    print("\n".join(lines[-60:]), flush=True)
+    return Found(name, code, time.monotonic() - begun, last or (lines[-1][:200] if lines else ""))
+
+
+def _end(session: int) -> None:
+    try:
+        os.killpg(session, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def steps(stages: list[str], cpu: bool) -> Iterator[tuple[str, Step]]:
+    """Those of `stages`, by full name; without a GPU those that can be tried there."""
+    for stage in stages:
+        for step in STAGES[stage]:
+            if not cpu or step.trial is not None:
+                yield f"{stage}/{step.name}", step
+
+
+def load(path: Path) -> dict[str, Found]:
+    """What earlier runs found; nothing where there is no such file."""
+    if not path.exists():
+        return {}
+    return {item["step"]: Found(**item) for item in json.loads(path.read_text())}
+
+
+def main() -> int:
+    """Run what has not passed yet and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)} (all)")
+    parser.add_argument(
+        "--out", type=Path, default=REPO / ".cache" / "gpu_check", help="folder of results (%(default)s)"
+    )
+    parser.add_argument("--again", action="store_true", help="also steps that passed")
+    parser.add_argument("--cpu", action="store_true", help="what can be tried without a GPU: figures mean nothing")
+    parser.add_argument("--limit-s", type=float, default=1e9, help="begin no step after this many seconds")
+    args = parser.parse_args()
+    if unknown := [stage for stage in args.stages if stage not in STAGES]:
+        parser.error(f"no stage {', '.join(unknown)}: there are {', '.join(STAGES)}")
+    out: Path = args.out.resolve()
+    (out / "tables").mkdir(parents=True, exist_ok=True)
+    results = out / "gpu_check.json"
+    found, begun = load(results), time.monotonic()
+    wanted = dict(steps(args.stages or list(STAGES), args.cpu))
+    for name, step in wanted.items():
+        if name in found and found[name].passed and not args.again:
+            print(f"gpu check: {name} passed earlier", flush=True)
+            continue
+        if time.monotonic() - begun > args.limit_s:
+            print(f"gpu check: {name} not run: out of time", flush=True)
+            continue
+        print(f"gpu check: {name}, at most {step.limit_s:.0f} s", flush=True)
+        found[name] = run_step(step, name, out, args.cpu)
+        results.write_text(json.dumps([asdict(item) for item in found.values()], indent=1))
+    print(f"\n{'step':30} {'result':12} {'s':>6}  last line")
+    for name in wanted:
+        item = found.get(name)
+        result = (
+            "not run" if item is None else "passed" if item.passed else "too slow" if item.code is None else "FAILED"
+        )
+        print(f"{name:30} {result:12} {item.seconds if item else 0:6.0f}  {item.last[:90] if item else ''}")
+    return int(any(name not in found or not found[name].passed for name in wanted))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
