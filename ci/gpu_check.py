@@ -8,6 +8,7 @@ was: steps that passed are left out unless --again is given. Exits with 1 if a s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -20,14 +21,13 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 STAGE_LIMIT_S = 470
-#: Attributes of memcheck need every tensor in an allocation of its own.
+#: memcheck sees a read past a tensor only where every tensor has an allocation of its own.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command. `{out}` in its words is the results' folder; cpu: whether it can be tried without a GPU, with `trial`
-    in place of `words`; soft: a goal missed is told, and fails nothing."""
+    """One command. `{out}` in its words is the results' folder; trial: its words without a GPU, None where it needs one."""
 
     name: str
     words: tuple[str, ...]
@@ -162,10 +162,8 @@ def run_step(step: Step, name: str, out: Path, cpu: bool) -> Found:
 
 
 def _end(session: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(session, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def steps(stages: list[str], cpu: bool) -> Iterator[tuple[str, Step]]:
