@@ -1,0 +1,86 @@
+"""ci/gpu_check.py: its steps, what it keeps, and what it does with steps that fail or take too long."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "ci"))
+import gpu_check  # noqa: E402
+
+
+def run(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(out), *arguments])
+    return gpu_check.main()
+
+
+def step(code: str, limit_s: float = 30) -> gpu_check.Step:
+    return gpu_check.Step("step", ("python", "-c", code), limit_s)
+
+
+@pytest.mark.parametrize("stage", gpu_check.STAGES)
+def test_stages_fit_their_limit_and_name_scripts_that_exist(stage: str, tmp_path: Path) -> None:
+    for item in gpu_check.STAGES[stage]:
+        assert item.limit_s <= gpu_check.STAGE_LIMIT_S
+        words = gpu_check.command(item, tmp_path, cpu=False)
+        assert not any("{" in word for word in words)
+        scripts = [gpu_check.REPO / word for word in words if word.endswith(".py")]
+        scripts += [
+            gpu_check.REPO / "kernels" / f"{word.rsplit('.', 1)[1]}.py"
+            for word in words
+            if word.startswith("vllm_dwdp.kernels.")
+        ]
+        assert scripts and all(script.exists() for script in scripts)
+
+
+def test_without_a_gpu_only_steps_with_a_trial() -> None:
+    names = [name for name, _ in gpu_check.steps(list(gpu_check.STAGES), cpu=True)]
+    assert "ipc/transport" in names and "sanitize/memcheck" not in names
+
+
+def test_a_step_that_needs_a_gpu_is_refused_without(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="memcheck needs a GPU"):
+        gpu_check.command(gpu_check.STAGES["sanitize"][0], tmp_path, cpu=True)
+
+
+def test_passed_steps_are_not_run_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mark = tmp_path / "mark"
+    code = f"open({str(mark)!r}, 'a').write('x'); print('well')"
+    monkeypatch.setattr(gpu_check, "STAGES", {"one": (step(code),)})
+    assert run(monkeypatch, tmp_path) == 0
+    assert run(monkeypatch, tmp_path) == 0
+    assert mark.read_text() == "x"
+    assert "passed earlier" in capsys.readouterr().out
+    assert run(monkeypatch, tmp_path, "--again") == 0
+    assert mark.read_text() == "xx"
+
+
+def test_failures_and_slow_steps_are_told_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = {"bad": (step("raise SystemExit('no good')"),), "slow": (step("import time; time.sleep(60)", 0.5),)}
+    monkeypatch.setattr(gpu_check, "STAGES", stages)
+    assert run(monkeypatch, tmp_path) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED" in printed and "no good" in printed
+    assert "too slow" in printed and "not done after 0 s" in printed
+    monkeypatch.setattr(gpu_check, "STAGES", {"bad": (step("print('mended')"),)})
+    assert run(monkeypatch, tmp_path) == 0
+    assert set(gpu_check.load(tmp_path / "gpu_check.json")) == {"bad/step", "slow/step"}
+
+
+def test_a_command_that_is_not_there_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_check, "STAGES", {"one": (gpu_check.Step("step", ("no-such-command",), 5),)})
+    assert run(monkeypatch, tmp_path) == 1
+
+
+def test_an_unknown_stage_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path, "nonsense")
+    assert "no stage nonsense: there are kernels, e2e" in capsys.readouterr().err
