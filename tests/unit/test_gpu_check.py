@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "ci"))
-import gpu_check  # noqa: E402
+import gpu_check
 
 
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> int:
