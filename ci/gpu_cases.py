@@ -35,6 +35,15 @@ PIECEWISE = {
     "compilation_config": {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": SIZES},
 }
 
+#: vLLM's default, and its experts cut off from the code around them in both engines, as DWDP's gates cut them off in one.
+CUT = {
+    "enforce_eager": False,
+    "compilation_config": {
+        "cudagraph_capture_sizes": SIZES,
+        "splitting_ops": ["vllm::unified_attention_with_output", "vllm::unified_kv_cache_update", "vllm::moe_forward"],
+    },
+}
+
 
 def emulated(options: dict[str, Any]) -> dict[str, Any]:
     """The same with fused code rounding where unfused code rounds, so that where code is cut makes no difference."""
@@ -48,6 +57,15 @@ QWEN_FP8 = {**QWEN, "fp8": True, "hidden": 256, "intermediate": 256, "head_dim":
 DEEPSEEK = {"family": "deepseek_v3", "num_layers": 4, "hidden": 256, "intermediate": 256, "head_dim": 128}
 GPT_OSS = {"family": "gpt_oss", "num_experts": 8}
 MIXTRAL = {"family": "mixtral", "num_experts": 7}
+#: 4.8 GB and 3.4 GB on disk.
+QWEN_BIG = {
+    "family": "qwen3_moe", "num_experts": 128, "num_layers": 4, "hidden": 2048, "intermediate": 768, "top_k": 8,
+    "num_heads": 32, "num_kv_heads": 4, "head_dim": 128,
+}  # fmt: skip
+DEEPSEEK_BIG = {
+    "family": "deepseek_v3", "fp8": True, "num_experts": 128, "num_layers": 5, "hidden": 2048, "intermediate": 1024,
+    "top_k": 8, "num_heads": 16, "head_dim": 128,
+}  # fmt: skip
 
 #: In order of value.
 CASES = {
@@ -70,5 +88,10 @@ CASES = {
     "deepseek-full-split": Case(DEEPSEEK, 2, SPLIT, FULL),
     "qwen3-full-split-4": Case(QWEN, 4, SPLIT, FULL),
     "qwen3-full-contiguous-4": Case(QWEN, 4, CONTIGUOUS, FULL),
+    "qwen3-cut-split": Case(QWEN, 2, SPLIT, CUT),
+    "big-qwen3-split-4": Case(QWEN_BIG, 4, SPLIT, FULL),
+    "big-qwen3-contiguous": Case(QWEN_BIG, 2, CONTIGUOUS, EAGER),
+    "big-deepseek-fp8-split": Case(DEEPSEEK_BIG, 2, SPLIT, EAGER),
+    "big-deepseek-fp8-serve-4": Case(DEEPSEEK_BIG, 4, {}, FULL, serve=True),
     "qwen3-pinned-split": Case(QWEN, 2, {**SPLIT, "transport": "cuda_pinned"}, EAGER),
 }

@@ -61,15 +61,15 @@ def jobs(cpu: bool) -> list[Job]:
     return [
         Job("plain graphs", None, GRAPHS, ("prefill", "decode")),
         Job("split 112 pinned", {**pinned, "experts_per_rank": 112, "weight_view": "split"}, GRAPHS, ("prefill",)),
-        Job("split 64 pinned", {**pinned, "experts_per_rank": 64, "weight_view": "split"}, GRAPHS, ("prefill",)),
-        Job("split 112 ipc graphs", {**ipc, "weight_view": "split"}, GRAPHS, ("decode", "prefill")),
-        Job("split 112 ipc eager", {**ipc, "weight_view": "split"}, EAGER, ("decode",)),
         Job(
             "contiguous 112 pinned",
             {**pinned, "experts_per_rank": 112, "weight_view": "contiguous"},
             GRAPHS,
             ("prefill",),
         ),
+        Job("split 112 ipc graphs", {**ipc, "weight_view": "split"}, GRAPHS, ("decode", "prefill")),
+        Job("split 64 pinned", {**pinned, "experts_per_rank": 64, "weight_view": "split"}, GRAPHS, ("prefill",)),
+        Job("split 112 ipc eager", {**ipc, "weight_view": "split"}, EAGER, ("decode",)),
         Job("plain eager", None, EAGER, ("decode",)),
     ]
 
