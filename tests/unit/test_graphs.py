@@ -33,13 +33,16 @@ def config(graphs: CUDAGraphMode | None, compiled: bool = True, **more: Any) -> 
     [
         (CUDAGraphMode.FULL_AND_PIECEWISE, True, True),
         (CUDAGraphMode.PIECEWISE, True, True),
-        (CUDAGraphMode.FULL_DECODE_ONLY, True, True),
-        (CUDAGraphMode.FULL_DECODE_ONLY, False, False),
+        (CUDAGraphMode.FULL, True, True),
+        (CUDAGraphMode.FULL_DECODE_ONLY, True, False),
+        (CUDAGraphMode.FULL, False, False),
         (CUDAGraphMode.NONE, True, False),
         (None, False, False),
     ],
 )
-def test_compiled_code_is_split_where_there_are_graphs(mode: CUDAGraphMode | None, compiled: bool, split: bool) -> None:
+def test_compiled_code_is_split_where_there_are_piecewise_graphs(
+    mode: CUDAGraphMode | None, compiled: bool, split: bool
+) -> None:
     given = config(mode, compiled)
     shared = given.compilation_config.splitting_ops
     fit_graphs(given)
@@ -86,7 +89,7 @@ def test_vllm_tells_the_prefetcher_of_whole_forwards_only(monkeypatch: pytest.Mo
     told: list[str] = []
     prefetcher: Any = SimpleNamespace(align=lambda: told.append("align"), end_capture=lambda: told.append("end"))
     monkeypatch.setattr(base, "_instance", base.NoopOffloader())
-    follow_graphs(prefetcher)
+    follow_graphs(prefetcher, cut=True)
     offloader = base.get_offloader()
     assert isinstance(offloader, CopiesInGraphs)
     layers = [nn.Linear(1, 1)]
@@ -99,7 +102,45 @@ def test_vllm_tells_the_prefetcher_of_whole_forwards_only(monkeypatch: pytest.Mo
         offloader.join_after_forward()
         assert told == (["align", "end"] if tells else []), context
     with pytest.raises(DwdpError, match="CopiesInGraphs moves weights"):
-        follow_graphs(prefetcher)
+        follow_graphs(prefetcher, cut=True)
+
+
+def test_a_piecewise_graph_that_would_hold_copies_is_refused_before_its_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+    prefetcher: Any = SimpleNamespace(align=lambda: told.append("align"), end_capture=lambda: told.append("end"))
+    offloader = CopiesInGraphs(prefetcher, cut=False)
+    monkeypatch.setattr(vllm.forward_context, "_forward_context", None)
+    offloader.sync_prev_onload()
+    for mode in ("FULL", "PIECEWISE"):
+        context = SimpleNamespace(cudagraph_runtime_mode=CUDAGraphMode[mode])
+        monkeypatch.setattr(vllm.forward_context, "_forward_context", context)
+        if mode == "FULL":
+            offloader.sync_prev_onload()
+    with pytest.raises(DwdpError, match=r"cudagraph_mode PIECEWISE, .* or NONE"):
+        offloader.sync_prev_onload()
+    assert told == ["align", "align"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "chosen", "left"),
+    [
+        (CUDAGraphMode.FULL_AND_PIECEWISE, False, CUDAGraphMode.FULL_DECODE_ONLY),
+        (CUDAGraphMode.FULL_AND_PIECEWISE, True, CUDAGraphMode.FULL_AND_PIECEWISE),
+        (CUDAGraphMode.PIECEWISE, False, CUDAGraphMode.PIECEWISE),
+        (CUDAGraphMode.NONE, False, CUDAGraphMode.NONE),
+        (None, False, None),
+    ],
+)
+def test_piecewise_graphs_are_made_where_they_are_asked_for(
+    mode: CUDAGraphMode | None, chosen: bool, left: CUDAGraphMode | None
+) -> None:
+    given = config(mode)
+    fit_graphs(given, chosen)
+    compilation = given.compilation_config
+    assert compilation.cudagraph_mode == left
+    assert (compilation.splitting_ops[-2:] == list(OPS)) is splits(compilation)
 
 
 @pytest.mark.parametrize("shared", [False, True])

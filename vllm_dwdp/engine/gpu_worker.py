@@ -34,7 +34,7 @@ class DwdpGPUWorker(DwdpWorkerMixin, Worker):
         super().load_model(*args, **kwargs)
         assert self.dwdp_sharing is not None
         if self.dwdp_sharing.prefetcher is not None:
-            follow_graphs(self.dwdp_sharing.prefetcher)
+            follow_graphs(self.dwdp_sharing.prefetcher, splits(self.vllm_config.compilation_config))
 
     def determine_available_memory(self) -> int:
         """vLLM's profiling run; ranks that share a GPU take turns, so that their peaks do not add up."""

@@ -3,6 +3,10 @@
     whole forward   align | replay: experts, copies and their waits are all in the graph, which ends when the copies do
     piecewise       graph | acquire, on the host | graph with the experts | release, on the host | graph | attention | ...
 
+Code that is compiled in more pieces is fused, and rounds, otherwise: piecewise graphs give plain vLLM's weights, but not
+always its tokens. So they are used only where they are asked for; by default whole decode steps are graphs, and all code is
+compiled in the pieces of plain vLLM.
+
 vLLM calls its offloader before it captures or replays a graph and last of all in a capture, so that weights can be copied
 meanwhile (model_executor/offloader/base.py): that is all that DWDP needs too, and no launch with DWDP has another offloader.
 """
@@ -29,9 +33,18 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.dwdp")
 
 
-def fit_graphs(vllm_config: VllmConfig) -> None:
-    """Have vLLM split its piecewise graphs at acquire and release; raises DwdpError where they cannot be split there."""
+def fit_graphs(vllm_config: VllmConfig, chosen: bool = True) -> None:
+    """Have vLLM split its piecewise graphs at acquire and release; raises DwdpError where they cannot be split there.
+
+    chosen: whether the user named a mode of graphs; else vLLM's default becomes whole decode steps.
+    """
     compilation = vllm_config.compilation_config
+    if not chosen and compilation.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE:
+        compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+        logger.info(
+            "dwdp: CUDA graphs of whole decode steps (FULL_DECODE_ONLY); -cc.cudagraph_mode FULL_AND_PIECEWISE adds "
+            "piecewise ones, under which compiled code may round otherwise than plain vLLM's"
+        )
     if compilation.mode == CompilationMode.STOCK_TORCH_COMPILE:
         raise DwdpError(
             "compilation mode STOCK_TORCH_COMPILE is not supported by dwdp: use -cc.mode 3 (the default) or 0"
@@ -60,26 +73,32 @@ def fit_graphs(vllm_config: VllmConfig) -> None:
 def splits(compilation: CompilationConfig) -> bool:
     """Whether compiled code is cut at acquire and release, so that piecewise graphs hold neither.
 
-    Also where only whole forwards are to be graphs: vLLM may fall back to piecewise ones later, for a backend of attention.
+    Also for FULL, which vLLM turns into FULL_AND_PIECEWISE later where a backend of attention cannot do without.
     """
-    graphs = compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE)
-    return graphs and compilation.mode == CompilationMode.VLLM_COMPILE
+    mode = compilation.cudagraph_mode or CUDAGraphMode.NONE
+    piecewise = mode.has_piecewise_cudagraphs() or mode == CUDAGraphMode.FULL
+    return piecewise and compilation.mode == CompilationMode.VLLM_COMPILE
 
 
 class CopiesInGraphs(BaseOffloader):
-    """Tells the prefetcher of graphs of whole forwards."""
+    """Tells the prefetcher of graphs of whole forwards. cut: whether compiled code is cut at acquire and release."""
 
-    def __init__(self, prefetcher: Prefetcher) -> None:
-        self._prefetcher = prefetcher
+    def __init__(self, prefetcher: Prefetcher, cut: bool) -> None:
+        self._prefetcher, self._cut = prefetcher, cut
 
     def wrap_modules(self, modules_generator: Generator[nn.Module, None, None], prefix: str = "") -> list[nn.Module]:
         """See BaseOffloader: nothing is offloaded."""
         return list(modules_generator)
 
     def sync_prev_onload(self) -> None:
-        """See BaseOffloader: before a capture and before a replay."""
+        """See BaseOffloader: before a capture and before a replay. Raises DwdpError before a capture that cannot end."""
         if _of_whole_forward():
             self._prefetcher.align()
+        elif not self._cut:
+            raise DwdpError(
+                "vLLM fell back to piecewise CUDA graphs, since its attention backend cannot be in whole ones, and they "
+                "would hold dwdp's copies: choose -cc.cudagraph_mode PIECEWISE, which is cut there, or NONE"
+            )
 
     def join_after_forward(self) -> None:
         """See BaseOffloader: last of all in a capture."""
@@ -87,11 +106,11 @@ class CopiesInGraphs(BaseOffloader):
             self._prefetcher.end_capture()
 
 
-def follow_graphs(prefetcher: Prefetcher) -> None:
+def follow_graphs(prefetcher: Prefetcher, cut: bool) -> None:
     """Have vLLM tell `prefetcher` of its graphs; raises DwdpError where something else is told of them."""
     if not isinstance(get_offloader(), NoopOffloader):
         raise DwdpError(f"{type(get_offloader()).__name__} moves weights that peers read: turn offloading off")
-    set_offloader(CopiesInGraphs(prefetcher))
+    set_offloader(CopiesInGraphs(prefetcher, cut))
 
 
 def _of_whole_forward() -> bool:

@@ -42,6 +42,8 @@ def join_or_start(vllm_config: VllmConfig) -> None:
                 address="local",
                 runtime_env=runtime_env,
                 include_dashboard=False,
+                # Ray starts an idle Python process for each of these at once, by default for every core.
+                num_cpus=vllm_config.parallel_config.data_parallel_size,
                 object_store_memory=OBJECT_STORE_BYTES,
             )
     if not is_users("RAY_ADDRESS"):
