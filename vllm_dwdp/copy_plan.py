@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.placement import Placement
@@ -56,6 +56,21 @@ class _Layout:
     def nbytes(self) -> int:
         """Total bytes, a multiple of the alignment."""
         return self._ends[-1]
+
+
+#: Copies of a layer from several peers where no size is given, and the least size of one. Over NVLink (two H100s) a copy
+#: costs the device 3.6 microseconds and the host 1.7, so that 1 MiB at a time reaches 206 GB/s, 4 MiB 322 and 64 MiB 388.
+SLICES: Final = 32
+LEAST_SLICE_BYTES: Final = 4 << 20
+_SLICE_MULTIPLE: Final = 1 << 20
+
+
+def slice_bytes_for(pulled_bytes: int, num_sources: int) -> int:
+    """Bytes of one slice of a layer: large, but several sources still take turns; one source is read whole."""
+    if num_sources <= 1:
+        return max(pulled_bytes, LEAST_SLICE_BYTES)
+    share = -(-pulled_bytes // SLICES)
+    return max(LEAST_SLICE_BYTES, -(-share // _SLICE_MULTIPLE) * _SLICE_MULTIPLE)
 
 
 class SlabLayout(_Layout):
@@ -112,15 +127,15 @@ def build_plan(
     placement: Placement,
     reader: int,
     tensors: Sequence[TensorSpec],
-    slice_bytes: int,
+    slice_bytes: int | None,
     alignment: int = ALIGNMENT,
     split: bool = False,
 ) -> CopyPlan:
-    """Plan how rank `reader` fills a slot; split: with the experts it lacks only.
+    """Plan how rank `reader` fills a slot; split: with the experts it lacks only. slice_bytes: None for `slice_bytes_for`.
 
     Raises DwdpError for empty tensors or a slice_bytes below 1.
     """
-    if slice_bytes < 1:
+    if slice_bytes is not None and slice_bytes < 1:
         raise DwdpError(f"slice_bytes is {slice_bytes}: it must be >= 1")
     specs = tuple(tensors)
     rows = slot_rows(placement, reader, split)
@@ -135,6 +150,9 @@ def build_plan(
             first = rows[run.first]
             ranges[run.owner].append(Slice(run.owner, src + run.local * row, dst + first * row, run.length * row))
     peers = [(reader + step) % placement.num_ranks for step in range(1, placement.num_ranks)]
+    if slice_bytes is None:
+        pulled = [sum(whole.nbytes for whole in ranges[peer]) for peer in peers]
+        slice_bytes = slice_bytes_for(sum(pulled), sum(nbytes > 0 for nbytes in pulled))
     turns = zip_longest(*(_cut(ranges[peer], slice_bytes) for peer in peers))
     pulls = tuple(item for turn in turns for item in turn if item is not None)
     return CopyPlan(reader, slot, slabs, pulls, tuple(ranges[reader]))

@@ -15,7 +15,7 @@ def test_missing_and_empty_give_the_defaults() -> None:
     assert DwdpConfig.parse(None) == DwdpConfig.parse({}) == DwdpConfig()
     assert DwdpConfig().num_slots == 2
     assert DwdpConfig().resolve_slice_bytes(on_cpu=True) == 1 << 20
-    assert DwdpConfig().resolve_slice_bytes(on_cpu=False) == 4 << 20
+    assert DwdpConfig().resolve_slice_bytes(on_cpu=False) is None
     assert DwdpConfig(slice_bytes=8192).resolve_slice_bytes(on_cpu=False) == 8192
 
 

@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_dwdp.copy_plan import CopyPlan, SlabLayout, Slice, SlotLayout, TensorSpec, build_plan, slot_rows
+from vllm_dwdp.copy_plan import (
+    LEAST_SLICE_BYTES,
+    SLICES,
+    CopyPlan,
+    SlabLayout,
+    Slice,
+    SlotLayout,
+    TensorSpec,
+    build_plan,
+    slice_bytes_for,
+    slot_rows,
+)
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.placement import Placement, place
 
@@ -105,6 +116,24 @@ def test_an_example_in_full() -> None:
 def test_page_alignment() -> None:
     layout = SlabLayout((TensorSpec("a", 4096), TensorSpec("b", 100)), 3, 4096)
     assert layout.offsets == (0, 12288) and layout.nbytes == 16384
+
+
+@given(st.integers(1, 1 << 40), st.integers(2, 71))
+def test_slices_of_several_sources_are_few_and_not_small(pulled: int, sources: int) -> None:
+    size = slice_bytes_for(pulled, sources)
+    assert size >= LEAST_SLICE_BYTES and size % (1 << 20) == 0
+    assert -(-pulled // size) <= SLICES
+    assert size == LEAST_SLICE_BYTES or size < pulled / SLICES + (1 << 20)  # no larger than it must be
+
+
+def test_without_a_size_one_source_is_read_whole_and_several_in_turns() -> None:
+    specs = (TensorSpec("w13", 6 << 20), TensorSpec("w2", 3 << 20))
+    alone = build_plan(place(8, 2), 0, specs, None, split=True)
+    assert [item.nbytes for item in alone.pulls] == [24 << 20, 12 << 20]
+    several = build_plan(place(64, 4), 0, specs, None, split=True)
+    assert max(item.nbytes for item in several.pulls) == 14 << 20  # 432 MiB in 32 turns
+    assert [item.source for item in several.pulls[:6]] == [1, 2, 3] * 2
+    assert sum(item.nbytes for item in several.pulls) == several.pulled_bytes == 48 * (9 << 20)
 
 
 def test_refusals() -> None:

@@ -40,7 +40,7 @@ def addresses(layer: LayerSlab, rank: int, tensor: ExpertTensor, slot: Memory, s
     return [where[expert] for expert in range(placement.num_experts)]
 
 
-def attach_split(layer: LayerSlab, rank: int, slot: Memory, engine: CopyEngine, slice_bytes: int) -> Program:
+def attach_split(layer: LayerSlab, rank: int, slot: Memory, engine: CopyEngine, slice_bytes: int | None) -> Program:
     """Have the layer compute from `addresses`; returns the copies that fill its slot.
 
     vLLM's code reads shapes off the parameters: they become [E, ...] tensors that repeat one row and cost no memory.

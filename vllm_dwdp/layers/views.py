@@ -72,7 +72,9 @@ def _slot_layout(layer: LayerSlab, rank: int, split: bool) -> SlotLayout:
     return SlotLayout(specs, rows, alignment(layer.build.on_pages))
 
 
-def attach_contiguous(layer: LayerSlab, rank: int, slot: Memory, engine: CopyEngine, slice_bytes: int) -> Program:
+def attach_contiguous(
+    layer: LayerSlab, rank: int, slot: Memory, engine: CopyEngine, slice_bytes: int | None
+) -> Program:
     """Re-point the fetched tensors of `layer` into `slot`; returns the copies that fill it."""
     placement = layer.build.placement
     specs = [tensor.spec for tensor in layer.fetched]
