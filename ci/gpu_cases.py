@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 class Case(NamedTuple):
     """One model under one configuration, compared with plain vLLM under the same options.
 
-    same_tokens: greedy tokens have to be plain vLLM's; elsewhere compilers may fuse otherwise, and logprobs are compared.
+    plain: options of plain vLLM's engine where they are others.
     serve: `vllm serve` and HTTP requests instead of `LLM(...)`.
     """
 
@@ -17,39 +17,30 @@ class Case(NamedTuple):
     ranks: int
     dwdp: dict[str, Any]
     options: dict[str, Any] = MappingProxyType({})  # type: ignore[assignment]
-    same_tokens: bool = True
+    plain: dict[str, Any] | None = None
     serve: bool = False
+
+
+def compiled(**more: Any) -> dict[str, Any]:
+    """vLLM's default, torch.compile, with these words of its compilation config."""
+    return {"enforce_eager": False, "compilation_config": more}
 
 
 SIZES = [1, 2, 4, 8, 16, 24]
 EAGER = {"enforce_eager": True}
 #: Graphs of whole decode steps, without torch.compile.
-FULL = {
-    "enforce_eager": False,
-    "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": SIZES},
-}
-#: vLLM's default: torch.compile, piecewise graphs, and whole ones for decode.
-DEFAULT = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": SIZES}}
-PIECEWISE = {
-    "enforce_eager": False,
-    "compilation_config": {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": SIZES},
-}
-
-#: vLLM's default, and its experts cut off from the code around them in both engines, as DWDP's gates cut them off in one.
-CUT = {
-    "enforce_eager": False,
-    "compilation_config": {
-        "cudagraph_capture_sizes": SIZES,
-        "splitting_ops": ["vllm::unified_attention_with_output", "vllm::unified_kv_cache_update", "vllm::moe_forward"],
-    },
-}
-
-
-def emulated(options: dict[str, Any]) -> dict[str, Any]:
-    """The same with fused code rounding where unfused code rounds, so that where code is cut makes no difference."""
-    casts = {"inductor_compile_config": {"emulate_precision_casts": True}}
-    return {**options, "compilation_config": {**options["compilation_config"], **casts}}
-
+FULL = compiled(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=SIZES)
+#: With torch.compile: DWDP's own default, and the same in plain vLLM.
+DEFAULT = compiled(cudagraph_capture_sizes=SIZES)
+DECODE = compiled(cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=SIZES)
+NO_GRAPHS = compiled(cudagraph_mode="NONE")
+#: A graph for every number of tokens: padding would change which matrix products are taken.
+PIECEWISE = compiled(cudagraph_mode="PIECEWISE", cudagraph_capture_sizes=list(range(1, 25)))
+#: Plain vLLM's code cut where DWDP cuts it for piecewise graphs; without graphs, in which that op's output would be stale.
+CUT = compiled(
+    cudagraph_mode="NONE",
+    splitting_ops=["vllm::unified_attention_with_output", "vllm::unified_kv_cache_update", "vllm::moe_forward"],
+)
 
 SPLIT, CONTIGUOUS = {"weight_view": "split"}, {"weight_view": "contiguous"}
 QWEN = {"family": "qwen3_moe", "num_experts": 16}
@@ -74,13 +65,15 @@ CASES = {
     "qwen3-full-split": Case(QWEN, 2, SPLIT, FULL),
     "qwen3-full-contiguous": Case(QWEN, 2, CONTIGUOUS, FULL),
     "qwen3-serve": Case(QWEN, 2, {}, FULL, serve=True),
+    "qwen3-serve-default": Case(QWEN, 2, {}, DEFAULT, plain=DECODE, serve=True),
     "qwen3-ray": Case(QWEN, 2, {"launcher": "ray"}, EAGER),
     "deepseek-fp8-split": Case({**DEEPSEEK, "fp8": True}, 2, SPLIT, EAGER),
     "deepseek-split": Case(DEEPSEEK, 2, SPLIT, EAGER),
-    "qwen3-emulated-split": Case(QWEN, 2, SPLIT, emulated(DEFAULT)),
-    "qwen3-default-split": Case(QWEN, 2, SPLIT, DEFAULT, same_tokens=False),
-    "qwen3-default-contiguous": Case(QWEN, 2, CONTIGUOUS, DEFAULT, same_tokens=False),
-    "qwen3-piecewise-split": Case(QWEN, 2, SPLIT, PIECEWISE, same_tokens=False),
+    "qwen3-default-split": Case(QWEN, 2, SPLIT, DEFAULT, plain=DECODE),
+    "qwen3-default-contiguous": Case(QWEN, 2, CONTIGUOUS, DEFAULT, plain=DECODE),
+    "qwen3-compiled-split": Case(QWEN, 2, SPLIT, NO_GRAPHS),
+    "qwen3-piecewise-split": Case(QWEN, 2, SPLIT, PIECEWISE, plain=CUT),
+    "deepseek-default-split": Case(DEEPSEEK, 2, SPLIT, DEFAULT, plain=DECODE),
     "qwen3-fp8-split": Case(QWEN_FP8, 2, SPLIT, EAGER),
     "qwen3-fp8-contiguous": Case(QWEN_FP8, 2, CONTIGUOUS, EAGER),
     "gpt_oss-split": Case(GPT_OSS, 2, {**SPLIT, "experts_per_rank": 5, "num_slots": 3}, EAGER),
@@ -88,7 +81,6 @@ CASES = {
     "deepseek-full-split": Case(DEEPSEEK, 2, SPLIT, FULL),
     "qwen3-full-split-4": Case(QWEN, 4, SPLIT, FULL),
     "qwen3-full-contiguous-4": Case(QWEN, 4, CONTIGUOUS, FULL),
-    "qwen3-cut-split": Case(QWEN, 2, SPLIT, CUT),
     "big-qwen3-split-4": Case(QWEN_BIG, 4, SPLIT, FULL),
     "big-qwen3-contiguous": Case(QWEN_BIG, 2, CONTIGUOUS, EAGER),
     "big-deepseek-fp8-split": Case(DEEPSEEK_BIG, 2, SPLIT, EAGER),

@@ -1,4 +1,6 @@
-"""Every check and benchmark of the GPU data path, on one GPU. `python ci/gpu_check.py [STAGE ...] [--out FOLDER]`.
+"""Every check and benchmark of the GPU data path. `python ci/gpu_check.py [STAGE ...] [--out FOLDER]`.
+
+One GPU is enough for all stages but "link", which needs two; the others see the first one only.
 
 Stages run in order of value, each as processes of its own with a time limit below eight minutes. What a stage found goes
 into FOLDER/gpu_check.json after every step, with its raw results beside it, so that a run that was cut off goes on where it
@@ -27,13 +29,17 @@ UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 @dataclass(frozen=True)
 class Step:
-    """One command. `{out}` in its words is the results' folder; trial: its words without a GPU, None where it needs one."""
+    """One command. `{out}` in its words is the results' folder; trial: its words without a GPU, None where it needs one.
+
+    gpus: how many it is made for; it sees no more.
+    """
 
     name: str
     words: tuple[str, ...]
     limit_s: float
     trial: tuple[str, ...] | None = None
     env: dict[str, str] = field(default_factory=dict)
+    gpus: int = 1
 
 
 @dataclass
@@ -60,26 +66,37 @@ def _kernels(name: str, *more: str) -> tuple[str, ...]:
 
 def _checked(tool: str, *cases: str) -> tuple[str, ...]:
     more = ("--case", *cases) if cases else ()
-    return (
-        "compute-sanitizer",
-        "--tool",
-        tool,
-        "--error-exitcode",
-        "9",
-        *_kernels("sanitize", "--limit-s", "60", *more),
-    )
+    return (*_checker(tool), *_kernels("sanitize", "--limit-s", "60", *more))
 
 
+def _checker(tool: str) -> tuple[str, ...]:
+    return ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
+
+
+#: The rest is the same on one GPU and on two.
+LINK_CASES = "qwen3-split,qwen3-full-split,qwen3-ray,qwen3-serve,deepseek-fp8-split,big-qwen3-split-4"
 TINY = ("--device", "cpu", "--tiny")
+BENCH = ("--both", "--alike", "--limit-s", "400")
+#: A shortened play of two ranks: under a memory checker everything takes fifty times as long.
+PAIR = ("--only", "pair", "--acquires", "60", "--limit", "140", "--json", "{out}/pair.json")
 STAGES: dict[str, tuple[Step, ...]] = {
     "kernels": (
+        Step(
+            "accuracy",
+            _kernels("accuracy", "--limit-s", "100", "--json", "{out}/accuracy.json"),
+            150,
+            (
+                *("env", "TRITON_INTERPRET=1"),
+                *_kernels("accuracy", *TINY, "--seed", "1", "--json", "{out}/accuracy.json"),
+            ),
+        ),
         Step("results", _kernels("sanitize", "--limit-s", "60"), 90),
         Step("tune", _kernels("tune", "--folder", "{out}/tables", "--limit-s", "150"), 180),
         Step(
             "bench",
-            _kernels("bench", "--both", "--tables", "{out}/tables", "--limit-s", "150", "--json", "{out}/kernels.json"),
-            180,
-            _kernels("bench", *TINY, "--tokens", "3", "--json", "{out}/kernels.json"),
+            _kernels("bench", "--goal", *BENCH, "--tables", "{out}/tables", "--json", "{out}/kernels.json"),
+            460,
+            ("env", "TRITON_INTERPRET=1", *_kernels("bench", *TINY, "--tokens", "3", "--json", "{out}/kernels.json")),
         ),
     ),
     "e2e": (
@@ -106,6 +123,23 @@ STAGES: dict[str, tuple[Step, ...]] = {
             _script("gpu_prefill", "--cpu", "--json", "{out}/prefill.json"),
         ),
     ),
+    "link": (
+        Step("transport between GPUs", _script("gpu_ipc_check", "--json", "{out}/ipc-link.json"), 240, None, gpus=2),
+        Step(
+            "engines on two GPUs",
+            _script("gpu_e2e_check", "--only", LINK_CASES, "--parallel", "3", "--json", "{out}/e2e-link.json"),
+            300,
+            None,
+            gpus=2,
+        ),
+        Step(
+            "prefill and decode over the link",
+            _script("gpu_prefill", "--limit-s", "330", "--json", "{out}/prefill-link.json"),
+            460,
+            None,
+            gpus=2,
+        ),
+    ),
     "backends": (
         Step(
             "vLLM's other backends",
@@ -116,6 +150,13 @@ STAGES: dict[str, tuple[Step, ...]] = {
     "sanitize": (
         Step("memcheck", _checked("memcheck"), 150, None, UNCACHED),
         Step("racecheck", _checked("racecheck", "half tiles", "swapped"), 150, None, UNCACHED),
+        Step(
+            "two ranks",
+            (*_checker("memcheck"), "--target-processes", "all", *_script("gpu_ipc_check", *PAIR)),
+            150,
+            None,
+            UNCACHED,
+        ),
     ),
 }
 
@@ -131,6 +172,8 @@ def command(step: Step, out: Path, cpu: bool) -> list[str]:
 def run_step(step: Step, name: str, out: Path, cpu: bool) -> Found:
     """Run a step; what it prints goes to a file and, line by line, on."""
     env = {**os.environ, "PYTHONUNBUFFERED": "1", **step.env}
+    if not cpu:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(visible()[: step.gpus])
     env["PYTHONPATH"] = os.pathsep.join([str(REPO), *filter(None, [env.get("PYTHONPATH")])])
     log = out / f"{name.replace('/', '-').replace(' ', '_')}.log"
     begun, last = time.monotonic(), ""
@@ -166,11 +209,23 @@ def _end(session: int) -> None:
         os.killpg(session, signal.SIGKILL)
 
 
-def steps(stages: list[str], cpu: bool) -> Iterator[tuple[str, Step]]:
-    """Those of `stages`, by full name; without a GPU those that can be tried there."""
+def visible() -> list[str]:
+    """The GPUs of this process as CUDA_VISIBLE_DEVICES names them; none where the driver's tool lists none."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name for name in given.split(",") if name]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [str(i) for i, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+
+
+def steps(stages: list[str], gpus: int) -> Iterator[tuple[str, Step]]:
+    """Those of `stages` for which `gpus` are enough, by full name; without a GPU those that can be tried there."""
     for stage in stages:
         for step in STAGES[stage]:
-            if not cpu or step.trial is not None:
+            if step.gpus <= gpus or (gpus == 0 and step.trial is not None):
                 yield f"{stage}/{step.name}", step
 
 
@@ -198,7 +253,12 @@ def main() -> int:
     (out / "tables").mkdir(parents=True, exist_ok=True)
     results = out / "gpu_check.json"
     found, begun = load(results), time.monotonic()
-    wanted = dict(steps(args.stages or list(STAGES), args.cpu))
+    gpus = 0 if args.cpu else len(visible())
+    if not gpus and not args.cpu:
+        parser.error(
+            "no GPU is visible (nvidia-smi -L, CUDA_VISIBLE_DEVICES): --cpu tries what can be tried without one"
+        )
+    wanted = dict(steps(args.stages or list(STAGES), gpus))
     for name, step in wanted.items():
         if name in found and found[name].passed and not args.again:
             print(f"gpu check: {name} passed earlier", flush=True)

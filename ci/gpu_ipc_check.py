@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Checks the CUDA transport and copy engine on a real GPU, one is enough, and measures them. Needs no vLLM.
+"""Checks the CUDA transport and copy engine on real GPUs, one is enough, and measures them. Needs no vLLM.
+
+With two GPUs or more, owners lie on the second one, so that rates are those of the link between them.
 
     python ci/gpu_ipc_check.py                      all parts, under 4 minutes; table on stdout, JSON beside it
     python ci/gpu_ipc_check.py --only ranks,exposed
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_ranks import Group, Setting, own_slab
-from gpu_rates import MIB, Layer, Row, exposed, launch_times, overlap, rates, same_bytes
+from gpu_rates import MIB, Layer, Row, exposed, launch_times, merge, overlap, rates, same_bytes
 from repo_path import ROOT
 
 from vllm_dwdp.errors import DwdpError
@@ -177,14 +179,19 @@ def rate_part(kind: str, nbytes: int) -> list[Row]:
 
 def launch_part() -> list[Row]:
     layer = Layer()
-    per_rank = -(-layer.experts // layer.ranks) * sum(spec.row_bytes for spec in layer.tensors)
-    with Mapped("cupy_ipc", per_rank) as peer:
-        return launch_times(peer.device, peer.transport, peer.source, layer, [MIB, 4 * MIB, 16 * MIB], 4 * MIB)
+    with Mapped("cupy_ipc", layer.share_bytes) as peer:
+        return launch_times(peer.device, peer.transport, peer.source, layer, [MIB, 4 * MIB, 16 * MIB])
 
 
-def overlap_part() -> list[Row]:
-    with Mapped("cuda_pinned", 256 * MIB) as peer:
-        slot = peer.transport.allocate_slot(256 * MIB)
+def merge_part() -> list[Row]:
+    layer = Layer()
+    with Mapped("cupy_ipc", layer.share_bytes) as peer:
+        return merge(peer.device, peer.transport, peer.source, layer, layer.experts // layer.ranks, None)
+
+
+def overlap_part(kind: str, nbytes: int) -> list[Row]:
+    with Mapped(kind, nbytes) as peer:
+        slot = peer.transport.allocate_slot(nbytes)
         return overlap(peer.device, TorchCompute(peer.device), peer.source, slot, SIZES[1:5])
 
 
@@ -209,9 +216,12 @@ def parts(cpu: bool, acquires: int) -> dict[str, Callable[[], list[Row]]]:
         "exposed": exposed_part,
         "replay": lambda: ranks_part([Setting("cupy_ipc", 2), Setting("cuda_pinned", 2, 1)], "replay", acquires),
         "launch": launch_part,
-        "overlap": overlap_part,
+        "merge": merge_part,
+        "overlap": lambda: overlap_part("cuda_pinned", 256 * MIB),
         "rate-pinned": lambda: rate_part("cuda_pinned", 128 * MIB),
         "rate-ipc": lambda: rate_part("cupy_ipc", 1024 * MIB),
+        # From another GPU: copies from the own one queue behind compute and show nothing.
+        "overlap-link": lambda: overlap_part("cupy_ipc", 1024 * MIB),
         # For a checker of device memory, under which the others take too long.
         "pair": lambda: ranks_part([Setting("cupy_ipc", 2)], "play", acquires),
     }
@@ -254,14 +264,22 @@ def show(row: Row) -> str:
     return f"{row.part:9} {row.name:52} {row.value:12.3f} {row.unit:6} {verdict:6} {row.note}".rstrip()
 
 
+def visible_gpus() -> int:
+    """Told without making a context on one."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def about(cpu: bool) -> dict[str, Any]:
     """What it ran on; asked without touching a device in this process."""
     import platform
 
     import torch
 
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
     if not cpu:
+        versions["gpus"] = visible_gpus()
         versions["cupy"] = " ".join(
             f"{item.name} {item.version}" for item in distributions() if item.name.startswith("cupy")
         )
@@ -276,8 +294,10 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=230.0, help="seconds for everything (%(default)s)")
     parser.add_argument("--json", type=Path, default=ROOT / ".cache" / "gpu_ipc_check.json")
     arguments = parser.parse_args()
+    gpus = 0 if arguments.cpu else visible_gpus()
     known = list(parts(arguments.cpu, arguments.acquires))
-    names = arguments.only.split(",") if arguments.only else [name for name in known if name != "pair"]
+    others = {"pair"} if gpus > 1 else {"pair", "overlap-link"}
+    names = arguments.only.split(",") if arguments.only else [name for name in known if name not in others]
     if unknown := [name for name in names if name not in known]:
         parser.error(f"no part {', '.join(unknown)}: there are {', '.join(known)}")
     begin, found, rows = time.monotonic(), about(arguments.cpu), []

@@ -1,9 +1,12 @@
-"""Prefill and decode of real engines on one GPU: DWDP against plain vLLM. `python ci/gpu_prefill.py [--json FILE]`.
+"""Prefill and decode of real engines on GPUs: DWDP against plain vLLM. `python ci/gpu_prefill.py [--json FILE]`.
 
-Layers of Qwen3-30B-A3B's shape with random weights, two ranks on the one GPU, one request at a time, so that one rank
-computes. Peers' experts lie in pinned host memory (transport cuda_pinned): their copies overlap with compute as those over
-NVLink do, at PCIe's rate. Engines run one after the other in this order; each figure is a median over turns within one
-engine. Prefill is one step of one prompt to its first token; decode is greedy tokens per second of some requests at once.
+Layers of Qwen3-30B-A3B's shape with random weights, two ranks. On one GPU: one request at a time, so that one rank
+computes, and peers' experts in pinned host memory (transport cuda_pinned): their copies overlap with compute as those over
+NVLink do, at PCIe's rate. On two GPUs: a rank on each, experts pulled over the link between them, also by both at once.
+
+Engines run one after the other in this order; each figure is a median over turns within one engine, where plain vLLM runs
+first and last. Prefill is one step of one prompt to its first token ("pairs": one such prompt on each rank at a time);
+decode is greedy tokens per second of some requests at once.
 """
 
 from __future__ import annotations
@@ -52,11 +55,27 @@ class Job(NamedTuple):
     steps: tuple[str, ...]
 
 
-def jobs(cpu: bool) -> list[Job]:
-    """In order of value."""
-    if cpu:
-        return [Job("plain", None, EAGER, ("prefill", "decode")), Job("dwdp", {}, EAGER, ("prefill", "decode"))]
-    pinned = {"transport": "cuda_pinned", "ranks_per_device": 2, "launcher": "mp", "slice_bytes": 4 << 20}
+def jobs(gpus: int) -> list[Job]:
+    """In order of value. gpus: 0 on CPU."""
+    if not gpus:
+        steps = ("prefill", "pairs", "decode")
+        return [Job("plain", None, EAGER, ("prefill", "decode")), Job("dwdp", {}, EAGER, steps)]
+    if gpus > 1:
+        link = {"launcher": "mp", "transport": "cupy_ipc"}
+        return [
+            Job("plain graphs", None, GRAPHS, ("prefill", "decode")),
+            Job("split 64 link", {**link, "weight_view": "split"}, GRAPHS, ("prefill", "pairs", "decode")),
+            Job("plain again", None, GRAPHS, ("prefill",)),
+            Job("contiguous 64 link", {**link, "weight_view": "contiguous"}, GRAPHS, ("prefill", "pairs")),
+            Job("split 64 link, 1 MiB", {**link, "weight_view": "split", "slice_bytes": 1 << 20}, GRAPHS, ("pairs",)),
+            Job(
+                "split 96 link",
+                {**link, "weight_view": "split", "experts_per_rank": 96},
+                GRAPHS,
+                ("prefill", "pairs", "decode"),
+            ),
+        ]
+    pinned = {"transport": "cuda_pinned", "ranks_per_device": 2, "launcher": "mp"}
     ipc = {**pinned, "transport": "cupy_ipc", "experts_per_rank": 112}
     return [
         Job("plain graphs", None, GRAPHS, ("prefill", "decode")),
@@ -69,13 +88,17 @@ def jobs(cpu: bool) -> list[Job]:
         ),
         Job("split 112 ipc graphs", {**ipc, "weight_view": "split"}, GRAPHS, ("decode", "prefill")),
         Job("split 64 pinned", {**pinned, "experts_per_rank": 64, "weight_view": "split"}, GRAPHS, ("prefill",)),
+        Job("plain again", None, GRAPHS, ("prefill", "decode")),
         Job("split 112 ipc eager", {**ipc, "weight_view": "split"}, EAGER, ("decode",)),
         Job("plain eager", None, EAGER, ("decode",)),
     ]
 
 
-def prefill(llm: Any, lengths: list[int], turns: int) -> dict[str, Any]:
-    """By prompt length: seconds of a request for one token, median and all, and the exposed wait of all ranks in them."""
+def prefill(llm: Any, lengths: list[int], turns: int, prompts: int = 1) -> dict[str, Any]:
+    """By prompt length: seconds of `prompts` requests for one token, median and all, and the exposed wait of all ranks.
+
+    The client sends a request to the rank with the fewest, so that two prompts are one on each of two ranks.
+    """
     import random
 
     from vllm import SamplingParams
@@ -86,9 +109,9 @@ def prefill(llm: Any, lengths: list[int], turns: int) -> dict[str, Any]:
         for turn in range(turns + 4):  # both ranks warm up twice
             if turn == 4:
                 before = waits(llm)
-            prompt = {"prompt_token_ids": [rng.randrange(100, 200) for _ in range(length)]}
+            batch = [{"prompt_token_ids": [rng.randrange(100, 200) for _ in range(length)]} for _ in range(prompts)]
             started = time.perf_counter()
-            llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+            llm.generate(batch, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
             seconds.append(time.perf_counter() - started)
         exposed = {key: value - before[key] for key, value in waits(llm).items()}
         found[str(length)] = {"median_s": statistics.median(seconds[4:]), "seconds": seconds[4:], **exposed}
@@ -96,19 +119,19 @@ def prefill(llm: Any, lengths: list[int], turns: int) -> dict[str, Any]:
 
 
 def decode(llm: Any, batches: list[int]) -> dict[str, Any]:
-    """By requests at once: tokens per second, the best of three turns after one to warm up, and all."""
+    """By requests at once: tokens per second, median of nine turns after two to warm up, and all."""
     from vllm import SamplingParams
 
     found = {}
     for batch in batches:
         rates = []
-        for _ in range(4):
+        for _ in range(11):
             params = SamplingParams(temperature=0, max_tokens=DECODED, ignore_eos=True)
             prompts = [{"prompt_token_ids": [100 + i, 101, 102, 103]} for i in range(batch)]
             started = time.perf_counter()
             llm.generate(prompts, params, use_tqdm=False)
             rates.append(batch * DECODED / (time.perf_counter() - started))
-        found[str(batch)] = {"tokens_per_s": max(rates[1:]), "all": rates[1:]}
+        found[str(batch)] = {"tokens_per_s": statistics.median(rates[2:]), "all": rates[2:]}
     return found
 
 
@@ -136,11 +159,19 @@ def run_one(spec_file: Path, out: Path) -> None:
     llm = LLM(spec["model"], **spec["options"])
     found: dict[str, Any] = {"start_s": time.monotonic() - started}
     for step in spec["steps"]:
-        found[step] = (
-            prefill(llm, spec["prompts"], spec["turns"]) if step == "prefill" else decode(llm, spec["batches"])
-        )
+        if step == "decode":
+            found[step] = decode(llm, spec["batches"])
+        else:
+            found[step] = prefill(llm, spec["prompts"], spec["turns"], 2 if step == "pairs" else 1)
         out.write_text(json.dumps(found))
     del llm
+
+
+def visible_gpus() -> int:
+    """Told without making a context on one."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def options_of(job: Job, cpu: bool) -> dict[str, Any]:
@@ -193,9 +224,10 @@ def main() -> int:
     print(f"gpu prefill: checkpoint there after {time.monotonic() - begun:.0f} s", flush=True)
     if args.write_only:
         return 0
+    gpus = 0 if args.cpu else visible_gpus()
     begun, rows = time.monotonic(), {}
     with tempfile.TemporaryDirectory() as folder:
-        for job in jobs(args.cpu):
+        for job in jobs(gpus):
             if args.only and not any(part in job.name for part in args.only.split(",")):
                 continue
             if time.monotonic() - begun > args.limit_s:
@@ -247,10 +279,15 @@ def run_job(folder: Path, job: Job, model: Path, args: argparse.Namespace) -> di
 
 
 def table(rows: dict[str, dict[str, Any]]) -> None:
-    """Prefill: milliseconds, plain by this (above 1: faster than plain), share exposed. Decode: tokens/s, this by plain."""
-    for step, figure in (("prefill", "median_s"), ("decode", "tokens_per_s")):
-        plain = next((row[step] for row in rows.values() if step in row), None)
+    """Prefill: milliseconds, plain by this (above 1: faster than plain), share exposed. Decode: tokens/s, this by plain.
+
+    Pairs are compared with plain vLLM's single prompts: two replicas would share nothing.
+    """
+    for step, figure in (("prefill", "median_s"), ("pairs", "median_s"), ("decode", "tokens_per_s")):
+        plain = next((row[key] for row in rows.values() for key in (step, "prefill") if key in row), None)
         if plain is None:
+            continue
+        if not any(step in row for row in rows.values()):
             continue
         print(f"\n{step:22}" + "".join(f"{key:>26}" for key in plain))
         for name, row in rows.items():
@@ -262,7 +299,8 @@ def table(rows: dict[str, dict[str, Any]]) -> None:
                 if step == "decode":
                     cells.append(f"{mine[figure]:10.0f} tok/s {mine[figure] / base[figure]:6.3f}")
                 else:
-                    exposed = mine.get("exposed_s", 0.0) / sum(mine["seconds"])
+                    ranks = 2 if step == "pairs" else 1
+                    exposed = mine.get("exposed_s", 0.0) / sum(mine["seconds"]) / ranks
                     cells.append(
                         f"{mine[figure] * 1e3:8.2f} ms {base[figure] / mine[figure]:6.3f} {100 * exposed:5.1f}%"
                     )

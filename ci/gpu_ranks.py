@@ -242,8 +242,8 @@ class Group:
 
 
 def own_slab(pipe: Connection, transport: str, nbytes: int) -> None:
-    """An owner of one slab; it ends when its pipe is closed."""
-    made = make_transport(transport, 0, 1, CopyOptions())
+    """An owner of one slab, on the second device where there are two; it ends when its pipe is closed."""
+    made = make_transport(transport, 1, 2, CopyOptions())
     slab = made.allocate_slab(nbytes)
     pipe.send(made.export_handle(slab))
     try:

@@ -50,6 +50,11 @@ class Layer(NamedTuple):
         one = self.hidden * self.intermediate  # FP8
         return (TensorSpec("w13", 2 * one), TensorSpec("w2", one))
 
+    @property
+    def share_bytes(self) -> int:
+        """Of the slab of one rank."""
+        return -(-self.experts // self.ranks) * sum(spec.row_bytes for spec in self.tensors)
+
 
 class Compute(Protocol):
     """What only a real device, or a simulated one, can do."""
@@ -115,13 +120,13 @@ def same_bytes(device: CudaDevice, source: Memory, slot: Memory) -> Row:
 
 
 def launch_times(
-    device: CudaDevice, transport: Transport, source: Memory, layer: Layer, sizes: Sequence[int], judged: int
+    device: CudaDevice, transport: Transport, source: Memory, layer: Layer, sizes: Sequence[int]
 ) -> list[Row]:
-    """Host time to submit one layer's graph, against its pull at NVLINK; `judged` is the slice size that must be below
-    LAUNCH_SHARE. source: stands for the slabs of all ranks."""
+    """Host time to submit one layer's graph, against its pull at NVLINK, for slices of these sizes and of the default one,
+    which must be below LAUNCH_SHARE. source: stands for the slabs of all ranks."""
     placement, rows = place(layer.experts, layer.ranks), []
-    slot = transport.allocate_slot(build_plan(placement, 0, layer.tensors, sizes[-1]).slot.nbytes)
-    for size in sizes:
+    slot = transport.allocate_slot(build_plan(placement, 0, layer.tensors, None).slot.nbytes)
+    for size in (*sizes, None):
         engine = CudaCopyEngine(device, CopyOptions(1, True, LIMIT_S))
         plan = build_plan(placement, 0, layer.tensors, size)
         free, begin = device.memory().free, time.perf_counter()
@@ -139,9 +144,10 @@ def launch_times(
         note = (
             f"{program.copies} copies, bound in {bound * 1e3:.0f} ms, {taken / MIB:.1f} MiB, pull {pull * 1e3:.2f} ms"
         )
-        ok = host < LAUNCH_SHARE * pull if size == judged else None
-        rows.append(Row("launch", f"{size // MIB} MiB: host time", host * 1e6, "us", None, note))
-        rows.append(Row("launch", f"{size // MIB} MiB: of the pull at 450 GB/s", 100 * host / pull, "%", ok))
+        ok = host < LAUNCH_SHARE * pull if size is None else None
+        name = f"default, {plan.pulls[0].nbytes // MIB} MiB" if size is None else f"{size // MIB} MiB"
+        rows.append(Row("launch", f"{name}: host time", host * 1e6, "us", None, note))
+        rows.append(Row("launch", f"{name}: of the pull at 450 GB/s", 100 * host / pull, "%", ok))
         engine.close(LIMIT_S)
     return rows
 
@@ -191,7 +197,7 @@ def overlap(
 
 
 def merge(
-    device: CudaDevice, transport: Transport, source: Memory, layer: Layer, held: int, slice_bytes: int
+    device: CudaDevice, transport: Transport, source: Memory, layer: Layer, held: int, slice_bytes: int | None
 ) -> list[Row]:
     """Milliseconds to fill a slot for one layer: with all experts (contiguous view) and with the missing ones (split).
 

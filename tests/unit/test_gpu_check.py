@@ -11,6 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "ci"))
 import gpu_check
 
 
+@pytest.fixture(autouse=True)
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+
+
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(out), *arguments])
     return gpu_check.main()
@@ -36,8 +41,28 @@ def test_stages_fit_their_limit_and_name_scripts_that_exist(stage: str, tmp_path
 
 
 def test_without_a_gpu_only_steps_with_a_trial() -> None:
-    names = [name for name, _ in gpu_check.steps(list(gpu_check.STAGES), cpu=True)]
+    names = [name for name, _ in gpu_check.steps(list(gpu_check.STAGES), gpus=0)]
     assert "ipc/transport" in names and "sanitize/memcheck" not in names
+    assert not any(name.startswith("link/") for name in names)
+
+
+def test_steps_for_two_gpus_are_left_out_on_one() -> None:
+    one, two = (dict(gpu_check.steps(list(gpu_check.STAGES), gpus)) for gpus in (1, 2))
+    assert set(two) - set(one) == {f"link/{step.name}" for step in gpu_check.STAGES["link"]}
+    assert "sanitize/memcheck" in one
+
+
+def test_a_step_sees_as_many_gpus_as_it_is_made_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,0")
+    words = ("python", "-c", "import os; print('sees', os.environ['CUDA_VISIBLE_DEVICES'])")
+    for gpus, seen in ((1, "sees 3"), (2, "sees 3,1")):
+        assert gpu_check.run_step(gpu_check.Step("s", words, 30, gpus=gpus), "s", tmp_path, cpu=False).last == seen
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path)
 
 
 def test_a_step_that_needs_a_gpu_is_refused_without(tmp_path: Path) -> None:

@@ -70,10 +70,21 @@ def test_rates(measures: Any) -> None:
 def test_launch_times(measures: Any) -> None:
     setup = Setup(2 * 3 * 64 * 32)
     layer = measures.Layer(experts=8, ranks=4, hidden=64, intermediate=32)
-    rows = measures.launch_times(setup.device, setup.transport, setup.source, layer, [4096, MIB], MIB)
-    assert len(rows) == 4 and all(row.value > 0 for row in rows)
-    assert rows[3].ok is False  # no host launches so small a layer in 1 % of its pull
+    rows = measures.launch_times(setup.device, setup.transport, setup.source, layer, [4096, MIB])
+    assert len(rows) == 6 and all(row.value > 0 for row in rows)
+    assert [row.ok for row in rows[:5]] == [None] * 5
+    assert rows[5].ok is False  # no host launches so small a layer in 1 % of its pull
     assert measures.Layer().tensors[0].row_bytes + measures.Layer().tensors[1].row_bytes == 44_040_192
+
+
+def test_merge_copy_against_split(measures: Any) -> None:
+    layer = measures.Layer(experts=8, ranks=4, hidden=64, intermediate=32)
+    setup = Setup(layer.share_bytes)
+    rows = measures.merge(setup.device, setup.transport, setup.source, layer, 2, 4096)
+    assert [row.name for row in rows] == [
+        f"2 of 8 held: {what}" for what in ("contiguous", "merge copy", "split", "contiguous / split")
+    ]
+    assert rows[3].ok and rows[3].value == pytest.approx(8 / 6, rel=0.1)  # all experts copied against those that lack
 
 
 def test_overlap(measures: Any) -> None:
