@@ -7,9 +7,10 @@
     split_moe.py      a whole MoE layer: both GEMMs, activation, top-k reduction
     torch_ops.py, vllm_ops.py   what a layer needs beside its GEMMs: in plain torch, or vLLM's kernels
     experts.py        the class that vLLM's modular MoE layer calls
-    configs.py        which tiles for which shape on which device;  tune.py finds and writes them, candidates.py lists them
-    bench.py, rates.py, backends.py             how fast, beside what the card and vLLM's other backends reach
-    compile_report.py, sanitize.py, reference.py   compiled and right?
+    configs.py, tables.py   which tiles for which shape on which device
+    tune.py, candidates.py, precompile.py   finds and writes them
+    bench.py, summary.py, rates.py, backends.py    how fast, beside what the card and vLLM's other backends reach
+    accuracy.py, exact.py, sanitize.py, reference.py, compile_report.py   right, and compiled?
 
 Importing this package imports neither Triton nor vLLM.
 """

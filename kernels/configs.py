@@ -1,25 +1,20 @@
-"""Which tiles to use: measured tables per device beside this file, then vLLM's tuned ones, then vLLM's defaults.
+"""Which tiles to use: measured tables (tables.py), then vLLM's tuned ones, then vLLM's defaults.
 
-A table holds what `tune.py` measured to be faster than vLLM's choice for that very device and shape, so it goes first. Other
-tiles may round other bits than vLLM's choice does; both are as far from the exact result.
+A table holds what `tune.py` measured to be faster than vLLM's choice for that very shape, on that device or one with the
+same compute units, so it goes first. Other tiles may round other bits than vLLM's choice does; both are as far from the
+exact result.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from vllm_dwdp.errors import DwdpError
-
+from .tables import FOLDER, chip_of, measured
 from .tiles import Tiles
 from .weight_table import WeightTable
-
-FOLDER = Path(__file__).parent / "configs"
 
 
 class LayerShape(NamedTuple):
@@ -48,28 +43,6 @@ def layer_shape(w13: WeightTable, w2: WeightTable, top_k: int) -> LayerShape:
     if w13.scales is not None and w13.scales.kind == "block":
         dtype = "fp8_block"
     return LayerShape(w13.num_experts, w13.rows, w13.cols, w2.cols, dtype, top_k)
-
-
-def device_name(device: torch.device) -> str:
-    """As in file names: 'NVIDIA_H200'; 'cpu' for the interpreter."""
-    if device.type != "cuda":
-        return device.type
-    return re.sub(r"[^A-Za-z0-9]+", "_", torch.cuda.get_device_name(device)).strip("_")
-
-
-@lru_cache
-def read_table(path: Path) -> dict[str, dict[int, Tiles]]:
-    """Shape key -> tokens -> tiles; empty where there is no such file. Raises DwdpError for one that makes no sense."""
-    if not path.exists():
-        return {}
-    try:
-        raw: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text())["shapes"]
-        return {
-            key: {int(tokens): Tiles(**entry["tiles"]) for tokens, entry in entries.items()}
-            for key, entries in raw.items()
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise DwdpError(f"{path} is no table of tiles ({error}): write it with vllm_dwdp.kernels.tune") from error
 
 
 #: An entry serves batches of half to twice its own number of tokens: tables are sparse, and what is fastest changes slowly.
@@ -106,7 +79,7 @@ def tiles_for(
     Args:
         block: (group_n, group_k) of block scales, None otherwise.
         own: False for what vLLM itself would use.
-        folder: of the measured tables.
+        folder: of measured tables; rows that they lack come from the shipped ones.
     """
     on_cuda = device.type == "cuda"
     if on_cuda:
@@ -116,10 +89,10 @@ def tiles_for(
         if forced:
             return Tiles.from_vllm(forced)
     if own:
-        entries = read_table(folder / f"{device_name(device)}.json").get(shape.key)
-        measured = nearest(entries, num_tokens) if entries else None
-        if measured is not None:
-            return measured
+        entries = measured(folder, chip_of(device)).get(shape.key)
+        tuned = nearest(entries, num_tokens) if entries else None
+        if tuned is not None:
+            return tuned
     if not on_cuda:
         return default_tiles(shape.dtype, num_tokens)
     # vLLM's names: nothing for 16 bits, one word for all FP8.

@@ -66,18 +66,19 @@ class Batch(NamedTuple):
 
 
 class Dequantized(Sequence[torch.Tensor]):
-    """Matrix by matrix in float32, so that a whole layer never is."""
+    """Matrix by matrix in a wide dtype, so that a whole layer never is."""
 
-    def __init__(self, stored: torch.Tensor, scales: torch.Tensor | None) -> None:
-        self._stored, self._scales = stored, scales
+    def __init__(self, stored: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> None:
+        self._stored, self._scales, self._dtype = stored, scales, dtype
 
     def __len__(self) -> int:
         return self._stored.shape[0]
 
     def __getitem__(self, expert: int) -> torch.Tensor:  # type: ignore[override]
-        wide = self._stored[expert].float()
+        # float32 holds every FP8 value, and torch has that cast on every device.
+        wide = self._stored[expert].float().to(self._dtype)
         if self._scales is not None:
-            spread = self._scales[expert].repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+            spread = self._scales[expert].to(self._dtype).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
             wide *= spread[: wide.shape[0], : wide.shape[1]]
         return wide
 
@@ -92,12 +93,12 @@ def _weights(experts: int, rows: int, cols: int, dtype: torch.dtype, device: tor
     return made
 
 
-def scattered(dense: torch.Tensor) -> Iterator[torch.Tensor]:
+def scattered(dense: torch.Tensor, seed: int = 0) -> Iterator[torch.Tensor]:
     """Copies of the experts of [E, N, K] in two allocations, in a shuffled order, 256-byte aligned; in order of experts."""
     count, rows, cols = dense.shape
     step = -(-rows * cols * dense.element_size() // 256) * 256
     slabs = [torch.empty(-(-count // 2) * step, dtype=torch.uint8, device=dense.device) for _ in range(2)]
-    for expert, place in enumerate(torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()):
+    for expert, place in enumerate(torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()):
         part = slabs[place % 2][place // 2 * step :][: rows * cols * dense.element_size()]
         view = part.view(dense.dtype).view(rows, cols)
         view.copy_(dense[expert])
@@ -107,8 +108,10 @@ def scattered(dense: torch.Tensor) -> Iterator[torch.Tensor]:
 class Problem:
     """A layer's weights, twice: `dense` (w13, w2) for vLLM and `tables` over scattered copies for us."""
 
-    def __init__(self, model: ModelShape, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
-        torch.manual_seed(0)
+    def __init__(
+        self, model: ModelShape, device: torch.device, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    ) -> None:
+        torch.manual_seed(seed)
         self.model, self.device, self.dtype = model, device, dtype
         stored = torch.float8_e4m3fn if model.quant == "block" else dtype
         shapes = ((2 * model.width, model.hidden), (model.hidden, model.width))
@@ -126,7 +129,7 @@ class Problem:
                 scales = (torch.rand(grid, device=device) + 0.5) * (6 / FP8_MAX * cols**-0.5)
             if model.bias:
                 bias = torch.randn(model.experts, rows, device=device).to(dtype)
-            copies = list(scattered(dense))
+            copies = list(scattered(dense, seed))
             given = Scales("block", PerExpert.dense(scales), (BLOCK, BLOCK)) if scales is not None else None
             dense_bias = None if bias is None else PerExpert.dense(bias)
             self.dense.append(dense)
@@ -144,9 +147,9 @@ class Problem:
         weights, ids = torch.softmax(logits, 1).topk(self.model.top_k, 1)
         return Batch(hidden, weights / weights.sum(1, keepdim=True), ids.to(torch.int32))
 
-    def wide(self) -> tuple[Dequantized, Dequantized]:
-        """w13 and w2 for the reference."""
-        w13, w2 = (Dequantized(*pair) for pair in zip(self.dense, self.scales, strict=True))
+    def wide(self, dtype: torch.dtype = torch.float32) -> tuple[Dequantized, Dequantized]:
+        """w13 and w2 for a reference."""
+        w13, w2 = (Dequantized(*pair, dtype) for pair in zip(self.dense, self.scales, strict=True))
         return w13, w2
 
     def ops(self) -> MoeOps:

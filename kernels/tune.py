@@ -5,35 +5,33 @@ stages and grouping. All kernels of a list are compiled beforehand in parallel t
 with vLLM's choice's over poisoned memory, and timed in turns with the best so far, not for long where it is clearly slower.
 What beats vLLM's choice by at least 1 % goes into FOLDER/<device>.json, which `configs.tiles_for` reads before vLLM's
 tables; other tiles may round other bits, within the same tolerance of a float32 reference. The table is written after
-every row, and rows that it has are skipped, so that a run can be cut and begun again. `--thorough` descends coordinate by
-coordinate.
+every row, and rows that it has are skipped, so that a run can be cut and begun again. Rows go first that no table has an
+entry for, neither this device's nor the shipped one of a device like it. `--thorough` descends coordinate by coordinate.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from vllm_dwdp.errors import DwdpError
 
-from .bench import describe, errors, own_experts, poisoned
 from .candidates import CHOICES, fits, listed, neighbours
-from .configs import FOLDER, default_tiles, device_name, layer_shape, tiles_for
+from .configs import default_tiles, layer_shape, tiles_for
+from .precompile import compile_all, gemms
 from .shapes import BLOCK, MODELS, TINY_MODELS, Batch, ModelShape, Problem
-from .split_gemm import INTERPRETED, compile_gemm
-from .split_moe import Workspace
+from .sides import LOST, describe, errors, own_experts, poisoned
+from .split_gemm import INTERPRETED
+from .tables import FOLDER, Table, chip_of, measured, read, write
 from .tiles import Tiles
 from .timing import Call, captured, in_turns, seconds
 
@@ -49,9 +47,6 @@ SLOW_S, LARGE, FEW = 0.004, 16384, 4
 #: Largest difference from the result of vLLM's tiles, by the largest value there; right 16-bit results differ by less.
 #: With FP8 blocks a value may fall to its other neighbour between the GEMMs: vLLM is 2 % off the reference itself there.
 TOLERANCE = {"none": 2e-2, "block": 5e-2}
-
-#: The process can launch nothing more after such an error.
-LOST = ("illegal", "misaligned", "unspecified launch failure")
 
 #: (candidate, best so far) -> how many times faster the candidate is, or None if it cannot run.
 Compare = Callable[[Tiles, Tiles], float | None]
@@ -120,14 +115,11 @@ class Trials:
 
     def compile(self, candidates: Sequence[Tiles], workers: int) -> None:
         """Both GEMMs of every candidate, in parallel; what fails will fail again where it is compared."""
-        if INTERPRETED or workers < 2:
-            return
-        jobs: list[Callable[[], object]] = []
-        for tiles in candidates:
-            jobs += gemms(self.problem, self.batches[0], tiles, self.workspace)
-        with ThreadPoolExecutor(workers) as pool:
-            for done in [pool.submit(job) for job in jobs]:
-                done.exception()
+        if not INTERPRETED:
+            compile_all(
+                [job for tiles in candidates for job in gemms(self.problem, self.batches[0], tiles, self.workspace)],
+                workers,
+            )
 
     def compare(self, candidate: Tiles, best: Tiles) -> float | None:
         """See `Compare`; None as well when time is over, and for wrong results, which are printed."""
@@ -153,40 +145,6 @@ class Trials:
         if ratio >= GAIN:
             self._best = (candidate, own)
         return ratio
-
-
-def gemms(problem: Problem, batch: Batch, tiles: Tiles, workspace: Workspace) -> list[Callable[[], object]]:
-    """Calls that compile a layer's two GEMMs and launch nothing."""
-    (w13, w2), ops = problem.tables, problem.ops()
-    tokens, top_k = batch.ids.shape
-    routes, width = tokens * top_k, ops.width(w13.rows)
-    hidden, scale = ops.quantize(batch.hidden, None)
-    second, second_scale = ops.quantize(workspace.activated[: routes * width].view(routes, width), None)
-    blocks = ops.assign(batch.ids, tiles.block_m, w13.num_experts)
-    gate_up, partial = (workspace.gemm[: routes * rows].view(routes, rows) for rows in (w13.rows, w2.rows))
-    return [
-        lambda: compile_gemm(hidden, w13, gate_up, blocks, tiles, top_k=top_k, a_scale=scale),
-        lambda: compile_gemm(
-            second, w2, partial, blocks, tiles, top_k=1, a_scale=second_scale, router_weights=batch.weights
-        ),
-    ]
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A table as it is on disk, or an empty one."""
-    return json.loads(path.read_text()) if path.exists() else {"shapes": {}}  # type: ignore[no-any-return]
-
-
-def write(path: Path, key: str, found: dict[int, tuple[Tiles, float]]) -> None:
-    """Put entries of one shape into a table, beside those it has or in their place."""
-    whole = read(path)
-    whole["versions"] = {"torch": torch.__version__, "triton": triton.__version__}
-    entries = whole["shapes"].setdefault(key, {})
-    for tokens, (tiles, gain) in found.items():
-        entries[str(tokens)] = {"gain": round(gain, 3), "tiles": tiles.to_json()}
-    whole["shapes"][key] = dict(sorted(entries.items(), key=lambda entry: int(entry[0])))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def tune_row(
@@ -235,11 +193,13 @@ def tune(
     kernels: Sequence[str] = CHOICES["kernel"],
 ) -> None:  # fmt: skip
     """Search for all, writing each row as it is found; after `limit_s` seconds nothing new is begun."""
-    ends = time.monotonic() + limit_s
+    ends, chip = time.monotonic() + limit_s, chip_of(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    known = measured(path.parent, chip)
+    rows = wanted(models, tokens, dtype, {} if again else read(path)["shapes"], known)
     print(
         f"{'MODEL':<16} {'TOKENS':>6} {'GAIN':>6} {'us':>10} {'TFLOP/s':>8} {'TRIED':>5} {'COMP':>5} {'SEC':>5}  TILES"
     )
-    rows = [(model, count) for model in models for count in tokens]
     problem: Problem | None = None
     for done, (model, count) in enumerate(rows):
         if time.monotonic() > ends:
@@ -250,23 +210,29 @@ def tune(
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
-        key = model.key(dtype)
-        if not again and str(count) in read(path)["shapes"].get(key, {}):
-            continue
-        if problem is None:
             problem = Problem(model, device, dtype)
+        key = model.key(dtype)
+        # What won on a device like this one is tried first; large batches also try what won for others.
+        hints = [known[key][count]] if count in known.get(key, {}) else []
+        if count >= LARGE:
+            found = read(path)["shapes"].get(key, {})
+            hints += [Tiles(**entry["tiles"]) for tried, entry in found.items() if int(tried) >= 8192]
         # A row may take twice its part of what is left.
-        hints = [
-            Tiles(**entry["tiles"]) for known, entry in read(path)["shapes"].get(key, {}).items() if int(known) >= 8192
-        ]
         row_ends = min(ends, time.monotonic() + 2 * (ends - time.monotonic()) / (len(rows) - done))
         try:
-            row = tune_row(problem, count, row_ends, workers, thorough, kernels, hints if count >= LARGE else ())
+            row = tune_row(problem, count, row_ends, workers, thorough, kernels, hints)
         except (DwdpError, torch.OutOfMemoryError) as error:
             print(f"{model.name:<16} {count:>6} left out: {str(error).splitlines()[0][:150]}", flush=True)
             continue
-        write(path, key, {count: row})
+        write(path, key, {count: row}, chip)
+
+
+def wanted(
+    models: Sequence[ModelShape], tokens: Sequence[int], dtype: torch.dtype, own: Mapping[str, Any], known: Table
+) -> list[tuple[ModelShape, int]]:
+    """Rows to search: none that `own` (a file's "shapes") has; first those that `known` lacks too."""
+    rows = [(model, count) for model in models for count in tokens if str(count) not in own.get(model.key(dtype), {})]
+    return sorted(rows, key=lambda row: row[1] in known.get(row[0].key(dtype), {}))
 
 
 def main() -> int:
@@ -297,7 +263,7 @@ def main() -> int:
         return 0
     device = torch.device(options.device)
     tune(
-        models, options.tokens, device, options.folder / f"{device_name(device)}.json", limit_s=options.limit_s,
+        models, options.tokens, device, options.folder / f"{chip_of(device).name}.json", limit_s=options.limit_s,
         workers=options.workers, thorough=options.thorough, kernels=options.kernel, again=options.again,
     )  # fmt: skip
     return 0

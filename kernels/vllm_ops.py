@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .split_gemm import Assignment
 from .torch_ops import Activation, QuantKind
+
+Result = TypeVar("Result")
 
 
 def assign(topk_ids: torch.Tensor, block_m: int, num_experts: int) -> Assignment:
@@ -95,6 +97,22 @@ def forced_config() -> Mapping[str, Any] | None:
 
     forced: Mapping[str, Any] | None = get_config()
     return forced
+
+
+def under_config(config: Mapping[str, Any] | None, call: Callable[[], Result]) -> Result:
+    """`call()` with that configuration instead of vLLM's choice; as it is with None."""
+    from vllm.model_executor.layers.fused_moe import override_config
+
+    if config is None:
+        return call()
+    failed: Exception | None = None
+    with override_config(dict(config)):
+        # vLLM's manager stays in force where an exception leaves it.
+        try:
+            return call()
+        except Exception as error:
+            failed = error
+    raise failed
 
 
 def best_config(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.kernels import bench, candidates, configs, sanitize, tune
+from vllm_dwdp.kernels import bench, candidates, configs, sanitize, tables, tune
 from vllm_dwdp.kernels.tiles import Tiles
 from vllm_dwdp.kernels.timing import lower_bound
 from vllm_dwdp.kernels.torch_ops import Activation, activate, assign, quantize_fp8, room_for_routes
@@ -84,8 +84,8 @@ def test_a_broken_table_is_named(tmp_path: Path) -> None:
 
 
 def test_shipped_tables_can_be_read() -> None:
-    for path in configs.FOLDER.glob("*.json"):
-        assert configs.read_table(path)
+    for path in tables.FOLDER.glob("*.json"):
+        assert tables.read_table(path)
 
 
 def test_vllms_names_and_ours() -> None:
@@ -142,7 +142,7 @@ def test_the_tuner_writes_each_row_and_goes_on_where_it_was_cut(
     said = capsys.readouterr().out
     assert said.count("tiny-oss") == 1 and said.count("tiny-fp8") == 1 and "off by" not in said
     assert [list(entries) for entries in tune.read(tmp_path / "cpu.json")["shapes"].values()] == [["3"], ["3"]]
-    configs.read_table(tmp_path / "cpu.json")
+    tables.read_table(tmp_path / "cpu.json")
 
 
 def test_the_tuner_takes_no_tiles_whose_results_are_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
