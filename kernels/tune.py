@@ -155,8 +155,12 @@ def tune_row(
     thorough: bool,
     kernels: Sequence[str],
     hints: Sequence[Tiles] = (),
-) -> tuple[Tiles, float]:
-    """Search for one layer and number of tokens; prints a line."""
+    row_s: float = 1e9,
+) -> tuple[Tiles, float] | None:
+    """Search for one layer and number of tokens, for `row_s` seconds after compiling; prints a line.
+
+    None where time was over before anything was compared.
+    """
     begun, model, itemsize = time.monotonic(), problem.model, problem.tables[0].dtype.itemsize
     blocked = model.quant == "block"
     shape = layer_shape(problem.tables[0], problem.tables[1], model.top_k)
@@ -167,6 +171,7 @@ def tune_row(
     if tokens >= LARGE:
         candidates = candidates[:FEW]
     trials.compile(candidates, workers)
+    trials.ends = min(ends, time.monotonic() + row_s)
     compiled = time.monotonic() - begun
     if thorough:
         best, gain = search(start, itemsize, trials.compare)
@@ -183,6 +188,8 @@ def tune_row(
         f"{compiled:>5.1f} {spent:>5.1f}  {describe(best)}  (vLLM: {describe(start)})",
         flush=True,
     )
+    if candidates and not trials.tried:
+        return None
     # An entry stands for its neighbourhood, so vLLM's own choice is kept where nothing was better.
     return (best, gain) if gain >= GAIN else (start, 1.0)
 
@@ -218,13 +225,14 @@ def tune(
             found = read(path)["shapes"].get(key, {})
             hints += [Tiles(**entry["tiles"]) for tried, entry in found.items() if int(tried) >= 8192]
         # A row may take twice its part of what is left.
-        row_ends = min(ends, time.monotonic() + 2 * (ends - time.monotonic()) / (len(rows) - done))
+        row_s = 2 * (ends - time.monotonic()) / (len(rows) - done)
         try:
-            row = tune_row(problem, count, row_ends, workers, thorough, kernels, hints)
+            row = tune_row(problem, count, ends, workers, thorough, kernels, hints, row_s)
         except (DwdpError, torch.OutOfMemoryError) as error:
             print(f"{model.name:<16} {count:>6} left out: {str(error).splitlines()[0][:150]}", flush=True)
             continue
-        write(path, key, {count: row}, chip)
+        if row is not None:
+            write(path, key, {count: row}, chip)
 
 
 def wanted(

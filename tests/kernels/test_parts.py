@@ -145,6 +145,15 @@ def test_the_tuner_writes_each_row_and_goes_on_where_it_was_cut(
     tables.read_table(tmp_path / "cpu.json")
 
 
+def test_a_row_that_nothing_was_compared_for_is_not_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It would hide what is known of devices like this one."""
+    monkeypatch.setattr(tune, "listed", lambda routes, block: [Tiles(16, 32, 32)])
+    monkeypatch.setattr(tune.Trials, "compare", lambda self, candidate, best: None)  # as where time is over
+    path = tmp_path / "cpu.json"
+    tune.tune(tune.TINY_MODELS[:1], [3], CPU, path)
+    assert tune.read(path)["shapes"] == {}
+
+
 def test_the_tuner_takes_no_tiles_whose_results_are_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real, wrong = tune.own_experts, Tiles(16, 16, 16)
 
