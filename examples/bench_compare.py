@@ -2,8 +2,9 @@
 
     python examples/bench_compare.py [--model PATH] [--ranks 2] [--input-len 256] [--output-len 16]
 
-On CPU both servers may use all cores: plain vLLM computes on all of them at once, DWDP gives every rank its part. The
-small random checkpoint that is used without --model shows that it runs; its figures mean little.
+On CPU both servers may use all cores: plain vLLM computes on all of them at once, DWDP gives every rank its part. On GPUs
+plain vLLM has one, and DWDP one per rank, as far as there are that many. The small random checkpoint that is used without
+--model shows that it runs; its figures mean little.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from devices import as_arguments, dwdp_arguments, engine_options
+
 VLLM = str(Path(sys.executable).with_name("vllm"))
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", **os.environ}
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 START_LIMIT_S = 600
 #: Key of `vllm bench serve`'s result, its name here, and whether more is better.
 FIGURES = (
@@ -61,7 +66,7 @@ def measure(model: str, args: argparse.Namespace, options: list[str]) -> dict[st
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = [VLLM, "serve", model, "--port", str(port), "--max-model-len", "1024", "--uvicorn-log-level", "warning"]
-    server = subprocess.Popen([*command, "--enforce-eager", "--no-enable-prefix-caching", *options], env=ENVIRONMENT)
+    server = subprocess.Popen([*command, "--enforce-eager", "--no-enable-prefix-caching", *options])
     try:
         wait_for_health(server, url)
         with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +75,7 @@ def measure(model: str, args: argparse.Namespace, options: list[str]) -> dict[st
             load += ["--num-prompts", str(args.requests), "--max-concurrency", str(args.concurrency), "--ignore-eos"]
             load += ["--num-warmups", str(args.concurrency), "--save-result", "--result-dir", folder]
             load += ["--result-filename", "result.json", "--disable-tqdm"]
-            subprocess.run(load, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(load, check=True, stdout=subprocess.DEVNULL)
             return dict(json.loads((Path(folder) / "result.json").read_text()))
     finally:
         server.send_signal(signal.SIGINT)
@@ -90,9 +95,9 @@ def main() -> None:
 
     model = args.model or small_checkpoint()
     print("compare: plain vLLM, one rank", flush=True)
-    plain = measure(model, args, [])
+    plain = measure(model, args, as_arguments(engine_options(args.ranks)))
     print(f"compare: DWDP, {args.ranks} ranks", flush=True)
-    dwdp = measure(model, args, ["--distributed-executor-backend", "dwdp", "--data-parallel-size", str(args.ranks)])
+    dwdp = measure(model, args, dwdp_arguments(args.ranks))
     print(f"\n{'':<18}{'plain':>10}{'dwdp':>10}{'dwdp is':>16}")
     for key, name, more in FIGURES:
         ratio = dwdp[key] / plain[key] if more else plain[key] / dwdp[key]

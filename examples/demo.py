@@ -1,4 +1,6 @@
-"""The main job in one go, on any machine: plain vLLM, then DWDP on two ranks in each weight view, same tokens?
+"""The main job in one go: plain vLLM, then DWDP on two ranks in each weight view, same tokens?
+
+On GPUs where there are some: each rank on its own, or several on one. On the CPU elsewhere.
 
 Writes a small random MoE checkpoint, generates the same prompts each way, one request at a time, prints what every rank
 held, pulled and served, and exits with 1 if any token differs.
@@ -18,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from devices import SMALL_CACHE, count_gpus, dwdp_settings, engine_options
+
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
@@ -33,7 +37,6 @@ PROMPTS = [
     "Two slots are enough when",
     "A peer does nothing while",
 ]
-VIEWS = ("contiguous", "inplace")
 HEADER = ("view", "rank", "experts", "slab MB", "slot MB", "layers", "pulled MB", "waited ms", "requests")
 
 
@@ -84,6 +87,14 @@ def row(view: str, counter: dict[str, Any]) -> list[str]:
     ]
 
 
+def bind_like_a_rank(ranks: int) -> None:
+    """Have plain vLLM on CPU use as many threads as a rank: the same kernels in the same order, so the same tokens."""
+    from vllm_dwdp.engine.cores import physical_cores, split_cores
+
+    cores = split_cores(physical_cores(), ranks)[0]
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+
+
 def main() -> int:
     """Run the demo; 0 when every token is the same."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -100,24 +111,31 @@ def main() -> int:
 
             say(f"writing a small random {args.family} checkpoint")
             model = str(write_checkpoint(CheckpointSpec(family=args.family, num_experts=16), Path(folder) / "model"))
-        say("plain vLLM, one engine on as many cores as a rank gets")
-        from vllm_dwdp.engine.cores import physical_cores, split_cores
-
-        # As many threads as a rank has: the same kernels in the same order, so tokens can be compared exactly.
-        cores = split_cores(physical_cores(), args.ranks)[0]
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
-        expected, _, plain_s = generate(model, args.tokens)
-        del os.environ["VLLM_CPU_OMP_THREADS_BIND"]
+        options = engine_options(args.ranks)
+        if gpus := count_gpus():
+            # The expert kernels that DWDP takes; vLLM might choose others, which round otherwise.
+            options["moe_backend"] = "triton"
+            # Engines follow each other here, and the one before may still hold memory.
+            options |= SMALL_CACHE
+            views = ("contiguous", "split")
+            say(f"plain vLLM, one engine on one of {gpus} GPUs")
+        else:
+            views = ("contiguous", "inplace")
+            say("plain vLLM, one engine on as many cores as a rank gets")
+            bind_like_a_rank(args.ranks)
+        expected, _, plain_s = generate(model, args.tokens, **options)
+        os.environ.pop("VLLM_CPU_OMP_THREADS_BIND", None)
         rows: list[list[str]] = []
         different = 0
-        for view in VIEWS:
+        for view in views:
             say(f"DWDP, {args.ranks} ranks, weight view {view}")
             tokens, counters, seconds = generate(
                 model,
                 args.tokens,
                 distributed_executor_backend="dwdp",
                 data_parallel_size=args.ranks,
-                additional_config={"dwdp": {"weight_view": view}},
+                additional_config={"dwdp": {"weight_view": view, **dwdp_settings(args.ranks)}},
+                **options,
             )
             same = sum(a == b for a, b in zip(tokens, expected, strict=True))
             different += len(expected) - same

@@ -13,7 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB per rank
+from devices import dwdp_settings, engine_options
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB per rank, on CPU
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 PROMPTS = [
@@ -48,6 +50,8 @@ def main() -> None:
         data_parallel_size=args.ranks,
         max_model_len=256,
         enforce_eager=True,  # starts faster; torch.compile works as well
+        **engine_options(args.ranks),  # these two are empty but for ranks that share a GPU
+        additional_config={"dwdp": dwdp_settings(args.ranks)},
     )
     sampling = SamplingParams(temperature=0, max_tokens=24)
     # Spread over the ranks by load; results come back in the order of the prompts.

@@ -19,8 +19,12 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from devices import dwdp_arguments
 from openai import OpenAI
 
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 START_LIMIT_S = 600
 
 
@@ -33,18 +37,12 @@ def small_checkpoint() -> str:
 
 def start(model: str, ranks: int, port: int) -> subprocess.Popen[bytes]:
     """`vllm serve` on two or more ranks."""
-    environment = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-        **os.environ,
-    }
     command = [str(Path(sys.executable).with_name("vllm")), "serve", model, "--port", str(port)]
-    command += ["--distributed-executor-backend", "dwdp", "--data-parallel-size", str(ranks)]
+    command += dwdp_arguments(ranks)
     command += ["--served-model-name", "demo", "--max-model-len", "256", "--enforce-eager"]
     command += ["--uvicorn-log-level", "warning"]
     print("serve:", " ".join(command), flush=True)
-    return subprocess.Popen(command, env=environment)
+    return subprocess.Popen(command)
 
 
 def wait_for_health(server: subprocess.Popen[bytes], url: str) -> None:

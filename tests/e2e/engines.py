@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -20,6 +21,9 @@ from typing import Any
 from vllm_dwdp.engine.cores import physical_cores, split_cores
 
 REPO = Path(__file__).resolve().parents[2]
+
+#: KV cache of an engine on a GPU: ranks that share one need a fixed size.
+KV_CACHE_BYTES = 256 << 20
 
 #: Names under the temporary folder that vLLM, torch and Ray keep on purpose: caches and Ray's own logs.
 _CACHES = ("torchinductor", "ray", "torch_", "vllm_cache", "tmp_torch", "pymp-", "pytest-")
@@ -135,18 +139,54 @@ def run_job(
     return {**json.loads(out.read_text()), "left": before.check(process.pid), "log": text}
 
 
+@functools.cache
+def gpus() -> int:
+    """GPUs that engines compute on here, told without using one; 0 where vLLM is built for CPU or finds no device."""
+    from vllm.platforms import current_platform
+
+    return 0 if current_platform.is_cpu() or current_platform.is_unspecified() else int(current_platform.device_count())
+
+
+def default_view() -> str:
+    """The view that `auto` takes where it can."""
+    return "split" if gpus() else "inplace"
+
+
+def engine_options() -> dict[str, Any]:
+    """LLM options of every engine on GPUs, plain vLLM's too; none on CPU. DWDP_ATTENTION_BACKEND is passed on."""
+    if not gpus():
+        return {}
+    # The expert kernels that dwdp takes: others round otherwise.
+    options: dict[str, Any] = {"kv_cache_memory_bytes": KV_CACHE_BYTES, "moe_backend": "triton"}
+    if backend := os.environ.get("DWDP_ATTENTION_BACKEND"):
+        options["attention_backend"] = backend
+    return options
+
+
+def dwdp_settings(ranks: int, **config: Any) -> dict[str, Any]:
+    """`config` for ranks on as many GPUs as there are: several share one where there are fewer."""
+    shared = -(-ranks // gpus()) if gpus() else 1
+    return {**({"ranks_per_device": shared} if shared > 1 else {}), **config}
+
+
 def dwdp(ranks: int = 2, **config: Any) -> dict[str, Any]:
     """LLM options for a dwdp launch."""
     return {
+        **engine_options(),
         "distributed_executor_backend": "dwdp",
         "data_parallel_size": ranks,
-        "additional_config": {"dwdp": {"timeout_s": 120, **config}},
+        "additional_config": {"dwdp": dwdp_settings(ranks, timeout_s=120, **config)},
     }
 
 
-def first_ranks_cores(ranks: int) -> dict[str, str]:
-    """Environment that binds plain vLLM to the cores that the first of `ranks` gets: the same number of threads."""
-    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, rank_cores(ranks)[0]))}
+def as_one_rank(ranks: int) -> dict[str, Any]:
+    """What `run_job` needs for a plain vLLM that computes as one of `ranks` does.
+
+    On CPU that is on the cores which the first of them gets: the same number of threads. On a GPU with the same kernels.
+    """
+    if gpus():
+        return engine_options()
+    return {"env": {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, rank_cores(ranks)[0]))}}
 
 
 def rank_cores(ranks: int) -> list[list[int]]:

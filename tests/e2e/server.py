@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.engines import REPO, Leftovers, environment, free_port, listen_to_ctrl_c, processes
+from tests.e2e.engines import (
+    REPO,
+    Leftovers,
+    dwdp_settings,
+    engine_options,
+    environment,
+    free_port,
+    listen_to_ctrl_c,
+    processes,
+)
 
 _SCRIPT = Path(sys.executable).parent / "vllm"
 #: The command; where vLLM was unpacked and not installed, there is none.
@@ -96,6 +105,14 @@ class Server:
 
 def _parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def dwdp_arguments(ranks: int = 2, **config: Any) -> list[str]:
+    """Words of `vllm serve` for a dwdp launch, on GPUs where there are some."""
+    options: dict[str, Any] = {"distributed_executor_backend": "dwdp", "data_parallel_size": ranks, **engine_options()}
+    words = [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    settings = dwdp_settings(ranks, **config)
+    return words + (["--additional-config", json.dumps({"dwdp": settings})] if settings else [])
 
 
 def start_server(folder: Path, model: Path | str, *arguments: str, env: dict[str, str] | None = None) -> Server:

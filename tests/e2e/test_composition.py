@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.engines import dwdp, first_ranks_cores, run_job
+from tests.e2e.engines import as_one_rank, dwdp, run_job
 
 pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
@@ -22,7 +22,7 @@ def model(checkpoint: Callable[..., Path]) -> Path:
 def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
     """Plain vLLM's tokens."""
     folder = tmp_path_factory.mktemp("plain")
-    return list(run_job(folder, model, ["tokens"], env=first_ranks_cores(2))["tokens"])
+    return list(run_job(folder, model, ["tokens"], **as_one_rank(2))["tokens"])
 
 
 @pytest.mark.parametrize("feature", ["ngram", "kv_transfer"])

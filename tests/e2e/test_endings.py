@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.engines import REPO, Leftovers, dwdp, environment, listen_to_ctrl_c, rank_cores
+from tests.e2e.engines import REPO, Leftovers, dwdp, engine_options, environment, listen_to_ctrl_c, rank_cores
 
 pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
@@ -89,7 +89,9 @@ def test_ctrl_c(model: Path, tmp_path: Path) -> None:
 
 def test_dwdp_then_plain_then_dwdp(model: Path, tmp_path: Path) -> None:
     bind = "|".join(",".join(map(str, cores)) for cores in rank_cores(2))
-    program = Program(tmp_path, {"VLLM_CPU_OMP_THREADS_BIND": bind}, model=str(model), options=[dwdp(2), {}, dwdp(2)])
+    program = Program(
+        tmp_path, {"VLLM_CPU_OMP_THREADS_BIND": bind}, model=str(model), options=[dwdp(2), engine_options(), dwdp(2)]
+    )
     assert program.wait(420) == 0, program.log[-6000:]
     first, plain, last = program.tokens()
     assert first == plain == last

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.engines import Leftovers, dwdp, run_job, unused
-from tests.e2e.server import start_server
+from tests.e2e.server import dwdp_arguments, start_server
 
 pytestmark = pytest.mark.e2e
 
@@ -21,8 +21,10 @@ def test_a_killed_worker_ends_everything_and_names_its_rank(checkpoint: Callable
     server = start_server(
         tmp_path,
         checkpoint(family="qwen3_moe", num_experts=16),
-        *("--distributed-executor-backend", "dwdp", "--data-parallel-size", "2", "--enforce-eager"),
-        *("--api-server-count", "1"),
+        *dwdp_arguments(2),
+        "--enforce-eager",
+        "--api-server-count",
+        "1",
     )
     try:
         assert server.complete("No rank waits", rank=1)
@@ -68,8 +70,10 @@ def test_nothing_outlives_a_killed_front_end(servers: str, checkpoint: Callable[
     server = start_server(
         tmp_path,
         checkpoint(family="qwen3_moe", num_experts=16),
-        *("--distributed-executor-backend", "dwdp", "--data-parallel-size", "2", "--enforce-eager"),
-        *("--api-server-count", servers),
+        *dwdp_arguments(2),
+        "--enforce-eager",
+        "--api-server-count",
+        servers,
     )
     try:
         server.stop(signal.SIGKILL)

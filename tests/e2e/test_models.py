@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.e2e.engines import dwdp, first_ranks_cores, run_job
+from tests.e2e.engines import as_one_rank, default_view, dwdp, gpus, run_job
 from vllm_dwdp.prefetch.ring import Ring
 
 #: Largest difference of a token's logprob between batches of different composition, by dtype.
@@ -49,6 +49,26 @@ FULL = {
     "granitemoe-bf16-auto": Case("granitemoe", "bfloat16", 2, "auto", {}, {}),
     "qwen3_moe-groups": Case("qwen3_moe", "bfloat16", 4, "contiguous", {"num_experts": 9}, {"group_size": 2}),
 }
+#: On GPUs: BF16, and sizes that vLLM's kernels there know.
+GPU_CASES = {
+    "qwen3_moe-contiguous": Case("qwen3_moe", "bfloat16", 2, "contiguous", {"num_experts": 16}, {}),
+    "mixtral-split": Case("mixtral", "bfloat16", 3, "split", {"num_experts": 7}, {}),
+    "gpt_oss-split": Case(
+        "gpt_oss", "bfloat16", 2, "split", {"num_experts": 8}, {"experts_per_rank": 5, "num_slots": 3}
+    ),
+}
+GPU_FULL = {
+    "qwen3_moe-auto": Case("qwen3_moe", "bfloat16", 2, "auto", {"num_experts": 16}, {}),
+    "deepseek_v3-split": Case(
+        "deepseek_v3",
+        "bfloat16",
+        2,
+        "split",
+        {"num_layers": 4, "hidden": 256, "intermediate": 256, "head_dim": 128},
+        {},
+    ),
+    "qwen3_moe-groups": Case("qwen3_moe", "bfloat16", 4, "split", {"num_experts": 9}, {"group_size": 2}),
+}
 
 STEPS = ["digests", "tokens_each_rank", "batch", "counters", "maps", "trace"]
 
@@ -64,8 +84,8 @@ class Seen(NamedTuple):
 @pytest.fixture(
     scope="module",
     params=[
-        *(pytest.param(case, id=name) for name, case in CASES.items()),
-        *(pytest.param(case, id=name, marks=pytest.mark.full) for name, case in FULL.items()),
+        *(pytest.param(case, id=name) for name, case in (GPU_CASES if gpus() else CASES).items()),
+        *(pytest.param(case, id=name, marks=pytest.mark.full) for name, case in (GPU_FULL if gpus() else FULL).items()),
     ],
 )
 def seen(
@@ -75,9 +95,12 @@ def seen(
     case: Case = request.param
     folder = tmp_path_factory.mktemp("engines")
     model = checkpoint(family=case.family, dtype=case.dtype, **case.fields)
-    plain = run_job(folder, model, ["digests", "tokens", "batch"], dtype=case.dtype, env=first_ranks_cores(case.ranks))
-    options = dwdp(case.ranks, weight_view=case.view, **case.config)
-    return Seen(case, plain, run_job(folder, model, STEPS, dtype=case.dtype, **options))
+    alone, shared = as_one_rank(case.ranks), dwdp(case.ranks, weight_view=case.view, **case.config)
+    if case.family == "deepseek_v3":
+        for options in (alone, shared):
+            options.pop("attention_backend", None)  # MLA has backends of its own
+    plain = run_job(folder, model, ["digests", "tokens", "batch"], dtype=case.dtype, **alone)
+    return Seen(case, plain, run_job(folder, model, STEPS, dtype=case.dtype, **shared))
 
 
 pytestmark = pytest.mark.e2e
@@ -111,12 +134,12 @@ def test_requests_are_balanced_and_counted(seen: Seen) -> None:
     counters = seen.dwdp["counters"]
     served = [counter["requests"] for counter in counters]
     assert max(served) - min(served) <= 1
-    expected_view = seen.case.view if seen.case.view != "auto" else "inplace"
+    expected_view = seen.case.view if seen.case.view != "auto" else default_view()
     for rank, counter in enumerate(counters):
         assert counter["rank"] == rank and counter["view"] == expected_view
         layers = len({key.rsplit(".", 1)[0] for key in seen.plain["digests"][0]})
         assert counter["layers"] == layers * counter["forwards"] > 0
-        if expected_view == "contiguous":
+        if expected_view != "inplace":
             ring = Ring(layers, seen.case.config.get("num_slots", 2))
             refilled = sum(ring.next_layer(layer) is not None for layer in range(layers))
             assert counter["pulls"] == ring.used_slots + counter["layers"] * refilled // layers
@@ -125,6 +148,7 @@ def test_requests_are_balanced_and_counted(seen: Seen) -> None:
             assert counter["pulled_bytes"] == counter["slot_bytes"] == 0
 
 
+@pytest.mark.skipif(gpus() > 0, reason="CPU only: shares on GPUs are no memory files")
 def test_peers_are_mapped_read_only(seen: Seen) -> None:
     for counter, maps in zip(seen.dwdp["counters"], seen.dwdp["maps"], strict=True):
         assert sum(size for protection, size in maps.items() if "r--" in protection) > 0

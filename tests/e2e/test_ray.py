@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.engines import REPO, dwdp, environment, run_job
-from tests.e2e.server import start_server
+from tests.e2e.server import dwdp_arguments, start_server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
@@ -91,8 +91,10 @@ def test_a_killed_ray_worker_ends_everything_and_is_named(
     server = start_server(
         tmp_path,
         checkpoint(family="qwen3_moe", num_experts=16),
-        *("--distributed-executor-backend", "dwdp", "--data-parallel-size", "2", "--enforce-eager"),
-        *("--api-server-count", "1", "--additional-config", json.dumps({"dwdp": {"launcher": "ray"}})),
+        *dwdp_arguments(2, launcher="ray"),
+        "--enforce-eager",
+        "--api-server-count",
+        "1",
     )
     try:
         assert server.complete("No rank waits", rank=1) == server.complete("No rank waits", rank=0)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.engines import environment
-from tests.e2e.server import VLLM, Server, start_server
+from tests.e2e.server import VLLM, Server, dwdp_arguments, start_server
 
 pytestmark = pytest.mark.e2e
 
@@ -27,8 +27,8 @@ def server(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     server = start_server(
         tmp_path_factory.mktemp("serve"),
         checkpoint(family="qwen3_moe", num_experts=16),
-        *("--distributed-executor-backend", "dwdp", "--data-parallel-size", str(RANKS), "--enforce-eager"),
-        *("--additional-config", '{"dwdp": {"weight_view": "contiguous"}}'),
+        *dwdp_arguments(RANKS, weight_view="contiguous"),
+        "--enforce-eager",
     )
     yield server
     server.kill()
@@ -139,8 +139,10 @@ def test_three_ranks_one_api_server(sign: signal.Signals, checkpoint: Callable[.
     server = start_server(
         tmp_path,
         checkpoint(family="mixtral", num_experts=7),
-        *("--distributed-executor-backend", "dwdp", "--data-parallel-size", "3", "--enforce-eager"),
-        *("--api-server-count", "1"),
+        *dwdp_arguments(3),
+        "--enforce-eager",
+        "--api-server-count",
+        "1",
     )
     try:
         tokens = [server.complete(PROMPT, rank=rank) for rank in range(3)]
