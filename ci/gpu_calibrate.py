@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fits the planner to half of the prefill steps of ci/gpu_prefill.py and tells its error on the other half. No GPU needed.
 
-    python ci/gpu_calibrate.py                                  docs/benchmarks/h200/prefill.json with ipc.json beside it
+    python ci/gpu_calibrate.py --slice-kib 4096                 docs/benchmarks/h200/prefill.json with ipc.json beside it
     python ci/gpu_calibrate.py FILE --hardware H100 --link-gbs 51
 
 A point is a job and a prompt length. Terms that may be fitted: the efficiencies `matmul` (attention and dense products)
@@ -32,8 +32,8 @@ from vllm_dwdp.predict.hardware_file import load_hardware
 DEFAULT: Final = ROOT / "docs" / "benchmarks" / "h200" / "prefill.json"
 #: A word of a job's name -> the transport whose rate is its link's.
 TRANSPORTS: Final = {"pinned": "cuda_pinned", "ipc": "cupy_ipc", "link": "cupy_ipc", "nvlink": "cupy_ipc"}
-#: How gpu_prefill.py copies: slices of 4 MiB, one at a time.
-SLICE_KIB: Final = 4096
+#: How a job copied, unless told: in slices as large as were measured. Before slices went by the layer it was 4 MiB.
+SLICE_KIB: Final = 64 << 10
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -47,13 +47,13 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def link_rates(ipc: dict[str, Any]) -> dict[str, float]:
-    """GB/s by transport, at the slice size nearest to SLICE_KIB with the fewest slices in flight."""
+def link_rates(ipc: dict[str, Any], slice_kib: int = SLICE_KIB) -> dict[str, float]:
+    """GB/s by transport, at the slice size nearest to `slice_kib` with the fewest slices in flight."""
     best: dict[str, tuple[tuple[float, int], float]] = {}
     for row in ipc.get("rows", []):
         found = re.fullmatch(r"(\S+), (\d+) KiB, (\d+) in flight", str(row.get("name")))
         if row.get("part") == "rate" and found and row["value"] > 0:
-            rank = abs(np.log2(int(found[2]) / SLICE_KIB)), int(found[3])
+            rank = abs(np.log2(int(found[2]) / slice_kib)), int(found[3])
             if found[1] not in best or rank < best[found[1]][0]:
                 best[found[1]] = rank, float(row["value"])
     return {kind: rate for kind, (_, rate) in best.items()}
@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> None:
     """Read, fit, print."""
     prefill = {job: row for job, row in read(args.prefill).items() if any(p in job for p in args.only.split(","))}
     ipc = args.ipc or args.prefill.with_name(args.prefill.name.replace("prefill", "ipc"))
-    rates = link_rates(read(ipc)) if args.ipc or (ipc.exists() and ipc != args.prefill) else {}
+    rates = link_rates(read(ipc), args.slice_kib) if args.ipc or (ipc.exists() and ipc != args.prefill) else {}
     found, left_out = points(prefill, rates, args.link_gbs)
     if not found:
         raise DwdpError(f"{args.prefill} has no prefill times that the planner can tell: run ci/gpu_prefill.py --json")
@@ -164,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=2, help="of the DWDP jobs (%(default)s)")
     parser.add_argument("--ipc", type=Path, help="what gpu_ipc_check.py --json wrote (default: the ipc file beside it)")
     parser.add_argument("--link-gbs", type=float, help="GB/s of the link of every DWDP job, in place of --ipc's")
+    parser.add_argument("--slice-kib", type=int, default=SLICE_KIB, help="whose rate in --ipc is meant (%(default)s)")
     parser.add_argument("--only", default="", help="jobs whose name contains this, by comma")
     parser.add_argument("--json", type=Path, help="also write everything there")
     try:

@@ -26,6 +26,7 @@ from typing import Any
 from gpu_ranks import Group, Setting, own_slab
 from gpu_rates import MIB, Layer, Row, exposed, launch_times, merge, overlap, rates, same_bytes
 from repo_path import ROOT
+from visible import visible_gpus
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.transport.base import Memory, Transport
@@ -262,13 +263,6 @@ def attempt(name: str, cpu: bool, acquires: int, limit_s: float) -> list[Row]:
 def show(row: Row) -> str:
     verdict = {None: "", True: "ok", False: "FAILED"}[row.ok]
     return f"{row.part:9} {row.name:52} {row.value:12.3f} {row.unit:6} {verdict:6} {row.note}".rstrip()
-
-
-def visible_gpus() -> int:
-    """Told without making a context on one."""
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def about(cpu: bool) -> dict[str, Any]:

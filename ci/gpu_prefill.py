@@ -4,9 +4,9 @@ Layers of Qwen3-30B-A3B's shape with random weights, two ranks. On one GPU: one 
 computes, and peers' experts in pinned host memory (transport cuda_pinned): their copies overlap with compute as those over
 NVLink do, at PCIe's rate. On two GPUs: a rank on each, experts pulled over the link between them, also by both at once.
 
-Engines run one after the other in this order; each figure is a median over turns within one engine, where plain vLLM runs
-first and last. Prefill is one step of one prompt to its first token ("pairs": one such prompt on each rank at a time);
-decode is greedy tokens per second of some requests at once.
+Engines run one after the other, without torch.compile (whole decode steps in graphs); each figure is a median over turns
+within one engine, and plain vLLM runs twice. Prefill is one step of one prompt to its first token ("pairs": one such prompt
+on each rank at a time); decode is greedy tokens per second of some requests at once.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent))
+
+from visible import visible_gpus
 
 REPO = Path(__file__).resolve().parent.parent
 ENV = {"VLLM_USE_DEEP_GEMM": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_HOST_IP": "127.0.0.1"}
@@ -165,13 +168,6 @@ def run_one(spec_file: Path, out: Path) -> None:
             found[step] = prefill(llm, spec["prompts"], spec["turns"], 2 if step == "pairs" else 1)
         out.write_text(json.dumps(found))
     del llm
-
-
-def visible_gpus() -> int:
-    """Told without making a context on one."""
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def options_of(job: Job, cpu: bool) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.plots import save
 
 DEFAULT: Final = ROOT / "docs" / "benchmarks" / "h200"
-FILES: Final = ("kernels", "kernels-8192", "ipc", "ipc-nvlink", "prefill", "prefill-nvlink")
+FILES: Final = ("kernels", "kernels-8192", "ipc", "prefill")
 COLOURS: Final = 128
 
 
@@ -68,7 +68,7 @@ def pictures(found: dict[str, dict[str, Any]], machine: str) -> dict[str, tuple[
         "kernels-share": (kernel_shares(kernels) if kernels else None, "kernels.json"),
         "copy-rate": (copy_rates(copies) if copies else None, "ipc.json"),
     }
-    for name in dict.fromkeys(("prefill", "prefill-nvlink", *(name for name in runs if name.startswith("prefill")))):
+    for name in dict.fromkeys(("prefill", *(name for name in runs if name.startswith("prefill")))):
         for step, draw in (("prefill", prefill), ("decode", decode)):
             figure = draw(runs[name]) if name in runs else None
             made[step + name.removeprefix("prefill")] = figure, f"{name}.json"

@@ -6,6 +6,7 @@ own wheel is for CUDA 13.
 
 from __future__ import annotations
 
+import platform
 import re
 import subprocess
 from collections.abc import Callable, Mapping
@@ -60,10 +61,13 @@ def choose(environ: Mapping[str, str]) -> Choice:
         raise SetupFailed(f"{VARIABLE} is {asked!r}: set it to {', '.join(BUILDS)}, or leave it out")
     if asked:
         return Choice(asked, f"{VARIABLE} is {asked}", True)
+    found = _smi("-L")
     # Lines of MIG instances are indented.
-    gpus = sum(line.startswith("GPU ") for line in (_smi("-L") or "").splitlines())
+    gpus = sum(line.startswith("GPU ") for line in (found or "").splitlines())
     if not gpus:
-        return Choice("cpu", "nvidia-smi lists no GPU here")
+        return Choice("cpu", "nvidia-smi is not there, or fails" if found is None else "nvidia-smi lists no GPU here")
+    if "microsoft" in platform.release().lower():
+        return Choice("cpu", "ranks cannot share GPUs under WSL, which has no CUDA IPC")
     listed, version = f"nvidia-smi lists {gpus} GPU{'s' if gpus > 1 else ''}", driver_cuda()
     if version is None:
         return Choice(f"cuda{CUDA}", f"{listed}, and not the driver's CUDA version")
@@ -78,7 +82,7 @@ def refuse_old_cuda(choice: Choice) -> None:
     cure = f"leave {VARIABLE} out" if choice.asked else f"install a driver for CUDA {CUDA}"
     raise SetupFailed(
         f"{choice.why}, but vLLM 0.32.0's own wheel is built for CUDA {CUDA}: {cure}; or make an environment of your own "
-        f"with a build of vLLM for CUDA 12, name it with `make setup VENV=FOLDER`, which adds what the extra cuda12 has; "
+        f"with a build of vLLM for CUDA 12, name it with `make setup VENV=FOLDER`, which adds CuPy; "
         f"or set {VARIABLE}=cpu"
     )
 

@@ -134,7 +134,7 @@ def main() -> int:
     broken = sum(bool(row.broken) for row in rows)
     cases = len({(row.model, row.tokens) for row in rows})
     print(f"accuracy: {cases} cases, {len(rows)} results, {broken} broken; {left} cases left out for time; seed {seed}")
-    return 1 if broken or not rows else 0
+    return 1 if broken or left or not rows else 0
 
 
 if __name__ == "__main__":

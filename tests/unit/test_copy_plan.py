@@ -126,6 +126,14 @@ def test_slices_of_several_sources_are_few_and_not_small(pulled: int, sources: i
     assert size == LEAST_SLICE_BYTES or size < pulled / SLICES + (1 << 20)  # no larger than it must be
 
 
+@given(st.integers(2, 12), st.integers(12, 300), st.lists(st.integers(1 << 10, 64 << 20), min_size=1, max_size=4))
+def test_a_layer_has_few_copies_whatever_its_ranges(ranks: int, experts: int, rows: list[int]) -> None:
+    specs = [TensorSpec(str(i), nbytes) for i, nbytes in enumerate(rows)]
+    plan = build_plan(place(experts, ranks), 0, specs, None, split=True)
+    ranges = (len(place(experts, ranks).runs(0)) - 1) * len(rows)  # but the reader's own
+    assert len(plan.pulls) <= SLICES + ranges
+
+
 def test_without_a_size_one_source_is_read_whole_and_several_in_turns() -> None:
     specs = (TensorSpec("w13", 6 << 20), TensorSpec("w2", 3 << 20))
     alone = build_plan(place(8, 2), 0, specs, None, split=True)

@@ -123,7 +123,7 @@ def test_links_are_those_of_the_transport_and_slices() -> None:
     )
     rows = [{"part": "rate", "name": name, "value": 7.0 + i} for i, name in enumerate((*names, "wrong bytes"))]
     rows += [{"part": "overlap", "name": "256 KiB: slow-down", "value": 3.0}]
-    assert gpu_calibrate.link_rates({"rows": rows}) == {"a": 9.0, "b": 10.0}
+    assert gpu_calibrate.link_rates({"rows": rows}, 4096) == {"a": 9.0, "b": 10.0}
     points, left_out = gpu_calibrate.points(ENGINES, {}, None)
     assert [p.job for p in points] == ["plain graphs"] * 2 and "--link-gbs" in left_out[0]
     points, left_out = gpu_calibrate.points(ENGINES | {"dwdp": ENGINES["plain graphs"]}, {}, 42.0)

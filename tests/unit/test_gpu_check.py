@@ -9,6 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "ci"))
 import gpu_check
+import gpu_e2e_check
+from visible import wanted
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +111,34 @@ def test_an_unknown_stage_is_refused(
     with pytest.raises(SystemExit):
         run(monkeypatch, tmp_path, "nonsense")
     assert "no stage nonsense: there are kernels, e2e" in capsys.readouterr().err
+
+
+def test_tokens_of_either_plain_engine_do_but_no_mixture() -> None:
+    first, second = [[1, 2], [3, 4]], [[1, 2], [3, 5]]
+    assert gpu_e2e_check.are_of([[[1, 2]] * 2, [[3, 4], [3, 5]]], [first, second])
+    assert not gpu_e2e_check.are_of([[[1, 2]] * 2, [[3, 4], [3, 5]]], [first])
+    assert not gpu_e2e_check.are_of([[[3, 4], [1, 2]], [[3, 4]] * 2], [first, second])
+    with pytest.raises(ValueError):  # a prompt is missing
+        gpu_e2e_check.are_of([[[1, 2]] * 2], [first])
+
+
+def test_only_engines_that_compile_run_twice() -> None:
+    from gpu_cases import CASES
+
+    twice = {name for name, case in CASES.items() if gpu_e2e_check.compiles({**case.options, **(case.plain or {})})}
+    assert {"qwen3-default-split", "qwen3-compiled-split", "qwen3-piecewise-split"} <= twice
+    assert not {"qwen3-split", "qwen3-full-split", "qwen3-ray"} & twice
+
+
+def test_a_whole_name_means_that_case_alone_and_a_part_all_that_have_it() -> None:
+    names = ["qwen3-split", "big-qwen3-split-4", "qwen3-serve", "qwen3-serve-default", "mixtral"]
+    assert wanted(names, "qwen3-split,qwen3-serve") == ["qwen3-split", "qwen3-serve"]
+    assert wanted(names, "split") == ["qwen3-split", "big-qwen3-split-4"]
+    assert wanted(names, "qwen3-serve,mix") == ["qwen3-serve", "mixtral"]
+    assert wanted(names, "", "mixtral") == names[:-1]
+
+
+def test_the_cases_of_the_link_exist() -> None:
+    from gpu_cases import CASES
+
+    assert set(gpu_check.LINK_CASES.split(",")) <= set(CASES)

@@ -9,10 +9,12 @@ import pytest
 import torch
 import vllm.forward_context
 from torch import nn
-from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.offloader import base
+from vllm.v1.attention.backend import AttentionCGSupport
 
-from vllm_dwdp.engine.graphs import CopiesInGraphs, fit_graphs, follow_graphs, splits
+from vllm_dwdp.engine.graphs import CopiesInGraphs, fit_graphs, follow_graphs, graphs_chosen, refuse_piecewise, splits
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.gates import OPS, between_ops, register_gate
 
@@ -118,7 +120,7 @@ def test_a_piecewise_graph_that_would_hold_copies_is_refused_before_its_capture(
         monkeypatch.setattr(vllm.forward_context, "_forward_context", context)
         if mode == "FULL":
             offloader.sync_prev_onload()
-    with pytest.raises(DwdpError, match=r"cudagraph_mode PIECEWISE, .* or NONE"):
+    with pytest.raises(DwdpError, match=r"-cc\.cudagraph_mode NONE"):
         offloader.sync_prev_onload()
     assert told == ["align", "align"]
 
@@ -128,6 +130,8 @@ def test_a_piecewise_graph_that_would_hold_copies_is_refused_before_its_capture(
     [
         (CUDAGraphMode.FULL_AND_PIECEWISE, False, CUDAGraphMode.FULL_DECODE_ONLY),
         (CUDAGraphMode.FULL_AND_PIECEWISE, True, CUDAGraphMode.FULL_AND_PIECEWISE),
+        (CUDAGraphMode.FULL, False, CUDAGraphMode.FULL_DECODE_ONLY),
+        (CUDAGraphMode.FULL, True, CUDAGraphMode.FULL),
         (CUDAGraphMode.PIECEWISE, False, CUDAGraphMode.PIECEWISE),
         (CUDAGraphMode.NONE, False, CUDAGraphMode.NONE),
         (None, False, None),
@@ -182,3 +186,25 @@ def test_a_compiled_layer_keeps_the_order() -> None:
     (targets,) = kept
     order = [next(i for i, name in enumerate(targets) if part in name) for part in ("acquire", "mul", "release")]
     assert order == sorted(order)
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [({}, False), ({"cudagraph_capture_sizes": [1]}, False), ({"cudagraph_mode": "PIECEWISE"}, True)],
+)
+def test_whether_a_mode_was_named(given: dict[str, Any], chosen: bool) -> None:
+    assert graphs_chosen(EngineArgs(compilation_config=given)) is chosen  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("mode", "left"),
+    [(CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.NONE), (CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.PIECEWISE)],
+)
+def test_uncut_code_gets_no_piecewise_graphs_for_a_backend_without_whole_ones(
+    mode: CUDAGraphMode, left: CUDAGraphMode
+) -> None:
+    compilation = CompilationConfig(mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=mode)
+    compilation.set_splitting_ops_for_v1("none")
+    assert compilation.splitting_ops_contain_attention()
+    refuse_piecewise(compilation)
+    assert compilation.resolve_cudagraph_mode_and_sizes(AttentionCGSupport.NEVER, "SomeBackend") == left

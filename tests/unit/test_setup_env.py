@@ -40,7 +40,15 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Smi:
 
 
 def test_no_driver(smi: Smi) -> None:
-    assert choose({}) == Choice("cpu", "nvidia-smi lists no GPU here")
+    assert choose({}) == Choice("cpu", "nvidia-smi is not there, or fails")
+
+
+def test_wsl_has_no_ipc(smi: Smi, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi(GPUS, "CUDA Version: 13.0")
+    monkeypatch.setattr("platform.release", lambda: "6.6.87-microsoft-standard-WSL2")
+    choice = choose({})
+    assert choice.build == "cpu" and "WSL" in choice.why
+    assert choose({"DWDP_SETUP": "cuda13"}).build == "cuda13"
 
 
 @pytest.mark.parametrize(
@@ -52,7 +60,7 @@ def test_no_driver(smi: Smi) -> None:
         pytest.param(GPUS[:33], "CUDA Version: 12.8", 0, "cuda12", "1 GPU, with a driver for CUDA 12.8", id="cuda-12"),
         pytest.param(GPUS, "CUDA Version: N/A", 0, "cuda13", "not the driver's CUDA version", id="version-unknown"),
         pytest.param("No devices found.\n", "CUDA Version: 13.0", 0, "cpu", "no GPU", id="driver-without-gpus"),
-        pytest.param(GPUS, "CUDA Version: 13.0", 9, "cpu", "no GPU", id="nvidia-smi-fails"),
+        pytest.param(GPUS, "CUDA Version: 13.0", 9, "cpu", "or fails", id="nvidia-smi-fails"),
     ],
 )
 def test_what_nvidia_smi_says(smi: Smi, listed: str, cuda: str, code: int, build: str, words: str) -> None:
@@ -134,7 +142,7 @@ def test_an_old_driver_is_refused_before_anything_is_made(smi: Smi, steps: list[
     with pytest.raises(SetupFailed) as refused:
         setup_env.set_up(tmp_path / "venv")
     text = str(refused.value)
-    for words in ("CUDA 12.4", "vLLM 0.32.0's own wheel is built for CUDA 13", "driver", "cuda12", "DWDP_SETUP=cpu"):
+    for words in ("CUDA 12.4", "vLLM 0.32.0's own wheel is built for CUDA 13", "driver", "CuPy", "DWDP_SETUP=cpu"):
         assert words in text
     assert "\n" not in text and not steps and not (tmp_path / "venv").exists()
 

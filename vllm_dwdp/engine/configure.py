@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +36,9 @@ _WORKERS = {
 
 
 def resolve_launcher(launcher: str) -> str:
-    """`ray` or `mp`. Auto is as vLLM's own choice on one machine: plain processes, but Ray for a program that uses it."""
+    """`ray` or `mp`; auto is `mp`, plain processes, since all ranks are on one machine."""
     if launcher == "auto":
-        ray = sys.modules.get("ray")
-        return "ray" if ray is not None and ray.is_initialized() else "mp"
+        return "mp"
     if launcher == "ray" and importlib.util.find_spec("ray") is None:
         raise DwdpError('launcher "ray" needs Ray: pip install "vllm-dwdp[ray]", or use launcher "mp"')
     return launcher
@@ -107,8 +105,6 @@ def create_engine_config(
     args.distributed_executor_backend = _executor(launcher)
     # Always present, so that compile caches never mix with those of plain vLLM.
     additional_config, moe_backend = args.additional_config, args.moe_backend
-    # The config that vLLM makes of it has vLLM's default filled in.
-    graphs_chosen = args.compilation_config.cudagraph_mode is not None
     if not on_cpu and moe_backend == "auto":
         # The kernels that slots and slabs were tried with; other choices are refused once the layers exist.
         args.moe_backend = "triton"
@@ -127,9 +123,9 @@ def create_engine_config(
     parallel.worker_cls = _WORKERS[parallel.worker_cls]
     if not on_cpu:
         set_devices(vllm_config, config, args.data_parallel_size)
-        from vllm_dwdp.engine.graphs import fit_graphs
+        from vllm_dwdp.engine.graphs import fit_graphs, graphs_chosen
 
-        fit_graphs(vllm_config, graphs_chosen)
+        fit_graphs(vllm_config, graphs_chosen(args))
     launch = _launch(args, config, vllm_config)
     attach_launch(vllm_config, launch)
     publishing = not args.disable_log_stats and (args._api_process_count == 1 or args._api_process_rank == 0)

@@ -7,7 +7,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_dwdp.engine.graphs import follow_graphs, splits
+from vllm_dwdp.engine.graphs import follow_graphs, refuse_piecewise, splits
 from vllm_dwdp.engine.launch import launch_of
 from vllm_dwdp.engine.worker import DwdpWorkerMixin, in_ray
 
@@ -34,7 +34,9 @@ class DwdpGPUWorker(DwdpWorkerMixin, Worker):
         super().load_model(*args, **kwargs)
         assert self.dwdp_sharing is not None
         if self.dwdp_sharing.prefetcher is not None:
-            follow_graphs(self.dwdp_sharing.prefetcher, splits(self.vllm_config.compilation_config))
+            compilation = self.vllm_config.compilation_config
+            refuse_piecewise(compilation)
+            follow_graphs(self.dwdp_sharing.prefetcher, splits(compilation))
 
     def determine_available_memory(self) -> int:
         """vLLM's profiling run; ranks that share a GPU take turns, so that their peaks do not add up."""

@@ -4,8 +4,8 @@
     piecewise       graph | acquire, on the host | graph with the experts | release, on the host | graph | attention | ...
 
 Code that is compiled in more pieces is fused, and rounds, otherwise: piecewise graphs give plain vLLM's weights, but not
-always its tokens. So they are used only where they are asked for; by default whole decode steps are graphs, and all code is
-compiled in the pieces of plain vLLM.
+always its tokens. So where the user names no mode, whole decode steps are graphs, and all code is compiled in the pieces of
+plain vLLM. Piecewise graphs are made where they are asked for, or where vLLM has nothing else (-O1, some KV connectors).
 
 vLLM calls its offloader before it captures or replays a graph and last of all in a capture, so that weights can be copied
 meanwhile (model_executor/offloader/base.py): that is all that DWDP needs too, and no launch with DWDP has another offloader.
@@ -29,6 +29,7 @@ from vllm_dwdp.prefetch.prefetcher import Prefetcher
 if TYPE_CHECKING:
     from torch import nn
     from vllm.config import CompilationConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
 
 logger = init_logger("vllm.dwdp")
 
@@ -39,7 +40,7 @@ def fit_graphs(vllm_config: VllmConfig, chosen: bool = True) -> None:
     chosen: whether the user named a mode of graphs; else vLLM's default becomes whole decode steps.
     """
     compilation = vllm_config.compilation_config
-    if not chosen and compilation.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE:
+    if not chosen and compilation.cudagraph_mode in (CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL):
         compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
         logger.info(
             "dwdp: CUDA graphs of whole decode steps (FULL_DECODE_ONLY); -cc.cudagraph_mode FULL_AND_PIECEWISE adds "
@@ -65,7 +66,7 @@ def fit_graphs(vllm_config: VllmConfig, chosen: bool = True) -> None:
     if not compilation.splitting_ops:
         raise DwdpError(
             "splitting_ops is empty, so that piecewise CUDA graphs would hold dwdp's copies: leave it out, or add "
-            "-cc.mode 0 -cc.cudagraph_mode FULL_DECODE_ONLY"
+            "-cc.cudagraph_mode FULL_DECODE_ONLY"
         )
     compilation.splitting_ops = [*compilation.splitting_ops, *OPS]
 
@@ -97,13 +98,25 @@ class CopiesInGraphs(BaseOffloader):
         elif not self._cut:
             raise DwdpError(
                 "vLLM fell back to piecewise CUDA graphs, since its attention backend cannot be in whole ones, and they "
-                "would hold dwdp's copies: choose -cc.cudagraph_mode PIECEWISE, which is cut there, or NONE"
+                "would hold dwdp's copies: choose -cc.cudagraph_mode NONE"
             )
 
     def join_after_forward(self) -> None:
         """See BaseOffloader: last of all in a capture."""
         if _of_whole_forward():
             self._prefetcher.end_capture()
+
+
+def graphs_chosen(args: EngineArgs) -> bool:
+    """Whether the user named a mode of CUDA graphs; the config that is made of `args` has vLLM's default filled in."""
+    return args.compilation_config.cudagraph_mode is not None
+
+
+def refuse_piecewise(compilation: CompilationConfig) -> None:
+    """Where code is not cut, have vLLM fall back to no graphs, not to piecewise ones, for an attention backend that cannot
+    be in whole ones (`resolve_cudagraph_mode_and_sizes`, which asks this alone). On this worker's own copy of the config."""
+    if not splits(compilation):
+        object.__setattr__(compilation, "splitting_ops_contain_attention", lambda: False)
 
 
 def follow_graphs(prefetcher: Prefetcher, cut: bool) -> None:
