@@ -193,3 +193,14 @@ def test_engines_of_ray_launches_are_spawned(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv(ray_cluster.START_METHOD, "fork")
     with pytest.raises(DwdpError, match=r"=fork does not work with Ray: set it to spawn, or launch by processes"):
         ray_cluster.spawn_engines(launch)
+
+
+def test_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_dwdp.engine.configure import resolve_launcher
+
+    assert resolve_launcher("auto") == resolve_launcher("mp") == "mp"
+    assert resolve_launcher("ray") == "ray"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert resolve_launcher("auto") == "mp"
+    with pytest.raises(DwdpError, match=r"needs Ray: pip install .* or use launcher"):
+        resolve_launcher("ray")
