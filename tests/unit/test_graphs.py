@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -192,8 +193,10 @@ def test_a_compiled_layer_keeps_the_order() -> None:
     ("given", "chosen"),
     [({}, False), ({"cudagraph_capture_sizes": [1]}, False), ({"cudagraph_mode": "PIECEWISE"}, True)],
 )
-def test_whether_a_mode_was_named(given: dict[str, Any], chosen: bool) -> None:
-    assert graphs_chosen(EngineArgs(compilation_config=given)) is chosen  # type: ignore[arg-type]
+def test_whether_a_mode_was_named(given: dict[str, Any], chosen: bool, tmp_path: Path) -> None:
+    # The model is a folder: vLLM looks any other name up.
+    args = EngineArgs(model=str(tmp_path), compilation_config=given)  # type: ignore[arg-type]
+    assert graphs_chosen(args) is chosen
 
 
 @pytest.mark.parametrize(
