@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from .shapes import BLOCK, MODELS, Batch, Problem
-from .sides import LOST, vllm_experts
+from .shapes import MODELS, Batch, Problem
+from .sides import LOST, quant_config, vllm_experts
 from .timing import captured, in_turns
 
 #: Name -> module and class below vllm.model_executor.layers.fused_moe.experts.
@@ -76,12 +76,11 @@ def made(cls: Any, problem: Problem) -> Any:
     from vllm.model_executor.layers.fused_moe.config import (
         FusedMoEConfig,
         FusedMoEParallelConfig,
-        FusedMoEQuantConfig,
         RoutingMethodType,
     )
     from vllm.model_executor.layers.fused_moe.prepare_finalize import MoEPrepareAndFinalizeNoDPEPModular
 
-    model, fp8 = problem.model, problem.model.quant == "block"
+    model = problem.model
     activation = MoEActivation.from_str(model.activation.kind)
     config = FusedMoEConfig(
         num_experts=model.experts,
@@ -98,15 +97,7 @@ def made(cls: Any, problem: Problem) -> Any:
         max_num_tokens=32768,
         has_bias=model.bias,
     )
-    quant = FusedMoEQuantConfig.make(
-        torch.float8_e4m3fn if fp8 else None,
-        block_shape=[BLOCK, BLOCK] if fp8 else None,
-        w1_scale=problem.scales[0],
-        w2_scale=problem.scales[1],
-        w1_bias=problem.biases[0],
-        w2_bias=problem.biases[1],
-    )
-    kernel = modular_kernel.FusedMoEKernel(MoEPrepareAndFinalizeNoDPEPModular(), cls(config, quant))
+    kernel = modular_kernel.FusedMoEKernel(MoEPrepareAndFinalizeNoDPEPModular(), cls(config, quant_config(problem)))
     w13, w2 = problem.dense
     if "flashinfer" in cls.__module__ or "trtllm" in cls.__module__:
         # Those want up before gate.

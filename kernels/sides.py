@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,19 +30,12 @@ def describe(tiles: Tiles) -> str:
     )
 
 
-def vllm_experts(problem: Problem, batch: Batch, tiles: Tiles | None = None) -> torch.Tensor:
-    """The layer by vLLM, with `tiles` or those that it chooses; on a CPU by our kernel, over contiguous experts."""
-    if problem.device.type != "cuda":
-        return own_experts(problem, batch, tiles or problem_tiles(problem, batch, own=False), scattered=False)
-    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+def quant_config(problem: Problem) -> Any:
+    """vLLM's description of a problem's quantisation: FP8 blocks or none, scales, biases."""
     from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
-    from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
-    from .vllm_ops import under_config
-
-    w13, w2 = problem.dense
     fp8 = problem.model.quant == "block"
-    config = FusedMoEQuantConfig.make(
+    return FusedMoEQuantConfig.make(
         torch.float8_e4m3fn if fp8 else None,
         block_shape=[BLOCK, BLOCK] if fp8 else None,
         w1_scale=problem.scales[0],
@@ -49,6 +43,19 @@ def vllm_experts(problem: Problem, batch: Batch, tiles: Tiles | None = None) -> 
         w1_bias=problem.biases[0],
         w2_bias=problem.biases[1],
     )
+
+
+def vllm_experts(problem: Problem, batch: Batch, tiles: Tiles | None = None) -> torch.Tensor:
+    """The layer by vLLM, with `tiles` or those that it chooses; on a CPU by our kernel, over contiguous experts."""
+    if problem.device.type != "cuda":
+        return own_experts(problem, batch, tiles or problem_tiles(problem, batch, own=False), scattered=False)
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
+
+    from .vllm_ops import under_config
+
+    w13, w2 = problem.dense
+    config = quant_config(problem)
     activation = MoEActivation.from_str(problem.model.activation.kind)
 
     def call() -> torch.Tensor:

@@ -116,10 +116,10 @@ def test_a_piecewise_graph_that_would_hold_copies_is_refused_before_its_capture(
     offloader = CopiesInGraphs(prefetcher, cut=False)
     monkeypatch.setattr(vllm.forward_context, "_forward_context", None)
     offloader.sync_prev_onload()
-    for mode in ("FULL", "PIECEWISE"):
+    for mode in ("FULL", "NONE", "PIECEWISE"):
         context = SimpleNamespace(cudagraph_runtime_mode=CUDAGraphMode[mode])
         monkeypatch.setattr(vllm.forward_context, "_forward_context", context)
-        if mode == "FULL":
+        if mode != "PIECEWISE":
             offloader.sync_prev_onload()
     with pytest.raises(DwdpError, match=r"-cc\.cudagraph_mode NONE"):
         offloader.sync_prev_onload()

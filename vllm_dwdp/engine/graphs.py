@@ -95,7 +95,7 @@ class CopiesInGraphs(BaseOffloader):
         """See BaseOffloader: before a capture and before a replay. Raises DwdpError before a capture that cannot end."""
         if _of_whole_forward():
             self._prefetcher.align()
-        elif not self._cut:
+        elif not self._cut and get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
             raise DwdpError(
                 "vLLM fell back to piecewise CUDA graphs, since its attention backend cannot be in whole ones, and they "
                 "would hold dwdp's copies: choose -cc.cudagraph_mode NONE"
