@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import persistent, split_gemm
-from .split_gemm import Assignment, Launch, prepare
+from .split_gemm import Assignment, Launch, constants_of, prepare
 from .tiles import Tiles
 from .weight_table import PerExpert, Scales, WeightTable
 
@@ -117,8 +117,8 @@ def _table(case: Case) -> WeightTable:
     return WeightTable(addresses, case.rows, case.cols, case.cols, case.dtype, scales, bias)
 
 
-def launch_of(case: Case) -> tuple[Launch, bool]:
-    """The launch of a case, on tensors without memory; and whether each block is a single route."""
+def launch_of(case: Case) -> tuple[Launch, dict[str, Any], bool]:
+    """The launch of a case, on tensors without memory; its constants; and whether each block is a single route."""
     routes, tiles = case.tokens * case.top_k, case.tiles
     a = torch.empty(case.tokens, case.cols, dtype=case.dtype, device=META)
     out = torch.empty(routes, case.rows, dtype=torch.bfloat16 if case.dtype.itemsize == 1 else case.dtype, device=META)
@@ -132,7 +132,9 @@ def launch_of(case: Case) -> tuple[Launch, bool]:
             a_scale = torch.empty(1, device=META)
     router = torch.empty(routes, device=META)
     assignment = Assignment(slots, ints, ints)
-    return prepare(a, _table(case), out, assignment, tiles, case.top_k, router, a_scale, out.dtype), single
+    table = _table(case)
+    launch = prepare(a, table, out, assignment, tiles, case.top_k, router, a_scale)
+    return launch, constants_of(launch, table, tiles, case.top_k, out.dtype), single
 
 
 def source_of(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> ASTSource:
@@ -181,8 +183,7 @@ def spills(ptx: str, arch: int) -> tuple[int, int]:
 
 def compile_case(case: Case, arch: int) -> Row:
     """Compile `case` for sm_`arch` and look at it."""
-    launch, single = launch_of(case)
-    constants = dict(launch.constants)
+    launch, constants, single = launch_of(case)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     arguments, halves = launch.arguments, not single and split_gemm.halves(case.tiles)
     if case.tiles.kernel == "persistent":

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launching import Planned
 from .split_gemm import Assignment, Launch, halves
 from .tile_math import compute_tile, tile_place
 from .tiles import Tiles
@@ -114,7 +115,7 @@ def programs(tiles: Tiles, itemsize: int, device: torch.device) -> int:
     return _multiprocessors(device) * (2 if two else 1)
 
 
-def describable(launch: Launch, weights: WeightTable, assignment: Assignment) -> bool:
+def describable(even_depth: bool, weights: WeightTable, assignment: Assignment) -> bool:
     """Whether a descriptor can serve this launch; the pointer kernel computes the others, with the same bits.
 
     Not: single routes, experts too far from each other, rows that are no multiple of 16 bytes apart, a depth that is no
@@ -126,7 +127,7 @@ def describable(launch: Launch, weights: WeightTable, assignment: Assignment) ->
         assignment.routes is not None
         and weights.unit > 0
         and rows_apart % 16 == 0
-        and launch.constants["EVEN_K"]
+        and even_depth
         and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0))
     )
 
@@ -137,13 +138,14 @@ def _descriptor_memory(size: int, _alignment: int, _stream: int | None) -> torch
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def planned(
-    launch: Launch, weights: WeightTable, tiles: Tiles, device: torch.device
-) -> tuple[Any, tuple[int], tuple[Any, ...], dict[str, Any]]:
-    """(kernel, grid, arguments, constants) of what `prepare` laid out and `describable` allowed."""
-    count = programs(tiles, weights.dtype.itemsize, device)
-    # Per launch: Triton keeps the allocator per context, and others set theirs.
+def give_memory() -> None:
+    """Before each launch: Triton keeps the allocator per context, and others set theirs."""
     triton.set_allocator(_descriptor_memory)
-    constants = launch.constants | {"HALVES": halves(tiles), "PROGRAMS": count, "UNIT": weights.unit}
+
+
+def planned(launch: Launch, constants: dict[str, Any], weights: WeightTable, tiles: Tiles) -> Planned:
+    """How to launch what `prepare` laid out and `describable` allowed; `give_memory` comes before."""
+    count = programs(tiles, weights.dtype.itemsize, weights.addresses.device)
+    more = {"HALVES": halves(tiles), "PROGRAMS": count, "UNIT": weights.unit}
     grid = (min(count, launch.row_blocks * launch.column_blocks),)
-    return persistent_kernel, grid, (*launch.arguments, weights.origin), constants
+    return Planned(persistent_kernel, grid, constants | more, True)

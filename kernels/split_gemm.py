@@ -16,6 +16,7 @@ import triton.language as tl
 
 from vllm_dwdp.errors import DwdpError
 
+from . import launching
 from .tile_math import ABSENT, BLOCKS, DENSE, NO_SCALE, ROWS, TABLE, TENSOR, compute_tile, tile_place
 from .tiles import Tiles
 from .weight_table import WeightTable
@@ -121,12 +122,21 @@ def swaps(device: torch.device) -> bool:
 
 
 class Launch(NamedTuple):
-    """Arguments of one launch, the same for both kernels: pointers, sizes and strides, then constants."""
+    """Arguments of one launch, the same for both kernels: pointers, then sizes and strides; and what follows from them.
 
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
+    row_blocks, column_blocks: of the output, at most. a_kind: what a scale of the activations covers.
+    """
+
+    pointers: tuple[torch.Tensor | None, ...]
+    numbers: tuple[int, ...]
     row_blocks: int
     column_blocks: int
+    a_kind: int
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """In the kernels' order."""
+        return self.pointers + self.numbers
 
 
 def prepare(
@@ -138,7 +148,6 @@ def prepare(
     top_k: int,
     router_weights: torch.Tensor | None,
     a_scale: torch.Tensor | None,
-    compute_dtype: torch.dtype,
 ) -> Launch:
     """Check the arguments of `split_gemm` and lay them out for a kernel; no device work, no synchronisation."""
     num_routes = a.shape[0] * top_k
@@ -162,31 +171,40 @@ def prepare(
         if a.shape[0] < tiles.block_m:
             # At most one block per route is in use.
             em = min(em, num_routes * tiles.block_m)
-    block_k, w_kind, a_kind, a_strides = tiles.block_k, NO_SCALE.value, NO_SCALE.value, (0, 0)
+    a_kind, a_strides = NO_SCALE.value, (0, 0)
     if scales is not None and a_scale is not None:
-        w_kind = _KINDS[scales.kind]
-        a_kind = w_kind if scales.kind == "block" else (TENSOR.value if a_scale.numel() == 1 else ROWS.value)
-        if scales.kind == "block":
-            block_k = min(block_k, *scales.group)
+        a_kind = BLOCKS.value if scales.kind == "block" else (TENSOR.value if a_scale.numel() == 1 else ROWS.value)
         if a_kind == TENSOR.value:
             a_scale = a_scale.reshape(1)
         else:
             a_strides = (a_scale.stride(0), a_scale.stride(1) if a_scale.ndim == 2 else 0)
     scale_strides = scales.values.strides if scales else (0, 0, 0)
     bias_strides = bias.strides if bias else (0, 0, 0)
-    arguments = (
+    pointers = (
         a, weights.addresses, out, bias.data if bias else None, a_scale, scales.values.data if scales else None,
         router_weights, routes, assignment.experts, assignment.padded,
+    )  # fmt: skip
+    numbers = (
         weights.rows, weights.cols, em, num_routes,
         a.stride(0), weights.row_stride, out.stride(0), out.stride(1), *a_strides,
         *scale_strides, bias_strides[0], bias_strides[1],
     )  # fmt: skip
-    constants = {
+    return Launch(pointers, numbers, -(-em // tiles.block_m), -(-weights.rows // tiles.block_n), a_kind)
+
+
+def constants_of(
+    launch: Launch, weights: WeightTable, tiles: Tiles, top_k: int, compute_dtype: torch.dtype
+) -> dict[str, Any]:
+    """The constants that both kernels take, and Triton's options."""
+    *_, router_weights, _, _, _ = launch.pointers
+    scales, bias = weights.scales, weights.bias
+    block_k = min(tiles.block_k, *scales.group) if scales and scales.kind == "block" else tiles.block_k
+    return {
         "WEIGHT_TYPE": TL_DTYPES[weights.dtype],
         "COMPUTE_TYPE": TL_DTYPES[compute_dtype],
         "BIAS_TYPE": TL_DTYPES[bias.dtype] if bias else tl.float32,
-        "W_SCALE": w_kind,
-        "A_SCALE": a_kind,
+        "W_SCALE": _KINDS[scales.kind] if scales else NO_SCALE.value,
+        "A_SCALE": launch.a_kind,
         "HOW_SCALE": _how(scales.values.is_table) if scales else ABSENT.value,
         "HOW_BIAS": _how(bias.is_table) if bias else ABSENT.value,
         "GROUP_N": scales.group[0] if scales else 0,
@@ -202,7 +220,6 @@ def prepare(
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
-    return Launch(arguments, constants, -(-em // tiles.block_m), -(-weights.rows // tiles.block_n))
 
 
 def _how(is_table: bool) -> int:
@@ -235,10 +252,20 @@ def split_gemm(
     Raises:
         DwdpError: shapes or dtypes that do not fit each other.
     """
-    kernel, grid, arguments, constants = _planned(
-        a, weights, out, assignment, tiles, top_k, router_weights, a_scale, compute_dtype or out.dtype
-    )
-    kernel[grid](*arguments, **constants)
+    compute = compute_dtype or out.dtype
+    laid_out = prepare(a, weights, out, assignment, tiles, top_k, router_weights, a_scale)
+    key: tuple[Any, ...] | None = None
+    if launching.aligned(laid_out.pointers):
+        router_dtype = None if router_weights is None else router_weights.dtype
+        key = (
+            weights.kind, tiles, top_k, laid_out.a_kind, assignment.routes is None,
+            compute, out.dtype, router_dtype, assignment.experts.dtype, laid_out.numbers,
+        )  # fmt: skip
+        if (known := launching.find(key)) is not None:
+            known.launch(laid_out.arguments + _more(weights, known.persistent))
+            return
+    planned = _planned(laid_out, weights, assignment, tiles, top_k, compute)
+    launching.launch(key, planned, laid_out.arguments + _more(weights, planned.persistent))
 
 
 def compile_gemm(
@@ -246,25 +273,34 @@ def compile_gemm(
     router_weights: torch.Tensor | None = None, a_scale: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Compile what `split_gemm` would launch, and launch nothing."""
-    kernel, grid, arguments, constants = _planned(
-        a, weights, out, assignment, tiles, top_k, router_weights, a_scale, out.dtype
-    )
-    kernel.warmup(*arguments, grid=grid, **constants)
+    laid_out = prepare(a, weights, out, assignment, tiles, top_k, router_weights, a_scale)
+    planned = _planned(laid_out, weights, assignment, tiles, top_k, out.dtype)
+    arguments = laid_out.arguments + _more(weights, planned.persistent)
+    planned.function.warmup(*arguments, grid=planned.grid, **planned.constants)
+
+
+def _more(weights: WeightTable, persistent: bool) -> tuple[int, ...]:
+    """What follows the common arguments."""
+    if not persistent:
+        return ()
+    from .persistent import give_memory
+
+    give_memory()
+    return (weights.origin,)
 
 
 def _planned(
-    a: torch.Tensor, weights: WeightTable, out: torch.Tensor, assignment: Assignment, tiles: Tiles, top_k: int,
-    router_weights: torch.Tensor | None, a_scale: torch.Tensor | None, compute_dtype: torch.dtype,
-) -> tuple[Any, tuple[int], tuple[Any, ...], dict[str, Any]]:  # fmt: skip
-    """(kernel, grid, arguments, constants)."""
-    launch = prepare(a, weights, out, assignment, tiles, top_k, router_weights, a_scale, compute_dtype)
+    laid_out: Launch, weights: WeightTable, assignment: Assignment, tiles: Tiles, top_k: int, compute_dtype: torch.dtype
+) -> launching.Planned:
+    constants, device = constants_of(laid_out, weights, tiles, top_k, compute_dtype), weights.addresses.device
     if tiles.kernel == "persistent":
         from . import persistent
 
-        if persistent.describable(launch, weights, assignment):
-            return persistent.planned(launch, weights, tiles, a.device)
-    grid = (launch.row_blocks * launch.column_blocks,)
-    return split_gemm_kernel, grid, launch.arguments, launch.constants | variant(weights, assignment, tiles, a.device)
+        if persistent.describable(constants["EVEN_K"], weights, assignment):
+            return persistent.planned(laid_out, constants, weights, tiles)
+    grid = (laid_out.row_blocks * laid_out.column_blocks,)
+    constants |= variant(weights, assignment, tiles, device)
+    return launching.Planned(split_gemm_kernel, grid, constants, False)
 
 
 def variant(weights: WeightTable, assignment: Assignment, tiles: Tiles, device: torch.device) -> dict[str, bool]:

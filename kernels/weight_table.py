@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 
@@ -121,6 +122,14 @@ class WeightTable:
     def num_experts(self) -> int:
         """E."""
         return self.addresses.shape[0]
+
+    @cached_property
+    def kind(self) -> tuple[Any, ...]:
+        """What the kernels are compiled for beside sizes and strides; the same for layers that are alike."""
+        scales, bias = self.scales, self.bias
+        how = None if scales is None else (scales.kind, scales.group, scales.values.is_table)
+        added = None if bias is None else (bias.dtype, bias.is_table)
+        return self.addresses.device, self.dtype, how, added, self.unit, self.origin >> 31 > 0
 
     @classmethod
     def from_addresses(
