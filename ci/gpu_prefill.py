@@ -4,9 +4,10 @@ Layers of Qwen3-30B-A3B's shape with random weights, two ranks. On one GPU: one 
 computes, and peers' experts in pinned host memory (transport cuda_pinned): their copies overlap with compute as those over
 NVLink do, at PCIe's rate. On two GPUs: a rank on each, experts pulled over the link between them, also by both at once.
 
-Engines run one after the other, without torch.compile (whole decode steps in graphs); each figure is a median over turns
-within one engine, and plain vLLM runs twice. Prefill is one step of one prompt to its first token ("pairs": one such prompt
-on each rank at a time); decode is greedy tokens per second of some requests at once.
+The engines of a group are all there at the same time and take turns, in another order each time; plain vLLM is there twice.
+A ratio compares what two engines took in one turn, and its bounds are those of the median over turns. Prefill is one step
+of one prompt to its first token ("pairs": one such prompt on each rank at a time, beside one on each of two plain
+engines); decode is greedy tokens per second of some requests at once. Without torch.compile unless --compile is given.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,161 +26,99 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent))
 
-from visible import visible_gpus
+from gpu_engine import Engine, EngineFailed
+from visible import visible_gpus, wanted
 
 REPO = Path(__file__).resolve().parent.parent
 ENV = {"VLLM_USE_DEEP_GEMM": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_HOST_IP": "127.0.0.1"}
 PROMPTS = (4096, 8192, 16384, 32768)
 BATCHES = (1, 8, 64)
-TURNS = 7
-DECODED = 64
+WARM = 4  # turns, so that each of two ranks has had two
+TURNS = 15
+SIZES = [1, 4, 8, 32, 64]
 #: Whole decode steps in CUDA graphs, everything else eager.
 GRAPHS = {
-    "compilation_config": {
-        "mode": 0,
-        "cudagraph_mode": "FULL_DECODE_ONLY",
-        "cudagraph_capture_sizes": [1, 4, 8, 32, 64],
-    }
+    "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": SIZES},
 }
+#: The same with torch.compile: DWDP's default.
+COMPILED = {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": SIZES}}
 EAGER = {"enforce_eager": True}
 REAL = {
     "num_experts": 128, "num_layers": 4, "hidden": 2048, "intermediate": 768, "top_k": 8, "num_heads": 32, "num_kv_heads": 4,
     "head_dim": 128, "max_position": 40960,
 }  # fmt: skip
 TINY = {"num_experts": 16, "max_position": 40960}
+#: The jobs that others are compared with, if they are there.
+PLAIN = ("plain", "plain again")
 
 
 class Job(NamedTuple):
-    """An engine and what is timed in it. dwdp: its settings; None is plain vLLM."""
+    """An engine and what is timed in it. dwdp: its settings; None is plain vLLM. gpu: the only one it sees."""
 
     name: str
     dwdp: dict[str, Any] | None
     options: dict[str, Any]
     steps: tuple[str, ...]
+    gpu: int | None = None
 
 
-def jobs(gpus: int) -> list[Job]:
+def groups(gpus: int, graphs: dict[str, Any]) -> list[list[Job]]:
     """In order of value. gpus: 0 on CPU."""
+    both = ("prefill", "decode")
     if not gpus:
-        steps = ("prefill", "pairs", "decode")
-        return [Job("plain", None, EAGER, ("prefill", "decode")), Job("dwdp", {}, EAGER, steps)]
-    if gpus > 1:
-        link = {"launcher": "mp", "transport": "cupy_ipc"}
         return [
-            Job("plain graphs", None, GRAPHS, ("prefill", "decode")),
-            Job("split 64 link", {**link, "weight_view": "split"}, GRAPHS, ("prefill", "pairs", "decode")),
-            Job("plain again", None, GRAPHS, ("prefill",)),
-            Job("contiguous 64 link", {**link, "weight_view": "contiguous"}, GRAPHS, ("prefill", "pairs")),
-            Job("split 64 link, 1 MiB", {**link, "weight_view": "split", "slice_bytes": 1 << 20}, GRAPHS, ("pairs",)),
-            Job(
-                "split 96 link",
-                {**link, "weight_view": "split", "experts_per_rank": 96},
-                GRAPHS,
-                ("prefill", "pairs", "decode"),
-            ),
+            [
+                Job("plain", None, EAGER, ("prefill", "pairs", "decode")),
+                Job("contiguous", {"weight_view": "contiguous"}, EAGER, ("prefill", "pairs", "decode")),
+            ]
         ]
-    pinned = {"transport": "cuda_pinned", "ranks_per_device": 2, "launcher": "mp"}
-    ipc = {**pinned, "transport": "cupy_ipc", "experts_per_rank": 112}
+    if gpus > 1:
+        every = ("prefill", "pairs", "decode")
+        split = {"transport": "cupy_ipc", "weight_view": "split"}
+        return [
+            [
+                Job("plain", None, graphs, every, 0),
+                Job("plain again", None, graphs, every, 1),
+                Job("split 64 link", split, graphs, every),
+                Job("split 96 link", {**split, "experts_per_rank": 96}, graphs, every),
+                Job("contiguous 64 link", {**split, "weight_view": "contiguous"}, graphs, every),
+                Job("split 64 link mp", {**split, "launcher": "mp"}, graphs, every),
+            ]
+        ]
+    pinned = {"transport": "cuda_pinned", "ranks_per_device": 2, "weight_view": "split", "experts_per_rank": 112}
+    ipc = {**pinned, "transport": "cupy_ipc"}
     return [
-        Job("plain graphs", None, GRAPHS, ("prefill", "decode")),
-        Job("split 112 pinned", {**pinned, "experts_per_rank": 112, "weight_view": "split"}, GRAPHS, ("prefill",)),
-        Job(
-            "contiguous 112 pinned",
-            {**pinned, "experts_per_rank": 112, "weight_view": "contiguous"},
-            GRAPHS,
-            ("prefill",),
-        ),
-        Job("split 112 ipc graphs", {**ipc, "weight_view": "split"}, GRAPHS, ("decode", "prefill")),
-        Job("split 64 pinned", {**pinned, "experts_per_rank": 64, "weight_view": "split"}, GRAPHS, ("prefill",)),
-        Job("plain again", None, GRAPHS, ("prefill", "decode")),
-        Job("split 112 ipc eager", {**ipc, "weight_view": "split"}, EAGER, ("decode",)),
-        Job("plain eager", None, EAGER, ("decode",)),
+        [
+            Job("plain", None, graphs, both),
+            Job("plain again", None, graphs, both),
+            Job("plain mp", None, {**graphs, "distributed_executor_backend": "mp"}, both),
+            Job("split 112 pinned", pinned, graphs, ("prefill",)),
+            Job("split 112 pinned mp", {**pinned, "launcher": "mp"}, graphs, ("prefill",)),
+            Job("contiguous 112 pinned", {**pinned, "weight_view": "contiguous"}, graphs, ("prefill",)),
+            Job("split 112 ipc", ipc, graphs, both),
+        ],
+        [
+            Job("plain", None, graphs, both),
+            Job("plain eager", None, EAGER, both),
+            Job("split 64 pinned", {**pinned, "experts_per_rank": 64}, graphs, ("prefill",)),
+            Job("split 112 ipc eager", ipc, EAGER, both),
+            Job("split 112 ipc mp", {**ipc, "launcher": "mp"}, graphs, both),
+        ],
     ]
 
 
-def prefill(llm: Any, lengths: list[int], turns: int, prompts: int = 1) -> dict[str, Any]:
-    """By prompt length: seconds of `prompts` requests for one token, median and all, and the exposed wait of all ranks.
-
-    The client sends a request to the rank with the fewest, so that two prompts are one on each of two ranks.
-    """
-    import random
-
-    from vllm import SamplingParams
-
-    rng, found = random.Random(0), {}
-    for length in lengths:
-        seconds, before = [], {}
-        for turn in range(turns + 4):  # both ranks warm up twice
-            if turn == 4:
-                before = waits(llm)
-            batch = [{"prompt_token_ids": [rng.randrange(100, 200) for _ in range(length)]} for _ in range(prompts)]
-            started = time.perf_counter()
-            llm.generate(batch, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
-            seconds.append(time.perf_counter() - started)
-        exposed = {key: value - before[key] for key, value in waits(llm).items()}
-        found[str(length)] = {"median_s": statistics.median(seconds[4:]), "seconds": seconds[4:], **exposed}
-    return found
-
-
-def decode(llm: Any, batches: list[int]) -> dict[str, Any]:
-    """By requests at once: tokens per second, median of nine turns after two to warm up, and all."""
-    from vllm import SamplingParams
-
-    found = {}
-    for batch in batches:
-        rates = []
-        for _ in range(11):
-            params = SamplingParams(temperature=0, max_tokens=DECODED, ignore_eos=True)
-            prompts = [{"prompt_token_ids": [100 + i, 101, 102, 103]} for i in range(batch)]
-            started = time.perf_counter()
-            llm.generate(prompts, params, use_tqdm=False)
-            rates.append(batch * DECODED / (time.perf_counter() - started))
-        found[str(batch)] = {"tokens_per_s": statistics.median(rates[2:]), "all": rates[2:]}
-    return found
-
-
-def waits(llm: Any) -> dict[str, float]:
-    """Sums over ranks; nothing with plain vLLM."""
-    import vllm_dwdp
-
-    try:
-        ranks = vllm_dwdp.counters(llm)
-    except Exception:
-        return {}
-    return {
-        "exposed_s": sum(rank["exposed_wait_ns"] for rank in ranks) / 1e9,
-        "waits": sum(rank["slot_waits"] for rank in ranks),
-        "pulled_bytes": sum(rank["pulled_bytes"] for rank in ranks),
-    }
-
-
-def run_one(spec_file: Path, out: Path) -> None:
-    """In a process of its own: start the engine of a spec, time its steps, write them."""
-    spec = json.loads(spec_file.read_text())
-    from vllm import LLM
-
-    started = time.monotonic()
-    llm = LLM(spec["model"], **spec["options"])
-    found: dict[str, Any] = {"start_s": time.monotonic() - started}
-    for step in spec["steps"]:
-        if step == "decode":
-            found[step] = decode(llm, spec["batches"])
-        else:
-            found[step] = prefill(llm, spec["prompts"], spec["turns"], 2 if step == "pairs" else 1)
-        out.write_text(json.dumps(found))
-    del llm
-
-
-def options_of(job: Job, cpu: bool) -> dict[str, Any]:
-    """Keyword arguments of `LLM`."""
+def options_of(job: Job, model: Path, cpu: bool, chunk: int | None) -> dict[str, Any]:
+    """Keyword arguments of `LLM`. chunk: tokens of a step at most."""
     longest = 1024 if cpu else PROMPTS[-1]
     made: dict[str, Any] = {
+        "model": str(model),
         "max_model_len": longest + 128,
-        "max_num_batched_tokens": longest + 128,
+        "max_num_batched_tokens": chunk or longest + 128,
         "max_num_seqs": 64,
         "enable_prefix_caching": False,
-        "gpu_memory_utilization": 0.5,
-        "kv_cache_memory_bytes": (256 << 20) if cpu else (2 << 30),
+        # Nothing is measured with it: the KV cache has a fixed size, and other engines are there.
+        "gpu_memory_utilization": 0.1,
+        "kv_cache_memory_bytes": (256 << 20) if cpu else (1 << 30),
         **job.options,
     }
     if not cpu:
@@ -193,22 +132,133 @@ def options_of(job: Job, cpu: bool) -> dict[str, Any]:
     return made
 
 
+class Group:
+    """Engines that take turns, and what they took: rows as the JSON file has them."""
+
+    def __init__(self, jobs: list[Job], model: Path, folder: Path, args: argparse.Namespace) -> None:
+        self.jobs = {job.name: job for job in jobs}
+        self.rows: dict[str, dict[str, Any]] = {job.name: {} for job in jobs}
+        self._limit_s = args.job_s
+        self._engines = {}
+        for job in jobs:
+            env = ENV if job.gpu is None else {**ENV, "CUDA_VISIBLE_DEVICES": visible_names()[job.gpu]}
+            log = folder / f"{job.name.replace(' ', '-')}.log"
+            self._engines[job.name] = Engine(options_of(job, model, args.cpu, args.chunk), env, log)
+        for name in list(self._engines):
+            if found := self._answer(name):
+                self.rows[name]["start_s"] = round(found["start_s"], 1)
+
+    def _with(self, step: str) -> list[str]:
+        return [name for name in self._engines if step in self.jobs[name].steps]
+
+    def _ask(self, names: list[str], step: str, **words: Any) -> list[dict[str, Any] | None]:
+        """The step on all `names` at the same time."""
+        for name in names:
+            self._engines[name].ask(step, **words)
+        return [self._answer(name) for name in names]
+
+    def _answer(self, name: str) -> dict[str, Any] | None:
+        """None, and out of the group, where it failed."""
+        try:
+            return self._engines[name].answer(self._limit_s)
+        except EngineFailed as error:
+            self.rows[name]["error"] = str(error)
+            self._engines.pop(name).stop(1)
+            print(f"gpu prefill: {name}: {error}", flush=True)
+            return None
+
+    def prefill(self, lengths: list[int], turns: int) -> None:
+        """One prompt at a time, by length."""
+        rng = random.Random(0)
+        for length in lengths:
+            for turn in range(WARM + turns):
+                names = self._with("prefill")
+                for name in rng.sample(names, len(names)):
+                    if (found := self._ask([name], "prefill", length=length, prompts=1, seed=turn)[0]) and turn >= WARM:
+                        _add(self.rows[name], "prefill", length, found)
+
+    def pairs(self, lengths: list[int], turns: int) -> None:
+        """A prompt on each of two ranks, and on each of two plain engines, at a time."""
+        rng = random.Random(1)
+        for length in lengths:
+            for turn in range(WARM + turns):
+                names = self._with("pairs")
+                units = [[name] for name in names if self.jobs[name].dwdp is not None]
+                plain = [name for name in names if name in PLAIN]
+                for unit in rng.sample([*units, plain], len(units) + 1):
+                    each = 2 // len(unit) if unit else 0
+                    found = [
+                        item for item in self._ask(unit, "prefill", length=length, prompts=each, seed=turn) if item
+                    ]
+                    if len(found) == len(unit) > 0 and turn >= WARM:
+                        _add(self.rows[unit[0]], "pairs", length, max(found, key=lambda item: item["seconds"]))
+
+    def decode(self, batches: list[int], turns: int) -> None:
+        """By requests at once."""
+        rng = random.Random(2)
+        for batch in batches:
+            for turn in range(WARM + turns):
+                names = self._with("decode")
+                for name in rng.sample(names, len(names)):
+                    if (found := self._ask([name], "decode", batch=batch)[0]) and turn >= WARM:
+                        cell = self.rows[name].setdefault("decode", {}).setdefault(str(batch), {"all": []})
+                        cell["all"].append(found["tokens_per_s"])
+                        cell["tokens_per_s"] = statistics.median(cell["all"])
+
+    def profile(self, length: int) -> None:
+        """A prompt of each engine under torch's profiler, after everything that is timed."""
+        for name in list(self._engines):
+            for _ in range(2):  # the first one starts the profiler up
+                found = self._ask([name], "profile", length=length)[0]
+            self.rows[name]["profile"] = found
+
+    def stop(self) -> None:
+        """End all engines."""
+        for engine in self._engines.values():
+            engine.leave()
+        for engine in self._engines.values():
+            engine.stop()
+
+
+def _add(row: dict[str, Any], step: str, length: int, found: dict[str, Any]) -> None:
+    cell = row.setdefault(step, {}).setdefault(str(length), {"seconds": []})
+    cell["seconds"].append(found.pop("seconds"))
+    cell["median_s"] = statistics.median(cell["seconds"])
+    for kind in ("host_s", "device_s"):
+        told = [item[kind] for item in found["steps"] if kind in item]
+        if told:
+            cell.setdefault(f"steps_{kind}", []).append(sum(told))
+    for key in ("exposed_s", "waits", "pulled_bytes"):
+        if key in found:
+            cell[key] = cell.get(key, 0) + found[key]
+
+
+def visible_names() -> list[str]:
+    """The GPUs of this process as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(i) for i in range(visible_gpus())]
+
+
 def main() -> int:
-    """Run the jobs and print ratios to plain vLLM's."""
+    """Run the groups and print ratios to plain vLLM's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write-only", action="store_true", help="write the checkpoint and stop")
+    parser.add_argument("--cpu", action="store_true", help="a tiny model on CPU, to try this: times mean nothing")
     parser.add_argument(
-        "--cpu", action="store_true", help="a tiny model on CPU, to try this script: times mean nothing"
+        "--only", default="", help="plain vLLM and jobs of this name, or whose name contains it, by comma"
     )
-    parser.add_argument("--only", default="", help="jobs whose name contains this, by comma")
-    parser.add_argument("--job-s", type=float, default=120, help="abort an engine after this many seconds")
-    parser.add_argument("--limit-s", type=float, default=400, help="begin no engine after this many seconds")
-    parser.add_argument("--job", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", default="prefill,pairs,decode", help="of %(default)s")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    parser.add_argument(
+        "--chunk", type=int, help="tokens of a step at most: longer prompts take several steps in a row"
+    )
+    parser.add_argument("--profile", type=int, default=0, metavar="TOKENS", help="also profile a prompt of this length")
+    parser.add_argument("--turns", type=int, default=TURNS)
+    parser.add_argument("--logs", type=Path, help="keep the engines' logs here")
+    parser.add_argument("--job-s", type=float, default=150, help="an engine that takes longer for anything is ended")
+    parser.add_argument("--limit-s", type=float, default=400, help="begin no group after this many seconds")
     args = parser.parse_args()
-    if args.job:
-        run_one(*args.job)
-        return 0
     from vllm_dwdp.checkpoints import CheckpointSpec, write_checkpoint
 
     begun = time.monotonic()
@@ -221,90 +271,90 @@ def main() -> int:
     if args.write_only:
         return 0
     gpus = 0 if args.cpu else visible_gpus()
-    begun, rows = time.monotonic(), {}
-    with tempfile.TemporaryDirectory() as folder:
-        for job in jobs(gpus):
-            if args.only and not any(part in job.name for part in args.only.split(",")):
+    lengths, batches, turns = (
+        ([256, 1024], [1, 4], min(3, args.turns)) if args.cpu else (list(PROMPTS), list(BATCHES), args.turns)
+    )
+    begun = time.monotonic()
+    rows: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as made:
+        folder = args.logs or Path(made)
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, whole in enumerate(groups(gpus, COMPILED if args.compile else GRAPHS)):
+            names = [*PLAIN, *wanted([job.name for job in whole], args.only)]
+            jobs = [job for job in whole if job.name in names]
+            if all(job.dwdp is None for job in jobs):
                 continue
             if time.monotonic() - begun > args.limit_s:
-                print(f"gpu prefill: {job.name} not run: out of time", flush=True)
+                print(f"gpu prefill: {', '.join(job.name for job in jobs)} not run: out of time", flush=True)
                 continue
-            rows[job.name] = found = run_job(Path(folder), job, model, args)
-            print(f"gpu prefill: {job.name}: {json.dumps(found)[:300]}", flush=True)
+            group = Group(jobs, model, folder, args)
+            print(f"gpu prefill: engines there after {time.monotonic() - begun:.0f} s", flush=True)
+            try:
+                for step, sizes_of in (("prefill", lengths), ("pairs", lengths), ("decode", batches)):
+                    if step in args.steps.split(","):
+                        getattr(group, step)(sizes_of, turns)
+                if args.profile:
+                    group.profile(args.profile)
+            finally:
+                group.stop()
+            table(group.rows)
+            suffix = f", group {number + 1}" if number else ""
+            rows |= {name + (suffix if name in rows else ""): row for name, row in group.rows.items()}
             if args.json:
                 args.json.write_text(json.dumps(rows, indent=1))
-    table(rows)
     return int(any("error" in row for row in rows.values()))
 
 
-def run_job(folder: Path, job: Job, model: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """What a job wrote, also where it was aborted later; `error` says how it ended then."""
-    spec, out, log = (folder / f"job.{kind}" for kind in ("spec", "json", "log"))
-    out.unlink(missing_ok=True)
-    spec.write_text(
-        json.dumps(
-            {
-                "model": str(model),
-                "options": options_of(job, args.cpu),
-                "steps": job.steps,
-                "prompts": [256, 1024] if args.cpu else PROMPTS,
-                "batches": [1, 4] if args.cpu else BATCHES,
-                "turns": 2 if args.cpu else TURNS,
-            }
-        )
-    )
-    env = {**os.environ, **ENV, "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [sys.executable, __file__, "--job", str(spec), str(out)],
-            env=env,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            error = None if process.wait(timeout=args.job_s) == 0 else f"ended with {process.returncode}"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            error = f"not done after {args.job_s:.0f} s"
-    found = json.loads(out.read_text()) if out.exists() else {}
-    if error:
-        lines = [line for line in log.read_text().splitlines() if "Error" in line]
-        return {**found, "error": f"{error}: {' / '.join(lines[:4])[:600]}"}
-    return dict(found)
+def ratios(base: list[list[float]], mine: list[float]) -> list[float]:
+    """By turn: the mean of the plain engines over this one's."""
+    return [statistics.fmean(turn[:-1]) / turn[-1] for turn in zip(*base, mine, strict=False)]
+
+
+def bounds(values: list[float]) -> tuple[float, float, float]:
+    """(median, lower, upper 95 % bound) of the median, by drawing turns again."""
+    rng = random.Random(0)
+    drawn = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(1000))
+    return statistics.median(values), drawn[25], drawn[974]
 
 
 def table(rows: dict[str, dict[str, Any]]) -> None:
-    """Prefill: milliseconds, plain by this (above 1: faster than plain), share exposed. Decode: tokens/s, this by plain.
-
-    Pairs are compared with plain vLLM's single prompts: two replicas would share nothing.
-    """
-    for step, figure in (("prefill", "median_s"), ("pairs", "median_s"), ("decode", "tokens_per_s")):
-        plain = next((row[key] for row in rows.values() for key in (step, "prefill") if key in row), None)
-        if plain is None:
+    """Prefill: milliseconds, of which on the device, plain by this (above 1: faster than plain), share exposed. Decode:
+    tokens/s, this by plain. A plain engine is compared with the others of its kind."""
+    for step, kind in (("prefill", "seconds"), ("pairs", "seconds"), ("decode", "all")):
+        sizes = list(dict.fromkeys(key for row in rows.values() for key in row.get(step, {})))
+        if not sizes:
             continue
-        if not any(step in row for row in rows.values()):
-            continue
-        print(f"\n{step:22}" + "".join(f"{key:>26}" for key in plain))
+        print(f"\n{step:32}" + "".join(f"{size:>40}" for size in sizes))
         for name, row in rows.items():
             cells = []
-            for key, base in plain.items():
-                if key not in row.get(step, {}):
-                    continue
-                mine = row[step][key]
-                if step == "decode":
-                    cells.append(f"{mine[figure]:10.0f} tok/s {mine[figure] / base[figure]:6.3f}")
-                else:
-                    ranks = 2 if step == "pairs" else 1
-                    exposed = mine.get("exposed_s", 0.0) / sum(mine["seconds"]) / ranks
-                    cells.append(
-                        f"{mine[figure] * 1e3:8.2f} ms {base[figure] / mine[figure]:6.3f} {100 * exposed:5.1f}%"
-                    )
-            print(
-                f"{name:22}"
-                + "".join(f"{cell:>26}" for cell in cells)
-                + (f"  {row['error']}" if "error" in row else "")
-            )
+            for size in sizes:
+                cell = row.get(step, {}).get(size)
+                others = [
+                    rows[p][step][size][kind] for p in PLAIN if p != name and size in rows.get(p, {}).get(step, {})
+                ]
+                cells.append(_cell_text(step, cell, others) if cell else "")
+            if any(cells):
+                print(f"{name:32}" + "".join(f"{cell:>40}" for cell in cells))
+        print(flush=True)
+    for name, row in rows.items():
+        if "error" in row:
+            print(f"{name}: {row['error']}", flush=True)
+
+
+def _cell_text(step: str, cell: dict[str, Any], others: list[list[float]]) -> str:
+    values = cell["all" if step == "decode" else "seconds"]
+    found = ratios(others, values) if others else []
+    if step == "decode":
+        found = [1 / ratio for ratio in found]
+        text = f"{cell['tokens_per_s']:.0f} tok/s"
+    else:
+        device = cell.get("steps_device_s")
+        text = f"{cell['median_s'] * 1e3:.2f}" + (f" ({statistics.median(device) * 1e3:.2f})" if device else "")
+    if found:
+        text += " {:.3f} [{:.3f} {:.3f}]".format(*bounds(found))
+    if "exposed_s" in cell:
+        text += f" {100 * cell['exposed_s'] / sum(values) / (2 if step == 'pairs' else 1):.1f}%"
+    return text
 
 
 if __name__ == "__main__":
