@@ -66,6 +66,7 @@ CASES = {
     "qwen3-full-contiguous": Case(QWEN, 2, CONTIGUOUS, FULL),
     "qwen3-serve": Case(QWEN, 2, {}, FULL, serve=True),
     "qwen3-serve-default": Case(QWEN, 2, {}, DEFAULT, plain=DECODE, serve=True),
+    "qwen3-mp": Case(QWEN, 2, {"launcher": "mp"}, FULL),
     "qwen3-ray": Case(QWEN, 2, {"launcher": "ray"}, EAGER),
     "deepseek-fp8-split": Case({**DEEPSEEK, "fp8": True}, 2, SPLIT, EAGER),
     "deepseek-split": Case(DEEPSEEK, 2, SPLIT, EAGER),

@@ -77,13 +77,15 @@ def checkpoint(case: Case) -> tuple[Path, str]:
 
 
 def settings(case: Case, gpus: int) -> dict[str, Any]:
-    """Of dwdp; processes launch the ranks unless the case is about Ray. gpus: 0 on CPU."""
+    """Of dwdp. gpus: 0 on CPU."""
     shared = {"ranks_per_device": -(-case.ranks // gpus)} if gpus else {}
-    return {**shared, "timeout_s": 60, "launcher": "mp", **case.dwdp}
+    return {**shared, "timeout_s": 60, **case.dwdp}
 
 
-def environ() -> dict[str, str]:
-    return {**ENV, "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
+def environ(cache: Path) -> dict[str, str]:
+    """cache: of compiled code. vLLM's own may hold some that was compiled under other settings of Inductor."""
+    path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
+    return {**ENV, "PYTHONPATH": path, "VLLM_CACHE_ROOT": str(cache)}
 
 
 def left_behind(left: list[str], alone: bool) -> list[str]:
@@ -111,21 +113,20 @@ def check(case: Case, folder: Path, plain: Plain, args: argparse.Namespace) -> d
         common["attention_backend"] = attention(case.model["family"])
     options, theirs = {**common, **case.options}, {**common, **(case.plain or case.options)}
 
-    def ask_plain(env: dict[str, str]) -> dict[str, Any]:
-        return run_job(folder, model, ["digests", "tokens", "batch"], env, args.job_s, **theirs)
+    def ask_plain(cache: str) -> dict[str, Any]:
+        return run_job(folder, model, ["digests", "tokens", "batch"], environ(folder / cache), args.job_s, **theirs)
 
     words = key + json.dumps(theirs, sort_keys=True)
-    usual = plain.get(words, lambda: ask_plain(environ()))
+    usual = plain.get(words, lambda: ask_plain("cache-plain"))
     plains = [usual]
     if compiles(theirs):
-        own_cache = {**environ(), "VLLM_CACHE_ROOT": str(folder / "vllm-cache")}
-        plains.append(plain.get(f"again {words}", lambda: ask_plain(own_cache)))
+        plains.append(plain.get(f"again {words}", lambda: ask_plain("cache-again")))
     started = time.monotonic()
     job = run_job(
         folder,
         model,
         STEPS,
-        environ(),
+        environ(folder / "cache-dwdp"),
         args.job_s,
         **options,
         distributed_executor_backend="dwdp",
@@ -174,7 +175,7 @@ def check_serve(case: Case, folder: Path, plain: Plain, args: argparse.Namespace
         return found + (["--compilation-config", json.dumps(compilation)] if compilation else [])
 
     def ask(more: list[str], ranks: int) -> tuple[list[Any], dict[str, float], list[str]]:
-        server = start_server(folder, model, *common, *more, env=environ())
+        server = start_server(folder, model, *common, *more, env=environ(folder / f"cache-serve-{ranks}"))
         try:
             pinned = [None] if ranks == 1 else list(range(ranks))
             found = [[server.complete(prompt, 12, rank=rank) for prompt in PROMPTS] for rank in pinned]

@@ -11,7 +11,7 @@ from vllm_dwdp.placement import check_share
 
 TransportName = Literal["auto", "cupy_ipc", "cuda_pinned", "shm"]
 ViewName = Literal["auto", "split", "contiguous", "inplace"]
-LauncherName = Literal["auto", "ray", "mp"]
+LauncherName = Literal["auto", "ray", "mp", "uni"]
 
 MIN_SLICE_BYTES: Final = 4096
 SLICE_MULTIPLE: Final = 256

@@ -73,11 +73,10 @@ class Server:
         """Processes of this server whose title contains `name`."""
         return [int(line.split()[0]) for line in processes(self.process.pid) if name in line]
 
-    def rank_pids(self, rank: int) -> tuple[int, int]:
-        """(engine, worker) of a rank."""
+    def rank_pids(self, rank: int) -> list[int]:
+        """A rank's engine, and its worker where that is a process of its own."""
         [engine] = self.pids(f"EngineCore_DP{rank}")
-        workers = [pid for pid in self.pids("VLLM::Worker") if _parent(pid) == engine]
-        return engine, workers[0]
+        return [engine, *(pid for pid in self.pids("VLLM::Worker") if _parent(pid) == engine)]
 
     def stop(self, sign: int = signal.SIGTERM, limit_s: float = 30, everywhere: bool = False) -> float:
         """Signal the front end, or every process of its session; seconds until the front end has ended."""

@@ -64,16 +64,18 @@ class Program:
         return self.before.check(self.process.pid)
 
 
-def test_a_program_that_simply_ends(model: Path, tmp_path: Path) -> None:
-    program = Program(tmp_path, {}, model=str(model), options=[dwdp(2)])
+@pytest.mark.parametrize("launcher", ["mp", "uni"])
+def test_a_program_that_simply_ends(launcher: str, model: Path, tmp_path: Path) -> None:
+    program = Program(tmp_path, {}, model=str(model), options=[dwdp(2, launcher=launcher)])
     assert program.wait(300) == 0, program.log[-6000:]
     assert "Processed prompts: 100%" in program.log
     assert program.left() == []
 
 
-def test_ctrl_c(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["mp", "uni"])
+def test_ctrl_c(launcher: str, model: Path, tmp_path: Path) -> None:
     """A terminal sends SIGINT to every process of the program."""
-    program = Program(tmp_path, {}, model=str(model), options=[dwdp(2)], repeats=100, tokens=400)
+    program = Program(tmp_path, {}, model=str(model), options=[dwdp(2, launcher=launcher)], repeats=100, tokens=400)
     deadline = time.monotonic() + 240
     while "Processed prompts:" not in program.log:
         assert program.process.poll() is None and time.monotonic() < deadline, program.log[-6000:]

@@ -17,19 +17,23 @@ from tests.e2e.server import dwdp_arguments, start_server
 pytestmark = pytest.mark.e2e
 
 
-def test_a_killed_worker_ends_everything_and_names_its_rank(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["mp", "uni"])
+def test_a_killed_worker_ends_everything_and_names_its_rank(
+    launcher: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     server = start_server(
         tmp_path,
         checkpoint(family="qwen3_moe", num_experts=16),
-        *dwdp_arguments(2),
+        *dwdp_arguments(2, launcher=launcher),
         "--enforce-eager",
         "--api-server-count",
         "1",
     )
     try:
         assert server.complete("No rank waits", rank=1)
-        _, worker = server.rank_pids(1)
-        os.kill(worker, signal.SIGKILL)
+        found = server.rank_pids(1)
+        assert len(found) == (2 if launcher == "mp" else 1)
+        os.kill(found[-1], signal.SIGKILL)
         started = time.monotonic()
         server.process.wait(60)
         assert time.monotonic() - started < 30

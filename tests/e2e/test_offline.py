@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,16 @@ def test_torch_compile_gives_compiled_vllms_tokens(view: str, model: Path, tmp_p
     assert shared["tokens"] == plain["tokens"]
     # Compute went through the gates, also from compiled code.
     assert all(counter["layers"] == 4 * counter["forwards"] > 0 for counter in shared["counters"])
+
+
+def test_workers_in_their_engines(model: Path, plain: dict[str, Any], tmp_path: Path) -> None:
+    shared = run_job(tmp_path, model, ["tokens_each_rank", "digests", "counters"], **dwdp(2, launcher="uni"))
+    assert shared["tokens_each_rank"] == [[tokens] * 2 for tokens in plain["tokens"]]
+    assert shared["digests"] == [plain["digests"][0]] * 2
+    assert all(counter["forwards"] > 0 for counter in shared["counters"])
+    assert len(re.findall("dwdp rank [01]: .*, worker in its engine, view ", shared["log"])) == 2
+    assert shared["children_after_del"] == [] and shared["left"] == []
+    assert "dwdp rank 1 stops:" in shared["log"]
 
 
 def test_ray_launches_workers(model: Path, plain: dict[str, Any], tmp_path: Path) -> None:

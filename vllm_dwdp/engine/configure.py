@@ -35,12 +35,15 @@ _WORKERS = {
 }
 
 
-def resolve_launcher(launcher: str) -> str:
-    """`ray` or `mp`; auto is `mp`, plain processes, since all ranks are on one machine."""
+def resolve_launcher(launcher: str, on_cpu: bool) -> str:
+    """`uni`, `mp` or `ray`; auto is `uni` on GPUs, as in plain vLLM with one GPU per engine.
+
+    On CPU auto is `mp`: a copy thread would share the engine's interpreter lock.
+    """
     if launcher == "auto":
-        return "mp"
+        return "mp" if on_cpu else "uni"
     if launcher == "ray" and importlib.util.find_spec("ray") is None:
-        raise DwdpError('launcher "ray" needs Ray: pip install "vllm-dwdp[ray]", or use launcher "mp"')
+        raise DwdpError('launcher "ray" needs Ray: pip install "vllm-dwdp[ray]", or leave launcher out')
     return launcher
 
 
@@ -49,9 +52,9 @@ def _executor(launcher: str) -> type:
         from vllm_dwdp.engine.ray_executor import DwdpRayExecutor
 
         return DwdpRayExecutor
-    from vllm_dwdp.engine.executor import DwdpExecutor
+    from vllm_dwdp.engine.executor import DwdpExecutor, DwdpUniExecutor
 
-    return DwdpExecutor
+    return DwdpUniExecutor if launcher == "uni" else DwdpExecutor
 
 
 def _is_api_server_of_many(args: EngineArgs) -> bool:
@@ -91,7 +94,7 @@ def create_engine_config(
         )
     options.check_settings(config, on_cpu)
     group_size = config.resolve_group_size(args.data_parallel_size)
-    launcher = resolve_launcher(config.launcher)
+    launcher = resolve_launcher(config.launcher, on_cpu)
 
     @functools.wraps(args.create_model_config)
     def create_model_config() -> ModelConfig:
@@ -140,9 +143,9 @@ def create_engine_config(
 
             join_or_start(vllm_config)
         logger.info(
-            "dwdp: %d independent ranks in groups of %d, launched by %s",
+            "dwdp: %d independent ranks in groups of %d, workers in %s",
             args.data_parallel_size,
             group_size,
-            {"mp": "processes", "ray": "Ray"}[launcher],
+            {"mp": "processes of their own", "uni": "their engines", "ray": "Ray"}[launcher],
         )
     return vllm_config

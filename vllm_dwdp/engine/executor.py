@@ -1,11 +1,21 @@
-"""Plain-process executor of one rank: vLLM's multiprocessing executor with a worker that names its rank."""
+"""Executors of one rank that need no cluster: its worker in the engine's own process, or in one beside it."""
 
 from __future__ import annotations
 
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from vllm_dwdp.engine.environment import temporary_files_in_ipc_folder
 from vllm_dwdp.engine.orphans import end_with_parent
+
+
+class DwdpUniExecutor(UniProcExecutor):
+    """The worker in the engine's process, where plain vLLM has it for one GPU: a step passes no other process."""
+
+    def _init_executor(self) -> None:
+        end_with_parent()
+        with temporary_files_in_ipc_folder():
+            super()._init_executor()
 
 
 class DwdpExecutor(MultiprocExecutor):

@@ -56,8 +56,7 @@ def spawn_engines(vllm_config: object) -> None:
     # vLLM spawns on CPU, and forks on CUDA unless told otherwise.
     if is_users(START_METHOD, default="spawn"):
         raise DwdpError(
-            f"{START_METHOD}={os.environ[START_METHOD]} does not work with Ray: set it to spawn, "
-            'or launch by processes with --additional-config \'{"dwdp": {"launcher": "mp"}}\''
+            f"{START_METHOD}={os.environ[START_METHOD]} does not work with Ray: set it to spawn, or leave dwdp.launcher out"
         )
     if START_METHOD not in os.environ:
         set_for_launch(vllm_config, START_METHOD, "spawn")

@@ -54,6 +54,14 @@ def in_ray() -> bool:
     return ray is not None and ray.is_initialized()
 
 
+def in_engine(vllm_config: VllmConfig) -> bool:
+    """Whether this worker runs in its engine's process."""
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    backend = vllm_config.parallel_config.distributed_executor_backend
+    return isinstance(backend, type) and issubclass(backend, UniProcExecutor)
+
+
 class DwdpWorkerMixin:
     """In front of vLLM's worker class for a platform."""
 
@@ -64,7 +72,9 @@ class DwdpWorkerMixin:
         launch = launch_of(vllm_config)
         if launch is None:
             raise DwdpError("a dwdp worker was started without a dwdp launch: use --distributed-executor-backend dwdp")
-        if os.getppid() != 1:
+        self.dwdp_place = "Ray" if in_ray() else "its engine" if in_engine(vllm_config) else "a process of its own"
+        # An engine's parent may have started it from a thread that ends early, which counts as the parent's end.
+        if os.getppid() != 1 and self.dwdp_place != "its engine":
             die_with_parent()
         restore_moe(vllm_config)
         switch_loader(vllm_config)
@@ -96,7 +106,7 @@ class DwdpWorkerMixin:
                 with set_current_vllm_config(self.vllm_config):
                     self.dwdp_sharing = ExpertSharing(build, rendezvous, launch)
             sharing = self.dwdp_sharing
-            logger.info("dwdp rank %d: %s", rank, sharing.describe("Ray" if in_ray() else "a process"))
+            logger.info("dwdp rank %d: %s", rank, sharing.describe(self.dwdp_place))
             window = sharing.window(self.vllm_config.scheduler_config.max_num_batched_tokens)
             if window is not None and not window.hides:
                 logger.warning("dwdp rank %d: %s", rank, window.describe())

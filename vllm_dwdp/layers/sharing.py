@@ -188,13 +188,13 @@ class ExpertSharing:
             "read_largest": READ.largest,
         }
 
-    def describe(self, launcher: str) -> str:
-        """One line at start; `launcher`: what started this worker."""
+    def describe(self, place: str) -> str:
+        """One line at start; `place`: where this worker runs."""
         experts = max(layer.build.placement.num_experts for layer in self.layers)
         slots = sum(slot.nbytes for slot in self.slots)
         return (
             f"{self.experts_held} of {experts} experts in {len(self.layers)} MoE layers "
-            f"({self.slab_bytes / 1e6:.1f} MB), launched by {launcher}, view {self.view}, "
+            f"({self.slab_bytes / 1e6:.1f} MB), worker in {place}, view {self.view}, "
             f"{len(self.slots)} slots ({slots / 1e6:.1f} MB), a forward pulls {self.bytes_per_forward / 1e6:.1f} MB"
         )
 
