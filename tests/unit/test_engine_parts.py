@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
+import re
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from vllm_dwdp.config import DwdpConfig, Rendezvous
 from vllm_dwdp.engine import environment
 from vllm_dwdp.engine.cores import split_cores
 from vllm_dwdp.engine.launch import DwdpLaunch, format_address
+from vllm_dwdp.engine.rank_deaths import RankDeaths
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild, page_granularity
 from vllm_dwdp.layers.window import estimate
@@ -191,16 +196,45 @@ def test_engines_of_ray_launches_are_spawned(monkeypatch: pytest.MonkeyPatch) ->
     assert os.environ[ray_cluster.START_METHOD] == "spawn"
 
     monkeypatch.setenv(ray_cluster.START_METHOD, "fork")
-    with pytest.raises(DwdpError, match=r"=fork does not work with Ray: set it to spawn, or launch by processes"):
+    with pytest.raises(DwdpError, match=r"=fork does not work with Ray: set it to spawn, or leave dwdp.launcher out"):
         ray_cluster.spawn_engines(launch)
 
 
 def test_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_dwdp.engine.configure import resolve_launcher
 
-    assert resolve_launcher("auto") == resolve_launcher("mp") == "mp"
-    assert resolve_launcher("ray") == "ray"
+    for on_cpu, automatic in ((True, "mp"), (False, "uni")):
+        assert resolve_launcher("auto", on_cpu) == automatic
+        assert [resolve_launcher(name, on_cpu) for name in ("mp", "uni", "ray")] == ["mp", "uni", "ray"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert resolve_launcher("auto") == "mp"
-    with pytest.raises(DwdpError, match=r"needs Ray: pip install .* or use launcher"):
-        resolve_launcher("ray")
+    assert resolve_launcher("auto", True) == "mp"
+    with pytest.raises(DwdpError, match=r"needs Ray: pip install .* or leave launcher out"):
+        resolve_launcher("ray", True)
+
+
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        (signal.SIGKILL, r"DWDP rank 1 \(pid \d+\) died: its engine was killed by SIGKILL"),
+        (signal.SIGTERM, None),
+    ],
+)
+def test_an_engine_that_is_killed_is_named(end: signal.Signals, told: str | None) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    engines = [spawn.Process(target=time.sleep, args=(60,), name=f"EngineCore_DP{rank}") for rank in range(2)]
+    for engine in engines:
+        engine.start()
+    try:
+        assert not RankDeaths(3)
+        deaths = RankDeaths(2)
+        assert deaths and deaths.wait(0.05) is None and deaths
+        assert engines[1].pid is not None
+        os.kill(engines[1].pid, end)
+        found = deaths.wait(10)
+        assert found is None if told is None else re.fullmatch(told, str(found))
+        # The others are ended because of it.
+        assert not deaths
+    finally:
+        for engine in engines:
+            engine.kill()
+            engine.join()
