@@ -59,8 +59,11 @@ def link_rates(ipc: dict[str, Any], slice_kib: int = SLICE_KIB) -> dict[str, flo
     return {kind: rate for kind, (_, rate) in best.items()}
 
 
-def points(prefill: dict[str, Any], rates: dict[str, float], link_gbs: float | None) -> tuple[list[Point], list[str]]:
-    """(points by job and tokens, why jobs with prefill times were left out). link_gbs: in place of `rates`."""
+def points(
+    prefill: dict[str, Any], rates: dict[str, float], link_gbs: float | None, device: bool = False
+) -> tuple[list[Point], list[str]]:
+    """(points by job and tokens, why jobs with prefill times were left out). link_gbs: in place of `rates`. device: the
+    step's time on the GPU, without the front end and the scheduler, where the file has it."""
     found, left_out = [], []
     for job, row in sorted(prefill.items()):
         steps = row.get("prefill") if isinstance(row, dict) else None
@@ -79,7 +82,8 @@ def points(prefill: dict[str, Any], rates: dict[str, float], link_gbs: float | N
                 left_out.append(f"{job}: no rate of its link is known: give --ipc or --link-gbs")
                 continue
         for length, cell in sorted(steps.items(), key=lambda item: int(item[0])):
-            seconds, middle = cell["seconds"], cell["median_s"]
+            seconds = cell["steps_device_s"] if device else cell["seconds"]
+            middle = statistics.median(seconds)
             spread = statistics.fmean(abs(turn / middle - 1) for turn in seconds)
             waited = 1e3 * cell.get("exposed_s", 0.0) / len(seconds)
             found.append(Point(job, int(length), share, view, gbs, 1e3 * middle, waited, spread))
@@ -140,7 +144,7 @@ def run(args: argparse.Namespace) -> None:
     prefill = {job: row for job, row in read(args.prefill).items() if any(p in job for p in args.only.split(","))}
     ipc = args.ipc or args.prefill.with_name(args.prefill.name.replace("prefill", "ipc"))
     rates = link_rates(read(ipc), args.slice_kib) if args.ipc or (ipc.exists() and ipc != args.prefill) else {}
-    found, left_out = points(prefill, rates, args.link_gbs)
+    found, left_out = points(prefill, rates, args.link_gbs, args.device)
     if not found:
         raise DwdpError(f"{args.prefill} has no prefill times that the planner can tell: run ci/gpu_prefill.py --json")
     model = qwen3_layers()
@@ -165,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ipc", type=Path, help="what gpu_ipc_check.py --json wrote (default: the ipc file beside it)")
     parser.add_argument("--link-gbs", type=float, help="GB/s of the link of every DWDP job, in place of --ipc's")
     parser.add_argument("--slice-kib", type=int, default=SLICE_KIB, help="whose rate in --ipc is meant (%(default)s)")
+    parser.add_argument("--device", action="store_true", help="the steps' times on the GPU, not what the client saw")
     parser.add_argument("--only", default="", help="jobs whose name contains this, by comma")
     parser.add_argument("--json", type=Path, help="also write everything there")
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from gpu_pictures import BASE, WORDS, Cell, Run, finish, interval, logarithmic, medians, style
-from gpu_prefill import REAL
+from gpu_prefill import PLAIN, REAL, bounds, ratios
 
 from vllm_dwdp.predict.plots import pyplot, token_axis
 
@@ -44,48 +44,59 @@ def about(run: Run) -> str:
 def prefill(run: Run, step: str = "prefill") -> Any:
     """Three panels by prompt length: milliseconds, plain vLLM's time by this, share of the time waited for pulls.
 
-    step: 'prefill', or 'pairs' for a prompt on each of two ranks at once, beside plain vLLM's single prompts.
+    step: 'prefill', or 'pairs' for a prompt on each of two ranks at once, beside plain vLLM's pairs or single prompts.
     """
     jobs = jobs_with(run, step)
     if not jobs:
         return None
-    alone = {job: cells for job, cells in jobs_with(run, "prefill").items() if job.startswith("plain")}
-    first, plain = next(iter(alone.items()), ("", {}))
-    jobs = {**alone, **jobs}
+    if not any(job.startswith("plain") for job in jobs):
+        jobs = {job: cells for job, cells in jobs_with(run, "prefill").items() if job.startswith("plain")} | jobs
+    first = next((job for job in jobs if job.startswith("plain")), "")
     lengths = sorted({length for cells in jobs.values() for length in cells})
-    figure, (times, ratios, waits) = pyplot().subplots(1, 3, figsize=(12.6, 4.1))
+    figure, (times, by_plain, waits) = pyplot().subplots(1, 3, figsize=(12.6, 4.1))
     for index, (job, cells) in enumerate(jobs.items()):
-        kind, aside = job_style(run, job), 2 ** (0.1 * (index - (len(jobs) - 1) / 2))
+        kind, aside = job_style(run, job), 2 ** (0.07 * (index - (len(jobs) - 1) / 2))
         times.plot(list(cells), [1e3 * cell["median_s"] for cell in cells.values()], label=job_label(job), **kind)
-        both = [(n, plain[n], cell) for n, cell in cells.items() if n in plain and job != first]
-        middle = np.array([base["median_s"] / cell["median_s"] for _, base, cell in both])
-        ends = np.array([ratio_interval(base["seconds"], cell["seconds"]) for _, base, cell in both])
-        if both:
-            bars = np.clip([middle - ends[:, 0], ends[:, 1] - middle], 0, None)
-            ratios.errorbar([n * aside for n, _, _ in both], middle, yerr=bars, capsize=3, **kind)
+        told = {n: found for n, cell in cells.items() if (found := ratio(jobs, job, n, cell, first)) is not None}
+        if told:
+            middle, low, high = np.array(list(told.values())).T
+            bars = np.clip([middle - low, high - middle], 0, None)
+            by_plain.errorbar([n * aside for n in told], middle, yerr=bars, capsize=3, **kind)
         ranks = 2 if step == "pairs" else 1
         counted = {n: cell for n, cell in cells.items() if "exposed_s" in cell}
         shares = [100 * cell["exposed_s"] / sum(cell["seconds"]) / ranks for cell in counted.values()]
         waits.plot(list(counted), shares, **kind | {"ms": 9 - 5 * index / max(1, len(jobs) - 1)})
-    ratios.axhline(1.0, color="black", lw=1)
-    for axis in (times, ratios, waits):
+    by_plain.axhline(1.0, color="black", lw=1)
+    for axis in (times, by_plain, waits):
         token_axis(axis, lengths)
-        axis.set_xlabel("tokens of a prompt (one prompt a step)")
+        axis.set_xlabel("tokens of a prompt")
     logarithmic(times, "ms to the first token")
     times.set_title("Time, median of the turns")
-    ratios.set(
+    by_plain.set(
         ylabel="plain vLLM's time / this", title="Ratio, above 1 faster than plain\n(bars: 95 %, turns drawn again)"
     )
     waits.set(ylabel="% of the time", title="Compute stood still for pulls")
     # A wait that is nothing must not look like one.
     top = max(5.0, waits.get_ylim()[1])
     waits.set_ylim(-0.05 * top, top)
-    what = (
-        "prefill, a prompt on each rank at once (plain vLLM: one)"
-        if step == "pairs"
-        else "prefill, one prompt at a time"
-    )
+    what = "prefill, a prompt on each rank at once" if step == "pairs" else "prefill, one prompt at a time"
     return finish(figure, f"{run.machine}: {what}\n{about(run)}", 2)
+
+
+def ratio(
+    jobs: dict[str, dict[int, Cell]], job: str, length: int, mine: Cell, first: str
+) -> tuple[float, float, float] | None:
+    """(plain vLLM's time by this, its bounds); None for the plain engine that others are compared with.
+
+    By turn where engines took turns, then also between two plain ones; else of the medians.
+    """
+    others = [jobs[name][length]["seconds"] for name in PLAIN if name != job and length in jobs.get(name, {})]
+    if others and PLAIN[0] in jobs:
+        return bounds(ratios(others, mine["seconds"]))
+    base = jobs.get(first, {}).get(length)
+    if base is None or job == first:
+        return None
+    return (base["median_s"] / mine["median_s"], *ratio_interval(base["seconds"], mine["seconds"]))
 
 
 def ratio_interval(base: list[float], mine: list[float]) -> tuple[float, float]:

@@ -33,7 +33,7 @@ BARS: Final[dict[str, tuple[bool, tuple[str, ...], str]]] = {
 SHARE_TOKENS: Final = 8192
 WORDS: Final = {
     "plain": "plain vLLM", "pinned": "pinned host memory", "ipc": "CUDA IPC", "link": "NVLink",
-    "nvlink": "NVLink",
+    "nvlink": "NVLink", "mp": "worker in a process of its own",
 }  # fmt: skip
 Cell = dict[str, Any]
 Draws = Callable[[np.random.Generator, int], Any]

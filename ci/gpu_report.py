@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draws what the GPU scripts measured. `python ci/gpu_report.py [FOLDER]`; needs matplotlib, no GPU.
 
-Reads from FOLDER (docs/benchmarks/h200) what is there of kernels.json and kernels-8192.json (python -m
+Reads from FOLDER (docs/benchmarks/h200) what is there of kernels.json and kernels-goal.json (python -m
 vllm_dwdp.kernels.bench --json), ipc*.json (gpu_ipc_check.py) and prefill*.json (gpu_prefill.py), where "link" in a name says
 that the ranks had a GPU each, and writes the pictures beside them. A picture without figures is left out, with one line that
 says why.
@@ -24,7 +24,7 @@ from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.plots import save
 
 DEFAULT: Final = ROOT / "docs" / "benchmarks" / "h200"
-FILES: Final = ("kernels", "kernels-8192", "ipc", "prefill")
+FILES: Final = ("kernels", "kernels-goal", "ipc", "prefill")
 COLOURS: Final = 128
 
 
@@ -61,7 +61,7 @@ def machine_of(found: dict[str, dict[str, Any]], folder: Path) -> str:
 def pictures(found: dict[str, dict[str, Any]], machine: str) -> dict[str, tuple[Any, str]]:
     """Name of a picture -> (its figure or None, the files that it needs)."""
     runs = {name: Run(machine, f"{name}.json", raw) for name, raw in found.items()}
-    kernels = [runs[name] for name in ("kernels", "kernels-8192") if name in runs]
+    kernels = [runs[name] for name in ("kernels", "kernels-goal") if name in runs]
     copies = [run for name, run in runs.items() if name.startswith("ipc")]
     made: dict[str, tuple[Any, str]] = {
         "kernels-ratio": (kernel_ratios(*kernels) if kernels else None, "kernels.json"),

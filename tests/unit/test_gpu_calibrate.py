@@ -164,6 +164,13 @@ def test_bad_measurements_are_refused_in_one_line(
     assert says in error and error.count("\n") == 1
 
 
+def test_times_on_the_device_leave_out_what_the_client_saw() -> None:
+    cell = engine_cell(0.5) | {"steps_device_s": [0.01, 0.02, 0.04]}
+    for device, expected in ((False, 500.0), (True, 20.0)):
+        [point] = gpu_calibrate.points({"plain": {"prefill": {"4096": cell}}}, RATES, None, device)[0]
+        assert point.ms == expected
+
+
 def test_too_few_points_are_an_error() -> None:
     with pytest.raises(DwdpError, match="too few to halve"):
         gpu_calibrate.report(PLANNER, read(synthetic(PLANNER.shipped()))[:5])

@@ -69,7 +69,7 @@ def write(folder: Path, **files: Any) -> Path:
 
 def test_pictures_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     later = {"cells": [cell("a", 8192, "own", 1.4)], "summary": None}
-    write(tmp_path, kernels=kernels(), kernels_8192=later, ipc=ipc(), ipc_nvlink=ipc(300.0))
+    write(tmp_path, kernels=kernels(), kernels_goal=later, ipc=ipc(), ipc_nvlink=ipc(300.0))
     write(tmp_path, prefill=engines(), prefill_nvlink=engines())
     assert gpu_report.main([str(tmp_path)]) == 0
     names = {"kernels-ratio", "kernels-share", "copy-rate", "prefill", "decode", "pairs"}
