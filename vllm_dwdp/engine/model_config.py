@@ -24,6 +24,9 @@ def hide_moe(model_config: ModelConfig) -> None:
 
 
 def restore_moe(vllm_config: VllmConfig) -> None:
-    """Undo `hide_moe` in a worker process, before its device and model are set up."""
+    """Undo `hide_moe` for a worker, before its device and model are set up.
+
+    A worker in its engine's process shares the engine's config, which is not asked any more by then.
+    """
     vllm_config.model_config.__class__ = ModelConfig
     vllm_config.parallel_config.is_moe_model = True
