@@ -114,7 +114,7 @@ def graphs_chosen(args: EngineArgs) -> bool:
 
 def refuse_piecewise(compilation: CompilationConfig) -> None:
     """Where code is not cut, have vLLM fall back to no graphs, not to piecewise ones, for an attention backend that cannot
-    be in whole ones (`resolve_cudagraph_mode_and_sizes`, which asks this alone). On this worker's config, which nobody else asks."""
+    be in whole ones (`resolve_cudagraph_mode_and_sizes`, which asks this alone). On this worker's config."""
     if not splits(compilation):
         object.__setattr__(compilation, "splitting_ops_contain_attention", lambda: False)
 
