@@ -175,7 +175,7 @@ def dwdp(ranks: int = 2, **config: Any) -> dict[str, Any]:
         **engine_options(),
         "distributed_executor_backend": "dwdp",
         "data_parallel_size": ranks,
-        "additional_config": {"dwdp": dwdp_settings(ranks, timeout_s=120, **config)},
+        "additional_config": {"dwdp": dwdp_settings(ranks, **{"timeout_s": 120, **config})},
     }
 
 

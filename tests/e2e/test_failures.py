@@ -45,7 +45,10 @@ def test_a_killed_worker_ends_everything_and_names_its_rank(
 
 
 @pytest.mark.full
-def test_a_rank_that_cannot_load_ends_all_at_once(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["mp", "uni"])
+def test_a_rank_that_cannot_load_ends_all_at_once(
+    launcher: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     """A tensor of rank 1's share is too large: rank 0 says so instead of waiting for its time limit of 300 s."""
     import shutil
 
@@ -61,7 +64,7 @@ def test_a_rank_that_cannot_load_ends_all_at_once(checkpoint: Callable[..., Path
     save_file(tensors, file, {"format": "pt"})
     before, started = Leftovers(), time.monotonic()
     with pytest.raises(AssertionError, match="job ended with 1"):
-        run_job(tmp_path, model, ["tokens"], **dwdp(2, timeout_s=300))
+        run_job(tmp_path, model, ["tokens"], **dwdp(2, timeout_s=300, launcher=launcher))
     [log] = tmp_path.glob("job-*.log")
     assert "PeerLost: rank 1 failed during start: RuntimeError: The size of tensor" in log.read_text()
     assert time.monotonic() - started < 150
