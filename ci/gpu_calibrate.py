@@ -82,6 +82,10 @@ def points(
                 left_out.append(f"{job}: no rate of its link is known: give --ipc or --link-gbs")
                 continue
         for length, cell in sorted(steps.items(), key=lambda item: int(item[0])):
+            if device and "steps_device_s" not in cell:
+                raise DwdpError(
+                    f"{job} has no times on the GPU at {length} tokens: measure again, or leave --device out"
+                )
             seconds = cell["steps_device_s"] if device else cell["seconds"]
             middle = statistics.median(seconds)
             spread = statistics.fmean(abs(turn / middle - 1) for turn in seconds)

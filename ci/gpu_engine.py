@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ class Engine:
         self._process.join()
 
     def _why(self, what: str) -> str:
-        lines = [line for line in self._log.read_text(errors="replace").splitlines() if "Error" in line]
+        text = self._log.read_text(errors="replace") if self._log.exists() else ""
+        lines = [line for line in text.splitlines() if "Error" in line]
         return f"{what}: {' / '.join(lines[:4])[:600]}"
 
 
@@ -88,11 +90,19 @@ def serve(conn: Connection, options: dict[str, Any], env: dict[str, str], log: P
         # At its end multiprocessing waits for child processes before anything else could end them.
         served.close()
     except EOFError:
-        pass
+        _end_all()  # whoever asked has gone
     except BaseException as error:
         with contextlib.suppress(OSError):
             conn.send({"error": f"{type(error).__name__}: {error}"[:600]})
-        raise
+        traceback.print_exc()
+        _end_all()
+
+
+def _end_all() -> None:
+    """This process and those that it started, which multiprocessing would wait for."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.killpg(0, signal.SIGKILL)
 
 
 class Served:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 from gpu_pictures import BASE, WORDS, Cell, Run, finish, interval, logarithmic, medians, style
-from gpu_prefill import PLAIN, REAL, bounds, ratios
+from gpu_prefill import REAL
+from gpu_turns import PLAIN, bounds, ratios
 
 from vllm_dwdp.predict.plots import pyplot, token_axis
 
@@ -57,7 +58,7 @@ def prefill(run: Run, step: str = "prefill") -> Any:
     for index, (job, cells) in enumerate(jobs.items()):
         kind, aside = job_style(run, job), 2 ** (0.07 * (index - (len(jobs) - 1) / 2))
         times.plot(list(cells), [1e3 * cell["median_s"] for cell in cells.values()], label=job_label(job), **kind)
-        told = {n: found for n, cell in cells.items() if (found := ratio(jobs, job, n, cell, first)) is not None}
+        told = {n: found for n, cell in cells.items() if (found := ratio(run, jobs, job, n, first)) is not None}
         if told:
             middle, low, high = np.array(list(told.values())).T
             bars = np.clip([middle - low, high - middle], 0, None)
@@ -84,17 +85,20 @@ def prefill(run: Run, step: str = "prefill") -> Any:
 
 
 def ratio(
-    jobs: dict[str, dict[int, Cell]], job: str, length: int, mine: Cell, first: str
+    run: Run, jobs: dict[str, dict[int, Cell]], job: str, length: int, first: str
 ) -> tuple[float, float, float] | None:
     """(plain vLLM's time by this, its bounds); None for the plain engine that others are compared with.
 
-    By turn where engines took turns, then also between two plain ones; else of the medians.
+    By turn where engines took turns, then also between two plain ones, and only within their group; else of the medians.
     """
-    others = [jobs[name][length]["seconds"] for name in PLAIN if name != job and length in jobs.get(name, {})]
-    if others and PLAIN[0] in jobs:
+    mine = jobs[job][length]
+    group = run.found[job].get("group", 1)
+    beside = [name for name in jobs if name.split(", group")[0] in PLAIN and run.found[name].get("group", 1) == group]
+    others = [jobs[name][length]["seconds"] for name in beside if name != job and length in jobs[name]]
+    if others and any(name.split(", group")[0] == PLAIN[0] for name in beside):
         return bounds(ratios(others, mine["seconds"]))
     base = jobs.get(first, {}).get(length)
-    if base is None or job == first:
+    if base is None or job == first or group != run.found[first].get("group", 1):
         return None
     return (base["median_s"] / mine["median_s"], *ratio_interval(base["seconds"], mine["seconds"]))
 

@@ -7,7 +7,8 @@ NVLink do, at PCIe's rate. On two GPUs: a rank on each, experts pulled over the 
 The engines of a group are all there at the same time and take turns, in another order each time; plain vLLM is there twice.
 A ratio compares what two engines took in one turn, and its bounds are those of the median over turns. Prefill is one step
 of one prompt to its first token ("pairs": one such prompt on each rank at a time, beside one on each of two plain
-engines); decode is greedy tokens per second of some requests at once. Without torch.compile unless --compile is given.
+engines); decode is greedy tokens per second of some requests at once, on both ranks of DWDP beside one plain engine; on two
+GPUs that is two beside one. Without torch.compile unless --compile is given.
 """
 
 from __future__ import annotations
@@ -15,26 +16,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent))
 
-from gpu_engine import Engine, EngineFailed
+from gpu_turns import PLAIN, Group, Job, bounds, ratios
 from visible import visible_gpus, wanted
 
 REPO = Path(__file__).resolve().parent.parent
 ENV = {"VLLM_USE_DEEP_GEMM": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_HOST_IP": "127.0.0.1"}
 PROMPTS = (4096, 8192, 16384, 32768)
 BATCHES = (1, 8, 64)
-WARM = 4  # turns, so that each of two ranks has had two
 TURNS = 15
+STEPS = ("prefill", "pairs", "decode")
 SIZES = [1, 4, 8, 32, 64]
 #: Whole decode steps in CUDA graphs, everything else eager.
 GRAPHS = {
@@ -48,18 +48,6 @@ REAL = {
     "head_dim": 128, "max_position": 40960,
 }  # fmt: skip
 TINY = {"num_experts": 16, "max_position": 40960}
-#: The jobs that others are compared with, if they are there.
-PLAIN = ("plain", "plain again")
-
-
-class Job(NamedTuple):
-    """An engine and what is timed in it. dwdp: its settings; None is plain vLLM. gpu: the only one it sees."""
-
-    name: str
-    dwdp: dict[str, Any] | None
-    options: dict[str, Any]
-    steps: tuple[str, ...]
-    gpu: int | None = None
 
 
 def groups(gpus: int, graphs: dict[str, Any]) -> list[list[Job]]:
@@ -132,105 +120,9 @@ def options_of(job: Job, model: Path, cpu: bool, chunk: int | None) -> dict[str,
     return made
 
 
-class Group:
-    """Engines that take turns, and what they took: rows as the JSON file has them."""
-
-    def __init__(self, jobs: list[Job], model: Path, folder: Path, args: argparse.Namespace) -> None:
-        self.jobs = {job.name: job for job in jobs}
-        self.rows: dict[str, dict[str, Any]] = {job.name: {} for job in jobs}
-        self._limit_s = args.job_s
-        self._engines = {}
-        for job in jobs:
-            env = ENV if job.gpu is None else {**ENV, "CUDA_VISIBLE_DEVICES": visible_names()[job.gpu]}
-            log = folder / f"{job.name.replace(' ', '-')}.log"
-            self._engines[job.name] = Engine(options_of(job, model, args.cpu, args.chunk), env, log)
-        for name in list(self._engines):
-            if found := self._answer(name):
-                self.rows[name]["start_s"] = round(found["start_s"], 1)
-
-    def _with(self, step: str) -> list[str]:
-        return [name for name in self._engines if step in self.jobs[name].steps]
-
-    def _ask(self, names: list[str], step: str, **words: Any) -> list[dict[str, Any] | None]:
-        """The step on all `names` at the same time."""
-        for name in names:
-            self._engines[name].ask(step, **words)
-        return [self._answer(name) for name in names]
-
-    def _answer(self, name: str) -> dict[str, Any] | None:
-        """None, and out of the group, where it failed."""
-        try:
-            return self._engines[name].answer(self._limit_s)
-        except EngineFailed as error:
-            self.rows[name]["error"] = str(error)
-            self._engines.pop(name).stop(1)
-            print(f"gpu prefill: {name}: {error}", flush=True)
-            return None
-
-    def prefill(self, lengths: list[int], turns: int) -> None:
-        """One prompt at a time, by length."""
-        rng = random.Random(0)
-        for length in lengths:
-            for turn in range(WARM + turns):
-                names = self._with("prefill")
-                for name in rng.sample(names, len(names)):
-                    if (found := self._ask([name], "prefill", length=length, prompts=1, seed=turn)[0]) and turn >= WARM:
-                        _add(self.rows[name], "prefill", length, found)
-
-    def pairs(self, lengths: list[int], turns: int) -> None:
-        """A prompt on each of two ranks, and on each of two plain engines, at a time."""
-        rng = random.Random(1)
-        for length in lengths:
-            for turn in range(WARM + turns):
-                names = self._with("pairs")
-                units = [[name] for name in names if self.jobs[name].dwdp is not None]
-                plain = [name for name in names if name in PLAIN]
-                for unit in rng.sample([*units, plain], len(units) + 1):
-                    each = 2 // len(unit) if unit else 0
-                    found = [
-                        item for item in self._ask(unit, "prefill", length=length, prompts=each, seed=turn) if item
-                    ]
-                    if len(found) == len(unit) > 0 and turn >= WARM:
-                        _add(self.rows[unit[0]], "pairs", length, max(found, key=lambda item: item["seconds"]))
-
-    def decode(self, batches: list[int], turns: int) -> None:
-        """By requests at once."""
-        rng = random.Random(2)
-        for batch in batches:
-            for turn in range(WARM + turns):
-                names = self._with("decode")
-                for name in rng.sample(names, len(names)):
-                    if (found := self._ask([name], "decode", batch=batch)[0]) and turn >= WARM:
-                        cell = self.rows[name].setdefault("decode", {}).setdefault(str(batch), {"all": []})
-                        cell["all"].append(found["tokens_per_s"])
-                        cell["tokens_per_s"] = statistics.median(cell["all"])
-
-    def profile(self, length: int) -> None:
-        """A prompt of each engine under torch's profiler, after everything that is timed."""
-        for name in list(self._engines):
-            for _ in range(2):  # the first one starts the profiler up
-                found = self._ask([name], "profile", length=length)[0]
-            self.rows[name]["profile"] = found
-
-    def stop(self) -> None:
-        """End all engines."""
-        for engine in self._engines.values():
-            engine.leave()
-        for engine in self._engines.values():
-            engine.stop()
-
-
-def _add(row: dict[str, Any], step: str, length: int, found: dict[str, Any]) -> None:
-    cell = row.setdefault(step, {}).setdefault(str(length), {"seconds": []})
-    cell["seconds"].append(found.pop("seconds"))
-    cell["median_s"] = statistics.median(cell["seconds"])
-    for kind in ("host_s", "device_s"):
-        told = [item[kind] for item in found["steps"] if kind in item]
-        if told:
-            cell.setdefault(f"steps_{kind}", []).append(sum(told))
-    for key in ("exposed_s", "waits", "pulled_bytes"):
-        if key in found:
-            cell[key] = cell.get(key, 0) + found[key]
+def environment_of(job: Job) -> dict[str, str]:
+    """What its engine needs, and the GPU it sees."""
+    return ENV if job.gpu is None else {**ENV, "CUDA_VISIBLE_DEVICES": visible_names()[job.gpu]}
 
 
 def visible_names() -> list[str]:
@@ -248,7 +140,7 @@ def main() -> int:
     parser.add_argument(
         "--only", default="", help="plain vLLM and jobs of this name, or whose name contains it, by comma"
     )
-    parser.add_argument("--steps", default="prefill,pairs,decode", help="of %(default)s")
+    parser.add_argument("--steps", default=",".join(STEPS), help="of %(default)s")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument(
         "--chunk", type=int, help="tokens of a step at most: longer prompts take several steps in a row"
@@ -259,6 +151,7 @@ def main() -> int:
     parser.add_argument("--job-s", type=float, default=150, help="an engine that takes longer for anything is ended")
     parser.add_argument("--limit-s", type=float, default=400, help="begin no group after this many seconds")
     args = parser.parse_args()
+    chosen = [] if args.write_only else choose(parser, args, 0 if args.cpu else visible_gpus())
     from vllm_dwdp.checkpoints import CheckpointSpec, write_checkpoint
 
     begun = time.monotonic()
@@ -270,7 +163,7 @@ def main() -> int:
     print(f"gpu prefill: checkpoint there after {time.monotonic() - begun:.0f} s", flush=True)
     if args.write_only:
         return 0
-    gpus = 0 if args.cpu else visible_gpus()
+    steps = args.steps.split(",")
     lengths, batches, turns = (
         ([256, 1024], [1, 4], min(3, args.turns)) if args.cpu else (list(PROMPTS), list(BATCHES), args.turns)
     )
@@ -279,42 +172,48 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as made:
         folder = args.logs or Path(made)
         folder.mkdir(parents=True, exist_ok=True)
-        for number, whole in enumerate(groups(gpus, COMPILED if args.compile else GRAPHS)):
-            names = [*PLAIN, *wanted([job.name for job in whole], args.only)]
-            jobs = [job for job in whole if job.name in names]
-            if all(job.dwdp is None for job in jobs):
-                continue
+        for number, jobs in chosen:
             if time.monotonic() - begun > args.limit_s:
                 print(f"gpu prefill: {', '.join(job.name for job in jobs)} not run: out of time", flush=True)
                 continue
-            group = Group(jobs, model, folder, args)
-            print(f"gpu prefill: engines there after {time.monotonic() - begun:.0f} s", flush=True)
+
+            def save(found: dict[str, dict[str, Any]], number: int = number) -> None:
+                suffix = f", group {number}" if number > 1 else ""
+                for name, row in found.items():
+                    rows[name + suffix] = {"group": number, **row}
+                if args.json:
+                    args.json.write_text(json.dumps(rows, indent=1))
+
+            group = Group(jobs, save, args.job_s)
             try:
-                for step, sizes_of in (("prefill", lengths), ("pairs", lengths), ("decode", batches)):
-                    if step in args.steps.split(","):
-                        getattr(group, step)(sizes_of, turns)
+                group.start(lambda job: options_of(job, model, args.cpu, args.chunk), environment_of, folder)
+                print(f"gpu prefill: engines there after {time.monotonic() - begun:.0f} s", flush=True)
+                for step, of in (("prefill", lengths), ("pairs", lengths), ("decode", batches)):
+                    if step in steps:
+                        getattr(group, step)(of, turns)
                 if args.profile:
                     group.profile(args.profile)
             finally:
                 group.stop()
+            save(group.rows)
             table(group.rows)
-            suffix = f", group {number + 1}" if number else ""
-            rows |= {name + (suffix if name in rows else ""): row for name, row in group.rows.items()}
-            if args.json:
-                args.json.write_text(json.dumps(rows, indent=1))
     return int(any("error" in row for row in rows.values()))
 
 
-def ratios(base: list[list[float]], mine: list[float]) -> list[float]:
-    """By turn: the mean of the plain engines over this one's."""
-    return [statistics.fmean(turn[:-1]) / turn[-1] for turn in zip(*base, mine, strict=False)]
-
-
-def bounds(values: list[float]) -> tuple[float, float, float]:
-    """(median, lower, upper 95 % bound) of the median, by drawing turns again."""
-    rng = random.Random(0)
-    drawn = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(1000))
-    return statistics.median(values), drawn[25], drawn[974]
+def choose(parser: argparse.ArgumentParser, args: argparse.Namespace, gpus: int) -> list[tuple[int, list[Job]]]:
+    """(number of a group, its jobs that are wanted and the plain ones beside them); ends the program if there are none."""
+    all_groups = groups(gpus, COMPILED if args.compile else GRAPHS)
+    chosen = []
+    for number, jobs in enumerate(all_groups, 1):
+        names = wanted([job.name for job in jobs], args.only)
+        if names and (not args.only or set(names) - set(PLAIN)):
+            chosen.append((number, [job for job in jobs if job.name in names or job.name in PLAIN]))
+    if not chosen:
+        known = ", ".join(repr(job.name) for jobs in all_groups for job in jobs if job.name not in PLAIN)
+        parser.error(f"--only {args.only!r} names no job to compare with plain vLLM: there are {known}")
+    if unknown := set(args.steps.split(",")) - set(STEPS):
+        parser.error(f"--steps has {', '.join(sorted(unknown))}: there are {', '.join(STEPS)}")
+    return chosen
 
 
 def table(rows: dict[str, dict[str, Any]]) -> None:

@@ -256,11 +256,8 @@ def split_gemm(
     laid_out = prepare(a, weights, out, assignment, tiles, top_k, router_weights, a_scale)
     key: tuple[Any, ...] | None = None
     if launching.aligned(laid_out.pointers):
-        router_dtype = None if router_weights is None else router_weights.dtype
-        key = (
-            weights.kind, tiles, top_k, laid_out.a_kind, assignment.routes is None,
-            compute, out.dtype, router_dtype, assignment.experts.dtype, laid_out.numbers,
-        )  # fmt: skip
+        dtypes = tuple(None if tensor is None else tensor.dtype for tensor in laid_out.pointers)
+        key = (weights.kind, tiles, top_k, laid_out.a_kind, compute, dtypes, laid_out.numbers)
         if (known := launching.find(key)) is not None:
             known.launch(laid_out.arguments + _more(weights, known.persistent))
             return

@@ -70,6 +70,7 @@ def main() -> None:
     routes, blocks = torch.zeros(256, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
     padded = torch.zeros(1, dtype=torch.int32)
     assignment, single = Assignment(routes, blocks, padded), Assignment(None, blocks, padded)
+    wider = Assignment(routes.long(), blocks, padded)
     memory = torch.zeros(experts + 1, rows, cols, dtype=torch.bfloat16)
     bias = PerExpert.dense(torch.zeros(experts, rows, dtype=torch.bfloat16))
     plain = WeightTable.of(memory[:experts])
@@ -95,11 +96,13 @@ def main() -> None:
             a,
             tables[table],
             out,
-            single if "single" in more else assignment,
+            single if "single" in more else wider if "long" in more else assignment,
             persistent if kernel == "persistent" else pointer,
             top_k=top_k,
             router_weights=router if "router" in more else None,
-            a_scale=torch.zeros(1) if table == "fp8" else None,
+            a_scale=torch.zeros(1, dtype=torch.bfloat16 if "half" in more else torch.float32)
+            if table == "fp8"
+            else None,
             compute_dtype=torch.bfloat16,
         )
         print(json.dumps({**told, "a": a.data_ptr(), "out": out.data_ptr()}))

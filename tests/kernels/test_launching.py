@@ -29,7 +29,8 @@ def found() -> dict[str, list[dict[str, Any]]]:
     words = [f"{table},{kernel},{tokens}" for table in ("plain", "fp8") for kernel in ("pointer", "persistent")
              for tokens in (9, 16, 33)]  # fmt: skip
     words += ["biased,pointer,16", "plain,pointer,16,router", "plain,pointer,16,strided", "plain,pointer,16,float32",
-              "plain,pointer,3,single", "plain,pointer,16,unaligned", "plain,persistent,16,router"]  # fmt: skip
+              "plain,pointer,3,single", "plain,pointer,16,unaligned", "plain,persistent,16,router",
+              "fp8,pointer,16,half", "plain,pointer,16,long"]  # fmt: skip
     told = launches(*words, *reversed(words))
     return {word: [told[i], told[-1 - i]] for i, word in enumerate(words)}
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
-import re
-import signal
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +16,10 @@ from vllm_dwdp.config import DwdpConfig, Rendezvous
 from vllm_dwdp.engine import environment
 from vllm_dwdp.engine.cores import split_cores
 from vllm_dwdp.engine.launch import DwdpLaunch, format_address
-from vllm_dwdp.engine.rank_deaths import RankDeaths
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild, page_granularity
 from vllm_dwdp.layers.window import estimate
+from vllm_dwdp.patches.engine_liveness import killed
 from vllm_dwdp.prefetch.counters import Counters
 from vllm_dwdp.transport.base import Program
 
@@ -213,28 +210,16 @@ def test_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "told"),
+    ("name", "exitcode", "told"),
     [
-        (signal.SIGKILL, r"DWDP rank 1 \(pid \d+\) died: its engine was killed by SIGKILL"),
-        (signal.SIGTERM, None),
+        ("EngineCore_DP1", -9, "DWDP rank 1 (pid 7) died: its engine was killed by SIGKILL"),
+        ("EngineCore_DP12", -200, "DWDP rank 12 (pid 7) died: its engine was killed by signal 200"),
+        ("EngineCore_DP1", 1, None),  # has told why
+        ("EngineCore_DP1", None, None),
+        ("EngineCore", -9, None),
     ],
 )
-def test_an_engine_that_is_killed_is_named(end: signal.Signals, told: str | None) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    engines = [spawn.Process(target=time.sleep, args=(60,), name=f"EngineCore_DP{rank}") for rank in range(2)]
-    for engine in engines:
-        engine.start()
-    try:
-        assert not RankDeaths(3)
-        deaths = RankDeaths(2)
-        assert deaths and deaths.wait(0.05) is None and deaths
-        assert engines[1].pid is not None
-        os.kill(engines[1].pid, end)
-        found = deaths.wait(10)
-        assert found is None if told is None else re.fullmatch(told, str(found))
-        # The others are ended because of it.
-        assert not deaths
-    finally:
-        for engine in engines:
-            engine.kill()
-            engine.join()
+def test_a_killed_engine_is_named(name: str, exitcode: int | None, told: str | None) -> None:
+    others = [SimpleNamespace(name="EngineCore_DP0", exitcode=0, pid=6)]
+    assert killed(name, [*others, SimpleNamespace(name=name, exitcode=exitcode, pid=7)]) == told
+    assert killed(name, others) is None

@@ -61,6 +61,21 @@ def engines() -> dict[str, Any]:
     }
 
 
+def test_engines_are_compared_with_plain_ones_of_their_group() -> None:
+    def row(group: int, seconds: float) -> dict[str, Any]:
+        return {"group": group, "prefill": {"4096": engine_cell(seconds)}}
+
+    found = {"plain": row(1, 0.01), "plain again": row(1, 0.01), "split 64 ipc": row(1, 0.02)}
+    found |= {"plain, group 2": row(2, 0.05), "split 64 pinned, group 2": row(2, 0.1), "odd, group 3": row(3, 0.1)}
+    run = gpu_pictures.Run("x1", "prefill.json", found)
+    jobs = gpu_engine_pictures.jobs_with(run, "prefill")
+    told = {job: gpu_engine_pictures.ratio(run, jobs, job, 4096, "plain") for job in jobs}
+    assert {job: found and round(found[0], 3) for job, found in told.items()} == {
+        "plain": 1.0, "plain again": 1.0, "split 64 ipc": 0.5, "plain, group 2": None, "split 64 pinned, group 2": 0.5,
+        "odd, group 3": None,
+    }  # fmt: skip
+
+
 def write(folder: Path, **files: Any) -> Path:
     for name, content in files.items():
         (folder / f"{name.replace('_', '-')}.json").write_text(json.dumps(content))

@@ -106,8 +106,11 @@ def test_the_early_hook_is_one_shot(found: Found) -> None:
     assert found("plain without")["hook"] == [False, False]
 
 
-def test_selecting_dwdp_wraps_one_symbol_more(found: Found) -> None:
-    assert found("selected")["changed"] == ["vllm.v1.engine.core_client.EngineCoreClient.make_client"]
+def test_selecting_dwdp_wraps_two_symbols_more(found: Found) -> None:
+    assert found("selected")["changed"] == [
+        "vllm.v1.engine.core_client.EngineCoreClient.make_client",
+        "vllm.v1.engine.utils.CoreEngineProcManager.monitor_engine_liveness",
+    ]
 
 
 def test_installing_again_changes_nothing(found: Found) -> None:

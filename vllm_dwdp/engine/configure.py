@@ -21,7 +21,7 @@ from vllm_dwdp.engine.launch import RENDEZVOUS_ENV, DwdpLaunch, attach_launch, f
 from vllm_dwdp.engine.model_config import hide_moe
 from vllm_dwdp.engine.rank_pages import watch_ranks
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.patches import sync_client
+from vllm_dwdp.patches import engine_liveness, sync_client
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -82,6 +82,7 @@ def create_engine_config(
         DwdpError: vLLM's version, an option, the model or the machine does not go with dwdp; nothing was started.
     """
     patches.attempt(sync_client.install)
+    patches.attempt(engine_liveness.install)
     if patches.failures:
         raise DwdpError(f"dwdp cannot run on this vLLM: {'; '.join(patches.failures)}; install the matching pair")
     headless = bool(keywords.get("headless", positional[1] if len(positional) > 1 else False))

@@ -9,14 +9,14 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_dwdp.engine.graphs import follow_graphs, refuse_piecewise, splits
 from vllm_dwdp.engine.launch import launch_of
-from vllm_dwdp.engine.worker import DwdpWorkerMixin, in_ray
+from vllm_dwdp.engine.worker import DwdpWorkerMixin, in_engine, in_ray
 
 
 class DwdpGPUWorker(DwdpWorkerMixin, Worker):
     """`Worker` of vllm.v1.worker.gpu_worker, holding one rank's share."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        if in_ray():
+        if in_ray() and not in_engine(vllm_config):
             # vLLM takes any other executor for one whose ranks index all devices (gpu_worker.py, `init_device`); Ray has
             # chosen this worker's already. The config is this process's own copy.
             vllm_config.parallel_config.distributed_executor_backend = "ray"

@@ -26,7 +26,8 @@ def hide_moe(model_config: ModelConfig) -> None:
 def restore_moe(vllm_config: VllmConfig) -> None:
     """Undo `hide_moe` for a worker, before its device and model are set up.
 
-    A worker in its engine's process shares the engine's config, which is not asked any more by then.
+    A worker in its engine's process shares the engine's config. vLLM branches on it before; later it only checks the config
+    once more (`EngineCore.__init__`), which then is that of a MoE model on one rank.
     """
     vllm_config.model_config.__class__ = ModelConfig
     vllm_config.parallel_config.is_moe_model = True

@@ -1,5 +1,4 @@
-"""The front end's view of its ranks: their counter pages, mapped as they come up and readable after they are gone, and
-whether their engines live.
+"""The front end's view of its ranks: their counter pages, mapped as they come up and readable after they are gone.
 
 vLLM may kill its engines at shutdown without giving them a word, so the line that each rank leaves behind is written here.
 """
@@ -15,7 +14,6 @@ from vllm.logger import init_logger
 
 from vllm_dwdp.engine.launch import DwdpLaunch
 from vllm_dwdp.engine.metrics import publish
-from vllm_dwdp.engine.rank_deaths import RankDeaths
 from vllm_dwdp.engine.rendezvous import Rendezvous
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.prefetch.counters import CounterPage, CounterReader, Counters
@@ -41,31 +39,19 @@ class RankPages(threading.Thread):
         self._stopping = threading.Event()
 
     def run(self) -> None:
-        """Until stopped, or until all pages are mapped and there is nothing to publish and no engine to watch."""
+        """Until stopped, or until all pages are mapped and nothing is to be published."""
         try:
             rendezvous = Rendezvous(self._launch.rendezvous, -1, self._launch.config.timeout_s)
-            deaths: RankDeaths | None = None
-            while not self._wait(deaths):
+            while not self._stopping.wait(PERIOD_S):
                 if len(self._readers) < self._launch.num_ranks:
                     self._open_pages(rendezvous)
-                elif deaths is None:
-                    deaths = RankDeaths(self._launch.num_ranks)
-                elif not (self._publishing or deaths):
+                elif not self._publishing:
                     return
                 if self._publishing:
                     self._publish()
         except DwdpError as error:
             if not self._stopping.is_set():
                 logger.warning("dwdp: the counters of the ranks are no longer read: %s", error)
-
-    def _wait(self, deaths: RankDeaths | None) -> bool:
-        """A period, or less if an engine ends; whether to stop."""
-        if not deaths:
-            return self._stopping.wait(PERIOD_S)
-        died = deaths.wait(PERIOD_S)
-        if died and not self._stopping.is_set():
-            logger.error("%s", died)
-        return self._stopping.is_set()
 
     def _open_pages(self, rendezvous: Rendezvous) -> None:
         for rank in range(self._launch.num_ranks):

@@ -49,7 +49,7 @@ def identity_of(vllm_config: VllmConfig, launch: DwdpLaunch) -> Identity:
 
 
 def in_ray() -> bool:
-    """Whether this worker is a Ray actor."""
+    """Whether this worker is a Ray actor; ask `in_engine` before, since a forked engine may have its program's Ray."""
     ray = sys.modules.get("ray")
     return ray is not None and ray.is_initialized()
 
@@ -72,7 +72,7 @@ class DwdpWorkerMixin:
         launch = launch_of(vllm_config)
         if launch is None:
             raise DwdpError("a dwdp worker was started without a dwdp launch: use --distributed-executor-backend dwdp")
-        self.dwdp_place = "Ray" if in_ray() else "its engine" if in_engine(vllm_config) else "a process of its own"
+        self.dwdp_place = "its engine" if in_engine(vllm_config) else "Ray" if in_ray() else "a process of its own"
         # An engine's parent may have started it from a thread that ends early, which counts as the parent's end.
         if os.getppid() != 1 and self.dwdp_place != "its engine":
             die_with_parent()
