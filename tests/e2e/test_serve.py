@@ -131,7 +131,7 @@ def test_sigterm_ends_everything_also_a_stopped_rank(server: Server) -> None:
     assert server.stop(signal.SIGTERM) < 10
     assert server.left() == []
     log = server.log.read_text()
-    assert "dwdp rank 0 stops:" in log and " died" not in log
+    assert "dwdp rank 0 stops:" in log and "its engine was killed" not in log
 
 
 @pytest.mark.full
@@ -151,6 +151,6 @@ def test_three_ranks_one_api_server(sign: signal.Signals, checkpoint: Callable[.
         assert {f'dwdp:layers_total{{engine="{rank}"}}' for rank in range(3)} == set(settle(server))
         # A terminal sends SIGINT to every process.
         assert server.stop(sign, everywhere=sign == signal.SIGINT) < 10
-        assert server.left() == [] and " died" not in server.log.read_text()
+        assert server.left() == [] and "its engine was killed" not in server.log.read_text()
     finally:
         server.kill()

@@ -215,6 +215,7 @@ def test_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
         ("EngineCore_DP1", -9, "DWDP rank 1 (pid 7) died: its engine was killed by SIGKILL"),
         ("EngineCore_DP12", -200, "DWDP rank 12 (pid 7) died: its engine was killed by signal 200"),
         ("EngineCore_DP1", 1, None),  # has told why
+        ("EngineCore_DP1", -15, None),  # was told to end
         ("EngineCore_DP1", None, None),
         ("EngineCore", -9, None),
     ],

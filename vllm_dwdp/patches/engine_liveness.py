@@ -16,6 +16,8 @@ from typing import Any
 from vllm_dwdp.patches import expect_parameters
 
 _MARK = "_dwdp_wraps"
+#: What engines are told to end with; at the end of a program that is no failure, though vLLM's monitor may take it for one.
+_ORDINARY = (signal.SIGTERM, signal.SIGINT)
 
 
 def install() -> None:
@@ -32,7 +34,7 @@ def install() -> None:
     @functools.wraps(original)
     def monitor_engine_liveness(self: Any) -> None:
         original(self)
-        # Not set where the engines were told to end.
+        # Not set where vLLM was asked to stop.
         if (name := self.failed_proc_name) and (told := killed(name, self.processes)):
             logger.error("%s", told)
 
@@ -41,11 +43,11 @@ def install() -> None:
 
 
 def killed(name: str, processes: Iterable[Any]) -> str | None:
-    """What to say of the engine process called `name`; None where no signal ended it, or it is no rank's."""
+    """What to say of the engine process called `name`; None where it ended by itself or was told to, or is no rank's."""
     rank = re.fullmatch(r"EngineCore_DP(\d+)", name)
     process = next((process for process in processes if process.name == name), None)
-    if rank is None or process is None or (process.exitcode or 0) >= 0:
+    number = -(process.exitcode or 0) if process is not None else 0
+    if rank is None or process is None or number <= 0 or number in _ORDINARY:
         return None
-    number = -process.exitcode
     by = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     return f"DWDP rank {rank[1]} (pid {process.pid}) died: its engine was killed by {by}"
