@@ -64,7 +64,9 @@ class Engine:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if self._process.pid is not None:
                 os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.join()
+        # Its group is its own only once it runs.
+        self._process.kill()
+        self._process.join(limit_s)
 
     def _why(self, what: str) -> str:
         text = self._log.read_text(errors="replace") if self._log.exists() else ""

@@ -47,26 +47,24 @@ class Group:
 
     def prefill(self, lengths: list[int], turns: int) -> None:
         """One prompt at a time, by length."""
-        for length in lengths:
-
-            def ask(unit: list[str], turn: int, length: int = length) -> list[dict[str, Any]]:
-                return self._ask(unit, "prefill", length=length, prompts=1, seed=turn)
-
-            for taken in self._turns("prefill", lambda: [[name] for name in self._with("prefill")], turns, ask):
-                for name, found in taken.items():
-                    _add(self.rows[name], "prefill", length, found)
-            self._save(self.rows)
+        self._prompts("prefill", lambda: self._alone("prefill"), 1, lengths, turns)
 
     def pairs(self, lengths: list[int], turns: int) -> None:
         """A prompt on each of two ranks, and on each of two plain engines, at a time."""
+        self._prompts("pairs", self._pairs, 2, lengths, turns)
+
+    def _prompts(
+        self, step: str, units: Callable[[], list[list[str]]], each: int, lengths: list[int], turns: int
+    ) -> None:
+        """`each`: prompts that a unit of engines has at a time."""
         for length in lengths:
 
             def ask(unit: list[str], turn: int, length: int = length) -> list[dict[str, Any]]:
-                return self._ask(unit, "prefill", length=length, prompts=2 // len(unit), seed=turn)
+                return self._ask(unit, "prefill", length=length, prompts=each // len(unit), seed=turn)
 
-            for taken in self._turns("pairs", self._pairs, turns, ask):
+            for taken in self._turns(step, units, turns, ask):
                 for name, found in taken.items():
-                    _add(self.rows[name], "pairs", length, found)
+                    _add(self.rows[name], step, length, found)
             self._save(self.rows)
 
     def decode(self, batches: list[int], turns: int) -> None:
@@ -76,7 +74,7 @@ class Group:
             def ask(unit: list[str], turn: int, batch: int = batch) -> list[dict[str, Any]]:
                 return self._ask(unit, "decode", batch=batch)
 
-            for taken in self._turns("decode", lambda: [[name] for name in self._with("decode")], turns, ask):
+            for taken in self._turns("decode", lambda: self._alone("decode"), turns, ask):
                 for name, [found] in taken.items():
                     cell = self.rows[name].setdefault("decode", {}).setdefault(str(batch), {"all": []})
                     cell["all"].append(found["tokens_per_s"])
@@ -98,13 +96,15 @@ class Group:
         for engine in self._engines.values():
             engine.stop()
 
-    def _with(self, step: str) -> list[str]:
-        return [name for name in self._engines if step in self.jobs[name].steps]
+    def _alone(self, step: str) -> list[list[str]]:
+        """Units of one engine each."""
+        return [[name] for name in self._engines if step in self.jobs[name].steps]
 
     def _pairs(self) -> list[list[str]]:
-        names = self._with("pairs")
-        plain = [name for name in names if name in PLAIN]
-        return [[name] for name in names if self.jobs[name].dwdp is not None] + ([plain] if len(plain) == 2 else [])
+        """Two plain engines are a unit, where both are there; one alone is nothing to compare with."""
+        alone = self._alone("pairs")
+        plain = [name for [name] in alone if name in PLAIN]
+        return [[name] for [name] in alone if self.jobs[name].dwdp is not None] + ([plain] if len(plain) == 2 else [])
 
     def _turns(
         self,

@@ -3,10 +3,10 @@
     eager:    copy stream   wait(after) | graph of the layer's slices | record(end)         compute: wait(end)
     captured: copy stream   fork from compute | the slices themselves | record(end)         compute: wait(end) ... join()
 
-A graph costs the host 32 microseconds per 1,024 slices within one GPU, and 50 and 2 a slice over NVLink; a loop over
-memcpyAsync costs 5 to 8 a slice (measured), and a graph cannot be launched into a capture. Slices keep the plan's borders,
-for they are the unit in which sources are shared fairly; with in_flight > 1 they are dealt out to that many branches, so
-that slices of several peers run at a time.
+A graph costs the host 32 microseconds per 1,024 slices within one GPU, and 3 to 50 and 1 to 2 a slice over NVLink; a loop
+over memcpyAsync costs 3 to 16 a slice (measured), and a graph cannot be launched into a capture. Slices keep the plan's
+borders, for they are the unit in which sources are shared fairly; with in_flight > 1 they are dealt out to that many
+branches, so that slices of several peers run at a time.
 """
 
 import time
