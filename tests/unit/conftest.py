@@ -2,6 +2,7 @@
 
 import gc
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -57,13 +58,13 @@ def tiny_moe(checkpoint: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The test fails if it leaves something on the machine; the environment is put back."""
     from tests.unit import leftovers
 
     variables = dict(os.environ)
-    (tmp_path / "temporary").mkdir()
-    with leftovers.nothing_left(tmp_path / "temporary", monkeypatch):
+    # Not pytest's: a launch puts its sockets elsewhere where their paths would be too long.
+    with tempfile.TemporaryDirectory(prefix="left-") as folder, leftovers.nothing_left(Path(folder), monkeypatch):
         yield
     # vLLM sets some of its own while it builds a config.
     os.environ.clear()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,20 +41,26 @@ def test_cores_are_disjoint_where_there_are_enough(cores: int, ranks: int) -> No
         assert max(map(len, lists)) - min(map(len, lists)) <= 1
 
 
-def test_a_launchs_environment_goes_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+@pytest.fixture
+def short_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The temporary folder meanwhile; pytest's may be too long for sockets."""
+    with tempfile.TemporaryDirectory(prefix="parts-") as folder:
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        yield Path(folder)
+
+
+def test_a_launchs_environment_goes_with_it(monkeypatch: pytest.MonkeyPatch, short_folder: Path) -> None:
     monkeypatch.delenv(environment.IPC_FOLDER, raising=False)
-    monkeypatch.setattr("tempfile.tempdir", None)
     first, second = Owner(), Owner()
     environment.own_ipc_folder(first)
     environment.own_ipc_folder(second)
-    assert len(os.listdir(tmp_path)) == 2
+    assert len(os.listdir(short_folder)) == 2
     del first
     gc.collect()
-    assert len(os.listdir(tmp_path)) == 1 and os.environ[environment.IPC_FOLDER].startswith(str(tmp_path))
+    assert len(os.listdir(short_folder)) == 1 and os.environ[environment.IPC_FOLDER].startswith(str(short_folder))
     del second
     gc.collect()
-    assert os.listdir(tmp_path) == [] and environment.IPC_FOLDER not in os.environ
+    assert os.listdir(short_folder) == [] and environment.IPC_FOLDER not in os.environ
 
 
 def test_what_the_user_set_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

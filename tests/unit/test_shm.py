@@ -187,9 +187,16 @@ def test_the_least_limit_counts(tmp_path: Path) -> None:
     write(groups / "a", memory__max="1000\n", memory__current="400\n", memory__stat="anon 1\ninactive_file 50\n")
     left = available_memory(proc, groups)
     assert left.nbytes == 650 and str(groups / "a") in left.limit
+    # All that the kernel would give back counts, and memory files do not: "file" has them, the lists of files have not.
+    stat = "file 300\nshmem 200\ninactive_anon 200\ninactive_file 50\nactive_file 60\nslab_reclaimable 7\n"
+    write(groups / "a", memory__stat=stat)
+    assert available_memory(proc, groups).nbytes == 600 + 50 + 60 + 7
     write(proc / "self", cgroup="4:cpu,memory:/x\n")
     write(groups / "memory/x", memory__limit_in_bytes="700\n", memory__usage_in_bytes="800\n")
     assert available_memory(proc, groups).nbytes == 0
+    stat = "inactive_file 999\ntotal_shmem 500\ntotal_inactive_file 150\ntotal_active_file 60\n"
+    write(groups / "memory/x", memory__stat=stat)
+    assert available_memory(proc, groups).nbytes == 700 - 800 + 150 + 60
     # In a container the path is the host's: the root of the mount is what counts.
     write(proc / "self", cgroup="0::/not/there\n")
     write(groups, memory__max="300\n", memory__current="100\n")

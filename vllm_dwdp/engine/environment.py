@@ -14,6 +14,11 @@ IPC_FOLDER = "VLLM_RPC_BASE_PATH"
 
 FOLDER_PREFIX = "dwdp-"
 
+#: The longest path of a Unix socket, and what is added to the prefix: `mkdtemp`'s part, then vLLM's "/" and a UUID.
+_SOCKET_PATH_BYTES = 107
+_RANDOM_BYTES = 8
+_NAME_BYTES = 1 + 36
+
 
 class Setting:
     """One value that a launch set; compared by identity, since two launches may set the same."""
@@ -52,11 +57,23 @@ def forget_launches() -> None:
         _unset(name, setting)
 
 
+def _new_folder() -> str | None:
+    """A new folder of this user alone in which the paths of vLLM's sockets fit; None where there is no place for one,
+    and vLLM's own way is no worse."""
+    for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):
+        if len(os.fsencode(os.path.join(parent, FOLDER_PREFIX))) + _RANDOM_BYTES + _NAME_BYTES <= _SOCKET_PATH_BYTES:
+            with contextlib.suppress(OSError):
+                return tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=parent)
+    return None
+
+
 def own_ipc_folder(owner: object) -> None:
     """Send socket files of this launch into a folder that is removed with it; one that the user chose is left alone."""
     if is_users(IPC_FOLDER):
         return
-    folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX)
+    folder = _new_folder()
+    if folder is None:
+        return
     set_for_launch(owner, IPC_FOLDER, folder)
     weakref.finalize(owner, shutil.rmtree, folder, True)
 

@@ -10,10 +10,13 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
-from vllm_dwdp.transport.limits import require_memory
+from vllm_dwdp.transport.limits import require_descriptors, require_memory
 
 #: vLLM's methods whose weights may lie in slabs and slots of a GPU: plain ones, and FP8 with scales per block or tensor.
 GPU_METHODS = ("UnquantizedFusedMoEMethod", "Fp8MoEMethod")
+
+#: Left for what vLLM opens between loading and the first request.
+_SPARE_DESCRIPTORS = 16
 
 
 def check_coverage(model: nn.Module, build: ModelBuild) -> None:
@@ -67,7 +70,8 @@ def _refused_method(method: Any, on_cpu: bool) -> str | None:
 def check_memory(build: ModelBuild) -> None:
     """Refuse to load where the host cannot hold what all ranks of the group are about to allocate.
 
-    Parameters exist by now, but none of their pages was touched. Raises DwdpError with the figures.
+    Parameters exist by now, but none of their pages was touched. Raises DwdpError with the figures, also where the
+    descriptors of this process would not suffice.
     """
     shares = [sum(p.nbytes for p in layer.module.parameters()) for layer in build.layers]  # type: ignore[attr-defined]
     inplace = build.config.weight_view != "contiguous" and all(layer.on_pages for layer in build.layers)
@@ -81,3 +85,7 @@ def check_memory(build: ModelBuild) -> None:
         f"dwdp: {ranks} ranks with {sum(shares) / 2**30:.2f} GiB of experts and {slots / 2**30:.2f} GiB of slots each"
     )
     require_memory(ranks * (sum(shares) + slots), purpose)
+    # A memory file per layer stays open for its handle; peers' are open while they are mapped, one layer at a time.
+    require_descriptors(
+        len(shares) + ranks + _SPARE_DESCRIPTORS, f"dwdp: sharing {len(shares)} MoE layers of {ranks} ranks"
+    )

@@ -1,9 +1,19 @@
-"""How much memory this process may still take, so that a start that cannot work is refused instead of killed."""
+"""What this process may still take of memory, descriptors and maps, so that a start that cannot work is refused with the
+limit that stands in its way."""
 
+import errno
+import mmap
+import os
+import resource
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from vllm_dwdp.errors import DwdpError
+
+#: What the kernel gives back before a cgroup is out of memory, as fields of its memory.stat. Pages of memory files are in
+#: none of them: they are charged as anonymous ones are, since nothing could be written back.
+_RECLAIMABLE: Final = ("inactive_file", "active_file", "slab_reclaimable")
+_RECLAIMABLE_V1: Final = ("total_inactive_file", "total_active_file")  # v1 does not tell what slabs would give
 
 
 class Available(NamedTuple):
@@ -14,16 +24,15 @@ class Available(NamedTuple):
 
 
 def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> Available:
-    """The least of MemAvailable and what the cgroups of this process (v2 or v1) leave; page cache counts as free."""
+    """The least of MemAvailable and what the cgroups of this process (v2 or v1) leave; what can be
+    reclaimed counts as free."""
     found = [Available(_meminfo(proc), "the host's available memory")]
     for line in _lines(proc / "self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            found += _chain(cgroup, path, "memory.max", "memory.current", "inactive_file")
+            found += _chain(cgroup, path, "memory.max", "memory.current", _RECLAIMABLE)
         elif "memory" in controllers.split(","):
-            found += _chain(
-                cgroup / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-            )
+            found += _chain(cgroup / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", _RECLAIMABLE_V1)
     return min(found)
 
 
@@ -37,7 +46,45 @@ def require_memory(nbytes: int, purpose: str) -> None:
         )
 
 
-def _chain(root: Path, path: str, limit: str, usage: str, cache: str) -> list[Available]:
+def require_descriptors(count: int, purpose: str) -> None:
+    """See that `count` more descriptors can be opened for `purpose`: the soft limit is raised where that takes it.
+
+    Raises DwdpError where the hard limit is lower.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    try:
+        in_use = len(os.listdir("/proc/self/fd")) - 1  # without the one that lists them
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            return  # without /proc this is not the trouble
+        in_use = soft
+    needed = in_use + count
+    if needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise DwdpError(
+            f"{purpose} needs {count} more file descriptors, but {in_use} of {hard} are open: raise the hard limit "
+            "(ulimit -n, --ulimit nofile of a container)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def why_no_map(nbytes: int, proc: Path = Path("/proc")) -> str:
+    """What to do about a mapping of `nbytes` that the kernel has just refused for want of memory."""
+    most, maps = _number(proc / "sys/vm/max_map_count"), len(_lines(proc / "self/maps"))
+    if most is not None and maps >= most - 1:
+        return f"this process has {maps} mappings: raise vm.max_map_count, which is {most}"
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    statm = _lines(proc / "self/statm")
+    taken = int(statm[0].split()[0]) * mmap.PAGESIZE if statm else 0
+    if limit != resource.RLIM_INFINITY and taken + nbytes > limit:
+        return f"{_gib(taken)} of addresses are in use: raise ulimit -v, which is {_gib(limit)}"
+    return "free memory, or relax vm.overcommit_memory"
+
+
+def _chain(root: Path, path: str, limit: str, usage: str, reclaimable: tuple[str, ...]) -> list[Available]:
     """Every cgroup from this one up to the root, as a limit of any of them holds. In a container the path may be the
     host's and not exist; then the root is the container's own cgroup."""
     here = root / path.lstrip("/")
@@ -46,7 +93,8 @@ def _chain(root: Path, path: str, limit: str, usage: str, cache: str) -> list[Av
         most, used = _number(folder / limit), _number(folder / usage)
         if most is not None and used is not None:
             stat = dict(line.split(maxsplit=1) for line in _lines(folder / "memory.stat"))
-            found.append(Available(max(0, most - used + int(stat.get(cache, 0))), f"the cgroup {folder} ({limit})"))
+            used = max(0, used - sum(int(stat.get(field, 0)) for field in reclaimable))
+            found.append(Available(max(0, most - used), f"the cgroup {folder} ({limit})"))
         if folder == root:
             break
     return found
@@ -62,7 +110,9 @@ def _meminfo(proc: Path) -> int:
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text().splitlines()
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise DwdpError(f"{path} cannot be read ({error.strerror}): raise that limit") from error
         return []
 
 

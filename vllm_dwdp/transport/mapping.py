@@ -1,6 +1,7 @@
 """Memory maps through libc: unlike Python's mmap they can be placed, and they live as long as the views of them."""
 
 import ctypes
+import errno
 import mmap
 import os
 import weakref
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.transport.base import Memory
+from vllm_dwdp.transport.limits import why_no_map
 
 if TYPE_CHECKING:
     import torch
@@ -36,10 +38,9 @@ def map_pages(address: int, nbytes: int, prot: int, flags: int, fd: int, offset:
     """mmap(2); returns the address. Raises DwdpError."""
     found = _libc.mmap(address or None, nbytes, prot, flags, fd, offset)
     if found is None or found == _FAILED:
-        reason = os.strerror(ctypes.get_errno())
-        raise DwdpError(
-            f"mapping {nbytes} bytes for {purpose} failed ({reason}): check memory, ulimit -v and vm.max_map_count"
-        )
+        number = ctypes.get_errno()
+        remedy = why_no_map(nbytes) if number == errno.ENOMEM else "check ulimit -l and the limits of this sandbox"
+        raise DwdpError(f"mapping {nbytes} bytes for {purpose} failed ({os.strerror(number)}): {remedy}")
     return int(found)
 
 

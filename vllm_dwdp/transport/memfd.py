@@ -5,6 +5,7 @@ A process id can be reused, so a handle also carries the inode, the size and a r
 label; a peer compares all three on what it opened.
 """
 
+import errno
 import fcntl
 import json
 import mmap
@@ -19,11 +20,23 @@ from typing import Final, NamedTuple
 
 from vllm_dwdp.errors import DwdpError, PeerLost
 from vllm_dwdp.transport.base import Handle
-from vllm_dwdp.transport.limits import require_memory
+from vllm_dwdp.transport.limits import require_descriptors, require_memory
 from vllm_dwdp.transport.mapping import Mapping, map_file
 
 TRANSPORT: Final = "shm"
 _F_SEAL_FUTURE_WRITE: Final = 0x0010  # Linux 5.1; not in Python's fcntl
+_MFD_NOEXEC_SEAL: Final = 0x0008  # Linux 6.3; not in Python's os. With vm.memfd_noexec=2 a file without it is refused
+#: Descriptors that must be left when a file is made: the file, and what is read under /proc and /sys meanwhile.
+_FILE_DESCRIPTORS: Final = 4
+#: What helps where a file cannot be made.
+_REMEDIES: Final = {
+    errno.EMFILE: "raise ulimit -n",
+    errno.ENFILE: "raise fs.file-max",
+    errno.EFBIG: "raise ulimit -f",
+    errno.ENOSYS: "dwdp's shm transport needs memfd_create, which this kernel or sandbox lacks",
+    errno.EPERM: "let this process use memfd_create and seals (seccomp, security modules)",
+    errno.EACCES: "let this process use memfd_create (vm.memfd_noexec, security modules)",
+}
 
 
 class Host(NamedTuple):
@@ -41,7 +54,8 @@ def this_host() -> Host:
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return Host(socket.gethostname(), boot_id, os.readlink("/proc/self/ns/pid"))
     except OSError as error:
-        raise DwdpError(f"cannot identify this host ({error}): dwdp's shm transport needs /proc mounted") from error
+        remedy = _REMEDIES.get(error.errno or 0, "dwdp's shm transport needs /proc mounted")
+        raise DwdpError(f"cannot identify this host ({error}): {remedy}") from error
 
 
 @dataclass
@@ -68,10 +82,12 @@ def create_file(nbytes: int, purpose: str, shared_writes: bool = False) -> Memor
     """
     if nbytes < 1:
         raise DwdpError(f"{purpose} of {nbytes} bytes: it must have at least one")
+    require_descriptors(_FILE_DESCRIPTORS, purpose)
     require_memory(nbytes, purpose)
     token = secrets.token_hex(16)
-    fd = os.memfd_create(f"dwdp-{token}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = -1
     try:
+        fd = _new_file(f"dwdp-{token}")
         os.ftruncate(fd, nbytes)
         os.posix_fallocate(fd, 0, nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
@@ -80,13 +96,25 @@ def create_file(nbytes: int, purpose: str, shared_writes: bool = False) -> Memor
             _seal_future_writes(fd)
         payload = {"pid": os.getpid(), "fd": fd, "inode": os.fstat(fd).st_ino, "token": token}
         handle = Handle(TRANSPORT, "|".join(this_host()), "cpu", nbytes, json.dumps(payload).encode())
-    except OSError as error:
-        os.close(fd)
-        raise DwdpError(f"{purpose} of {nbytes} bytes failed ({error}): free memory or use more ranks") from error
-    except BaseException:
-        os.close(fd)
-        raise
+    except BaseException as error:
+        if fd >= 0:
+            os.close(fd)
+        if not isinstance(error, OSError):
+            raise
+        remedy = _REMEDIES.get(error.errno or 0, "free memory or use more ranks")
+        raise DwdpError(f"{purpose} of {nbytes} bytes failed ({error}): {remedy}") from error
     return MemoryFile(fd, mapping, handle)
+
+
+def _new_file(name: str) -> int:
+    """Descriptor of an empty memory file that can never be made executable, where the kernel can seal that."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        return os.memfd_create(name, flags | _MFD_NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.memfd_create(name, flags)
 
 
 def open_file(handle: Handle, writable: bool = False) -> int:
@@ -94,6 +122,7 @@ def open_file(handle: Handle, writable: bool = False) -> int:
 
     Raises PeerLost where the owner is gone or no longer offers it, DwdpError for another host or missing permission.
     """
+    require_descriptors(1, "a peer's memory file")
     _check_host(handle)
     payload = json.loads(handle.payload)
     pid, number = int(payload["pid"]), int(payload["fd"])

@@ -85,7 +85,12 @@ class ShmCopyEngine(CopyEngine):
         self._tensors: dict[tuple[int, int], torch.Tensor] = {}
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="dwdp-copy", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise DwdpError(
+                f"the copy thread cannot be started ({error}): raise ulimit -u, or pids.max of the cgroup"
+            ) from error
         if cores:
             self._bind_thread(cores)
 
