@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from vllm.config.load import LoadConfig
 
-from vllm_dwdp.engine.loader import ShareOnlyLoader, _fused_names, _runs
+from vllm_dwdp.engine.loader import ShareOnlyLoader, _fused_names, _runs, logger
+from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.read_stats import READ, ReadStats
 
 EXPERTS = 8
@@ -73,3 +75,31 @@ def test_expert_by_expert(file: str, loader: ShareOnlyLoader) -> None:
 def test_runs() -> None:
     assert _runs([0, 1, 2, 5, 7, 8]) == [(0, 3), (5, 6), (7, 9)]
     assert _runs([]) == []
+
+
+@pytest.mark.parametrize("expert_by_expert", [False, True])
+def test_files_of_torch_save_are_read_whole_with_one_warning(
+    expert_by_expert: bool,
+    tmp_path: Path,
+    loader: ShareOnlyLoader,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(logger, "warning", lambda text, *words: warned.append(text % words))
+    torch.save(TENSORS, tmp_path / "pytorch_model.bin")
+    layer = SimpleNamespace(placement=SimpleNamespace(num_experts=EXPERTS))
+    for rank in (0, 1):
+        monkeypatch.setattr(ModelBuild, "_current", SimpleNamespace(layers=[layer], rank=rank))
+        loader._expert_by_expert = expert_by_expert
+        shown = dict(loader._get_weights_iterator(ShareOnlyLoader.Source(str(tmp_path), None)))
+        for name, whole in TENSORS.items():
+            if expert_by_expert and "gate_up" in name:
+                assert name not in shown
+                for expert in (0, 1, 2, 3, 7):
+                    part = shown.pop(name.replace(".experts.", f".experts.{expert}."))
+                    assert torch.equal(part, whole[expert])
+            else:
+                assert torch.equal(shown.pop(name), whole)
+        assert not shown
+    assert READ.expert_bytes > 2 * EXPERTS * (24 + 8)
+    assert len(warned) == 1 and "every rank reads the whole checkpoint (pytorch_model.bin)" in warned[0]

@@ -1,4 +1,4 @@
-"""Reads the replicated weights and this rank's share of the experts, and nothing else, from a checkpoint.
+"""Reads the replicated weights and this rank's share of the experts, and nothing else, from a checkpoint in safetensors.
 
 vLLM's own filter skips experts that are stored one by one. Fused tensors [E, ...] are read by rows of the share through
 safetensors' `get_slice` and shown to the model's loader in the shape that it expects: as [E, ...] whose other rows are
@@ -7,9 +7,10 @@ memory that is never touched, or expert by expert where the loader would copy al
 
 from __future__ import annotations
 
+import os
 import re
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
+from vllm.logger import init_logger
 from vllm.model_executor.model_loader import (
     DefaultModelLoader,
     DummyModelLoader,
@@ -32,6 +34,8 @@ from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.coverage import check_coverage, check_memory
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.routed_experts import cover_subclasses
+
+logger = init_logger("vllm.dwdp")
 
 #: The load format that workers are switched to.
 LOAD_FORMAT = "dwdp"
@@ -91,9 +95,15 @@ class ShareOnlyLoader(_ShareOnlyMixin, DefaultModelLoader):
             for name, tensor in self._share_of(files, experts):
                 yield source.prefix + name, tensor
             return
+        if not use_safetensors:
+            _warn_of_pickles(files)
         for name, tensor in super()._get_weights_iterator(source):
             READ.add(tensor, ".experts." in name)
-            yield name, tensor
+            if self._expert_by_expert and not use_safetensors and _is_fused(name, tensor.shape, experts):
+                for expert in sorted(self.local_expert_ids or ()):
+                    yield name.replace(".experts.", f".experts.{expert}."), tensor[expert]
+            else:
+                yield name, tensor
 
     def _share_of(self, files: list[str], experts: set[int]) -> Generator[tuple[str, torch.Tensor], None, None]:
         """All tensors of `files`, fused experts by rows of the share; in the order of the files."""
@@ -145,11 +155,24 @@ def _fused_names(path: str, experts: set[int]) -> set[str]:
         return {
             name
             for name in file.keys()  # noqa: SIM118
-            if _FUSED.search(name)
-            and name.rsplit(".", 1)[-1] not in _ROUTING
-            and len(shape := file.get_slice(name).get_shape()) >= 2
-            and shape[0] in experts
+            if _is_fused(name, file.get_slice(name).get_shape(), experts)
         }
+
+
+def _is_fused(name: str, shape: Sequence[int], experts: set[int]) -> bool:
+    """Whether a tensor of this name and shape holds a row per expert of a layer."""
+    routing = name.rsplit(".", 1)[-1] in _ROUTING
+    return bool(_FUSED.search(name)) and not routing and len(shape) >= 2 and shape[0] in experts
+
+
+def _warn_of_pickles(files: list[str]) -> None:
+    """Files of torch.save give no single rows; said once for a group."""
+    if ModelBuild.current().rank == 0:
+        logger.warning(
+            "dwdp: every rank reads the whole checkpoint (%s), since only safetensors can be read in part: convert it, "
+            "or expect a start as slow as plain vLLM's on every rank at once",
+            os.path.basename(files[0]) + (f" and {len(files) - 1} more files" if len(files) > 1 else ""),
+        )
 
 
 class ShareOnlyDummyLoader(_ShareOnlyMixin, DummyModelLoader):

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from vllm_dwdp.config import DwdpConfig
 
-#: Load formats read through vLLM's default loader, which can be asked for single experts, and random weights.
+#: Load formats read through vLLM's default loader, which can be asked for single experts, and random weights. With `auto`
+#: and `hf` it also takes files of torch.save where a checkpoint has nothing else, and every rank reads them whole.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
 
 #: Quantisations of a checkpoint that GPUs compute with; which kernels is checked when the layers exist.
