@@ -44,6 +44,11 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+#: Tokens of a step, of a prompt and of an answer: more than any engine takes.
+MOST_STEP_TOKENS = 1 << 20
+MOST_TOKENS = 1 << 30
+
+
 def count(what: str, least: int = 1, most: int | None = None) -> Any:
     """An argparse type for whole numbers such as 32768, 32K or 32k, in least..most."""
 
@@ -120,10 +125,14 @@ def _plan(commands: Any) -> None:
     place.add_argument("--gpu-memory-utilization", type=number("--gpu-memory-utilization", 0.01, 1.0), default=UTILISATION,
                        help="share of the memory that may be used")  # fmt: skip
     load = plan.add_argument_group("load")
-    load.add_argument("--isl", "--input-len", type=count("--isl"), default=8192, help="tokens of a prompt")
-    load.add_argument("--osl", "--output-len", type=count("--osl"), default=1024, help="tokens of an answer")
-    load.add_argument("--tokens-per-step", "--max-num-batched-tokens", type=count("--tokens-per-step"), default=8192,
-                      help="tokens of a rank's prefill step")  # fmt: skip
+    load.add_argument(
+        "--isl", "--input-len", type=count("--isl", 1, MOST_TOKENS), default=8192, help="tokens of a prompt"
+    )
+    load.add_argument(
+        "--osl", "--output-len", type=count("--osl", 1, MOST_TOKENS), default=1024, help="tokens of an answer"
+    )
+    load.add_argument("--tokens-per-step", "--max-num-batched-tokens", type=count("--tokens-per-step", 1, MOST_STEP_TOKENS),
+                      default=8192, help="tokens of a rank's prefill step")  # fmt: skip
     load.add_argument("--length-ratio", type=number("--length-ratio", 0.001, 1.0), default=1.0,
                       help="prompts are uniform in [ratio * isl, isl]")  # fmt: skip
     load.add_argument(
@@ -141,7 +150,7 @@ def _plan(commands: Any) -> None:
     how.add_argument(
         "--experts-per-rank", type=count("--experts-per-rank"), help="experts of a layer on a rank (default: E/N)"
     )
-    how.add_argument("--num-slots", type=count("--num-slots", 2), default=2, help="prefetch buffers")
+    how.add_argument("--num-slots", type=count("--num-slots", 2, 1024), default=2, help="prefetch buffers")
     how.add_argument(
         "--weight-view", choices=("split", "contiguous"), default="split", help="how kernels see the experts"
     )

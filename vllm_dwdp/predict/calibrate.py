@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.fit import least_squares
 from vllm_dwdp.predict.hardware_file import FOLDER, Hardware, load_hardware
+from vllm_dwdp.predict.input_files import read_json
 from vllm_dwdp.predict.read_config import load_model
 from vllm_dwdp.predict.strategies import Options, Step
 from vllm_dwdp.predict.units import parse_count
@@ -31,6 +31,7 @@ ROWS: Final = {
 }
 #: Below this a measurement is in another unit, not slow.
 LEAST_EFFICIENCY: Final = 0.001
+MOST_STEPS: Final = 1000
 _KEYS: Final = {"model", "way", "ranks", "isl", "tokens_per_step", "experts_per_rank", "milliseconds"}
 _EXAMPLE: Final = (
     '[{"model": "...", "way": "DWDP", "ranks": 4, "isl": 8192, "tokens_per_step": 32768, '
@@ -85,12 +86,11 @@ def calibrate(measured: str, hardware: str) -> tuple[str, str]:
 
 
 def _read(path: str) -> list[dict[str, Any]]:
-    try:
-        raw = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as e:
-        raise DwdpError(f"{path} is no readable JSON ({e}): write {_EXAMPLE}") from None
+    raw = read_json(path, f"write {_EXAMPLE}")
     if not isinstance(raw, list) or not raw or not all(isinstance(e, dict) and set(e) <= _KEYS for e in raw):
         raise DwdpError(f"{path} must be a list of steps with the keys {', '.join(sorted(_KEYS))}: write {_EXAMPLE}")
+    if len(raw) > MOST_STEPS:
+        raise DwdpError(f"{path} has {len(raw)} steps: at most {MOST_STEPS} are fitted; leave some out")
     for entry in raw:
         rows = entry.get("milliseconds")
         known = {*ROWS, "merge", "step"}

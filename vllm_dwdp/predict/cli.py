@@ -12,6 +12,8 @@ from typing import Any
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.arguments import build
 
+_MOST_CHARACTERS = 1000
+
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 (a promise missed), 2 (bad input)."""
@@ -19,9 +21,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(globals()[f"_{args.command}"](args))
     except DwdpError as e:
-        print(f"vllm-dwdp {args.command}: error: {e}", file=sys.stderr)
+        print(f"vllm-dwdp {args.command}: error: {one_line(str(e))}", file=sys.stderr)
         return 2
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError, ImportError) as e:
+    except (
+        ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError, ImportError
+    ) as e:  # fmt: skip
         what = f"{type(e).__name__}: {e}".splitlines()[0]
         print(
             f"vllm-dwdp {args.command}: error: the input is not understood ({what}): check its types", file=sys.stderr
@@ -31,6 +35,16 @@ def main(argv: list[str] | None = None) -> int:
         # Such as `| head`. Without this, Python complains once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def one_line(text: str) -> str:
+    """What a terminal shows as one line: values of a file may be long, and paths may have line breaks."""
+    text = " ".join(text.split())
+    return (
+        text
+        if len(text) <= _MOST_CHARACTERS
+        else f"{text[: _MOST_CHARACTERS // 2]} ... {text[-_MOST_CHARACTERS // 2 :]}"
+    )
 
 
 def _plan(args: argparse.Namespace) -> int:

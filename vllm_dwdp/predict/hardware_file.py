@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.fitted import FITTED, GROUPED_EFFICIENCY
+from vllm_dwdp.predict.input_files import read_toml, understood
 from vllm_dwdp.predict.units import parse_quantity
 
 FOLDER: Final = Path(__file__).parent / "hardware"
@@ -17,6 +18,9 @@ TOPOLOGIES: Final = ("switch", "mesh")
 EFFICIENCIES: Final = ("memory", "matmul", "grouped", "link", "elementwise_passes", "imbalance")
 _KEYS: Final = {"name", "aliases", "memory", "memory_bandwidth", "board_power"}
 _TABLES: Final = {"peak", "link", "interference", "efficiency", "sources"}
+#: Ranks of a link domain, as far as anyone has built one, and more.
+MOST_RANKS: Final = 4096
+_LEAST: Final = 1e-4  # of an efficiency or a share of time
 _LINK: Final = {"rate", "topology", "max_ranks", "latency", "copy_efficiency"}
 
 
@@ -79,25 +83,21 @@ def shipped() -> list[str]:
 
 def load_hardware(name: str) -> Hardware:
     """A shipped file by name or alias (any case), or a path to a TOML file. Raises DwdpError in one line."""
-    import tomllib  # Python 3.11: only the planner reads TOML
-
     path = Path(name)
     if path.suffix != ".toml":
         path = FOLDER / f"{name.lower()}.toml"
         if not path.is_file():
-            aliases = {a: p for p in FOLDER.glob("*.toml") for a in tomllib.loads(p.read_text())["aliases"]}
+            aliases = {
+                a: p for p in FOLDER.glob("*.toml") for a in read_toml(p, "hardware file", "reinstall")["aliases"]
+            }
             if name.lower() not in aliases:
                 close = difflib.get_close_matches(name.lower(), [*shipped(), *aliases], n=1)
                 hint = f"did you mean {close[0]}?" if close else f"shipped are {', '.join(shipped())}"
                 raise DwdpError(f"hardware {name!r} is unknown: {hint}; or give the path of a .toml file")
             path = aliases[name.lower()]
-    try:
-        raw = tomllib.loads(path.read_text())
-    except OSError as e:
-        raise DwdpError(f"hardware file {path} cannot be read ({e.strerror}): give a shipped name or a .toml") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise DwdpError(f"hardware file {path} is no valid TOML ({e}): correct it there") from None
-    return parse_hardware(raw, str(path))
+    raw = read_toml(path, "hardware file", "give a shipped name or a .toml")
+    with understood(str(path)):
+        return parse_hardware(raw, str(path))
 
 
 def parse_hardware(raw: dict[str, Any], where: str) -> Hardware:
@@ -109,17 +109,17 @@ def parse_hardware(raw: dict[str, Any], where: str) -> Hardware:
     known_keys(under, {"attention", "matmul", "duty"}, where, "interference.")
     given = _table(raw, "efficiency", where) if "efficiency" in raw else {}
     known_keys(given, set(EFFICIENCIES), where, "efficiency.")
-    efficiency = {key: _number(given, key, where, "efficiency.", 0, 1000) for key in given}
+    efficiency = {key: _number(given, key, where, "efficiency.", _LEAST, 1000) for key in given}
     for key in ("memory", "matmul", "grouped", "link"):
         if efficiency.get(key, 1) > 1:
             raise DwdpError(f"{where}: efficiency.{key} is {efficiency[key]}: a share of the peak cannot exceed 1")
     if "copy_efficiency" in link:
-        efficiency.setdefault("link", _number(link, "copy_efficiency", where, "link.", 0, 1))
+        efficiency.setdefault("link", _number(link, "copy_efficiency", where, "link.", _LEAST, 1))
     if _need(link, "topology", where, "link.") not in TOPOLOGIES:
         raise DwdpError(f"{where}: link.topology is {link['topology']!r}: it must be one of {', '.join(TOPOLOGIES)}")
     ranks = _need(link, "max_ranks", where, "link.")
-    if not isinstance(ranks, int) or ranks < 2:
-        raise DwdpError(f"{where}: link.max_ranks is {ranks!r}: it must be a whole number >= 2")
+    if isinstance(ranks, bool) or not isinstance(ranks, int) or not 2 <= ranks <= MOST_RANKS:
+        raise DwdpError(f"{where}: link.max_ranks is {ranks!r}: it must be a whole number >= 2, and <= {MOST_RANKS}")
 
     def quantity(table: dict[str, Any], key: str, dimension: str, prefix: str = "") -> float:
         return parse_quantity(_need(table, key, where, prefix), dimension, f"{where}: {prefix}{key}")
@@ -135,7 +135,7 @@ def parse_hardware(raw: dict[str, Any], where: str) -> Hardware:
         link_latency=quantity(link, "latency", "seconds", "link."),
         attention_slowdown=_number(under, "attention", where, "interference.", 1, 10),
         matmul_slowdown=_number(under, "matmul", where, "interference.", 1, 10),
-        slowdown_duty=_number(under, "duty", where, "interference.", 0, 1),
+        slowdown_duty=_number(under, "duty", where, "interference.", _LEAST, 1),
         board_power=quantity(raw, "board_power", "watts"),
         efficiency=Efficiency(**efficiency),
         sources=_table(raw, "sources", where) if "sources" in raw else {},
@@ -157,8 +157,8 @@ def _need(table: dict[str, Any], key: str, where: str, prefix: str) -> Any:
 
 def _number(table: dict[str, Any], key: str, where: str, prefix: str, low: float, high: float) -> float:
     value = _need(table, key, where, prefix)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or value == 0:
-        raise DwdpError(f"{where}: {prefix}{key} is {value!r}: it must be a number above 0 in {low}..{high}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise DwdpError(f"{where}: {prefix}{key} is {value!r}: it must be a number above 0 in {low:g}..{high:g}")
     return float(value)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -11,8 +10,14 @@ from typing import Any, Final
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.config_defaults import DEFAULTS, SAME_AS
 from vllm_dwdp.predict.formats import WeightFormat, weight_format
+from vllm_dwdp.predict.input_files import read_json, understood
 from vllm_dwdp.predict.model import Attention, LayerGroup, MoeModel
 from vllm_dwdp.predict.quantization import read_formats
+
+#: Of a config: any size, and those that the planner goes through one by one.
+MOST_SIZE: Final = 2**32
+MOST_LAYERS: Final = 10_000
+MOST_EXPERTS: Final = 100_000
 
 MODELS: Final = Path(__file__).parent / "models"
 
@@ -56,8 +61,8 @@ class Fields:
         """The first of `names` that is present, or None."""
         return next((self.values[n] for n in names if self.values.get(n) is not None), None)
 
-    def count(self, *names: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number; raises DwdpError if it is missing without default, or not a whole number >= `least`."""
+    def count(self, *names: str, default: int | None = None, least: int = 1, most: int = MOST_SIZE) -> int:
+        """A whole number; raises DwdpError if it is missing without default, or no whole number in least..most."""
         value = self.get(*names)
         if value is None:
             if default is None:
@@ -74,6 +79,8 @@ class Fields:
             value = value[0]
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise DwdpError(f"{names[0]} of {self.name} is {value!r}: it must be a whole number >= {least}")
+        if value > most:
+            raise DwdpError(f"{names[0]} of {self.name} is {value}: it must be at most {most}")
         return value
 
     def numbers(self, name: str) -> list[int] | None:
@@ -91,15 +98,13 @@ def load_model(source: str, expert_format: str | None = None, linear_format: str
     products. Raises DwdpError.
     """
     path = find_config(source)
-    try:
-        raw = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise DwdpError(f"{path} is no readable JSON ({e}): give a model's config.json") from None
+    raw = read_json(path, "give a model's config.json")
     if not isinstance(raw, dict):
         raise DwdpError(f"{path} holds a {type(raw).__name__}: a model's config.json is a mapping")
     by_file = path.resolve().parent.name if path.name == "config.json" else path.stem
     name = source.rstrip("/") if path.parent == MODELS else str(raw.get("_name_or_path") or by_file)
-    return parse_model(raw, name, expert_format, linear_format)
+    with understood(f"the config of {name}"):
+        return parse_model(raw, name, expert_format, linear_format)
 
 
 def find_config(source: str) -> Path:
@@ -131,8 +136,8 @@ def parse_model(
     f = Fields(raw, name)
     if f.get(*_EXPERTS) in (None, 0):
         raise DwdpError(f"{name} (model_type {f.kind!r}) has no routed experts: DWDP is for mixture-of-experts models")
-    hidden, layers = f.count("hidden_size"), f.count("num_hidden_layers", "num_layers")
-    experts, top_k = f.count(*_EXPERTS), f.count(*_TOP_K)
+    hidden, layers = f.count("hidden_size"), f.count("num_hidden_layers", "num_layers", most=MOST_LAYERS)
+    experts, top_k = f.count(*_EXPERTS, most=MOST_EXPERTS), f.count(*_TOP_K)
     if top_k > experts:
         raise DwdpError(
             f"{name} routes a token to {top_k} of {experts} experts: {_TOP_K[0]} must not exceed the experts"
@@ -184,7 +189,7 @@ def _moe_layers(f: Fields, layers: int) -> list[bool]:
     """Which layers have routed experts."""
     listed = f.numbers("moe_layers")
     if listed is not None:
-        return [i in listed for i in range(layers)]
+        return [i in set(listed) for i in range(layers)]
     if step := f.count("interleave_moe_layer_step", default=0, least=0):
         return [(i + 1) % step == 0 for i in range(layers)]
     first = f.count("first_k_dense_replace", "moe_layer_start_index", default=0, least=0)

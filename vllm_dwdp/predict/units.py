@@ -19,12 +19,22 @@ _UNITS: Final = {
     "watts": ("W", "1200 W"),
 }
 _QUANTITY: Final = re.compile(r"\s*(?P<number>[-+]?[0-9.]+(?:[eE][-+]?\d+)?)\s*(?P<unit>[A-Za-zµ/]+)\s*")
+#: Beyond these a number is a slip of the keyboard, and would overflow further on.
+_RANGES: Final = {
+    "bytes": (1.0, 1e18),
+    "bytes/s": (1e3, 1e18),
+    "flop/s": (1e6, 1e21),
+    "seconds": (1e-12, 1e9),
+    "watts": (1e-3, 1e9),
+}
+MOST_COUNT: Final = 2**53
 _COUNT: Final = re.compile(r"\s*(?P<number>[-+]?\d+(?:\.\d+)?)\s*(?P<suffix>[kKmM]?)\s*")
 _SUFFIX: Final = {"": 1, "k": 1000, "K": 1024, "m": 10**6, "M": 2**20}
 
 
 def parse_quantity(text: object, dimension: str, what: str) -> float:
-    """`text` in base units (B, B/s, FLOP/s, s, W); raises DwdpError on a missing, foreign or mixed unit, or <= 0."""
+    """`text` in base units (B, B/s, FLOP/s, s, W); raises DwdpError on a missing, foreign or mixed unit, and
+    outside of what the dimension can have."""
     unit, example = _UNITS[dimension]
     if not isinstance(text, str) or not (found := _QUANTITY.fullmatch(text)):
         raise DwdpError(f"{what} is {text!r}: write a number and its unit, such as '{example}'")
@@ -38,6 +48,9 @@ def parse_quantity(text: object, dimension: str, what: str) -> float:
         raise DwdpError(f"{what} is {text!r}: {found['number']!r} is no number; write it as '{example}'") from None
     if not 0 < value < math.inf:
         raise DwdpError(f"{what} is {text!r}: it must be above 0, such as '{example}'")
+    low, high = _RANGES[dimension]
+    if not low <= value <= high:
+        raise DwdpError(f"{what} is {text!r}: it must be in {low:g}..{high:g} {dimension}")
     return value
 
 
@@ -56,6 +69,8 @@ def parse_count(text: object, what: str, least: int = 1) -> int:
     if isinstance(text, bool) or not found:
         raise DwdpError(f"{what} is {text!r}: write a whole number such as 32768 or 32K (no unit)")
     value = float(found["number"]) * _SUFFIX[found["suffix"]]
+    if value > MOST_COUNT:
+        raise DwdpError(f"{what} is {str(text)[:40]}: it must be at most {MOST_COUNT}")
     if value != int(value) or value < least:
         raise DwdpError(f"{what} is {text!r}: it must be a whole number >= {least}")
     return int(value)

@@ -87,7 +87,7 @@ def _chunks(lengths: Lengths, tokens: int, cached: float, rng: np.random.Generat
     """Steps cut from one long stream of prompts, from a random place in it."""
     least = max(1.0, lengths.isl * (lengths.ratio if not lengths.std else 0.0625) * (1 - cached))
     slots = math.ceil(tokens / least) + 2
-    samples = max(64, min(_SAMPLES, 4_000_000 // slots))
+    samples = max(4, min(_SAMPLES, 4_000_000 // slots))
     full = lengths.draw(rng, (samples, slots))
     fresh = full * (1 - cached)
     # Longer prompts are likelier to be the one that a step starts in; a uniform offset into the first is near enough.

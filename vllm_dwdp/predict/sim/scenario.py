@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
+from math import ceil
 from typing import Any, Final
 
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.predict.arguments import MOST_STEP_TOKENS, MOST_TOKENS
 from vllm_dwdp.predict.formats import KV_BYTES
 from vllm_dwdp.predict.hardware_file import Hardware, known_keys, load_hardware
+from vllm_dwdp.predict.input_files import read_toml, understood
 from vllm_dwdp.predict.model import MoeModel
 from vllm_dwdp.predict.read_config import load_model
 from vllm_dwdp.predict.sim.groups import Fault
@@ -22,6 +24,11 @@ _TOP: Final = {
     "model", "hardware", "ranks", "group_size", "seconds", "seed", "ways", "tokens_per_step", "max_sequences",
     "experts_per_rank", "slices", "weight_view", "kv_cache_dtype", "expert_format", "linear_format", "requests", "faults",
 }  # fmt: skip
+#: What a run may be made of: twice the largest in docs/predict.md, which takes three minutes; and a group's requests, which
+#: are in memory together.
+MOST_EVENTS: Final = 2e8
+MOST_REQUESTS: Final = 2e6
+MOST_SLOW: Final = 1e6
 _REQUESTS: Final = {"rate", "isl", "length_ratio", "isl_std", "osl", "burst", "hit_rate", "hit_share"}
 _FAULT: Final = {"rank", "slow", "stall_at", "stall_for", "dead_at"}
 
@@ -55,15 +62,9 @@ def _tables(value: Any, where: str) -> list[dict[str, Any]]:
 
 def load_scenario(path: str, seed: int | None = None) -> Scenario:
     """Read a scenario file; `seed` replaces its own. Raises DwdpError in one line."""
-    import tomllib
-
-    try:
-        raw = tomllib.loads(Path(path).read_text())
-    except OSError as e:
-        raise DwdpError(f"scenario {path} cannot be read ({e.strerror}): give a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise DwdpError(f"scenario {path} is no valid TOML ({e}): correct it there") from None
-    scenario = parse_scenario(raw, path)
+    raw = read_toml(path, "scenario", "give a TOML file")
+    with understood(path):
+        scenario = parse_scenario(raw, path)
     return scenario if seed is None else replace(scenario, seed=seed)
 
 
@@ -74,8 +75,8 @@ def parse_scenario(raw: dict[str, Any], where: str) -> Scenario:
     if not isinstance(load, dict):
         raise DwdpError(f"{where}: [requests] is missing: add it with rate (requests/s and rank), isl and osl")
     known_keys(load, _REQUESTS, where, "requests.")
-    for key in ("model", "hardware"):
-        if not isinstance(raw.get(key), str):
+    for key in ("model", "hardware", "expert_format", "linear_format"):
+        if not isinstance(raw.get(key, None if key in ("model", "hardware") else ""), str):
             raise DwdpError(f"{where}: {key} is {raw.get(key)!r}: give its name or path as text")
     ranks = parse_count(raw.get("ranks"), f"{where}: ranks", 1)
     size = parse_count(raw.get("group_size", ranks), f"{where}: group_size", 2)
@@ -89,8 +90,8 @@ def parse_scenario(raw: dict[str, Any], where: str) -> Scenario:
         raise DwdpError(f"{where}: ways is {given!r}: write a list such as ['DWDP', 'DEP']")
     ways = tuple(given)
     for way in ways:
-        if way not in WAYS:
-            raise DwdpError(f"{where}: ways has {way!r}: it may have {', '.join(WAYS)}")
+        if way not in WAYS or given.count(way) > 1:
+            raise DwdpError(f"{where}: ways has {way!r}: it may have {', '.join(WAYS)}, each once")
     share = raw.get("experts_per_rank")
     if share is not None:
         share = parse_count(share, f"{where}: experts_per_rank")
@@ -104,7 +105,7 @@ def parse_scenario(raw: dict[str, Any], where: str) -> Scenario:
     kv = raw.get("kv_cache_dtype", "auto")
     if not isinstance(kv, str) or kv not in KV_BYTES:
         raise DwdpError(f"{where}: kv_cache_dtype is {kv!r}: it must be one of {', '.join(KV_BYTES)}")
-    return Scenario(
+    scenario = Scenario(
         model=model,
         hardware=hardware,
         ranks=ranks,
@@ -112,8 +113,8 @@ def parse_scenario(raw: dict[str, Any], where: str) -> Scenario:
         seconds=parse_quantity(raw.get("seconds", "600 s"), "seconds", f"{where}: seconds"),
         seed=parse_count(raw.get("seed", 0), f"{where}: seed", 0),
         ways=ways,
-        tokens_per_step=parse_count(raw.get("tokens_per_step", 8192), f"{where}: tokens_per_step"),
-        max_sequences=parse_count(raw.get("max_sequences", 256), f"{where}: max_sequences"),
+        tokens_per_step=_at_most(MOST_STEP_TOKENS, raw.get("tokens_per_step", 8192), f"{where}: tokens_per_step"),
+        max_sequences=_at_most(MOST_STEP_TOKENS, raw.get("max_sequences", 256), f"{where}: max_sequences"),
         stream=_stream(load, where),
         faults=_faults(_tables(raw.get("faults", []), where), ranks, where),
         share=share,
@@ -121,6 +122,35 @@ def parse_scenario(raw: dict[str, Any], where: str) -> Scenario:
         merge=view == "contiguous",
         options=Options(kv_element=KV_BYTES[kv]),
     )
+    _check_size(scenario, where)
+    return scenario
+
+
+def _check_size(s: Scenario, where: str) -> None:
+    """Refuse what would take hours, or more memory than there is, before anything is drawn."""
+    load = s.stream
+    requests = load.rate * s.seconds * s.group_size
+    if requests > MOST_REQUESTS:
+        raise DwdpError(
+            f"{where}: a group of {s.group_size} ranks has about {requests:.2g} requests ({load.rate:g} per second and "
+            f"rank, {s.seconds:g} s): {MOST_REQUESTS:g} are the most; lower requests.rate or seconds"
+        )
+    prompt = load.lengths.isl + 3 * load.lengths.std
+    steps = requests / s.group_size * s.ranks * (ceil(prompt / s.tokens_per_step) + load.osl)
+    # A step of DEP looks at every rank of its group; a rank without requests still has to be drawn.
+    events = sum((steps * (1 + s.group_size / 16) if way == "DEP" else steps) + 10 * s.ranks for way in s.ways)
+    if events > MOST_EVENTS:
+        raise DwdpError(
+            f"{where}: about {events:.2g} events ({s.ranks} ranks, {steps:.2g} prompt steps and tokens, {len(s.ways)} "
+            f"ways): {MOST_EVENTS:g} are the most, some minutes; lower ranks, requests.rate, seconds, isl or osl"
+        )
+
+
+def _at_most(most: int, value: Any, what: str) -> int:
+    found = parse_count(value, what)
+    if found > most:
+        raise DwdpError(f"{what} is {value!r}: it must be at most {most}")
+    return found
 
 
 def _stream(load: dict[str, Any], where: str) -> Stream:
@@ -131,14 +161,14 @@ def _stream(load: dict[str, Any], where: str) -> Stream:
         return float(value)
 
     lengths = Lengths(
-        parse_count(load.get("isl", 8192), f"{where}: requests.isl"),
+        _at_most(MOST_TOKENS, load.get("isl", 8192), f"{where}: requests.isl"),
         number("length_ratio", 1.0, 0.001, 1.0),
         number("isl_std", 0.0, 0.0, 1e9),
     )
     return Stream(
         rate=number("rate", None, 1e-6, 1e6),
         lengths=lengths,
-        osl=parse_count(load.get("osl", 1), f"{where}: requests.osl"),
+        osl=_at_most(MOST_TOKENS, load.get("osl", 1), f"{where}: requests.osl"),
         burst=number("burst", 1.0, 1.0, 1e4),
         hit_rate=number("hit_rate", 0.0, 0.0, 1.0),
         hit_share=number("hit_share", 0.5, 0.0, 0.99),
@@ -157,8 +187,10 @@ def _faults(raw: Any, ranks: int, where: str) -> dict[int, Fault]:
             if key in entry:
                 values[key] = parse_quantity(entry[key], "seconds", f"{where}: faults.{key}")
         slow = entry.get("slow", 1.0)
-        if not isinstance(slow, int | float) or slow < 1:
-            raise DwdpError(f"{where}: faults.slow is {slow!r}: it must be a number of at least 1 (times slower)")
+        if isinstance(slow, bool) or not isinstance(slow, int | float) or not 1 <= slow <= MOST_SLOW:
+            raise DwdpError(
+                f"{where}: faults.slow is {slow!r}: it must be a number of at least 1 (times slower), and <= {MOST_SLOW:g}"
+            )
         if ("stall_at" in values) != ("stall_for" in values):
             raise DwdpError(
                 f"{where}: a stall of rank {rank} needs both stall_at and stall_for, such as '60 s' and '10 s'"
