@@ -38,10 +38,7 @@ _RENDEZVOUS: Final = re.compile(r"(?P<host>\[[^\]]+\]|[^:/\s]+):(?P<port>\d{1,5}
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the ranks of one start meet: the address of the plugin's TCPStore and the id that keys the group's entries.
-
-    Written by the front end; a user sets it only for engines that are started apart (design, 'Configuration').
-    """
+    """Where ranks that are started apart would meet (design, 'Configuration'); reserved, and refused by this release."""
 
     host: str
     port: int

@@ -20,28 +20,28 @@ pytest.importorskip("vllm")
 
 from tests.unit import leftovers
 from tests.unit.leftovers import build, check_message, refusal
-from vllm_dwdp.config import Rendezvous as Address
 from vllm_dwdp.engine.launch import launch_of
-from vllm_dwdp.engine.rendezvous import Identity, Rendezvous, host_rendezvous
+from vllm_dwdp.engine.launch_folder import make_folder, remove_folder
+from vllm_dwdp.engine.rendezvous import Identity, Rendezvous
 from vllm_dwdp.engine.worker import DwdpWorkerMixin, identity_of
 from vllm_dwdp.errors import DwdpError, DwdpTimeout, PeerLost
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-#: Of a connection: torch looks the address up by DNS, which may take some seconds.
-CONNECT_S = 30.0
+#: Of what takes no time where all is well.
+LIMIT_S = 30.0
 MINE = Identity("0.32.0", "0.1.0", "model", "1a", "torch.bfloat16", "2b")
 
 
 class Owner:
-    """Whose life is that of a store."""
+    """Whose life is that of a launch's folder."""
 
 
 @pytest.fixture
 def ranks() -> Iterator[tuple[Rendezvous, Rendezvous]]:
     owner = Owner()
-    address = host_rendezvous(owner)
-    yield Rendezvous(address, 0, CONNECT_S), Rendezvous(address, 1, CONNECT_S)
+    folder = make_folder(owner)
+    yield Rendezvous(folder, 0, LIMIT_S), Rendezvous(folder, 1, LIMIT_S)
 
 
 Ranks = tuple[Rendezvous, Rendezvous]
@@ -91,36 +91,25 @@ def test_a_peer_that_differs(ranks: Ranks, field: str, value: str, words: list[s
 
 
 def test_the_front_end_ends() -> None:
-    """In a process of its own, as in life: there the store ends with everything it was connected to."""
+    """Killed, with nobody left to remove its folder; the ranks that it leaves alone say so at once."""
     code = (
-        "import sys\nfrom vllm_dwdp.engine.rendezvous import host_rendezvous\n"
-        "class Owner: pass\nowner = Owner()\naddress = host_rendezvous(owner)\n"
-        "print(address.port, address.group_id, flush=True)\nsys.stdin.read()\n"
+        "import sys\nfrom vllm_dwdp.engine.launch_folder import make_folder\n"
+        "class Owner: pass\nowner = Owner()\nprint(make_folder(owner), flush=True)\nsys.stdin.read()\n"
     )
     front = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert front.stdin and front.stdout
-    port, launch = front.stdout.readline().split()
-    address = Address("127.0.0.1", int(port), launch)
-    rank = Rendezvous(address, 0, CONNECT_S)
+    folder = front.stdout.readline().strip()
+    rank = Rendezvous(folder, 0, LIMIT_S)
     timer = threading.Timer(0.3, front.kill)
     timer.start()
     check_message(refusal(lambda: rank.get(1, "slabs"), PeerLost), ["rank 0", "lost", "front end is gone"])
     timer.join()
     front.communicate()
     rank.fail(RuntimeError("too late to tell anybody"))
-    check_message(refusal(lambda: rank.peek(1, "counters"), PeerLost), ["store is gone", "front end has ended"])
-    message = refusal(lambda: Rendezvous(address, 1, 1.0), DwdpTimeout)
-    check_message(message, [f"rank 1 cannot reach the rendezvous store at 127.0.0.1:{port}", "still alive?"])
-
-
-def test_the_store_takes_no_port_that_is_taken() -> None:
-    """It asks the kernel for a free one, so that any number of launches fit on a machine."""
-    owners = [Owner() for _ in range(3)]
-    ports = {host_rendezvous(owner).port for owner in owners}
-    assert len(ports) == 3
-    for port in ports:
-        with socket.socket() as other, pytest.raises(OSError):
-            other.bind(("127.0.0.1", port))
+    check_message(refusal(lambda: rank.peek(1, "counters"), PeerLost), ["front end is gone", str(front.pid)])
+    check_message(refusal(lambda: Rendezvous(folder, 1, 1.0), PeerLost), ["rank 1 lost", folder, "front end is gone"])
+    remove_folder(folder)
+    check_message(refusal(lambda: Rendezvous(folder, 1, 1.0), PeerLost), [folder, "is gone", "front end has ended"])
 
 
 class Broken:
@@ -134,14 +123,14 @@ class Worker(DwdpWorkerMixin, Broken):
     """A dwdp worker whose vLLM part fails to load the model."""
 
     def __init__(self, moe: Path, rank: int) -> None:
-        self.vllm_config = build(moe, disable_log_stats=True, additional_config={"dwdp": {"timeout_s": CONNECT_S}})
+        self.vllm_config = build(moe, disable_log_stats=True, additional_config={"dwdp": {"timeout_s": LIMIT_S}})
         launch = launch_of(self.vllm_config)
         assert launch is not None
         self.dwdp_launch, self.dwdp_rank, self.dwdp_sharing = launch, rank, None
 
     def peer(self, rank: int) -> Rendezvous:
         """Another rank of this launch, which published the same identity."""
-        peer = Rendezvous(self.dwdp_launch.rendezvous, rank, CONNECT_S)
+        peer = Rendezvous(self.dwdp_launch.folder, rank, LIMIT_S)
         peer.put("identity", dataclasses.asdict(identity_of(self.vllm_config, self.dwdp_launch)))
         return peer
 
@@ -177,7 +166,7 @@ def test_the_check_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
             shared = SharedMemory(create=True, size=1)
             thread = threading.Thread(target=stop.wait, name="dwdp-test")
             thread.start()
-            patched.setenv("DWDP_RENDEZVOUS", "h:1/g")
+            patched.setenv("DWDP_RENDEZVOUS", "/tmp/dwdp-launch")
             folder = tempfile.mkdtemp()
     child.kill()
     child.wait()

@@ -14,10 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_dwdp.config import DwdpConfig, Rendezvous
+from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import environment
 from vllm_dwdp.engine.cores import split_cores
-from vllm_dwdp.engine.launch import DwdpLaunch, format_address
+from vllm_dwdp.engine.launch import DwdpLaunch
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild, page_granularity
 from vllm_dwdp.layers.window import estimate
@@ -72,9 +72,8 @@ def test_what_the_user_set_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_groups_of_a_launch() -> None:
-    launch = DwdpLaunch(DwdpConfig(group_size=2), 6, Rendezvous("h", 1, "id"), (0,))
+    launch = DwdpLaunch(DwdpConfig(group_size=2), 6, "/tmp/dwdp-launch", (0,))
     assert [launch.group_of(rank) for rank in (0, 3, 5)] == [[0, 1], [2, 3], [4, 5]]
-    assert Rendezvous.parse(format_address(launch.rendezvous)) == launch.rendezvous
 
 
 def test_window_says_how_many_tokens_it_takes() -> None:

@@ -12,12 +12,13 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_dwdp import BACKEND, patches
-from vllm_dwdp.config import DwdpConfig, Rendezvous
+from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import options
 from vllm_dwdp.engine.cores import bind_ranks
 from vllm_dwdp.engine.devices import set_devices
 from vllm_dwdp.engine.environment import own_ipc_folder, set_for_launch
-from vllm_dwdp.engine.launch import RENDEZVOUS_ENV, DwdpLaunch, attach_launch, format_address
+from vllm_dwdp.engine.launch import RENDEZVOUS_ENV, DwdpLaunch, attach_launch
+from vllm_dwdp.engine.launch_folder import make_folder
 from vllm_dwdp.engine.model_config import hide_moe
 from vllm_dwdp.engine.rank_pages import watch_ranks
 from vllm_dwdp.errors import DwdpError
@@ -64,12 +65,10 @@ def _is_api_server_of_many(args: EngineArgs) -> bool:
 def _launch(args: EngineArgs, config: DwdpConfig, owner: VllmConfig) -> DwdpLaunch:
     ranks = args.data_parallel_size
     if _is_api_server_of_many(args):
-        # The launching process hosts the store; API servers only read counters through it.
-        return DwdpLaunch(config, ranks, Rendezvous.parse(os.environ[RENDEZVOUS_ENV]), ())
-    from vllm_dwdp.engine.rendezvous import host_rendezvous
-
-    launch = DwdpLaunch(config, ranks, host_rendezvous(owner), tuple(sorted(os.sched_getaffinity(0))))
-    set_for_launch(owner, RENDEZVOUS_ENV, format_address(launch.rendezvous))
+        # The launching process made the folder; API servers only read counters through it.
+        return DwdpLaunch(config, ranks, os.environ[RENDEZVOUS_ENV], ())
+    launch = DwdpLaunch(config, ranks, make_folder(owner), tuple(sorted(os.sched_getaffinity(0))))
+    set_for_launch(owner, RENDEZVOUS_ENV, launch.folder)
     return launch
 
 

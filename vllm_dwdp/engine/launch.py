@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_dwdp.config import DwdpConfig, Rendezvous
+from vllm_dwdp.config import DwdpConfig
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _ATTRIBUTE = "dwdp_launch"
 
-#: The same address for API servers, which build a config of their own: `host:port/launch-id`. Not a VLLM_ name: vLLM
-#: warns of those that it does not know, and refuses them with --fail-on-environ-validation.
+#: The launch's folder for API servers, which build a config of their own. Not a VLLM_ name: vLLM warns of
+#: those that it does not know, and refuses them with --fail-on-environ-validation.
 RENDEZVOUS_ENV = "DWDP_RENDEZVOUS"
 
 
 @dataclass(frozen=True)
 class DwdpLaunch:
-    """One launch of `num_ranks` independent ranks; `rendezvous` is where they meet.
+    """One launch of `num_ranks` independent ranks; `folder` is the path of the one in which they meet (launch_folder.py).
 
     vLLM's own number of ranks is reset to 1 in each of them (`reconfigure_for_independent_dp_rank`). `cores` are those
     the launch may use: a worker is bound to its own, and its copy thread should not be.
@@ -27,7 +27,7 @@ class DwdpLaunch:
 
     config: DwdpConfig
     num_ranks: int
-    rendezvous: Rendezvous
+    folder: str
     cores: tuple[int, ...]
 
     @property
@@ -39,11 +39,6 @@ class DwdpLaunch:
         """The ranks of the group that `rank` belongs to, ascending."""
         first = rank // self.group_size * self.group_size
         return list(range(first, first + self.group_size))
-
-
-def format_address(rendezvous: Rendezvous) -> str:
-    """`host:port/launch-id`, which `Rendezvous.parse` reads."""
-    return f"{rendezvous.host}:{rendezvous.port}/{rendezvous.group_id}"
 
 
 def attach_launch(vllm_config: VllmConfig, launch: DwdpLaunch) -> None:

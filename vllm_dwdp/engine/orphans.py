@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 
 from vllm_dwdp.engine.environment import FOLDER_PREFIX, IPC_FOLDER
+from vllm_dwdp.engine.launch import RENDEZVOUS_ENV
+from vllm_dwdp.engine.launch_folder import remove_orphaned
 
 _PERIOD_S = 0.5
 #: Time for a process to end by itself after SIGTERM.
@@ -39,6 +41,7 @@ def _watch(parent: int) -> None:
     folder = os.environ.get(IPC_FOLDER, "")
     if Path(folder).name.startswith(FOLDER_PREFIX):
         shutil.rmtree(folder, ignore_errors=True)
+    remove_orphaned(os.environ.get(RENDEZVOUS_ENV, ""))
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE_S)
     os.kill(os.getpid(), signal.SIGKILL)

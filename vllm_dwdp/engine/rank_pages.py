@@ -41,7 +41,7 @@ class RankPages(threading.Thread):
     def run(self) -> None:
         """Until stopped, or until all pages are mapped and nothing is to be published."""
         try:
-            rendezvous = Rendezvous(self._launch.rendezvous, -1, self._launch.config.timeout_s)
+            rendezvous = Rendezvous(self._launch.folder, -1, self._launch.config.timeout_s)
             while not self._stopping.wait(PERIOD_S):
                 if len(self._readers) < self._launch.num_ranks:
                     self._open_pages(rendezvous)

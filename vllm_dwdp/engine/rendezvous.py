@@ -1,4 +1,4 @@
-"""Where the ranks of one launch meet: a TCPStore in the front end, used at start and at the end only.
+"""Where the ranks of one launch meet: messages in the launch's folder, at start and at the end only.
 
 No rank waits here once it serves. A rank that fails says so, and the others fail at once with its message instead of
 waiting for their time limit.
@@ -9,21 +9,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import secrets
-import socket
 import time
-import weakref
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from typing import Any
 
-from torch.distributed import TCPStore
-
-from vllm_dwdp.config import Rendezvous as Address
+from vllm_dwdp.engine.launch_folder import LaunchFolder
 from vllm_dwdp.errors import DwdpError, DwdpTimeout, PeerLost
 
-_POLL_S = 0.05
-LOOPBACK = "127.0.0.1"
+_FIRST_PAUSE_S = 0.001
+_LAST_PAUSE_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -43,59 +37,25 @@ class Identity:
         return "; ".join(f"{key}: {mine[key]} here, {theirs[key]} there" for key in mine if mine[key] != theirs[key])
 
 
-def host_rendezvous(owner: object) -> Address:
-    """Start the store of one launch in this process; it lives as long as `owner` (the front end's config) does.
-
-    Bound to the loopback address: all ranks of this release run on one machine.
-    """
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((LOOPBACK, 0))
-    listener.listen(128)
-    port: int = listener.getsockname()[1]
-    # A list, so that the finalizer drops the only reference; the store stops listening with it.
-    store = [
-        TCPStore(
-            LOOPBACK,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=30),
-            master_listen_fd=listener.detach(),
-        )
-    ]
-    weakref.finalize(owner, store.clear)
-    return Address(LOOPBACK, port, secrets.token_hex(6))
-
-
 class Rendezvous:
-    """One rank's view of the store. Keys are `launch-id/rank/name`.
+    """One rank's view of the launch's folder. What it publishes under a name is the file `RANK-NAME.json`.
+
+    No wait depends on another process: one that is stopped keeps nobody beyond the time limit.
 
     Raises:
-        DwdpTimeout: the store, or a peer, did not answer within `timeout_s`.
+        PeerLost: the front end is gone.
+        DwdpError: the folder is not that of a launch of this user.
     """
 
-    def __init__(self, address: Address, rank: int, timeout_s: float) -> None:
+    def __init__(self, folder: str, rank: int, timeout_s: float) -> None:
         self.rank = rank
         self.timeout_s = timeout_s
-        self._prefix = address.group_id
-        host, port = address.host, address.port
-        try:
-            self._store = TCPStore(
-                host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=min(timeout_s, 30.0))
-            )
-        except Exception as error:
-            raise DwdpTimeout(
-                f"rank {rank} cannot reach the rendezvous store at {host}:{port} ({type(error).__name__}): is the "
-                "front end still alive?"
-            ) from error
-
-    def _key(self, rank: int, name: str) -> str:
-        return f"{self._prefix}/{rank}/{name}"
+        self._folder = LaunchFolder(folder)
+        self._check_front_end()
 
     def put(self, name: str, value: Any) -> None:
-        """Publish a JSON-able value of this rank under `name`."""
-        self._store.set(self._key(self.rank, name), json.dumps(value))
+        """Publish a JSON-able value of this rank under `name`; raises DwdpError where it cannot be written."""
+        self._folder.write(_file(self.rank, name), value)
 
     def fail(self, error: BaseException) -> None:
         """Tell the others that this rank cannot go on; never raises."""
@@ -107,36 +67,33 @@ class Rendezvous:
         """Wait for `name` of `rank`.
 
         Raises:
-            PeerLost: that rank said that it failed.
+            PeerLost: that rank said that it failed, or the front end is gone.
             DwdpTimeout: it did not publish `name` in time.
         """
         limit = self.timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + limit
-        wanted, failed = self._key(rank, name), self._key(rank, "failed")
+        pause = _FIRST_PAUSE_S
         while True:
-            try:
-                if self._store.check([wanted]):
-                    return json.loads(self._store.get(wanted))
-                if self._store.check([failed]):
-                    raise PeerLost(f"rank {rank} failed during start: {json.loads(self._store.get(failed))}")
-            except DwdpError:
-                raise
-            except Exception as error:
-                raise PeerLost(f"rank {self.rank} lost the rendezvous store: the front end is gone") from error
-            if time.monotonic() > deadline:
+            if (found := self._folder.read(_file(rank, name))) is not None:
+                return found
+            if (why := self._folder.read(_file(rank, "failed"))) is not None:
+                raise PeerLost(f"rank {rank} failed during start: {why}")
+            self._check_front_end()
+            left = deadline - time.monotonic()
+            if left <= 0:
                 raise DwdpTimeout(
                     f"rank {self.rank} waited {limit:.0f} s for rank {rank} ({name}): it never arrived; look at its "
                     'log, or raise additional_config {"dwdp": {"timeout_s": ...}} if it is only slow'
                 )
-            time.sleep(_POLL_S)
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, _LAST_PAUSE_S)
 
     def peek(self, rank: int, name: str) -> Any | None:
-        """What `rank` published under `name` so far, or None; raises PeerLost where the store is gone."""
-        key = self._key(rank, name)
-        try:
-            return json.loads(self._store.get(key)) if self._store.check([key]) else None
-        except Exception as error:
-            raise PeerLost("the rendezvous store is gone: the front end has ended") from error
+        """What `rank` published under `name` so far, or None; raises PeerLost where there is none and never will be."""
+        found = self._folder.read(_file(rank, name))
+        if found is None:
+            self._check_front_end()
+        return found
 
     def gather(self, name: str, value: Any, ranks: list[int]) -> list[Any]:
         """Publish `value` and return what every rank of `ranks` published, in that order."""
@@ -151,6 +108,17 @@ class Rendezvous:
                     f"ranks {self.rank} and {rank} cannot share experts ({difference}): start all ranks with the same "
                     "model, options and versions"
                 )
+
+    def _check_front_end(self) -> None:
+        if self._folder.is_abandoned():
+            front_end, path = self._folder.front_end.pid, self._folder.path
+            raise PeerLost(
+                f"rank {self.rank} lost {path}: the front end is gone (process {front_end}); look at its log"
+            )
+
+
+def _file(rank: int, name: str) -> str:
+    return f"{rank}-{name}.json"
 
 
 def identity_hash(value: Any) -> str:

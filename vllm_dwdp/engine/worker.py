@@ -86,7 +86,7 @@ class DwdpWorkerMixin:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """vLLM's `load_model` for this rank's share, then the views of all experts."""
         launch, rank = self.dwdp_launch, self.dwdp_rank
-        self.dwdp_rendezvous = rendezvous = Rendezvous(launch.rendezvous, rank, launch.config.timeout_s)
+        self.dwdp_rendezvous = rendezvous = Rendezvous(launch.folder, rank, launch.config.timeout_s)
         group = launch.group_of(rank)
         try:
             rendezvous.check_identity(identity_of(self.vllm_config, launch), group)

@@ -1,4 +1,4 @@
-"""Handles as JSON, for the rendezvous store."""
+"""Handles as JSON, for the launch's folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vllm_dwdp.transport.base import Handle
 
 
 def handle_to_json(handle: Handle) -> dict[str, Any]:
-    """A handle for the rendezvous store."""
+    """A handle for the launch's folder."""
     return {**handle.to_dict(), "payload": handle.payload.hex()}
 
 

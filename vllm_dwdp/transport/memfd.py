@@ -2,7 +2,8 @@
 passes anything, and the last process that maps one frees it.
 
 A process id can be reused, so a handle also carries the inode, the size and a random token that is part of the file's
-label; a peer compares all three on what it opened.
+label; a peer compares all three on what it opened. It maps only files of its own user that are sealed: nobody can cut
+them under it, and nobody but the owner writes them.
 """
 
 import errno
@@ -120,7 +121,8 @@ def _new_file(name: str) -> int:
 def open_file(handle: Handle, writable: bool = False) -> int:
     """Open a peer's memory file, read-only unless `writable`; returns a descriptor, which the caller closes.
 
-    Raises PeerLost where the owner is gone or no longer offers it, DwdpError for another host or missing permission.
+    Raises PeerLost where the owner is gone or no longer offers it, DwdpError for another host, missing permission, a file
+    of another user or one without seals.
     """
     require_descriptors(1, "a peer's memory file")
     _check_host(handle)
@@ -146,6 +148,7 @@ def open_file(handle: Handle, writable: bool = False) -> int:
                 f"{owner} is now inode {stat.st_ino} of {stat.st_size} bytes, not inode {payload['inode']} of "
                 f"{handle.nbytes}: the owner is gone and its number reused; look at that rank's log"
             )
+        _check_trust(fd, stat.st_uid, owner, writable)
     except BaseException:
         os.close(fd)
         raise
@@ -177,6 +180,41 @@ def _check_host(handle: Handle) -> None:
         f"(boot {here.boot_id[:8]}): "
         "shm joins ranks of one host only; choose dwdp.group_size so that a group fits on a host"
     )
+
+
+def _check_trust(fd: int, uid: int, owner: str, writable: bool) -> None:
+    """Raise DwdpError unless the file is of this user, of fixed size and, but for `writable` ones, read-only to others."""
+    if uid != os.geteuid():
+        raise DwdpError(
+            f"{owner} offers memory of user {uid} to a rank of user {os.geteuid()}: run all ranks as one user"
+        )
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:  # Not a memory file.
+        seals = 0
+    needed = {"shrink": fcntl.F_SEAL_SHRINK, "grow": fcntl.F_SEAL_GROW}
+    if not writable and _kernel_seals_future_writes():
+        needed["future-write"] = _F_SEAL_FUTURE_WRITE
+    if missing := [name for name, seal in needed.items() if not seals & seal]:
+        raise DwdpError(
+            f"{owner} offers memory without the seals {', '.join(missing)}, which others could cut or change under its "
+            "readers: run one vllm-dwdp on all ranks, and see what that process is"
+        )
+
+
+@cache
+def _kernel_seals_future_writes() -> bool:
+    try:
+        fd = os.memfd_create("dwdp-probe", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError:  # Then it cannot be told: demand the seal.
+        return True
+    try:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def _seal_future_writes(fd: int) -> None:

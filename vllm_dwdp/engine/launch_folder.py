@@ -1,0 +1,177 @@
+"""The folder of one launch, through which its processes meet: only this user can list, read or write it, nobody has to
+answer for it, and it goes with the front end.
+
+Whoever opens it checks whose it is, and from then on works with what was opened, not with the path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+import time
+import weakref
+from typing import Any
+
+from vllm_dwdp.engine.environment import FOLDER_PREFIX
+from vllm_dwdp.errors import DwdpError, PeerLost
+from vllm_dwdp.transport.process import ProcessId, is_gone, this_process
+
+_FRONT_END = "front-end.json"
+_MODE = 0o700
+#: Removing races with ranks that have begun to write a message.
+_REMOVALS = 10
+_REMOVAL_PAUSE_S = 0.01
+_REMEDY = "set TMPDIR to a folder on a local file system with owners and permissions, and run all ranks as one user"
+
+
+class LaunchFolder:
+    """An open folder of a launch; `front_end` is the process that made it.
+
+    Raises:
+        PeerLost: the folder is gone.
+        DwdpError: it is no directory, of another user, or open to others.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._fd = _open_private(path)
+        weakref.finalize(self, os.close, self._fd)
+        raw = self.read(_FRONT_END)
+        if raw is None:
+            raise _gone(path)
+        self.front_end = ProcessId(*raw)
+
+    def write(self, name: str, value: Any) -> None:
+        """Put a JSON-able value, not None, into the file `name` as a whole; raises DwdpError where that fails."""
+        if self.is_abandoned():
+            raise _gone(self.path)
+        try:
+            _write(self._fd, name, value)
+        except OSError as error:
+            if self.is_abandoned():
+                raise _gone(self.path) from error
+            raise _unwritten(name, self.path, error) from error
+
+    def read(self, name: str) -> Any | None:
+        """The value in the file `name`; None where there is none."""
+        try:
+            # Not blocking: opening what is no file must not hang.
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._fd)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise DwdpError(f"reading {name} in {self.path} failed ({error.strerror}): {_REMEDY}") from error
+        try:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+                raise DwdpError(
+                    f"{name} in {self.path} is no file of user {os.geteuid()} (mode {found.st_mode:o}, user "
+                    f"{found.st_uid}): run all ranks as one user"
+                )
+            with open(fd, "rb", closefd=False) as file:
+                return json.loads(file.read())
+        finally:
+            os.close(fd)
+
+    def is_abandoned(self) -> bool:
+        """Whether the front end is gone, or has removed the folder."""
+        try:
+            os.stat(_FRONT_END, dir_fd=self._fd)
+        except OSError:
+            return True
+        return is_gone(self.front_end)
+
+
+def make_folder(owner: object) -> str:
+    """Make the folder of a launch in the temporary folder; it goes with `owner` (the front end's config).
+
+    Raises DwdpError where the temporary folder has no space, or its file system no owners and permissions.
+    """
+    try:
+        path = tempfile.mkdtemp(prefix=FOLDER_PREFIX)
+    except OSError as error:
+        raise DwdpError(f"no folder for the ranks to meet in could be made ({error}): {_REMEDY}") from error
+    weakref.finalize(owner, _remove_own, path, os.getpid())
+    try:
+        fd = _open_private(path)
+        try:
+            _write(fd, _FRONT_END, this_process())
+        finally:
+            os.close(fd)
+    except (OSError, DwdpError) as error:
+        remove_folder(path)
+        if isinstance(error, OSError):
+            raise _unwritten(_FRONT_END, path, error) from error
+        raise
+    return path
+
+
+def remove_folder(path: str) -> None:
+    """Remove the folder and all messages; quiet where it is gone."""
+    with contextlib.suppress(OSError):
+        os.unlink(os.path.join(path, _FRONT_END))  # from here on nobody begins to write
+    for _ in range(_REMOVALS):
+        shutil.rmtree(path, ignore_errors=True)
+        if not os.path.lexists(path):
+            return
+        time.sleep(_REMOVAL_PAUSE_S)
+
+
+def remove_orphaned(path: str) -> None:
+    """Remove the folder of a front end that was killed; leaves every other alone, and never raises."""
+    with contextlib.suppress(DwdpError, OSError):
+        if is_gone(LaunchFolder(path).front_end):
+            remove_folder(path)
+
+
+def _remove_own(path: str, pid: int) -> None:
+    # A forked child has the finalizers of its parent.
+    if os.getpid() == pid:
+        remove_folder(path)
+
+
+def _open_private(path: str) -> int:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise _gone(path) from error
+    except OSError as error:
+        raise DwdpError(
+            f"{path} is no folder of a launch of user {os.geteuid()} ({error.strerror}): {_REMEDY}"
+        ) from error
+    found = os.fstat(fd)
+    # The group's set-id bit is inherited and opens nothing.
+    if found.st_uid == os.geteuid() and found.st_mode & 0o777 == _MODE:
+        return fd
+    os.close(fd)
+    raise DwdpError(
+        f"{path} belongs to user {found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}, not to user {os.geteuid()} "
+        f"with mode {_MODE:04o}: {_REMEDY}"
+    )
+
+
+def _gone(path: str) -> PeerLost:
+    return PeerLost(f"the folder {path} of this launch is gone: its front end has ended; look at its log")
+
+
+def _unwritten(name: str, path: str, error: OSError) -> DwdpError:
+    return DwdpError(f"writing {name} in {path} failed ({error.strerror}): free space there, or {_REMEDY}")
+
+
+def _write(folder: int, name: str, value: Any) -> None:
+    temporary = f".{name}-{secrets.token_hex(4)}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(temporary, flags, 0o600, dir_fd=folder)
+    try:
+        with open(fd, "wb") as file:
+            file.write(json.dumps(value).encode())
+        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary, dir_fd=folder)
+        raise
