@@ -11,6 +11,10 @@ def ways(worker: Any) -> dict[str, Callable[[], object]]:
     """By name; each would change or save weights in plain vLLM, most of them those of the first dense layer first."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.model_loader import ShardedStateLoader, get_model_loader
+    from vllm.model_executor.model_loader.checkpoint_weight_patch import (
+        CheckpointWeightPatch,
+        load_checkpoint_weight_patches,
+    )
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
     from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
     from vllm.model_executor.model_loader.reload.inplace import reload_weights
@@ -25,6 +29,7 @@ def ways(worker: Any) -> dict[str, Callable[[], object]]:
     dense_name, dense = next(iter(model.named_parameters()))
     expert = experts.w13_weight
     wrong = dense.data + 1
+    patch = CheckpointWeightPatch(dense_name, tuple(wrong.shape), wrong.dtype, wrong.flatten())
     row = expert.data[0].clone()
 
     def weights() -> Any:
@@ -41,6 +46,7 @@ def ways(worker: Any) -> dict[str, Callable[[], object]]:
         "load_weights of its class": lambda: type(model).load_weights(model, weights()),
         "load_weights of an inner module": lambda: model.model.load_weights(weights()),
         "AutoWeightsLoader": lambda: AutoWeightsLoader(model).load_weights(weights()),
+        "load_checkpoint_weight_patches": lambda: load_checkpoint_weight_patches(model, [patch]),
         "load_weights of a layer": lambda: experts.load_weights(weights()),
         "weight_loader of a layer": lambda: experts.weight_loader(expert, row, "w", "w1", 0),
         "weight_loader of an expert tensor": lambda: expert.weight_loader(expert, row, "w", "w1", 0),

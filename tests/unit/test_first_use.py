@@ -19,6 +19,7 @@ from vllm_dwdp.config import DwdpConfig, Rendezvous
 from vllm_dwdp.engine import frozen, worker
 from vllm_dwdp.engine.launch import DwdpLaunch
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.layers import gates
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.first_use import FirstUse, _stand_in, nan_pages
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
@@ -135,6 +136,7 @@ def test_a_layer_that_was_left_out_is_nan_until_it_is_used(inference: bool) -> N
             for layer in (1, 2, 0, 1, 2, 0, 2, 1):
                 assert torch.equal(layers[layer].forward_modular(X), right(layer))
             assert sharing.unused() == [] and all(module.dwdp_gate is sharing.prefetcher for module in layers)
+            assert all(gates._gates[module._dwdp_number][0] is sharing.prefetcher for module in layers)
             assert slab_maps() == before
 
 
@@ -221,13 +223,10 @@ def test_a_split_layer_that_was_left_out_raises_until_it_is_used() -> None:
     nn.Module.__init__(module)
     module.quant_method = SimpleNamespace(moe_kernel=SimpleNamespace(fused_experts=attached))
     module.dwdp_tables = tables
-    module._dwdp_number = 0
     parameter = nn.Parameter(torch.zeros(1, 2), requires_grad=False)
     view = parameter.data
     gate = SimpleNamespace(acquire=lambda layer: None, release=lambda layer: None)
-    from vllm_dwdp.layers.gates import register_gate
-
-    module._dwdp_number = register_gate(gate, 0)  # type: ignore[arg-type]
+    module._dwdp_number = gates.register_gate(gate, 0)  # type: ignore[arg-type]
     first = FirstUse(module, gate)  # type: ignore[arg-type]
     first.seal([(ExpertTensor("w", parameter, (2,), 8, torch.float32), torch.full((1, 2), torch.nan))])
     with pytest.raises(DwdpError, match="no weights"):
