@@ -106,6 +106,10 @@ class SplitExperts(TritonExperts):
         self._tables = (_with_bias(w13, self.w1_bias), _with_bias(w2, self.w2_bias))
         self._tiles.clear()
 
+    def detach_tables(self) -> None:
+        """Compute no more, but raise, until tables are attached again."""
+        self._tables = None
+
     def tiles(self, num_tokens: int, top_k: int) -> Tiles:
         """Tiles for a batch; looked up once per number of tokens."""
         key = (num_tokens, top_k)

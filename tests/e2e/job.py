@@ -99,6 +99,32 @@ def counters(llm: Any) -> list[dict[str, Any]]:
     return vllm_dwdp.counters(llm)
 
 
+def ways(llm: Any) -> dict[str, Any]:
+    """Ways to write or save weights, tried in every worker; then those of `LLM`, each with what it raised."""
+    dense = llm.collective_rpc("probe_dense")
+    seen: dict[str, Any] = {"ranks": llm.collective_rpc("probe_ways"), "llm": {}}
+    update: dict[str, Any] = {"update_info": {}}
+    for name, way in {
+        "init": lambda: llm.init_weight_transfer_engine({"init_info": {}}),
+        "start": llm.start_weight_update,
+        "start_draft": llm.start_draft_weight_update,
+        "update": lambda: llm.update_weights(update),
+        "finish": llm.finish_weight_update,
+        "reload": lambda: llm.collective_rpc("reload_weights"),
+        "sleep": lambda: llm.sleep(level=2),
+        "save_sharded_state": lambda: llm.llm_engine.engine_core.save_sharded_state("nowhere"),
+        "checksums": lambda: llm.llm_engine.engine_core.call_utility("compute_weight_checksums"),
+    }.items():
+        try:
+            way()
+            seen["llm"][name] = ""
+        except Exception as error:
+            seen["llm"][name] = str(error)
+    llm.wake_up()
+    seen["dense_kept"] = llm.collective_rpc("probe_dense") == dense
+    return seen
+
+
 def _probe(name: str) -> Any:
     return lambda llm: llm.collective_rpc(name)
 
@@ -117,6 +143,9 @@ STEPS: dict[str, Any] = {
     "trace": _probe("probe_trace"),
     "swap_experts": _probe("probe_swap_experts"),
     "zero_pulls": _probe("probe_zero_pulls"),
+    "ways": ways,
+    "digests_kept": _probe("probe_digests"),
+    "tokens_kept": tokens_each_rank,
     "tokens_tampered": tokens,
     "digests_tampered": _probe("probe_digests"),
 }

@@ -145,6 +145,22 @@ class Probe:
             rows.copy_(rows.flip(0).clone())
         return True
 
+    def probe_ways(self) -> dict[str, str]:
+        """See ways.py."""
+        from tests.e2e.ways import tried
+
+        return tried(self)
+
+    def probe_dense(self) -> str:
+        """A digest of every weight that is no expert's."""
+        import torch
+
+        total = hashlib.sha1()
+        for name, parameter in self.model_runner.model.named_parameters():
+            if ".routed_experts." not in name:
+                total.update(parameter.data.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
+        return total.hexdigest()
+
     def probe_zero_pulls(self) -> bool:
         """From here on pulls leave zeros in the slots instead of experts."""
         sharing = self.dwdp_sharing  # type: ignore[attr-defined]

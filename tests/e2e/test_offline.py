@@ -38,7 +38,8 @@ def plain(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
 def shared(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """dwdp on two ranks in one view; at the end its weights are tampered with."""
     view = request.param
-    steps = [*STEPS, TAMPER[view], "digests_tampered", "tokens_tampered"]
+    kept = ["ways", "digests_kept", "tokens_kept"]
+    steps = [*STEPS, *kept, TAMPER[view], "digests_tampered", "tokens_tampered"]
     job = run_job(tmp_path_factory.mktemp(view), model, steps, **CHUNKS, **dwdp(2, weight_view=view))
     return {"view": view, **job}
 
@@ -52,6 +53,17 @@ def test_tampering_is_noticed(plain: dict[str, Any], shared: dict[str, Any]) -> 
     """The negative control of every comparison in these tests."""
     assert shared["digests_tampered"][0] != plain["digests"][0]
     assert shared["tokens_tampered"] != plain["tokens"]
+
+
+def test_weights_stay_as_they_were_loaded(plain: dict[str, Any], shared: dict[str, Any]) -> None:
+    """Every way in which vLLM can write or save weights raises on the rank that is asked, before it writes."""
+    for seen in shared["ways"]["ranks"]:
+        assert {name: raised for name, raised in seen.items() if not raised.startswith("DwdpError: ")} == {}
+        assert {name: raised for name, raised in seen.items() if "\n" in raised or " would " not in raised} == {}
+    assert {name: raised for name, raised in shared["ways"]["llm"].items() if " would " not in raised} == {}
+    assert shared["ways"]["dense_kept"]
+    assert shared["digests_kept"] == [plain["digests"][0]] * 2
+    assert shared["tokens_kept"] == [[tokens] * 2 for tokens in plain["tokens"]]
 
 
 def test_what_users_call(plain: dict[str, Any], shared: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_dwdp import __version__
+from vllm_dwdp.engine.frozen import WRITES, freeze, refuse_methods
 from vllm_dwdp.engine.heap import freed_memory_is_returned
 from vllm_dwdp.engine.launch import DwdpLaunch, launch_of
 from vllm_dwdp.engine.loader import switch_loader
@@ -68,6 +69,10 @@ class DwdpWorkerMixin:
     vllm_config: VllmConfig
     model_runner: Any
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_methods(cls)
+
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         launch = launch_of(vllm_config)
         if launch is None:
@@ -84,7 +89,12 @@ class DwdpWorkerMixin:
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """vLLM's `load_model` for this rank's share, then the views of all experts."""
+        """vLLM's `load_model` for this rank's share, then the views of all experts.
+
+        Raises DwdpError, beside what a start may, where the model is there already.
+        """
+        if self.dwdp_sharing is not None:
+            raise DwdpError(f"load_model {WRITES}")
         launch, rank = self.dwdp_launch, self.dwdp_rank
         self.dwdp_rendezvous = rendezvous = Rendezvous(launch.folder, rank, launch.config.timeout_s)
         group = launch.group_of(rank)
@@ -110,6 +120,7 @@ class DwdpWorkerMixin:
             window = sharing.window(self.vllm_config.scheduler_config.max_num_batched_tokens)
             if window is not None and not window.hides:
                 logger.warning("dwdp rank %d: %s", rank, window.describe())
+            freeze(self.model_runner)
             sharing.start()
         except BaseException as error:
             rendezvous.fail(error)
@@ -146,13 +157,40 @@ class DwdpWorkerMixin:
             require_win=config.require_win,
         )
 
-    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: peers read the weights that would be replaced."""
-        raise DwdpError("weights cannot be reloaded with dwdp while peers read them: restart with the new checkpoint")
+    def compile_or_warm_up_model(self) -> Any:
+        """vLLM's; layers that its warm-up left out are named, and sealed until they are used."""
+        times = super().compile_or_warm_up_model()  # type: ignore[misc]
+        assert self.dwdp_sharing is not None
+        if not self._dwdp_name_unused():
+            # vLLM's CPU platform does not warm eager models up: the first forward shows.
+            vars(self)["execute_model"] = self._dwdp_first_forward
+        self.dwdp_sharing.seal_unused()
+        return times
 
-    def save_sharded_state(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: parameters are views of all ranks' experts, or of slots."""
-        raise DwdpError("a dwdp rank holds a share of the experts only and cannot save them: save from plain vLLM")
+    def _dwdp_first_forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().execute_model(*args, **kwargs)  # type: ignore[misc]
+        if self._dwdp_name_unused():
+            del vars(self)["execute_model"]
+        return output
+
+    def _dwdp_name_unused(self) -> bool:
+        """Warn of layers that no forward used so far; False where there was no forward."""
+        sharing = self.dwdp_sharing
+        assert sharing is not None
+        unused, layers = sharing.unused(), len(sharing.layers)
+        if len(unused) == layers:
+            return False
+        if unused:
+            logger.warning(
+                "dwdp rank %d: %d of %d MoE layers were left out by the first forward: %s; until dwdp is asked for their "
+                "weights, they %s",
+                self.dwdp_rank,
+                len(unused),
+                layers,
+                ", ".join(unused),
+                "are read in place" if sharing.view == "inplace" else "are NaN, or their kernel raises",
+            )
+        return True
 
     def dwdp_counters(self) -> dict[str, Any]:
         """This rank's counters; for `collective_rpc`."""

@@ -19,7 +19,8 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
-from vllm_dwdp.layers.gates import LayerGate, between_ops, register_gate
+from vllm_dwdp.layers.first_use import FirstUse
+from vllm_dwdp.layers.gates import LayerGate, between_ops, register_gate, replace_gate
 
 
 class ShareMap(ExpertMapManager):
@@ -90,18 +91,32 @@ class DwdpExpertsMixin:
         self.update_expert_map_info()  # type: ignore[attr-defined]
         if not ModelBuild.current().on_cpu:
             self._dwdp_rebuild_kernel()
-        self._dwdp_number = register_gate(gate, layer)
+        self.dwdp_gate = FirstUse(self, gate)
+        self._dwdp_number = register_gate(self.dwdp_gate, layer)
         self.dwdp_layer = layer
-        self.dwdp_gate = gate
         if runner is not None:
             runner._forward_entry = between_ops(runner._forward_entry, self._dwdp_number)
             self._dwdp_outside = True
 
+    def dwdp_used(self, gate: LayerGate) -> None:
+        """The first acquire is over: from here on this layer, and the ops of compiled code, call `gate` itself."""
+        self.dwdp_gate = gate
+        replace_gate(self._dwdp_number, gate)
+
+    def dwdp_detach_tables(self) -> None:
+        """Have the kernel of a split view raise until its tables are attached again; does nothing in other views."""
+        if self.dwdp_tables is not None:
+            self.quant_method.moe_kernel.fused_experts.detach_tables()
+
+    def dwdp_attach_tables(self) -> None:
+        """Have the kernel of a split view compute from the layer's tables; does nothing in other views."""
+        if self.dwdp_tables is not None:
+            self.quant_method.moe_kernel.fused_experts.attach_tables(*self.dwdp_tables)
+
     def _dwdp_rebuild_kernel(self) -> None:
         """vLLM's kernel object once more: scales, biases and the number of experts that it keeps are now those of all E."""
         self.quant_method._init_moe_kernel(self)
-        if self.dwdp_tables is not None:
-            self.quant_method.moe_kernel.fused_experts.attach_tables(*self.dwdp_tables)
+        self.dwdp_attach_tables()
 
     def forward_modular(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """`RoutedExperts.forward_modular` between acquire and release; not released where it raises (the ring

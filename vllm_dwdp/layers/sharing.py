@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers.first_use import seal, unused
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.slabs import map_peers, move_to_slabs, replicate_small
 from vllm_dwdp.layers.split import attach_split, why_not_split
@@ -148,6 +149,15 @@ class ExpertSharing:
         """Begin to prefetch; the model may run."""
         if self.prefetcher is not None:
             self.prefetcher.start()
+
+    def unused(self) -> list[str]:
+        """Names of the layers that were never acquired."""
+        return [layer.build.name for layer in unused(self.layers)]
+
+    def seal_unused(self) -> None:
+        """To be called after vLLM's warm-up: see first_use.py."""
+        if self.view != "inplace":
+            seal(unused(self.layers), self.build.on_cpu)
 
     def window(self, tokens: int) -> Window | None:
         """Whether the pull of a forward of `tokens` tokens can be hidden; None where nothing is pulled.
