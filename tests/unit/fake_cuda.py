@@ -70,6 +70,8 @@ class Run:
 
     def step(self, stream: "Stream", rng: random.Random) -> bool:
         begin = max(stream.time, self.issued)
+        if not self.left:  # a graph without nodes
+            return True
         node = rng.choice([node for node in self.left if all(before in self.ended for before in node.after)])
         if self.left[node] < len(node.pieces):
             node.pieces[self.left[node]]()

@@ -18,6 +18,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm_dwdp.engine.graphs import CopiesInGraphs, fit_graphs, follow_graphs, graphs_chosen, refuse_piecewise, splits
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.gates import OPS, between_ops, register_gate
+from vllm_dwdp.patches import cuda_graph
 
 
 def config(graphs: CUDAGraphMode | None, compiled: bool = True, **more: Any) -> Any:
@@ -91,7 +92,9 @@ def test_breakable_graphs_are_whole_forwards_only(
 def test_vllm_tells_the_prefetcher_of_whole_forwards_only(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     prefetcher: Any = SimpleNamespace(align=lambda: told.append("align"), end_capture=lambda: told.append("end"))
+    prefetcher.count_replay = None
     monkeypatch.setattr(base, "_instance", base.NoopOffloader())
+    monkeypatch.setattr(cuda_graph, "install", lambda count_replay: lambda counts: None)
     follow_graphs(prefetcher, cut=True)
     offloader = base.get_offloader()
     assert isinstance(offloader, CopiesInGraphs)
@@ -113,7 +116,7 @@ def test_a_piecewise_graph_that_would_hold_copies_is_refused_before_its_capture(
 ) -> None:
     told: list[str] = []
     prefetcher: Any = SimpleNamespace(align=lambda: told.append("align"), end_capture=lambda: told.append("end"))
-    offloader = CopiesInGraphs(prefetcher, cut=False)
+    offloader = CopiesInGraphs(prefetcher, cut=False, give_counts=lambda counts: None)
     monkeypatch.setattr(vllm.forward_context, "_forward_context", None)
     offloader.sync_prev_onload()
     for mode in ("FULL", "NONE", "PIECEWISE"):

@@ -8,12 +8,13 @@ always its tokens. So where the user names no mode, whole decode steps are graph
 plain vLLM. Piecewise graphs are made where they are asked for, or where vLLM has nothing else (-O1, some KV connectors).
 
 vLLM calls its offloader before it captures or replays a graph and last of all in a capture, so that weights can be copied
-meanwhile (model_executor/offloader/base.py): that is all that DWDP needs too, and no launch with DWDP has another offloader.
+meanwhile (model_executor/offloader/base.py): DWDP needs the same, and no launch with DWDP has another offloader. Which graph
+it is vLLM does not say; replays are counted by the graph itself (patches/cuda_graph.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
 
 from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
@@ -24,7 +25,9 @@ from vllm.model_executor.offloader.base import BaseOffloader, NoopOffloader, get
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.gates import OPS
+from vllm_dwdp.patches import cuda_graph
 from vllm_dwdp.prefetch.prefetcher import Prefetcher
+from vllm_dwdp.prefetch.replays import ReplayCounts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,10 +85,13 @@ def splits(compilation: CompilationConfig) -> bool:
 
 
 class CopiesInGraphs(BaseOffloader):
-    """Tells the prefetcher of graphs of whole forwards. cut: whether compiled code is cut at acquire and release."""
+    """Tells the prefetcher of graphs of whole forwards.
 
-    def __init__(self, prefetcher: Prefetcher, cut: bool) -> None:
-        self._prefetcher, self._cut = prefetcher, cut
+    cut: whether compiled code is cut at acquire and release. give_counts: to the graph that is being captured.
+    """
+
+    def __init__(self, prefetcher: Prefetcher, cut: bool, give_counts: Callable[[ReplayCounts], None]) -> None:
+        self._prefetcher, self._cut, self._give_counts = prefetcher, cut, give_counts
 
     def wrap_modules(self, modules_generator: Generator[nn.Module, None, None], prefix: str = "") -> list[nn.Module]:
         """See BaseOffloader: nothing is offloaded."""
@@ -104,7 +110,7 @@ class CopiesInGraphs(BaseOffloader):
     def join_after_forward(self) -> None:
         """See BaseOffloader: last of all in a capture."""
         if _of_whole_forward():
-            self._prefetcher.end_capture()
+            self._give_counts(self._prefetcher.end_capture())
 
 
 def graphs_chosen(args: EngineArgs) -> bool:
@@ -123,7 +129,7 @@ def follow_graphs(prefetcher: Prefetcher, cut: bool) -> None:
     """Have vLLM tell `prefetcher` of its graphs; raises DwdpError where something else is told of them."""
     if not isinstance(get_offloader(), NoopOffloader):
         raise DwdpError(f"{type(get_offloader()).__name__} moves weights that peers read: turn offloading off")
-    set_offloader(CopiesInGraphs(prefetcher, cut))
+    set_offloader(CopiesInGraphs(prefetcher, cut, cuda_graph.install(prefetcher.count_replay)))
 
 
 def _of_whole_forward() -> bool:

@@ -9,21 +9,20 @@ and it is handed out only when it holds the layer asked for, so that nothing sta
 (aborted forwards, other orders) costs time at most.
 
 A CUDA graph of a whole forward finds every slot with its first layer, and leaves it so: `align` sees to the one before each
-replay, the cyclic lists to the other.
+replay, `end_capture` to the other, whatever layers the forward skips or repeats. A capture itself moves no byte: when it is
+over, or was aborted, slots stand again as `align` left them, and what it counted is what each replay counts.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from vllm_dwdp.copy_plan import CopyPlan, Slice
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
-from vllm_dwdp.prefetch.counters import CounterPage
+from vllm_dwdp.prefetch.counters import CounterFields, CounterPage
+from vllm_dwdp.prefetch.replays import NO_LAYERS, ReplayCounts
 from vllm_dwdp.prefetch.ring import Ring
 from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Program
-
-#: What a replay counts as its capture did.
-_REPLAYED: Final = ("forwards", "layers", "pulls", "pulled_bytes", "local_bytes", "unmeasured", "on_demand")
 
 TraceKind = Literal["acquire", "ready", "release", "submit", "copy_begin", "copy_end"]
 
@@ -86,8 +85,9 @@ class Prefetcher:
         self._next = [ring.next_layer(layer) for layer in range(ring.num_layers)]
         self._last = ring.num_layers  # the layer acquired last: one that is not behind it begins a forward
         self._closed = False
-        self._before_graph = self._counted()
-        self._per_replay = tuple(0 for _ in _REPLAYED)
+        self._aligned = False  # whether slots are as `align` left them, so that a capture may begin
+        # `copied` of all slots at the begin of a capture, while it lasts as far as is known; its counts go to another page.
+        self._before_capture: list[Event | None] | None = None
         self._trace = trace
         self._clock = clock
         self._untraced: list[tuple[Event, int, int]] = []  # copies whose times are not known yet: event, layer, slot
@@ -99,6 +99,7 @@ class Prefetcher:
     def start(self) -> None:
         """Begin to fill every slot with its first layer; returns at once, and later calls do nothing."""
         self._check_open()
+        self._forget_capture()
         for slot in self._slots:
             if slot.copied is None:
                 self._pull(slot.number, None)
@@ -108,8 +109,11 @@ class Prefetcher:
 
         A layer that is not in its slot nor on its way is fetched now, and the ring goes on from there. A layer that
         still holds the slot was aborted: its use is over, and prefetches nothing. Acquiring a layer twice does nothing.
-        Raises DwdpTimeout, after which it may be tried again, and DwdpError if the copy failed or all is closed.
+        Raises DwdpTimeout, after which it may be tried again, and DwdpError if the copy failed, in a capture that was begun
+        without `align`, or if all is closed.
         """
+        if self._aligned or self._before_capture is not None:
+            self._notice_capture()
         slot = self._of_layer[layer]
         if slot.used_by == layer:
             return
@@ -137,6 +141,8 @@ class Prefetcher:
 
         Raises DwdpError, and changes nothing, for a layer that is not acquired: its slot may be in use by another one.
         """
+        if self._before_capture is not None:
+            self._notice_capture()
         slot = self._of_layer[layer]
         if slot.used_by != layer:
             raise DwdpError(
@@ -153,36 +159,55 @@ class Prefetcher:
     def align(self) -> None:
         """Before a CUDA graph of a whole forward is captured or replayed: compute waits until slots hold their first layers.
 
-        Counts one replay, which `end_capture` takes back where it was a capture. Raises as `acquire`.
+        Raises as `acquire`.
         """
         self._check_open()
+        self._forget_capture()
         for slot in self._slots:
             slot.used_by = None
             if slot.holds != slot.number:
                 self._page.on_demand += 1
                 self._pull(slot.number, self._engine.record())
             self._wait(slot)
+        self._last = self._ring.num_layers
+        self._aligned = True
         self._counters.beat()
-        self._before_graph = self._counted()
-        self._set_counted(self._before_graph, self._per_replay)
 
-    def end_capture(self) -> None:
-        """Last of all in the capture of a whole forward: copies end in it too, and its counts are those of each replay."""
+    def end_capture(self) -> ReplayCounts:
+        """Last of all in the capture of a whole forward: every replay fills slots with their first layers, and ends when
+        its copies do. Returns what each counts (`count_replay`): nothing where the capture held no layer."""
+        if self._before_capture is None:
+            return NO_LAYERS
+        for slot in self._slots:
+            if slot.holds != slot.number:
+                self._pull(slot.number, self._engine.record())
         self._engine.join()
-        before = self._before_graph
-        found = tuple(
-            now - then - replay for now, then, replay in zip(self._counted(), before, self._per_replay, strict=True)
-        )
-        if any(found):
-            self._per_replay = found
-        self._set_counted(before)
+        counts = ReplayCounts.of(self._page)
+        self._forget_capture()
+        return counts
 
-    def _counted(self) -> tuple[int, ...]:
-        return tuple(getattr(self._page, name) for name in _REPLAYED)
+    def count_replay(self, counts: ReplayCounts) -> None:
+        """A graph whose capture returned `counts` is replayed."""
+        counts.add_to(self._page)
 
-    def _set_counted(self, values: Sequence[int], more: Sequence[int] | None = None) -> None:
-        for name, value, added in zip(_REPLAYED, values, more or [0] * len(values), strict=True):
-            setattr(self._page, name, value + added)
+    def _notice_capture(self) -> None:
+        """A capture that begins right after `align`, one that goes on, or one that ended without `end_capture`."""
+        if not self._engine.capturing():
+            self._forget_capture()
+        elif self._before_capture is None:
+            self._before_capture = [slot.copied for slot in self._slots]
+            self._page = CounterFields()
+        self._aligned = False
+
+    def _forget_capture(self) -> None:
+        """Nothing of what was captured has run."""
+        if self._before_capture is None:
+            return
+        for slot, copied in zip(self._slots, self._before_capture, strict=True):
+            slot.holds, slot.used_by, slot.copied = slot.number, None, copied
+        self._before_capture = None
+        self._page = self._counters.fields
+        self._last = self._ring.num_layers
 
     def close(self, timeout_s: float) -> None:
         """Wait for the copies in flight, after which slots and slabs may be freed; idempotent.
@@ -190,6 +215,7 @@ class Prefetcher:
         Raises DwdpTimeout, and can then be called again. A failed copy is over, and no error here.
         """
         self._closed = True
+        self._forget_capture()
         deadline = time.monotonic() + timeout_s
         for slot in self._slots:
             if slot.copied is not None and not self._engine.ready(slot.copied):
@@ -224,6 +250,9 @@ class Prefetcher:
             slot.holds = None  # what is there is no layer
             raise
         if exposed_s is None:
+            if self._before_capture is None:
+                slot.holds = None
+                raise DwdpError("a CUDA graph is captured that slots were not aligned for: report how vLLM was started")
             self._page.unmeasured += 1
         elif exposed_s:
             self._page.slot_waits += 1

@@ -143,6 +143,10 @@ class CopyEngine(ABC):
         """Return when `event` is complete, the host waiting too; raises as `wait`. For set-up and close, not for steps."""
         self.wait(event, timeout_s)
 
+    def capturing(self) -> bool:
+        """Whether compute is captured into a CUDA graph, so that what is submitted now runs when that is replayed."""
+        return False
+
     def join(self) -> None:  # noqa: B027
         """Last of all in a CUDA graph capture: compute waits for every copy submitted in it. Nothing to do elsewhere."""
 

@@ -159,6 +159,10 @@ class CudaCopyEngine(CopyEngine):
                 raise _overdue(timeout_s)
             time.sleep(_POLL_S)
 
+    def capturing(self) -> bool:
+        """See CopyEngine."""
+        return self._capturing(self._device.compute_stream())
+
     def join(self) -> None:
         """See CopyEngine."""
         compute = self._device.compute_stream()

@@ -1,0 +1,337 @@
+"""CUDA graphs of whole forwards on simulated CUDA: bytes and counts of forwards that skip and repeat layers, in any turns
+with eager ones, and captures that are aborted."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.cuda_rank import LIMIT_S, Rank, close_ranks, start_ranks
+from tests.unit.fake_cuda import Machine
+from tests.unit.rank import flat
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.prefetch.replays import NO_LAYERS, ReplayCounts
+from vllm_dwdp.prefetch.ring import Ring
+from vllm_dwdp.transport.cuda_copy import CopyOptions
+
+
+class Graph(NamedTuple):
+    number: int
+    order: tuple[int, ...]
+    counts: ReplayCounts
+
+
+def capture(rank: Rank, order: Sequence[int]) -> Graph:
+    """The graph of a forward that computes the layers in this order."""
+    rank.prefetcher.align()
+    rank.device.begin_torch_capture()
+    for layer in order:
+        rank.prefetcher.acquire(layer)
+        rank.use(layer)
+        rank.prefetcher.release(layer)
+    counts = rank.prefetcher.end_capture()
+    return Graph(rank.device.end_torch_capture(), tuple(order), counts)
+
+
+def abort_capture(rank: Rank, order: Sequence[int], released: bool) -> None:
+    """A capture of these layers that is ended by an error, as torch ends it."""
+    device = rank.device
+    rank.prefetcher.align()
+    device.begin_torch_capture()
+    stream = device.current
+    for layer in order:
+        rank.prefetcher.acquire(layer)
+        rank.use(layer)
+        if released or layer != order[-1]:
+            rank.prefetcher.release(layer)
+    try:
+        device.destroy_graph(device.end_torch_capture())
+    except DwdpError as error:
+        assert "cudaErrorStreamCaptureUnjoined" in str(error)
+        device.current = 0
+        device.destroy_stream(stream)
+
+
+def replay(rank: Rank, graph: Graph) -> None:
+    rank.prefetcher.align()
+    rank.device.launch(graph.number, 0)
+    rank.prefetcher.count_replay(graph.counts)
+
+
+def eager(rank: Rank, order: Sequence[int], aborted: bool = False) -> None:
+    for place, layer in enumerate(order):
+        rank.play(layer, aborted and place == len(order) - 1)
+
+
+def counted(rank: Rank) -> ReplayCounts:
+    return ReplayCounts.of(rank.page.fields)
+
+
+def at_home(rank: Rank) -> bool:
+    """Whether every slot holds its first layer, as the prefetcher says and by its bytes."""
+    return all(
+        slot.holds == slot.number and bool((flat(memory) == rank.expected[slot.number]).all())
+        for slot, memory in zip(rank.prefetcher._slots, rank.slots, strict=True)
+    )
+
+
+def run_copies(rank: Rank) -> None:
+    """Whatever the copy stream can do before compute goes on."""
+    stream = rank.device.streams[rank.engine.stream]
+    while stream.can_go():
+        stream.step(rank.rng)
+
+
+@pytest.mark.parametrize(
+    ("order", "layers", "slots"),
+    [
+        ((0, 1, 2), 4, 2),
+        ((0, 2, 4), 6, 3),
+        ((0, 1, 2, 0), 3, 2),
+        ((1,), 3, 2),
+        ((2, 1, 0), 5, 2),
+        ((0, 1, 2, 3), 4, 2),
+    ],
+)
+def test_every_replay_of_a_forward_that_skips_or_repeats_layers_is_right(
+    order: tuple[int, ...], layers: int, slots: int
+) -> None:
+    machine = Machine(7)
+    ranks = start_ranks(machine, 2, 5, Ring(layers, slots), CopyOptions())
+    rank = ranks[0]
+    rank.prefetcher.start()
+    eager(rank, order)
+    machine.drain()
+    assert rank.compared and rank.wrong == 0
+    graph = capture(rank, order)
+    for number in range(1, 5):
+        compared, before = rank.compared, counted(rank)
+        replay(rank, graph)
+        machine.drain()
+        assert rank.wrong == 0, f"replay {number}"
+        assert rank.compared == compared + 6 * len(order)
+        added = counted(rank).since(before)
+        assert added == graph.counts and added.layers == len(order)
+        assert added.pulled_bytes == added.pulls * rank.plan.pulled_bytes
+        assert at_home(rank)
+    rank.device.destroy_graph(graph.number)
+    close_ranks(ranks)
+
+
+def test_a_capture_alone_changes_nothing() -> None:
+    """It has not run: slots, counters and what eager forwards then see are as before it."""
+    machine = Machine(8)
+    ranks = start_ranks(machine, 2, 5, Ring(5, 2), CopyOptions())
+    rank = ranks[0]
+    rank.prefetcher.start()
+    machine.frozen = True  # the pulls that `align` waits for are still under way when the capture ends
+    rank.prefetcher.align()
+    copied = [id(slot.copied) for slot in rank.prefetcher._slots]
+    before = counted(rank)
+    graphs = [capture(rank, order) for order in ((0, 1, 2), (4, 3), (0, 1, 2, 3, 4))]
+    assert counted(rank) == before
+    assert [(slot.holds, slot.used_by) for slot in rank.prefetcher._slots] == [(0, None), (1, None)]
+    assert [id(slot.copied) for slot in rank.prefetcher._slots] == copied
+    waits = rank.device.calls["wait_event"]
+    rank.prefetcher.acquire(0)
+    assert rank.device.calls["wait_event"] > waits, "compute does not wait for a copy that is under way"
+    rank.use(0)
+    rank.prefetcher.release(0)
+    machine.frozen = False
+    eager(rank, (1, 2, 3, 4))
+    machine.drain()
+    assert rank.wrong == 0 and counted(rank).forwards == before.forwards + 1
+    for graph in graphs:
+        rank.device.destroy_graph(graph.number)
+    close_ranks(ranks)
+
+
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("order", [(0,), (0, 1, 2), (3, 2), (1, 1)])
+def test_an_aborted_capture_leaves_nothing(order: tuple[int, ...], released: bool) -> None:
+    machine = Machine(4)
+    ranks = start_ranks(machine, 2, 5, Ring(4, 2), CopyOptions())
+    rank = ranks[0]
+    rank.prefetcher.start()
+    rank.prefetcher.align()
+    before = counted(rank)
+    abort_capture(rank, order, released)
+    assert counted(rank) == before  # readers of the page never see it go back
+    eager(rank, range(4))
+    after = counted(rank).since(before)
+    assert after == ReplayCounts(1, 4, 4, 4 * rank.plan.pulled_bytes, 4 * rank.plan.local_bytes)
+    abort_capture(rank, order, released)
+    graph = capture(rank, order)
+    replay(rank, graph)
+    machine.drain()
+    assert rank.compared and rank.wrong == 0
+    abort_capture(rank, order, released)
+    rank.device.destroy_graph(graph.number)
+    close_ranks(ranks)
+
+
+def test_an_aborted_capture_hides_no_copy_under_way_from_close() -> None:
+    machine = Machine(5)
+    ranks = start_ranks(machine, 2, 5, Ring(4, 2), CopyOptions())
+    rank = ranks[0]
+    rank.prefetcher.start()
+    machine.frozen = True
+    abort_capture(rank, (0, 1, 2, 3), released=True)
+    with pytest.raises(DwdpError, match="not done after"):
+        rank.prefetcher.close(0.01)
+    machine.frozen = False
+    close_ranks(ranks)
+
+
+def test_a_capture_that_slots_were_not_aligned_for_is_refused() -> None:
+    machine = Machine(6)
+    ranks = start_ranks(machine, 2, 5, Ring(4, 2), CopyOptions())
+    rank = ranks[0]
+    rank.prefetcher.start()
+    rank.prefetcher.align()
+    eager(rank, (0, 1))
+    rank.device.begin_torch_capture()
+    stream = rank.device.current
+    with pytest.raises(DwdpError, match="not aligned for") as caught:
+        rank.prefetcher.acquire(2)
+    assert "\n" not in str(caught.value)
+    del caught  # its frames hold an event
+    rank.device.destroy_graph(rank.device.end_torch_capture())
+    assert stream not in rank.device.streams
+    eager(rank, (2, 3))
+    machine.drain()
+    assert rank.wrong == 0
+    close_ranks(ranks)
+
+
+def test_align_refills_a_slot_only_behind_its_last_use() -> None:
+    """The copy stream runs ahead as far as it may, and compute after it: the worst order there is."""
+    machine = Machine(9)
+    ranks = start_ranks(machine, 2, 5, Ring(4, 2), CopyOptions())
+    rank = ranks[0]
+    rank.prefetcher.start()
+    eager(rank, (0, 1))
+    machine.drain()
+    machine.frozen = True
+    for layer in (2, 3):  # aborted: both slots are in use
+        rank.prefetcher.acquire(layer)
+        rank.use(layer)
+    rank.prefetcher.align()
+    run_copies(rank)
+    machine.frozen = False
+    machine.drain()
+    assert rank.compared == 4 * 6 and rank.wrong == 0
+    close_ranks(ranks)
+
+
+def test_a_graph_brings_slots_home_only_behind_their_last_use() -> None:
+    """The same inside a graph, whose nodes run in any order that their edges allow."""
+    for seed in range(8):
+        machine = Machine(seed)
+        ranks = start_ranks(machine, 2, 5, Ring(4, 2), CopyOptions())
+        rank = ranks[0]
+        rank.prefetcher.start()
+        graph = capture(rank, (0, 1, 2))
+        rank.use(0)  # eager compute in front, which reads what replays overwrite
+        replay(rank, graph)
+        machine.drain()
+        assert rank.wrong == 0
+        nodes = rank.device.graphs[graph.number]
+        roots = [node for node in nodes if not node.after]
+        assert len(roots) == 1, "a copy of the graph waits for nothing"
+        rank.device.destroy_graph(graph.number)
+        close_ranks(ranks)
+
+
+def test_the_harness_catches_a_replay_that_is_not_aligned() -> None:
+    machine = Machine(3)
+    (rank, _) = ranks = start_ranks(machine, 2, 5, Ring(6, 2), CopyOptions())
+    rank.prefetcher.start()
+    graph = capture(rank, range(6))
+    eager(rank, range(3))  # aborted: slots hold layers 4 and 3, or are being filled
+    machine.drain()
+    assert rank.wrong == 0
+    rank.device.launch(graph.number, 0)
+    machine.drain()
+    assert rank.wrong > 0
+    rank.device.destroy_graph(graph.number)
+    close_ranks(ranks)
+
+
+def test_each_graph_counts_what_it_holds() -> None:
+    machine = Machine(5)
+    ranks = start_ranks(machine, 2, 5, Ring(4, 2), CopyOptions())
+    rank = ranks[0]
+    rank.prefetcher.start()
+    whole, part, drafter = capture(rank, range(4)), capture(rank, (0, 2)), capture(rank, ())
+    assert drafter.counts is NO_LAYERS and counted(rank).forwards == 0
+    for graph, times in ((whole, 3), (drafter, 9), (part, 2), (drafter, 5), (whole, 1)):
+        for _ in range(times):
+            replay(rank, graph)
+    machine.drain()
+    found = counted(rank)
+    assert (found.forwards, found.layers, found.unmeasured) == (4 + 2, 4 * 4 + 2 * 2, 4 * 4 + 2 * 2)
+    assert whole.counts.pulls == 4 and part.counts.pulls == 2
+    assert found.pulls == 2 + 4 * 4 + 2 * 2 and found.pulled_bytes == found.pulls * rank.plan.pulled_bytes
+    assert rank.wrong == 0
+    for graph in (whole, part, drafter):
+        rank.device.destroy_graph(graph.number)
+    close_ranks(ranks)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data(), st.integers(0, 2**32), st.integers(1, 6), st.integers(2, 4), st.integers(1, 3))
+def test_any_graphs_in_any_turns(data: st.DataObject, seed: int, layers: int, slots: int, in_flight: int) -> None:
+    """Graphs of several batch sizes, each of an order of its own, made at any time, replayed in turns with eager forwards
+    of any order, some of them aborted, and with aborted captures."""
+    machine = Machine(seed)
+    ranks = start_ranks(machine, 2, 5, Ring(layers, slots), CopyOptions(in_flight))
+    rng = machine.rng
+
+    def order() -> list[int]:
+        """A whole forward, one that skips layers, one that repeats some, or any."""
+        kind, whole = rng.randrange(4), list(range(layers))
+        if kind == 1:
+            return [layer for layer in whole if rng.random() < 0.6]
+        if kind == 2:
+            return [layer for layer in whole for _ in range(rng.choice((1, 1, 2)))] + [rng.choice(whole)]
+        return whole if kind == 0 else [rng.choice(whole) for _ in range(rng.randrange(6))]
+
+    graphs: dict[int, list[Graph]] = {}
+    for rank in ranks:
+        rank.prefetcher.start()
+        graphs[id(rank)] = [capture(rank, order()) for _ in range(3)]
+        assert rank.compared == 0 and counted(rank).forwards == 0
+    for turn in data.draw(st.lists(st.integers(0, 9), min_size=8, max_size=24)):
+        rank = rng.choice(ranks)
+        mine, before = graphs[id(rank)], counted(rank)
+        machine.wander(6)
+        if turn < 5:
+            graph = rng.choice(mine)
+            home = all(slot.holds == slot.number for slot in rank.prefetcher._slots)
+            replay(rank, graph)
+            added = counted(rank).since(before)
+            assert added.layers == len(graph.order) and (added.pulls == graph.counts.pulls or not home)
+        elif turn < 8:
+            eager(rank, order(), aborted=rng.random() < 0.4)
+        elif turn == 8:
+            abort_capture(rank, order() or [0], released=rng.random() < 0.5)
+        else:
+            mine.append(capture(rank, order()))
+    machine.drain()
+    for rank in ranks:
+        assert rank.wrong == 0
+        eager(rank, range(layers))
+        machine.drain()
+        assert rank.compared and rank.wrong == 0
+        for graph in graphs[id(rank)]:
+            rank.device.destroy_graph(graph.number)
+        assert rank.page.fields.pulled_bytes == rank.page.fields.pulls * rank.plan.pulled_bytes
+        rank.prefetcher.close(LIMIT_S)
+    close_ranks(ranks)
+    gc.collect()
