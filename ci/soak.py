@@ -85,6 +85,11 @@ class Server:
         env = {**os.environ, "TMPDIR": str(self.temporary), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(repo_path.ROOT), env.get("PYTHONPATH")]))
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        # oneDNN keeps up to 1,024 kernels, one or more per shape of a batch: on CPU that alone is hundreds of MiB, which new
+        # shapes would take long after the first 1,000 requests, with dwdp and without.
+        env.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1")
+        # Longer than clients keep a connection: a server that closes one which is just used again fails a request.
+        env["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "300"
         self._log = log
         with log.open("w") as stream:
             self.process = subprocess.Popen(
@@ -192,12 +197,12 @@ def too_much(
 ) -> list[str]:
     """One line per figure that grew beyond its bound; `plain`: `growth` of plain vLLM, empty where it was not run.
 
-    A worker is compared with plain vLLM's engine, which on CPU computes in its own process.
+    What plain vLLM has no process for (it needs no coordinator) is compared with nothing.
     """
     bounds = {"private": memory_mib, "descriptors": 0.0, "threads": 0.0}
     lines = []
     for name, grown in mine.items():
-        like = [grew for other, grew in plain.items() if role(other) == role(name).replace("worker", "engine")]
+        like = [grew for other, grew in plain.items() if role(other) == role(name)]
         for column, bound in bounds.items():
             allowed = bound + max([0.0, *(grew[column] for grew in like)])
             if grown[column] > allowed:
