@@ -44,7 +44,7 @@ KV_BLOCKS = 128
 START_LIMIT_S = 300
 STOP_LIMIT_S = 60
 #: Private memory a process may grow by per 1,000 requests. Heaps, and caches of requests that vLLM keeps, grow slowly.
-MEMORY_MIB = 4.0
+MEMORY_MIB = 2.0
 #: Temporary files that vLLM and torch keep on purpose.
 CACHES = ("torchinductor", "torch_", "vllm_cache")
 
