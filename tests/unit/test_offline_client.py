@@ -25,6 +25,9 @@ from vllm_dwdp.engine import offline_client
 from vllm_dwdp.engine.offline_client import DwdpSyncClient, client_of
 from vllm_dwdp.errors import DwdpError
 
+#: A wait that does not end fails soon.
+pytestmark = pytest.mark.timeout(60)
+
 RANKS = 3
 _KINDS = {kind.value: kind for kind in EngineCoreRequestType}
 
