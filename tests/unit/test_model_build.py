@@ -10,8 +10,10 @@ import torch
 
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.layers.build import ModelBuild
-from vllm_dwdp.layers.slabs import expert_tensors
+from vllm_dwdp.layers.build import LayerBuild, ModelBuild
+from vllm_dwdp.layers.slabs import LayerSlab, expert_tensors
+from vllm_dwdp.layers.views import fits_pages
+from vllm_dwdp.placement import place
 
 PAGE_OF_ROWS = {"hidden_dim": 64, "intermediate_size_per_partition": 32, "is_act_and_mul": True}  # 4096 and 8192 bytes
 
@@ -61,3 +63,19 @@ def test_tensors_that_have_no_row_per_expert_of_the_share_are_refused() -> None:
         module.register_parameter("w2_weight", torch.nn.Parameter(torch.zeros(rows, 32, 32)))
         with pytest.raises(DwdpError, match=f"layer.w2_weight has {rows} rows for a share of 4 experts"):
             expert_tensors(module, 4, "layer")
+
+
+def test_runs_have_to_begin_on_pages_at_their_owners_too() -> None:
+    module = torch.nn.Module()
+    module.register_parameter("w2_weight", torch.nn.Parameter(torch.zeros(6, 32, 16)))  # rows of 2048 bytes
+    fetched, _ = expert_tensors(module, 6, "layer")
+
+    def fits(experts: int, held: int | None, rank: int, on_pages: bool = True) -> bool:
+        layer = LayerBuild(None, "layer", place(experts, 2, held), on_pages)  # type: ignore[arg-type]
+        return fits_pages(LayerSlab(layer, fetched, (), None), rank, page=4096)  # type: ignore[arg-type]
+
+    assert fits(8, None, 0) and fits(8, None, 1) and not fits(8, None, 0, on_pages=False)
+    # Rank 1 holds experts 5 to 9: off the pages in the view.
+    assert not fits(10, None, 0)
+    # Experts 6 to 8 are on a page in the view, and at a page and a half at rank 1, which holds 3 more before them.
+    assert place(9, 2, 6).runs(0)[1][:3] == (1, 6, 3) and not fits(9, 6, 0)
