@@ -87,6 +87,17 @@ def test_memory_of_views_and_scales() -> None:
             memory_plan(model, hardware, 4, **settings_of)  # type: ignore[arg-type]
 
 
+def test_what_remains_for_the_cache_is_what_nothing_else_takes() -> None:
+    model, hardware = load_model("DeepSeek-R1-FP4"), load_hardware("gb200")
+    whole = memory_plan(model, hardware, 4, replicate_scales=True, utilisation=1)
+    parts = (whole.replicated, whole.share, whole.slots, whole.scales, whole.working, whole.kv)
+    assert sum(parts) == pytest.approx(hardware.memory) and min(parts) > 0
+    assert whole.kv_tokens == int(whole.kv / whole.kv_bytes_per_token)
+    half = memory_plan(model, hardware, 4, replicate_scales=True, utilisation=0.5)
+    assert whole.kv - half.kv == pytest.approx(hardware.memory / 2)
+    assert half.kv >= 0 or half.kv_tokens == 0
+
+
 def test_dwdp_is_never_ahead_of_a_full_replica() -> None:
     for hardware in map(load_hardware, shipped()):
         for tokens in (512, 8192, 65536):

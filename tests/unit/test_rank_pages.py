@@ -1,0 +1,117 @@
+"""The front end's view of its ranks: pages as they come up, their growth in Prometheus, one line each at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.engine import rank_pages
+from vllm_dwdp.engine.launch import DwdpLaunch
+from vllm_dwdp.engine.rank_pages import RankPages
+from vllm_dwdp.engine.rendezvous import Rendezvous, host_rendezvous
+from vllm_dwdp.prefetch.counters import CounterPage, Counters
+from vllm_dwdp.transport.handles_json import handle_to_json
+
+RANKS = 2
+LIMIT_S = 20.0
+Published = list[tuple[int, Counters, Counters | None]]
+
+
+class Owner:
+    """What a store lives as long as."""
+
+
+class Group:
+    """A store, and the ranks that come up with real counter pages."""
+
+    def __init__(self) -> None:
+        self._owner = Owner()
+        self.launch = DwdpLaunch(DwdpConfig(timeout_s=LIMIT_S), RANKS, host_rendezvous(self._owner), ())
+        self.pages: dict[int, CounterPage] = {}
+
+    def come_up(self, rank: int) -> CounterPage:
+        """Publish the page of `rank`."""
+        page = self.pages[rank] = CounterPage.create(rank)
+        Rendezvous(self.launch.rendezvous, rank, LIMIT_S).put("counters", handle_to_json(page.handle()))
+        return page
+
+
+@pytest.fixture
+def group() -> Iterator[Group]:
+    made = Group()
+    yield made
+    for page in made.pages.values():
+        page.close()
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> Published:
+    """What was published, in order, every 10 ms instead of every second."""
+    told: Published = []
+    monkeypatch.setattr(rank_pages, "PERIOD_S", 0.01)
+    monkeypatch.setattr(rank_pages, "publish", lambda rank, now, before: told.append((rank, now, before)))
+    return told
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Return once `condition` holds; an AssertionError after a time limit."""
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def grown(published: Published, rank: int) -> int:
+    """Forwards of `rank`, as a counter that each growth is added to has them."""
+    return sum(now.forwards - (before.forwards if before else 0) for number, now, before in published if number == rank)
+
+
+def test_growth_of_every_rank_is_published_once(group: Group, published: Published) -> None:
+    pages = RankPages(group.launch, publishing=True)
+    pages.start()
+    first = group.come_up(0)
+    first.fields.forwards = 5
+    until(lambda: grown(published, 0) == 5)
+    # A rank that comes up later, and growth after all are there.
+    group.come_up(1).fields.forwards = 7
+    until(lambda: grown(published, 1) == 7)
+    first.fields.forwards = 11
+    until(lambda: grown(published, 0) == 11)
+    told = len(published)
+    until(lambda: len(published) > told + 2 * RANKS)
+    assert (grown(published, 0), grown(published, 1)) == (11, 7)
+    pages.stop(summarise=False)
+    pages.join(LIMIT_S)
+    assert not pages.is_alive()
+
+
+def test_without_publishing_the_thread_ends_once_all_are_up_and_leaves_a_line_each(
+    group: Group, published: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = RankPages(group.launch, publishing=False)
+    pages.start()
+    group.come_up(1).fields.forwards = 9
+    time.sleep(0.1)
+    assert pages.is_alive()
+    group.come_up(0)
+    pages.join(LIMIT_S)
+    assert not pages.is_alive() and published == []
+    lines: list[str] = []
+    monkeypatch.setattr(rank_pages.logger, "info", lambda text, *values: lines.append(text % values))
+    group.pages[1].fields.forwards = 12
+    pages.stop(summarise=True)
+    assert [line.split(",")[0] for line in lines] == ["dwdp rank 0 stops: 0 forwards", "dwdp rank 1 stops: 12 forwards"]
+
+
+def test_a_rank_that_is_gone_at_once_is_no_error(group: Group, published: Published) -> None:
+    group.come_up(0).close()
+    pages = RankPages(group.launch, publishing=True)
+    pages.start()
+    group.come_up(1).fields.forwards = 3
+    until(lambda: grown(published, 1) == 3)
+    assert pages.is_alive()
+    pages.stop(summarise=False)
+    pages.join(LIMIT_S)
