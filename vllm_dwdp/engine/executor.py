@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import os
+
+from vllm.config import VllmConfig
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from vllm_dwdp.engine.environment import temporary_files_in_ipc_folder
+from vllm_dwdp.engine.launch import RENDEZVOUS_ENV, launch_of
 from vllm_dwdp.engine.orphans import end_with_parent
+
+
+def enter_engine(vllm_config: VllmConfig) -> None:
+    """In an engine's process, before its worker: end with the front end, and set what the worker reads or inherits."""
+    end_with_parent()
+    # Nothing to read, but this process's worker ends with it from its first imports on.
+    os.environ[RENDEZVOUS_ENV] = f"{os.getpid()}:"
+    if (launch := launch_of(vllm_config)) is not None:
+        os.environ.update(launch.environment)
 
 
 class DwdpUniExecutor(UniProcExecutor):
     """The worker in the engine's process, where plain vLLM has it for one GPU: a step passes no other process."""
 
     def _init_executor(self) -> None:
-        end_with_parent()
+        enter_engine(self.vllm_config)
         with temporary_files_in_ipc_folder():
             super()._init_executor()
 
@@ -24,7 +37,7 @@ class DwdpExecutor(MultiprocExecutor):
     supports_pp: bool = False
 
     def _init_executor(self) -> None:
-        end_with_parent()
+        enter_engine(self.vllm_config)
         with temporary_files_in_ipc_folder():
             super()._init_executor()
 
