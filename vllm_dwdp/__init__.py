@@ -28,14 +28,14 @@ def early() -> None:
     before. Returns None, which tells vLLM that no platform was found here. It also runs in every process of a launch,
     so that is where each begins to watch its parent.
     """
-    from vllm_dwdp.patches import llm_init
+    from vllm_dwdp.patches import attempt, llm_init
 
-    llm_init.arm()
+    attempt(llm_init.arm)
     # Set by the front end of a dwdp launch, and inherited by all that it starts.
     if "DWDP_RENDEZVOUS" in os.environ:
         from vllm_dwdp.engine import orphans
 
-        if orphans.started_by_multiprocessing():
+        if orphans.launcher() is not None:
             orphans.end_with_parent()
 
 

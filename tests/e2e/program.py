@@ -1,18 +1,34 @@
 """A user's script: one LLM after the other, each generates with vLLM's progress bar; it ends without `del`.
 
 python -m tests.e2e.program '{"model": path, "options": [LLM keyword arguments, ...], "repeats": 1, "tokens": 8}'
+
+`inside`: programs like this one, started while the last LLM is alive. `end`: how it ends, see ENDS.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from collections.abc import Callable
 
 from tests.e2e.job import PROMPTS
 
 
+def _raise() -> None:
+    raise RuntimeError("as asked")
+
+
+#: By name, what the last line of a program does, and the status that it has to end with.
+ENDS: dict[str, tuple[Callable[[], object], int]] = {
+    "return": (lambda: None, 0),
+    "exit": (lambda: sys.exit(3), 3),
+    "raise": (_raise, 1),
+}
+
+
 def main() -> None:
-    """Print the tokens of every LLM as one line of JSON."""
+    """Print the tokens of every LLM as one line of JSON, then what programs inside printed."""
     spec = json.loads(sys.argv[1])
     from vllm import LLM, SamplingParams
 
@@ -23,6 +39,14 @@ def main() -> None:
         # One at a time, so that all LLMs see the same batches.
         alone = [llm.generate([prompt], sampling, use_tqdm=False)[0].outputs[0].token_ids for prompt in PROMPTS]
         print("tokens", json.dumps([list(tokens) for tokens in alone]), flush=True)
+    for inner in spec.get("inside", []):
+        command = [sys.executable, "-m", "tests.e2e.program", json.dumps({"model": spec["model"], **inner})]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+        print(done.stdout, "inside ended with", done.returncode, flush=True)
+    if spec.get("end") == "del":
+        del llm
+    else:
+        ENDS[spec.get("end", "return")][0]()
 
 
 if __name__ == "__main__":

@@ -101,3 +101,17 @@ def test_dwdp_then_plain_then_dwdp(model: Path, tmp_path: Path) -> None:
     assert [
         name for name in program.left() if not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", name)
     ] == []
+
+
+def test_programs_that_run_beside_a_launch(model: Path, tmp_path: Path) -> None:
+    """Children of a program whose LLM is alive, three ranks and plain vLLM: nothing of the launch is theirs."""
+    inside = [{"options": [dwdp(3)]}, {"options": [engine_options()]}]
+    program = Program(tmp_path, {}, model=str(model), options=[dwdp(2)], inside=inside)
+    assert program.wait(420) == 0, program.log[-6000:]
+    assert program.log.count("inside ended with 0") == 2, program.log[-6000:]
+    # vLLM's line about each worker's cores: only those of dwdp are given lists.
+    bound = re.findall(r"VLLM_CPU_OMP_THREADS_BIND='(.*?)'", program.log)
+    assert len(bound) == 6 and bound.count("auto") == 1 and bound[-1] == "auto"
+    assert [
+        name for name in program.left() if not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", name)
+    ] == []

@@ -178,6 +178,42 @@ def late(model: str) -> Findings:
     return {"errors": errors, "hooks": [*hooks, hook_is_on()]}
 
 
+def built_first(model: str) -> Findings:
+    """A config, of plain vLLM, is built before `LLM` is imported: by its module, late."""
+    hooks = []
+    build(model)
+    hooks.append(hook_is_on())
+    build(model)
+    hooks.append(hook_is_on())
+    from vllm.entrypoints.llm import LLM
+
+    stop_at_config()
+    errors = [error_of(lambda: LLM(model, **DWDP)) for _ in range(2)]
+    return {"errors": errors, "hooks": [*hooks, hook_is_on()]}
+
+
+def broken_import(model: str) -> Findings:
+    """Modules of vLLM that dwdp needs are not there: first found out, then known before, as with another release."""
+    build(model)
+    from vllm_dwdp.patches import failures, refuse
+
+    class Broken(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise ImportError(f"cannot import {name}\nfrom {self.__name__}")
+
+    kept = {name: module for name, module in sys.modules.items() if "uniproc_executor" in name}
+    sys.modules["vllm.v1.executor.uniproc_executor"] = Broken("vllm.v1.executor.uniproc_executor")
+    errors = [error_of(lambda: build_dwdp(model))]
+    for name in [name for name in ours() if name.startswith("vllm_dwdp.engine")]:
+        del sys.modules[name]
+    failures.clear()
+    refuse("vLLM 0.33.1 is installed")
+    errors.append(error_of(lambda: build_dwdp(model)))
+    imported = [name for name in ours() if name.startswith("vllm_dwdp.engine")]
+    sys.modules.update(kept)
+    return {"errors": errors, "imported": imported, "plain": build(model).parallel_config.worker_cls}
+
+
 def target_device(model: str) -> Findings:
     """VLLM_TARGET_DEVICE=cpu keeps vLLM from loading any platform plugin, and with them the early hook."""
     from vllm import LLM

@@ -18,6 +18,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.v1.worker.cpu_worker import CPUWorker
+
 from tests.unit import leftovers
 from tests.unit.leftovers import build, check_message, refusal
 from vllm_dwdp.engine.launch import launch_of
@@ -112,8 +114,8 @@ def test_the_front_end_ends() -> None:
     check_message(refusal(lambda: Rendezvous(folder, 1, 1.0), PeerLost), [folder, "is gone", "front end has ended"])
 
 
-class Broken:
-    """In place of vLLM's worker."""
+class Broken(CPUWorker):
+    """vLLM's worker on a full disk."""
 
     def load_model(self) -> None:
         raise OSError(28, "No space left on device")

@@ -28,9 +28,11 @@ def test_ranks_fill_one_device_after_the_other(ranks: int, per_device: int, coun
     assert max(found.count(device) for device in found) <= per_device
 
 
-def config(kv_bytes: int | None, chosen: list[int] | None) -> Any:
+def config(kv_bytes: int | None, chosen: list[int] | None, nodes: list[int] | None = None) -> Any:
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(assigned_physical_gpu_ids=chosen),
+        parallel_config=SimpleNamespace(
+            assigned_physical_gpu_ids=chosen, numa_bind=nodes is not None, numa_bind_nodes=nodes or None
+        ),
         cache_config=SimpleNamespace(kv_cache_memory_bytes=kv_bytes, gpu_memory_utilization=0.9),
     )
 
@@ -52,3 +54,17 @@ def test_ranks_that_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         set_devices(config(None, None), DwdpConfig(ranks_per_device=2), 4)
     with pytest.raises(DwdpError, match=r"3 ranks .* need 3 GPUs but 2 are visible"):
         set_devices(config(None, None), DwdpConfig(), 3)
+
+
+def test_numa_nodes_of_ranks_that_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM looks a rank's node up by its number, and its own lists have one entry per GPU."""
+    monkeypatch.setattr(
+        devices,
+        "current_platform",
+        SimpleNamespace(device_count=lambda: 1, device_id_to_physical_device_id=lambda i: i),
+    )
+    two = DwdpConfig(ranks_per_device=2)
+    set_devices(config(1 << 30, None, nodes=[0, 0]), two, 2)
+    for nodes in ([], [0]):
+        with pytest.raises(DwdpError, match=r"ranks_per_device is 2: give one node for each of the 2 ranks"):
+            set_devices(config(1 << 30, None, nodes=nodes), two, 2)

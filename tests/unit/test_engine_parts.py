@@ -18,6 +18,7 @@ from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import environment
 from vllm_dwdp.engine.cores import split_cores
 from vllm_dwdp.engine.launch import DwdpLaunch
+from vllm_dwdp.engine.launch_folder import make_folder
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild, page_granularity
 from vllm_dwdp.layers.window import estimate
@@ -52,8 +53,9 @@ def short_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_a_launchs_environment_goes_with_it(monkeypatch: pytest.MonkeyPatch, short_folder: Path) -> None:
     monkeypatch.delenv(environment.IPC_FOLDER, raising=False)
     first, second = Owner(), Owner()
-    environment.own_ipc_folder(first)
-    environment.own_ipc_folder(second)
+    for owner in (first, second):
+        environment.sockets_in(make_folder(owner), owner)
+    del owner
     assert len(os.listdir(short_folder)) == 2
     del first
     gc.collect()
@@ -66,7 +68,7 @@ def test_a_launchs_environment_goes_with_it(monkeypatch: pytest.MonkeyPatch, sho
 def test_what_the_user_set_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(environment.IPC_FOLDER, "/mine")
     owner = Owner()
-    environment.own_ipc_folder(owner)
+    assert environment.sockets_in("/tmp/dwdp-launch", owner) == {}
     assert os.environ[environment.IPC_FOLDER] == "/mine"
     assert environment.is_users(environment.IPC_FOLDER) and not environment.is_users("DWDP_NOT_SET")
 

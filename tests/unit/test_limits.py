@@ -21,6 +21,7 @@ import pytest
 
 from tests.unit.helpers import LIMIT_S, PAGE
 from vllm_dwdp.engine import environment
+from vllm_dwdp.engine.launch_folder import make_folder
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.transport import limits, memfd
 from vllm_dwdp.transport.shm import ShmTransport
@@ -240,8 +241,9 @@ def test_paths_of_sockets_fit(length: int, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(tempfile, "tempdir", place)
         monkeypatch.delenv(environment.IPC_FOLDER, raising=False)
         owner = Owner()
-        environment.own_ipc_folder(owner)
-        folder = os.environ[environment.IPC_FOLDER]
+        folder = make_folder(owner)
+        assert environment.sockets_in(folder, owner) == {environment.IPC_FOLDER: folder}
+        assert os.environ[environment.IPC_FOLDER] == folder
         assert folder.startswith(place) == (length <= 56)
         assert os.stat(folder).st_mode & 0o777 == 0o700
         with socket.socket(socket.AF_UNIX) as listener:
@@ -252,12 +254,25 @@ def test_paths_of_sockets_fit(length: int, monkeypatch: pytest.MonkeyPatch) -> N
         assert not os.path.exists(folder)
 
 
-def test_without_a_place_for_a_folder_vllms_own_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(**_: object) -> str:
+def test_a_full_temporary_folder_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def full(prefix: str, dir: str) -> str:
+        asked.append(dir)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    monkeypatch.setattr(tempfile, "tempdir", "/mine")
+    with monkeypatch.context() as patched:
+        patched.setattr(tempfile, "mkdtemp", full)
+        with pytest.raises(DwdpError, match="No space left on device"):
+            make_folder(Owner())
+    assert asked == ["/mine", "/tmp", "/var/tmp", "/dev/shm"]
+    owner = Owner()
+    assert make_folder(owner).startswith("/tmp/")  # "/mine" is not there
+
+
+def test_vllms_own_place_for_sockets_stays_where_ours_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(environment.IPC_FOLDER, raising=False)
     owner = Owner()
-    environment.own_ipc_folder(owner)
+    assert environment.sockets_in("/" + 100 * "x", owner) == {}
     assert environment.IPC_FOLDER not in os.environ

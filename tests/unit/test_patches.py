@@ -36,6 +36,8 @@ SCENARIOS: dict[str, dict[str, str]] = {
     "selected": {},
     "offline": {},
     "late": {},
+    "built_first": {},
+    "broken_import": {},
     "target_device": {"VLLM_TARGET_DEVICE": "cpu"},
     "hidden": {"VLLM_PLUGINS": OTHERS},
     "other_version": {},
@@ -106,9 +108,10 @@ def test_the_early_hook_is_one_shot(found: Found) -> None:
     assert found("plain without")["hook"] == [False, False]
 
 
-def test_selecting_dwdp_wraps_two_symbols_more(found: Found) -> None:
+def test_selecting_dwdp_wraps_three_symbols_more(found: Found) -> None:
     assert found("selected")["changed"] == [
         "vllm.v1.engine.core_client.EngineCoreClient.make_client",
+        "vllm.v1.engine.utils.CoreEngineProcManager.__init__",
         "vllm.v1.engine.utils.CoreEngineProcManager.monitor_engine_liveness",
     ]
 
@@ -146,6 +149,12 @@ def test_offline_where_llm_is_imported_late(found: Found) -> None:
     assert found("late")["hooks"] == [True, False]
 
 
+def test_offline_where_a_config_is_built_before_llm_is_imported(found: Found) -> None:
+    seen = found("built_first")
+    assert seen["errors"] == [f"RuntimeError: {DWDP_WORKER}"] * 2
+    assert seen["hooks"] == [True, True, False]
+
+
 def test_offline_where_vllm_loads_no_platform_plugins(found: Found) -> None:
     """Documented: with VLLM_TARGET_DEVICE=cpu in the environment, `vllm_dwdp.register()` has to be called first."""
     first, registered = found("target_device")["errors"]
@@ -167,6 +176,18 @@ def test_another_vllm_is_refused_with_both_versions(found: Found, way: str) -> N
     assert message.startswith("DwdpError: ") and "\n" not in message
     for word in ("vLLM 0.33.1", f"vLLM {VLLM_VERSION}", "install the matching pair"):
         assert word in message
+
+
+def test_a_failing_import_is_refused_in_one_line(found: Found) -> None:
+    """Of a module that vLLM lacks; where a reason is known, nothing of ours is imported before it is told."""
+    seen = found("broken_import")
+    for message in seen["errors"]:
+        assert message.startswith("DwdpError: dwdp cannot run on this vLLM: ") and "\n" not in message
+        assert "install the matching pair" in message
+    assert "vllm.v1.executor.uniproc_executor" in seen["errors"][0]
+    assert "vLLM 0.33.1" in seen["errors"][1]
+    assert seen["imported"] == []
+    assert seen["plain"] == CPU_WORKER
 
 
 def test_another_signature_is_refused_with_what_was_expected(found: Found) -> None:

@@ -10,8 +10,9 @@ import pytest
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import rank_pages
 from vllm_dwdp.engine.launch import DwdpLaunch
+from vllm_dwdp.engine.launch_folder import make_folder
 from vllm_dwdp.engine.rank_pages import RankPages
-from vllm_dwdp.engine.rendezvous import Rendezvous, host_rendezvous
+from vllm_dwdp.engine.rendezvous import Rendezvous
 from vllm_dwdp.prefetch.counters import CounterPage, Counters
 from vllm_dwdp.transport.handles_json import handle_to_json
 
@@ -21,21 +22,21 @@ Published = list[tuple[int, Counters, Counters | None]]
 
 
 class Owner:
-    """What a store lives as long as."""
+    """What the folder of a launch lives as long as."""
 
 
 class Group:
-    """A store, and the ranks that come up with real counter pages."""
+    """A launch, and the ranks that come up with real counter pages."""
 
     def __init__(self) -> None:
         self._owner = Owner()
-        self.launch = DwdpLaunch(DwdpConfig(timeout_s=LIMIT_S), RANKS, host_rendezvous(self._owner), ())
+        self.launch = DwdpLaunch(DwdpConfig(timeout_s=LIMIT_S), RANKS, make_folder(self._owner), ())
         self.pages: dict[int, CounterPage] = {}
 
     def come_up(self, rank: int) -> CounterPage:
         """Publish the page of `rank`."""
         page = self.pages[rank] = CounterPage.create(rank)
-        Rendezvous(self.launch.rendezvous, rank, LIMIT_S).put("counters", handle_to_json(page.handle()))
+        Rendezvous(self.launch.folder, rank, LIMIT_S).put("counters", handle_to_json(page.handle()))
         return page
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -11,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_dwdp import BACKEND, patches
+from vllm_dwdp import BACKEND
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import options
 from vllm_dwdp.engine.cores import bind_ranks
 from vllm_dwdp.engine.devices import set_devices
-from vllm_dwdp.engine.environment import own_ipc_folder, set_for_launch
+from vllm_dwdp.engine.environment import set_for_children, sockets_in
 from vllm_dwdp.engine.launch import RENDEZVOUS_ENV, DwdpLaunch, attach_launch
 from vllm_dwdp.engine.launch_folder import make_folder
 from vllm_dwdp.engine.model_config import hide_moe
+from vllm_dwdp.engine.orphans import value_of_parent
 from vllm_dwdp.engine.rank_pages import watch_ranks
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.patches import engine_liveness, sync_client
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -66,10 +67,26 @@ def _launch(args: EngineArgs, config: DwdpConfig, owner: VllmConfig) -> DwdpLaun
     ranks = args.data_parallel_size
     if _is_api_server_of_many(args):
         # The launching process made the folder; API servers only read counters through it.
-        return DwdpLaunch(config, ranks, os.environ[RENDEZVOUS_ENV], ())
+        if (folder := value_of_parent(RENDEZVOUS_ENV)) is None:
+            raise DwdpError(
+                f"this API server was not started by the front end of a dwdp launch ({RENDEZVOUS_ENV} is "
+                f"{os.environ.get(RENDEZVOUS_ENV)!r}): start all servers with vllm serve --api-server-count"
+            )
+        return DwdpLaunch(config, ranks, folder, ())
     launch = DwdpLaunch(config, ranks, make_folder(owner), tuple(sorted(os.sched_getaffinity(0))))
-    set_for_launch(owner, RENDEZVOUS_ENV, launch.folder)
+    set_for_children(owner, RENDEZVOUS_ENV, launch.folder)
     return launch
+
+
+def _environment(vllm_config: VllmConfig, folder: str, launcher: str, on_cpu: bool) -> dict[str, str]:
+    """What the engines of a launch need in their environment; what the front end needs to start them is set here."""
+    values = bind_ranks(vllm_config.parallel_config.data_parallel_size) if on_cpu else {}
+    if launcher == "ray":
+        from vllm_dwdp.engine.ray_cluster import join_or_start
+
+        values |= join_or_start(vllm_config)
+    # After Ray was started, which outlives the launch where it is the program's.
+    return values | sockets_in(folder, vllm_config)
 
 
 def create_engine_config(
@@ -78,12 +95,8 @@ def create_engine_config(
     """Build the config of a dwdp launch by delegating to `original` (vLLM's `EngineArgs.create_engine_config`).
 
     Raises:
-        DwdpError: vLLM's version, an option, the model or the machine does not go with dwdp; nothing was started.
+        DwdpError: an option, the model or the machine does not go with dwdp; nothing was started.
     """
-    patches.attempt(sync_client.install)
-    patches.attempt(engine_liveness.install)
-    if patches.failures:
-        raise DwdpError(f"dwdp cannot run on this vLLM: {'; '.join(patches.failures)}; install the matching pair")
     headless = bool(keywords.get("headless", positional[1] if len(positional) > 1 else False))
     options.check_arguments(args, headless)
     config = DwdpConfig.parse((args.additional_config or {}).get(BACKEND))
@@ -130,18 +143,13 @@ def create_engine_config(
 
         fit_graphs(vllm_config, graphs_chosen(args))
     launch = _launch(args, config, vllm_config)
+    if not _is_api_server_of_many(args):
+        launch = dataclasses.replace(launch, environment=_environment(vllm_config, launch.folder, launcher, on_cpu))
     attach_launch(vllm_config, launch)
     publishing = not args.disable_log_stats and (args._api_process_count == 1 or args._api_process_rank == 0)
     if publishing or not _is_api_server_of_many(args):
         watch_ranks(vllm_config, launch, publishing, summarise=not _is_api_server_of_many(args))
     if not _is_api_server_of_many(args):
-        own_ipc_folder(vllm_config)
-        if on_cpu:
-            bind_ranks(vllm_config, args.data_parallel_size)
-        if launcher == "ray":
-            from vllm_dwdp.engine.ray_cluster import join_or_start
-
-            join_or_start(vllm_config)
         logger.info(
             "dwdp: %d independent ranks in groups of %d, workers in %s",
             args.data_parallel_size,

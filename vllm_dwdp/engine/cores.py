@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 
-from vllm_dwdp.engine.environment import is_users, set_for_launch
+from vllm_dwdp.engine.environment import is_users
 
 logger = logging.getLogger("vllm.dwdp")
 
 _BIND = "VLLM_CPU_OMP_THREADS_BIND"
+_SIMULATED_NODES = "VLLM_CPU_SIM_MULTI_NUMA"
 
 
 def split_cores(cores: list[int], num_ranks: int) -> list[list[int]]:
@@ -21,23 +23,38 @@ def split_cores(cores: list[int], num_ranks: int) -> list[list[int]]:
 
 
 def physical_cores() -> list[int]:
-    """One logical CPU of each physical core that this process may use, node by node, as vLLM's own binding takes them."""
-    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
+    """One logical CPU of each physical core that this process may use, node by node, as vLLM's own binding takes them.
 
+    Nodes that numactl or `CPU_VISIBLE_MEMORY_NODES` leaves out are left out here.
+    """
+    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memory_node
+
+    allowed, nodes = get_allowed_cpu_list(), set(get_visible_memory_node())
     by_core: dict[tuple[int, int], int] = {}
-    for cpu in get_allowed_cpu_list():
+    # On machines whose groups of cores are no memory nodes, none is in `nodes`.
+    for cpu in [cpu for cpu in allowed if cpu.numa_node in nodes] or allowed:
         key = (cpu.numa_node, cpu.physical_core)
         by_core[key] = max(cpu.id, by_core.get(key, cpu.id))
     return [by_core[key] for key in sorted(by_core)]
 
 
-def bind_ranks(owner: object, num_ranks: int) -> None:
-    """Set `VLLM_CPU_OMP_THREADS_BIND` for the ranks of the launch of `owner`, unless the user did.
+def reserve_cores(cores: list[int], reserved: int) -> list[int]:
+    """`cores` of a rank without the last `reserved`; all of them where none would be left, as vLLM does."""
+    if len(cores) > reserved:
+        return cores[: len(cores) - reserved]
+    logger.warning("dwdp: VLLM_CPU_NUM_OF_RESERVED_CPU is %d, but a rank has only the cores %s", reserved, cores)
+    return cores
+
+
+def bind_ranks(num_ranks: int) -> dict[str, str]:
+    """What engines need so that each rank computes on cores of its own; nothing where the user bound them.
 
     vLLM's automatic binding gives every independent engine the same first cores.
     """
     if is_users(_BIND, default="auto"):
-        return
+        return {}
+    from vllm import envs
+
     cores = physical_cores()
     lists = split_cores(cores, num_ranks)
     if len(cores) < num_ranks:
@@ -47,4 +64,8 @@ def bind_ranks(owner: object, num_ranks: int) -> None:
             len(cores),
             _BIND,
         )
-    set_for_launch(owner, _BIND, "|".join(",".join(map(str, part)) for part in lists))
+    if (reserved := envs.VLLM_CPU_NUM_OF_RESERVED_CPU) is not None:
+        lists = [reserve_cores(part, reserved) for part in lists]
+    bound = {_BIND: "|".join(",".join(map(str, part)) for part in lists)}
+    # It asks for parts of the cores per rank, which these are; vLLM refuses it beside a list.
+    return {**bound, _SIMULATED_NODES: "0"} if _SIMULATED_NODES in os.environ else bound

@@ -31,5 +31,10 @@ def set_devices(vllm_config: VllmConfig, config: DwdpConfig, num_ranks: int) -> 
             f"dwdp.ranks_per_device is {config.ranks_per_device}: ranks that share a GPU cannot measure what is free "
             "for them; give each a KV cache of a fixed size with --kv-cache-memory-bytes"
         )
+    if parallel.numa_bind and len(parallel.numa_bind_nodes or ()) < num_ranks:
+        raise DwdpError(
+            f"--numa-bind takes the node of rank i from entry i of its lists, and dwdp.ranks_per_device is "
+            f"{config.ranks_per_device}: give one node for each of the {num_ranks} ranks with --numa-bind-nodes"
+        )
     parallel.assigned_physical_gpu_ids = devices
     cache.gpu_memory_utilization /= config.ranks_per_device

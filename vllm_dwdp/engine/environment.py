@@ -1,10 +1,14 @@
-"""Environment of a launch: set before engines are started, inherited by them, gone with the launch."""
+"""Environment of a launch: for its own processes, not for others that the program starts.
+
+What engines and workers read travels with the config and is set in them (`enter_engine`). What vLLM reads in the front end
+while it starts them is set there from the config on, and taken away when they have been started
+(patches/engine_start.py). One value stays for API servers, under the id of the process that set it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -14,17 +18,18 @@ IPC_FOLDER = "VLLM_RPC_BASE_PATH"
 
 FOLDER_PREFIX = "dwdp-"
 
-#: The longest path of a Unix socket, and what is added to the prefix: `mkdtemp`'s part, then vLLM's "/" and a UUID.
+#: The longest path of a Unix socket, and what vLLM adds to a folder: "/" and a UUID.
 _SOCKET_PATH_BYTES = 107
-_RANDOM_BYTES = 8
 _NAME_BYTES = 1 + 36
 
 
 class Setting:
     """One value that a launch set; compared by identity, since two launches may set the same."""
 
-    def __init__(self, value: str) -> None:
+    def __init__(self, value: str, owner: object, until_started: bool) -> None:
         self.value = value
+        self.owner = weakref.ref(owner)
+        self.until_started = until_started
 
 
 _ours: dict[str, Setting] = {}
@@ -36,9 +41,24 @@ def is_users(name: str, default: str | None = None) -> bool:
     return value is not None and value != default and (ours is None or ours.value != value)
 
 
-def set_for_launch(owner: object, name: str, value: str) -> None:
-    """Set `name` until `owner` (the front end's config) is gone, or this process."""
-    setting = _ours[name] = Setting(value)
+def set_for_start(owner: object, name: str, value: str) -> None:
+    """Set `name` until the processes of the launch of `owner` (the front end's config) are started, or it is gone."""
+    _set(owner, name, value, until_started=True)
+
+
+def set_for_children(owner: object, name: str, value: str) -> None:
+    """Set `name` until `owner` is gone, for children that vLLM starts; `of_parent` reads it there, and nowhere else."""
+    _set(owner, name, f"{os.getpid()}:{value}", until_started=False)
+
+
+def of_parent(name: str, parent: int) -> str | None:
+    """What the process `parent` set with `set_for_children`; None where it did not."""
+    pid, _, value = os.environ.get(name, "").partition(":")
+    return value if pid == str(parent) else None
+
+
+def _set(owner: object, name: str, value: str, until_started: bool) -> None:
+    setting = _ours[name] = Setting(value, owner, until_started)
     os.environ[name] = value
     weakref.finalize(owner, _unset, name, setting)
 
@@ -51,38 +71,41 @@ def _unset(name: str, setting: Setting) -> None:
             del os.environ[name]
 
 
+def started(owner: object) -> None:
+    """Take away what was set for the start of the launch of `owner`: its processes run."""
+    for name, setting in list(_ours.items()):
+        if setting.until_started and setting.owner() is owner:
+            _unset(name, setting)
+
+
 def forget_launches() -> None:
     """Take away what launches set, before an engine without dwdp is started from this process."""
     for name, setting in list(_ours.items()):
         _unset(name, setting)
 
 
-def _new_folder() -> str | None:
-    """A new folder of this user alone in which the paths of vLLM's sockets fit; None where there is no place for one,
-    and vLLM's own way is no worse."""
-    for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):
-        if len(os.fsencode(os.path.join(parent, FOLDER_PREFIX))) + _RANDOM_BYTES + _NAME_BYTES <= _SOCKET_PATH_BYTES:
-            with contextlib.suppress(OSError):
-                return tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=parent)
-    return None
+def sockets_in(folder: str, owner: object) -> dict[str, str]:
+    """Send socket files of the launch of `owner` into its `folder`, which is removed with it; a place that the user chose is
+    left alone, and vLLM's own stays where paths in the folder would be too long.
+
+    Returns what engines need for it.
+    """
+    if is_users(IPC_FOLDER) or not fits_sockets(folder):
+        return {}
+    set_for_start(owner, IPC_FOLDER, folder)
+    return {IPC_FOLDER: folder}
 
 
-def own_ipc_folder(owner: object) -> None:
-    """Send socket files of this launch into a folder that is removed with it; one that the user chose is left alone."""
-    if is_users(IPC_FOLDER):
-        return
-    folder = _new_folder()
-    if folder is None:
-        return
-    set_for_launch(owner, IPC_FOLDER, folder)
-    weakref.finalize(owner, shutil.rmtree, folder, True)
+def fits_sockets(folder: str) -> bool:
+    """Whether the paths of vLLM's sockets in `folder` are short enough for the system."""
+    return len(os.fsencode(folder)) + _NAME_BYTES <= _SOCKET_PATH_BYTES
 
 
 @contextlib.contextmanager
-def temporary_files_in_ipc_folder() -> Iterator[None]:
-    """Have `tempfile` of this process use that folder: vLLM's file stores outlive killed workers."""
-    before, folder = tempfile.tempdir, os.environ.get(IPC_FOLDER)
-    tempfile.tempdir = folder if folder and os.path.isdir(folder) else before
+def temporary_files_in(folder: str) -> Iterator[None]:
+    """Have `tempfile` of this process use `folder` of a launch: vLLM's file stores outlive killed workers."""
+    before = tempfile.tempdir
+    tempfile.tempdir = folder if os.path.isdir(folder) else before
     try:
         yield
     finally:

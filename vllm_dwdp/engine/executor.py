@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import os
+
+from vllm.config import VllmConfig
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from vllm_dwdp.engine.environment import temporary_files_in_ipc_folder
+from vllm_dwdp.engine.environment import temporary_files_in
+from vllm_dwdp.engine.launch import RENDEZVOUS_ENV, DwdpLaunch, launch_of
 from vllm_dwdp.engine.orphans import end_with_parent
+
+
+def enter_engine(vllm_config: VllmConfig) -> DwdpLaunch:
+    """In an engine's process, before its worker: end with the front end, and set what the worker reads or inherits."""
+    end_with_parent()
+    launch = launch_of(vllm_config)
+    assert launch is not None
+    # This process's worker ends with it from its first imports on.
+    os.environ[RENDEZVOUS_ENV] = f"{os.getpid()}:{launch.folder}"
+    os.environ.update(launch.environment)
+    return launch
 
 
 class DwdpUniExecutor(UniProcExecutor):
     """The worker in the engine's process, where plain vLLM has it for one GPU: a step passes no other process."""
 
     def _init_executor(self) -> None:
-        end_with_parent()
-        with temporary_files_in_ipc_folder():
+        launch = enter_engine(self.vllm_config)
+        with temporary_files_in(launch.folder):
             super()._init_executor()
 
 
@@ -24,8 +39,8 @@ class DwdpExecutor(MultiprocExecutor):
     supports_pp: bool = False
 
     def _init_executor(self) -> None:
-        end_with_parent()
-        with temporary_files_in_ipc_folder():
+        launch = enter_engine(self.vllm_config)
+        with temporary_files_in(launch.folder):
             super()._init_executor()
 
     def _post_init_executor(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_dwdp.config import DwdpConfig
@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
 _ATTRIBUTE = "dwdp_launch"
 
-#: The launch's folder for API servers, which build a config of their own. Not a VLLM_ name: vLLM warns of
-#: those that it does not know, and refuses them with --fail-on-environ-validation.
+#: The launch's folder for processes that have no config of it yet, and for API servers, which build one of their own:
+#: `pid:folder`, with the id of the process whose children it is for. Not a VLLM_ name: vLLM warns of those that it does not
+#: know, and refuses them with --fail-on-environ-validation.
 RENDEZVOUS_ENV = "DWDP_RENDEZVOUS"
 
 
@@ -22,13 +23,14 @@ class DwdpLaunch:
     """One launch of `num_ranks` independent ranks; `folder` is the path of the one in which they meet (launch_folder.py).
 
     vLLM's own number of ranks is reset to 1 in each of them (`reconfigure_for_independent_dp_rank`). `cores` are those
-    the launch may use: a worker is bound to its own, and its copy thread should not be.
+    the launch may use: a worker is bound to its own, and its copy thread should not be. `environment` is set in engines.
     """
 
     config: DwdpConfig
     num_ranks: int
     folder: str
     cores: tuple[int, ...]
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def group_size(self) -> int:

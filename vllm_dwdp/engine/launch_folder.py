@@ -17,12 +17,14 @@ import time
 import weakref
 from typing import Any
 
-from vllm_dwdp.engine.environment import FOLDER_PREFIX
+from vllm_dwdp.engine.environment import FOLDER_PREFIX, fits_sockets
 from vllm_dwdp.errors import DwdpError, PeerLost
 from vllm_dwdp.transport.process import ProcessId, is_gone, this_process
 
 _FRONT_END = "front-end.json"
 _MODE = 0o700
+#: Where the user's temporary folder does not do.
+_OTHER_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
 #: Removing races with ranks that have begun to write a message.
 _REMOVALS = 10
 _REMOVAL_PAUSE_S = 0.01
@@ -88,15 +90,35 @@ class LaunchFolder:
 
 
 def make_folder(owner: object) -> str:
-    """Make the folder of a launch in the temporary folder; it goes with `owner` (the front end's config).
+    """Make the folder of a launch, which goes with `owner` (the front end's config): in the temporary folder, or in another
+    place where sockets do not fit there, or it cannot be made there.
 
-    Raises DwdpError where the temporary folder has no space, or its file system no owners and permissions.
+    Raises DwdpError where no place has space, owners and permissions.
     """
+    usual = tempfile.gettempdir()
+    places = sorted(dict.fromkeys([usual, *_OTHER_PLACES]), key=lambda place: not fits_sockets(_longest(place)))
+    first: DwdpError | None = None
+    for place in places:
+        try:
+            path = _make_in(place)
+        except DwdpError as error:
+            first = first or error
+            continue
+        weakref.finalize(owner, _remove_own, path, os.getpid())
+        return path
+    assert first is not None
+    raise first
+
+
+def _longest(place: str) -> str:
+    return os.path.join(place, FOLDER_PREFIX + 8 * "x")  # `mkdtemp` adds as much
+
+
+def _make_in(place: str) -> str:
     try:
-        path = tempfile.mkdtemp(prefix=FOLDER_PREFIX)
+        path = tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=place)
     except OSError as error:
         raise DwdpError(f"no folder for the ranks to meet in could be made ({error}): {_REMEDY}") from error
-    weakref.finalize(owner, _remove_own, path, os.getpid())
     try:
         fd = _open_private(path)
         try:

@@ -7,6 +7,7 @@ with the fewest unfinished ones, splits aborts by engine and calls utilities on 
 from __future__ import annotations
 
 import uuid
+import weakref
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,9 @@ class DwdpSyncClient(SyncMPClient):
         self._engine_of: dict[str, int] = {}
         self._unfinished = [0] * len(self.core_engines)
         self._served = [0] * len(self.core_engines)
+        # At the end of a program the newest finalizer runs first. vLLM's newest would end the engines while its monitor
+        # still takes that for a failure, and shuts down in a thread that Python is about to end.
+        weakref.finalize(self, self._finalizer)
 
     def _send_to(self, engine: int, kind: EngineCoreRequestType, payload: Any) -> None:
         self.ensure_alive()

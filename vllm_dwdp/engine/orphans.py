@@ -8,13 +8,12 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
-import shutil
+import re
 import signal
 import threading
 import time
-from pathlib import Path
 
-from vllm_dwdp.engine.environment import FOLDER_PREFIX, IPC_FOLDER
+from vllm_dwdp.engine.environment import of_parent
 from vllm_dwdp.engine.launch import RENDEZVOUS_ENV
 from vllm_dwdp.engine.launch_folder import remove_orphaned
 
@@ -22,26 +21,55 @@ _PERIOD_S = 0.5
 #: Time for a process to end by itself after SIGTERM.
 _GRACE_S = 5.0
 
+#: The processes of a launch, by the names that vLLM gives them.
+_OF_A_LAUNCH = re.compile(r"EngineCore\b|EngineCore_DP\d+|VLLM_DP_Coordinator|ApiServer_\d+|VllmWorker-\d+")
 
-def started_by_multiprocessing() -> bool:
-    """Whether this is a child process of Python's multiprocessing, also while it is still being unpickled."""
-    inheriting = getattr(multiprocessing.current_process(), "_inheriting", False)
-    return inheriting or multiprocessing.parent_process() is not None
+
+def launcher() -> int | None:
+    """The process that says in the environment that it starts this one; None where this is no process of a launch.
+
+    Known before `parent_process()`, while this process is still being unpickled. It may be a process above the one that
+    started this.
+    """
+    pid = os.environ.get(RENDEZVOUS_ENV, "").partition(":")[0]
+    return int(pid) if pid.isdigit() and _OF_A_LAUNCH.fullmatch(multiprocessing.current_process().name) else None
+
+
+def started_by() -> int | None:
+    """The process that started this one by multiprocessing, as it said itself; the kernel names another once it is gone."""
+    parent = multiprocessing.parent_process()
+    return parent.pid if parent is not None else None
+
+
+def value_of_parent(name: str) -> str | None:
+    """What the front end left in `name` for this child of its own."""
+    parent = started_by()
+    return None if parent is None else of_parent(name, parent)
+
+
+def orphaned() -> bool:
+    """Whether the process that started this one by multiprocessing is gone."""
+    return started_by() not in (None, os.getppid())
 
 
 @functools.cache
 def end_with_parent() -> None:
-    """End this process soon after the one that started it. Idempotent."""
-    threading.Thread(target=_watch, args=(os.getppid(),), name="dwdp-parent", daemon=True).start()
+    """End this process soon after the one that started it by multiprocessing. Idempotent."""
+    if (parent := launcher() or started_by()) is not None:
+        threading.Thread(target=_watch, args=(parent,), name="dwdp-parent", daemon=True).start()
 
 
 def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_PERIOD_S)
-    folder = os.environ.get(IPC_FOLDER, "")
-    if Path(folder).name.startswith(FOLDER_PREFIX):
-        shutil.rmtree(folder, ignore_errors=True)
-    remove_orphaned(os.environ.get(RENDEZVOUS_ENV, ""))
+    if os.getppid() == parent:
+        while os.getppid() == parent:
+            time.sleep(_PERIOD_S)
+    else:
+        # Gone already, or no parent of this process: told by what it was started with, once that is unpickled.
+        while (told := started_by()) is None:
+            time.sleep(_PERIOD_S)
+        if told != parent:
+            return
+    remove_orphaned(os.environ.get(RENDEZVOUS_ENV, "").partition(":")[2])
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE_S)
     os.kill(os.getpid(), signal.SIGKILL)

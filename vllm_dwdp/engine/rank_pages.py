@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.dwdp")
 
 PERIOD_S = 1.0
+#: An answer of the store takes less.
+STOP_TIMEOUT_S = 5.0
 
 
 class RankPages(threading.Thread):
@@ -67,8 +69,12 @@ class RankPages(threading.Thread):
             self._published[rank] = now
 
     def stop(self, summarise: bool) -> None:
-        """End within a period; `summarise`: leave one line per rank."""
+        """End, and wait for it; `summarise`: leave one line per rank."""
         self._stopping.set()
+        # Python ends a daemon thread that comes out of native code at the end of the program by unwinding it, which aborts
+        # the program. A config may be collected in any thread, this one too.
+        if self.is_alive() and self is not threading.current_thread():
+            self.join(STOP_TIMEOUT_S)
         if summarise:
             for rank, reader in sorted(self._readers.items()):
                 logger.info("dwdp rank %d stops: %s", rank, summary(reader.snapshot()))

@@ -6,7 +6,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from vllm_dwdp.engine.environment import is_users, set_for_launch
+from vllm_dwdp.engine.environment import is_users, set_for_start
 from vllm_dwdp.errors import DwdpError
 
 if TYPE_CHECKING:
@@ -16,15 +16,18 @@ if TYPE_CHECKING:
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
 
 START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+USAGE_STATS = "RAY_USAGE_STATS_ENABLED"
 
 
 def _init(ray: Any, **options: Any) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(log_to_driver=True, logging_level=logging.WARNING, **options)
+    from vllm.utils.system_utils import set_env_var
+
+    with set_env_var(USAGE_STATS, os.environ.get(USAGE_STATS, "0")):
+        ray.init(log_to_driver=True, logging_level=logging.WARNING, **options)
 
 
-def join_or_start(vllm_config: VllmConfig) -> None:
-    """Have every engine of this launch share one cluster: RAY_ADDRESS is exported to them.
+def join_or_start(vllm_config: VllmConfig) -> dict[str, str]:
+    """Have every engine of this launch share one cluster; returns what engines need for it.
 
     Joins what RAY_ADDRESS, an initialised Ray or a cluster on this machine gives; otherwise starts one that ends with
     this process. Raises DwdpError where the user asks for forked engines.
@@ -46,8 +49,7 @@ def join_or_start(vllm_config: VllmConfig) -> None:
                 num_cpus=vllm_config.parallel_config.data_parallel_size,
                 object_store_memory=OBJECT_STORE_BYTES,
             )
-    if not is_users("RAY_ADDRESS"):
-        set_for_launch(vllm_config, "RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    return {} if is_users("RAY_ADDRESS") else {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
 def spawn_engines(vllm_config: object) -> None:
@@ -59,4 +61,4 @@ def spawn_engines(vllm_config: object) -> None:
             f"{START_METHOD}={os.environ[START_METHOD]} does not work with Ray: set it to spawn, or leave dwdp.launcher out"
         )
     if START_METHOD not in os.environ:
-        set_for_launch(vllm_config, START_METHOD, "spawn")
+        set_for_start(vllm_config, START_METHOD, "spawn")

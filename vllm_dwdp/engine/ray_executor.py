@@ -7,11 +7,12 @@ import os
 from typing import Any
 
 import ray
+from vllm import envs
 from vllm.platforms import current_platform
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 
+from vllm_dwdp.engine.executor import enter_engine
 from vllm_dwdp.engine.launch import launch_of
-from vllm_dwdp.engine.orphans import end_with_parent
 from vllm_dwdp.engine.ray_cluster import OBJECT_STORE_BYTES
 from vllm_dwdp.errors import DwdpTimeout
 from vllm_dwdp.patches import ray_worker
@@ -28,7 +29,7 @@ class DwdpRayExecutor(RayExecutorV2):
     supports_pp: bool = False
 
     def _init_executor(self) -> None:
-        end_with_parent()
+        enter_engine(self.vllm_config)
         rank = self.parallel_config.data_parallel_index
         # vLLM builds actor names from this id: engines of one cluster must not share them.
         self.vllm_config.instance_id = f"{self.vllm_config.instance_id}_dwdp{rank}"
@@ -52,7 +53,7 @@ class DwdpRayExecutor(RayExecutorV2):
 
     def _gpu_share(self) -> float:
         launch = launch_of(self.vllm_config)
-        return 1.0 / (launch.config.ranks_per_device if launch else 1)
+        return envs.VLLM_RAY_PER_WORKER_GPUS / (launch.config.ranks_per_device if launch else 1)
 
     def _post_init_executor(self) -> None:
         super()._post_init_executor()

@@ -19,6 +19,7 @@ from vllm_dwdp.engine.heap import freed_memory_is_returned
 from vllm_dwdp.engine.launch import DwdpLaunch, launch_of
 from vllm_dwdp.engine.loader import switch_loader
 from vllm_dwdp.engine.model_config import restore_moe
+from vllm_dwdp.engine.orphans import orphaned
 from vllm_dwdp.engine.rendezvous import Identity, Rendezvous, identity_hash
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
@@ -34,6 +35,9 @@ _PR_SET_PDEATHSIG = 1
 def die_with_parent() -> None:
     """Have the kernel end this process with its engine, also where it is stopped and cannot notice itself."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # Of an engine that was gone before, the kernel says nothing.
+    if orphaned():
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def identity_of(vllm_config: VllmConfig, launch: DwdpLaunch) -> Identity:
@@ -79,7 +83,7 @@ class DwdpWorkerMixin:
             raise DwdpError("a dwdp worker was started without a dwdp launch: use --distributed-executor-backend dwdp")
         self.dwdp_place = "its engine" if in_engine(vllm_config) else "Ray" if in_ray() else "a process of its own"
         # An engine's parent may have started it from a thread that ends early, which counts as the parent's end.
-        if os.getppid() != 1 and self.dwdp_place != "its engine":
+        if self.dwdp_place != "its engine":
             die_with_parent()
         restore_moe(vllm_config)
         switch_loader(vllm_config)
@@ -156,6 +160,11 @@ class DwdpWorkerMixin:
             kv_element=1.0 if str(vllm_config.cache_config.cache_dtype).startswith("fp8") else 2.0,
             require_win=config.require_win,
         )
+
+    def profile(self, is_start: bool = True, profile_prefix: str | None = None, **bounds: Any) -> None:
+        """vLLM's `profile`, which names files by ranks within the engine: those of a launch would overwrite each other."""
+        name = f"dwdp{self.dwdp_rank}"
+        super().profile(is_start, f"{profile_prefix}_{name}" if profile_prefix else name, **bounds)  # type: ignore[misc]
 
     def compile_or_warm_up_model(self) -> Any:
         """vLLM's; layers that its warm-up left out are named, and sealed until they are used."""

@@ -26,8 +26,9 @@ def vllm_version() -> str:
 
 def refuse(reason: str) -> None:
     """From here on `dwdp` is refused for `reason`."""
-    if reason not in failures:
-        failures.append(reason)
+    line = " ".join(reason.split())
+    if line not in failures:
+        failures.append(line)
 
 
 def expect_parameters(function: Callable[..., Any], *names: str) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from vllm_dwdp import BACKEND
-from vllm_dwdp.patches import attempt, expect_parameters, llm_init
+from vllm_dwdp.patches import attempt, expect_parameters, failures, llm_init
 
 _MARK = "_dwdp_wraps"
 
@@ -29,14 +30,42 @@ def install() -> None:
 
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
-        attempt(llm_init.settle)
+        attempt(llm_init.wait_for_llm)
         if self.distributed_executor_backend != BACKEND:
             if (environment := sys.modules.get("vllm_dwdp.engine.environment")) is not None:
                 environment.forget_launches()
             return original(self, *args, **kwargs)
-        from vllm_dwdp.engine.configure import create_engine_config as create
-
-        return create(original, self, *args, **kwargs)
+        return _configure()(original, self, *args, **kwargs)
 
     setattr(create_engine_config, _MARK, original)
     EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]
+
+
+def _configure() -> Callable[..., Any]:
+    """What builds a config of dwdp; raises DwdpError, in one line, where something does not fit this vLLM.
+
+    Known reasons come before imports that may fail for the same ones.
+    """
+    _refuse_misfits()
+    from vllm_dwdp.patches import engine_liveness, engine_start, sync_client
+
+    attempt(sync_client.install)
+    attempt(engine_liveness.install)
+    attempt(engine_start.install)
+    found: list[Callable[..., Any]] = []
+
+    def import_configure() -> None:
+        from vllm_dwdp.engine.configure import create_engine_config
+
+        found.append(create_engine_config)
+
+    attempt(import_configure)
+    _refuse_misfits()
+    return found[0]
+
+
+def _refuse_misfits() -> None:
+    if failures:
+        from vllm_dwdp.errors import DwdpError
+
+        raise DwdpError(f"dwdp cannot run on this vLLM: {'; '.join(failures)}; install the matching pair")
