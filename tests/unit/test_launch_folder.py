@@ -333,6 +333,30 @@ def test_the_folder_of_a_killed_front_end(front_end: tuple[subprocess.Popen[str]
     remove_orphaned("")
 
 
+def test_a_process_that_outlives_its_front_end_removes_the_folder(public: Path) -> None:
+    code = (
+        "import multiprocessing, os, sys, time\nfrom vllm_dwdp.engine.launch import RENDEZVOUS_ENV\n"
+        "from vllm_dwdp.engine.launch_folder import make_folder\n"
+        "from vllm_dwdp.engine.orphans import end_with_parent\nclass Owner: pass\nowner = Owner()\n"
+        "def engine(pipe):\n    end_with_parent()\n    pipe.send(os.getpid())\n    time.sleep(60)\n"
+        "os.environ[RENDEZVOUS_ENV] = folder = make_folder(owner)\nhere, there = multiprocessing.Pipe()\n"
+        "multiprocessing.get_context('fork').Process(target=engine, args=(there,)).start()\n"
+        "print(folder, here.recv(), flush=True)\nsys.stdin.read()\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(public)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        folder, engine = process.stdout.readline().split()
+        assert os.path.isdir(folder)
+        process.kill()
+    deadline = time.monotonic() + LIMIT_S
+    while os.path.lexists(folder) or os.path.exists(f"/proc/{engine}"):
+        assert time.monotonic() < deadline, "the folder, or the engine, stays"
+        time.sleep(0.05)
+
+
 def test_a_watcher_leaves_folders_alone_that_are_no_launchs(public: Path) -> None:
     other = public / "dwdp-other"
     other.mkdir(mode=0o700)

@@ -23,7 +23,7 @@ from vllm_dwdp.transport.process import ProcessId, is_gone, this_process
 
 _FRONT_END = "front-end.json"
 _MODE = 0o700
-#: Removing races with ranks that have begun to write a message.
+#: Removing races with ranks that write a message: none begins to once the front end's file is gone.
 _REMOVALS = 10
 _REMOVAL_PAUSE_S = 0.01
 _REMEDY = "set TMPDIR to a folder on a local file system with owners and permissions, and run all ranks as one user"
@@ -113,8 +113,6 @@ def make_folder(owner: object) -> str:
 
 def remove_folder(path: str) -> None:
     """Remove the folder and all messages; quiet where it is gone."""
-    with contextlib.suppress(OSError):
-        os.unlink(os.path.join(path, _FRONT_END))  # from here on nobody begins to write
     for _ in range(_REMOVALS):
         shutil.rmtree(path, ignore_errors=True)
         if not os.path.lexists(path):
