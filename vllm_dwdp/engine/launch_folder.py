@@ -7,6 +7,7 @@ Whoever opens it checks whose it is, and from then on works with what was opened
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -27,6 +28,14 @@ _MODE = 0o700
 _REMOVALS = 10
 _REMOVAL_PAUSE_S = 0.01
 _REMEDY = "set TMPDIR to a folder on a local file system with owners and permissions, and run all ranks as one user"
+_FREE_SPACE = "free space there, or set TMPDIR to a folder that has some"
+_REMEDIES = {
+    errno.EMFILE: "raise ulimit -n",
+    errno.ENFILE: "raise fs.file-max",
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EFBIG: "raise ulimit -f",
+}
 
 
 class LaunchFolder:
@@ -55,7 +64,7 @@ class LaunchFolder:
         except OSError as error:
             if self.is_abandoned():
                 raise _gone(self.path) from error
-            raise _unwritten(name, self.path, error) from error
+            raise _failed(f"writing {name} in {self.path}", error) from error
 
     def read(self, name: str) -> Any | None:
         """The value in the file `name`; None where there is none."""
@@ -65,7 +74,7 @@ class LaunchFolder:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise DwdpError(f"reading {name} in {self.path} failed ({error.strerror}): {_REMEDY}") from error
+            raise _failed(f"reading {name} in {self.path}", error) from error
         try:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
@@ -95,7 +104,7 @@ def make_folder(owner: object) -> str:
     try:
         path = tempfile.mkdtemp(prefix=FOLDER_PREFIX)
     except OSError as error:
-        raise DwdpError(f"no folder for the ranks to meet in could be made ({error}): {_REMEDY}") from error
+        raise _failed("making a folder for the ranks to meet in", error) from error
     weakref.finalize(owner, _remove_own, path, os.getpid())
     try:
         fd = _open_private(path)
@@ -106,7 +115,7 @@ def make_folder(owner: object) -> str:
     except (OSError, DwdpError) as error:
         remove_folder(path)
         if isinstance(error, OSError):
-            raise _unwritten(_FRONT_END, path, error) from error
+            raise _failed(f"writing {_FRONT_END} in {path}", error) from error
         raise
     return path
 
@@ -139,9 +148,7 @@ def _open_private(path: str) -> int:
     except FileNotFoundError as error:
         raise _gone(path) from error
     except OSError as error:
-        raise DwdpError(
-            f"{path} is no folder of a launch of user {os.geteuid()} ({error.strerror}): {_REMEDY}"
-        ) from error
+        raise _failed(f"opening the launch's folder {path}", error) from error
     found = os.fstat(fd)
     # The group's set-id bit is inherited and opens nothing.
     if found.st_uid == os.geteuid() and found.st_mode & 0o777 == _MODE:
@@ -157,8 +164,9 @@ def _gone(path: str) -> PeerLost:
     return PeerLost(f"the folder {path} of this launch is gone: its front end has ended; look at its log")
 
 
-def _unwritten(name: str, path: str, error: OSError) -> DwdpError:
-    return DwdpError(f"writing {name} in {path} failed ({error.strerror}): free space there, or {_REMEDY}")
+def _failed(what: str, error: OSError) -> DwdpError:
+    remedy = _REMEDIES.get(error.errno or 0, _REMEDY)
+    return DwdpError(f"{what} failed for user {os.geteuid()} ({error.strerror}): {remedy}")
 
 
 def _write(folder: int, name: str, value: Any) -> None:
