@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.helpers import LIMIT_S, descriptors, slab_maps
+from vllm_dwdp.engine.launch_folder import make_folder
 from vllm_dwdp.transport.shm import ShmTransport
 
 HERE = Path(__file__).parent
@@ -69,3 +72,50 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # vLLM sets some of its own while it builds a config.
     os.environ.clear()
     os.environ.update(variables)
+
+
+#: A front end that makes the folder of a launch, says where, and waits.
+FRONT_END = (
+    "import sys\nfrom vllm_dwdp.engine.launch_folder import make_folder\n"
+    "class Owner: pass\nowner = Owner()\nprint(make_folder(owner), flush=True)\nsys.stdin.read()\n"
+)
+
+
+class LaunchOwner:
+    """Whose life is that of a launch's folder."""
+
+
+@pytest.fixture
+def public(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A temporary folder that every user can enter and write to, as /tmp; pytest's own are closed to others."""
+    with tempfile.TemporaryDirectory(prefix="dwdp-test-", ignore_cleanup_errors=True) as folder:
+        os.chmod(folder, 0o1777)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
+@pytest.fixture
+def folder(quick_collections: None) -> Iterator[str]:
+    """The folder of a launch whose front end is this process; the test fails where it, or a descriptor, stays."""
+    owner = LaunchOwner()
+    gc.collect()
+    before = descriptors()
+    made = make_folder(owner)
+    yield made
+    del owner
+    gc.collect()
+    assert not os.path.lexists(made)
+    assert descriptors() == before
+
+
+@pytest.fixture
+def front_end(public: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A front end in a process of its own, and its folder."""
+    environment = {**os.environ, "TMPDIR": str(public)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", FRONT_END], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    yield process, process.stdout.readline().strip()
+    process.kill()
+    process.communicate()

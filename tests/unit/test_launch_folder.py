@@ -1,26 +1,21 @@
-"""The folder in which a launch meets: whose it is, who can read it, that its messages are whole, and when it goes."""
+"""The folder in which a launch meets: whose it is, who can read and write it, and when it goes."""
 
 from __future__ import annotations
 
 import gc
 import json
-import multiprocessing
 import os
 import pickle
-import resource
-import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.unit.helpers import LIMIT_S, descriptors
+from tests.unit.helpers import LIMIT_S
 from tests.unit.leftovers import check_message, refusal
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine.launch import DwdpLaunch
@@ -30,53 +25,12 @@ from vllm_dwdp.errors import DwdpTimeout, PeerLost
 
 #: An ordinary user's id; `nobody` on most systems.
 ANOTHER_USER = 65534
+pytestmark = pytest.mark.usefixtures("public")
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-
-#: A front end that makes a folder, says where, and waits.
-FRONT_END = (
-    "import sys\nfrom vllm_dwdp.engine.launch_folder import make_folder\n"
-    "class Owner: pass\nowner = Owner()\nprint(make_folder(owner), flush=True)\nsys.stdin.read()\n"
-)
 
 
 class Owner:
     """Whose life is that of a folder."""
-
-
-@pytest.fixture(autouse=True)
-def public(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A temporary folder that every user can enter and write to, as /tmp; pytest's own are closed to others."""
-    with tempfile.TemporaryDirectory(prefix="dwdp-test-", ignore_cleanup_errors=True) as folder:
-        os.chmod(folder, 0o1777)
-        monkeypatch.setattr(tempfile, "tempdir", folder)
-        yield Path(folder)
-
-
-@pytest.fixture
-def folder(quick_collections: None) -> Iterator[str]:
-    """The folder of a launch whose front end is this process; the test fails where it, or a descriptor, stays."""
-    owner = Owner()
-    gc.collect()
-    before = descriptors()
-    made = make_folder(owner)
-    yield made
-    del owner
-    gc.collect()
-    assert not os.path.lexists(made)
-    assert descriptors() == before
-
-
-@pytest.fixture
-def front_end(public: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A front end in a process of its own, and its folder."""
-    environment = {**os.environ, "TMPDIR": str(public)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", FRONT_END], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stdout is not None
-    yield process, process.stdout.readline().strip()
-    process.kill()
-    process.communicate()
 
 
 def as_another_user(code: str, *arguments: str) -> dict[str, str]:
@@ -170,7 +124,9 @@ def test_what_is_no_folder_is_refused(folder: str, public: Path) -> None:
     (public / "file").write_text("")
     for name in ("link", "file"):
         message = refusal(lambda name=name: Rendezvous(str(public / name), 0, LIMIT_S))
-        check_message(message, [f"{public / name} is no folder of a launch of user {os.geteuid()}"])
+        check_message(
+            message, [f"opening the launch's folder {public / name} failed for user {os.geteuid()}", "set TMPDIR"]
+        )
     (public / "empty").mkdir(mode=0o700)
     for path in (str(public / "nothing"), str(public / "empty"), ""):
         message = refusal(lambda path=path: Rendezvous(path, 0, LIMIT_S), PeerLost)
@@ -190,92 +146,6 @@ def test_what_is_no_message_is_refused(folder: str, public: Path, monkeypatch: p
     me = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: me + 1)
     check_message(refusal(lambda: rank.peek(0, "mine")), [f"no file of user {me + 1}", f"user {me})"])
-
-
-def test_a_stopped_front_end_keeps_nobody(front_end: tuple[subprocess.Popen[str], str]) -> None:
-    process, path = front_end
-    process.send_signal(signal.SIGSTOP)
-    started = time.monotonic()
-    rank = Rendezvous(path, 0, LIMIT_S)
-    rank.put("slabs", [1])
-    assert Rendezvous(path, 1, LIMIT_S).get(0, "slabs") == [1] and rank.peek(1, "slabs") is None
-    assert time.monotonic() - started < 0.5
-    message = refusal(lambda: rank.get(1, "slabs", timeout_s=1.0), DwdpTimeout)
-    check_message(message, ["rank 0 waited 1 s for rank 1 (slabs)"])
-    assert 1.0 <= time.monotonic() - started < 2.5
-
-
-def test_a_wait_without_time_looks_once(folder: str) -> None:
-    rank = Rendezvous(folder, 0, LIMIT_S)
-    with pytest.raises(DwdpTimeout):
-        rank.get(1, "slabs", timeout_s=0)
-    Rendezvous(folder, 1, LIMIT_S).put("slabs", [1])
-    assert rank.get(1, "slabs", timeout_s=0) == [1]
-
-
-def _overwrite(path: str, seconds: float) -> None:
-    rank, count = Rendezvous(path, 1, LIMIT_S), 0
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        count += 1
-        rank.put("slabs", [count] * 50_000)  # many pages
-    rank.put("written", count)
-
-
-def test_no_message_is_read_before_it_is_whole(folder: str) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=_overwrite, args=(folder, 1.5), daemon=True)
-    process.start()
-    rank, seen = Rendezvous(folder, 0, LIMIT_S), set()
-    while rank.peek(1, "written") is None:
-        if (found := rank.peek(1, "slabs")) is not None:
-            assert len(found) == 50_000 and len(set(found)) == 1
-            seen.add(found[0])
-    process.join(LIMIT_S)
-    # They did run at the same time.
-    assert process.exitcode == 0 and len(seen) > 10 and rank.peek(1, "written") > 10
-    assert sorted(os.listdir(folder)) == ["1-slabs.json", "1-written.json", "front-end.json"]
-
-
-def test_a_message_that_cannot_be_written(folder: str) -> None:
-    rank = Rendezvous(folder, 1, LIMIT_S)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # the kernel refuses it, as on a full disk
-    try:
-        message = refusal(lambda: rank.put("slabs", "x" * 2000))
-        rank.fail(RuntimeError("x" * 2000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    check_message(
-        message, [f"writing 1-slabs.json in {folder} failed (File too large)", "free space there", "set TMPDIR"]
-    )
-    assert os.listdir(folder) == ["front-end.json"]
-    assert Rendezvous(folder, 0, LIMIT_S).peek(1, "slabs") is None
-
-
-def test_no_folder_can_be_made(public: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a temporary folder, on a full one, or where its file system has no permissions; nothing stays."""
-    owner = Owner()
-    monkeypatch.setattr(tempfile, "tempdir", str(public / "nothing"))
-    message = refusal(lambda: make_folder(owner))
-    check_message(message, ["no folder for the ranks to meet in could be made", "No such file", "set TMPDIR"])
-    monkeypatch.setattr(tempfile, "tempdir", str(public))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
-    try:
-        message = refusal(lambda: make_folder(owner))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    check_message(message, ["writing front-end.json in", "File too large", "free space there"])
-    mkdtemp = tempfile.mkdtemp
-
-    def without_permissions(prefix: str) -> str:
-        made = mkdtemp(prefix=prefix)
-        os.chmod(made, 0o777)
-        return made
-
-    monkeypatch.setattr(tempfile, "mkdtemp", without_permissions)
-    check_message(refusal(lambda: make_folder(owner)), ["mode 0777", "a local file system with owners and permissions"])
-    assert list(public.iterdir()) == []
 
 
 def test_a_folder_goes_while_ranks_still_write(public: Path) -> None:
@@ -331,6 +201,31 @@ def test_the_folder_of_a_killed_front_end(front_end: tuple[subprocess.Popen[str]
     assert not os.path.lexists(path)
     remove_orphaned(path)
     remove_orphaned("")
+
+
+def test_a_process_that_outlives_its_front_end_removes_the_folder(public: Path) -> None:
+    code = (
+        "import multiprocessing, os, sys, time\nfrom vllm_dwdp.engine.launch import RENDEZVOUS_ENV\n"
+        "from vllm_dwdp.engine.launch_folder import make_folder\n"
+        "from vllm_dwdp.engine.orphans import end_with_parent\nclass Owner: pass\nowner = Owner()\n"
+        "def engine(pipe):\n    end_with_parent()\n    pipe.send(os.getpid())\n    time.sleep(60)\n"
+        "folder = make_folder(owner)\nos.environ[RENDEZVOUS_ENV] = f'{os.getpid()}:{folder}'\n"
+        "here, there = multiprocessing.Pipe()\n"
+        "multiprocessing.get_context('fork').Process(target=engine, args=(there,)).start()\n"
+        "print(folder, here.recv(), flush=True)\nsys.stdin.read()\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(public)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        folder, engine = process.stdout.readline().split()
+        assert os.path.isdir(folder)
+        process.kill()
+    deadline = time.monotonic() + LIMIT_S
+    while os.path.lexists(folder) or os.path.exists(f"/proc/{engine}"):
+        assert time.monotonic() < deadline, "the folder, or the engine, stays"
+        time.sleep(0.05)
 
 
 def test_a_watcher_leaves_folders_alone_that_are_no_launchs(public: Path) -> None:

@@ -7,6 +7,7 @@ Whoever opens it checks whose it is, and from then on works with what was opened
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -25,10 +26,18 @@ _FRONT_END = "front-end.json"
 _MODE = 0o700
 #: Where the user's temporary folder does not do.
 _OTHER_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
-#: Removing races with ranks that have begun to write a message.
+#: Removing races with ranks that write a message: none begins to once the front end's file is gone.
 _REMOVALS = 10
 _REMOVAL_PAUSE_S = 0.01
 _REMEDY = "set TMPDIR to a folder on a local file system with owners and permissions, and run all ranks as one user"
+_FREE_SPACE = "free space there, or set TMPDIR to a folder that has some"
+_REMEDIES = {
+    errno.EMFILE: "raise ulimit -n",
+    errno.ENFILE: "raise fs.file-max",
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EFBIG: "raise ulimit -f",
+}
 
 
 class LaunchFolder:
@@ -57,7 +66,7 @@ class LaunchFolder:
         except OSError as error:
             if self.is_abandoned():
                 raise _gone(self.path) from error
-            raise _unwritten(name, self.path, error) from error
+            raise _failed(f"writing {name} in {self.path}", error) from error
 
     def read(self, name: str) -> Any | None:
         """The value in the file `name`; None where there is none."""
@@ -67,7 +76,7 @@ class LaunchFolder:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise DwdpError(f"reading {name} in {self.path} failed ({error.strerror}): {_REMEDY}") from error
+            raise _failed(f"reading {name} in {self.path}", error) from error
         try:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
@@ -118,7 +127,7 @@ def _make_in(place: str) -> str:
     try:
         path = tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=place)
     except OSError as error:
-        raise DwdpError(f"no folder for the ranks to meet in could be made ({error}): {_REMEDY}") from error
+        raise _failed("making a folder for the ranks to meet in", error) from error
     try:
         fd = _open_private(path)
         try:
@@ -128,15 +137,13 @@ def _make_in(place: str) -> str:
     except (OSError, DwdpError) as error:
         remove_folder(path)
         if isinstance(error, OSError):
-            raise _unwritten(_FRONT_END, path, error) from error
+            raise _failed(f"writing {_FRONT_END} in {path}", error) from error
         raise
     return path
 
 
 def remove_folder(path: str) -> None:
     """Remove the folder and all messages; quiet where it is gone."""
-    with contextlib.suppress(OSError):
-        os.unlink(os.path.join(path, _FRONT_END))  # from here on nobody begins to write
     for _ in range(_REMOVALS):
         shutil.rmtree(path, ignore_errors=True)
         if not os.path.lexists(path):
@@ -163,9 +170,7 @@ def _open_private(path: str) -> int:
     except FileNotFoundError as error:
         raise _gone(path) from error
     except OSError as error:
-        raise DwdpError(
-            f"{path} is no folder of a launch of user {os.geteuid()} ({error.strerror}): {_REMEDY}"
-        ) from error
+        raise _failed(f"opening the launch's folder {path}", error) from error
     found = os.fstat(fd)
     # The group's set-id bit is inherited and opens nothing.
     if found.st_uid == os.geteuid() and found.st_mode & 0o777 == _MODE:
@@ -181,8 +186,9 @@ def _gone(path: str) -> PeerLost:
     return PeerLost(f"the folder {path} of this launch is gone: its front end has ended; look at its log")
 
 
-def _unwritten(name: str, path: str, error: OSError) -> DwdpError:
-    return DwdpError(f"writing {name} in {path} failed ({error.strerror}): free space there, or {_REMEDY}")
+def _failed(what: str, error: OSError) -> DwdpError:
+    remedy = _REMEDIES.get(error.errno or 0, _REMEDY)
+    return DwdpError(f"{what} failed for user {os.geteuid()} ({error.strerror}): {remedy}")
 
 
 def _write(folder: int, name: str, value: Any) -> None:
