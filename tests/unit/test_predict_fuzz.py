@@ -176,6 +176,25 @@ def test_scenarios_that_would_never_end(change: dict[str, Any], says: str) -> No
     check(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_hidden_layers", 10**9), ("num_experts", 10**9), ("hidden_size", 2**40), ("q_lora_rank", [])],
+)
+def test_models_that_nobody_has(field: str, value: object) -> None:
+    base = DEEPSEEK if field == "q_lora_rank" else CONFIG
+    with pytest.raises(DwdpError, match=f"^{field} of test is "):
+        parse_model({**base, field: value}, "test")
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value"),
+    [("link", "max_ranks", 10**6), ("link", "rate", "1e-3 B/s"), ("efficiency", "matmul", 1e-300)],
+)
+def test_hardware_that_nobody_has(table: str, key: str, value: object) -> None:
+    with pytest.raises(DwdpError, match=f"^test: {table}.{key} is .*: it must be"):
+        parse_hardware({**H200, table: {**H200.get(table, {}), key: value}}, "test")
+
+
 def test_the_largest_documented_run_is_not_refused() -> None:
     example = read_toml(Path(__file__).parents[2] / "examples/scenario.toml", "scenario", "")
     assert scenarios.parse_scenario({**example, "ranks": 10_000}, "test").ranks == 10_000
