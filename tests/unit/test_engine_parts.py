@@ -19,7 +19,7 @@ from vllm_dwdp.engine import environment
 from vllm_dwdp.engine.cores import split_cores
 from vllm_dwdp.engine.launch import DwdpLaunch
 from vllm_dwdp.engine.launch_folder import make_folder
-from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.errors import DwdpError, DwdpTimeout
 from vllm_dwdp.layers.build import ModelBuild, page_granularity
 from vllm_dwdp.layers.window import estimate
 from vllm_dwdp.patches.engine_liveness import killed
@@ -233,3 +233,24 @@ def test_a_killed_engine_is_named(name: str, exitcode: int | None, told: str | N
     others = [SimpleNamespace(name="EngineCore_DP0", exitcode=0, pid=6)]
     assert killed(name, [*others, SimpleNamespace(name=name, exitcode=exitcode, pid=7)]) == told
     assert killed(name, others) is None
+
+
+def test_counters_are_not_waited_for_without_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_dwdp.engine.offline_client import DwdpSyncClient
+
+    client = object.__new__(DwdpSyncClient)
+    monkeypatch.setattr(DwdpSyncClient, "ensure_alive", lambda self: None)
+    launch = DwdpLaunch(DwdpConfig(timeout_s=0.1), 2, Rendezvous("h", 1, "id"), (0,))
+    client.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(dwdp_launch=launch))  # type: ignore[assignment]
+    client.core_engines, client.utility_results, client._served = [b"0", b"1"], {}, [3, 4]
+    answering = {0}
+
+    def send(self: DwdpSyncClient, engine: int, kind: object, payload: tuple[int, int, str, object]) -> None:
+        if engine in answering:
+            self.utility_results[payload[1]].set_result([{"rank": engine}])
+
+    monkeypatch.setattr(DwdpSyncClient, "_send_to", send)
+    with pytest.raises(DwdpTimeout, match=r"rank 1 \(collective_rpc\) does not answer within dwdp.timeout_s"):
+        client.dwdp_counters()
+    answering.add(1)
+    assert client.dwdp_counters() == [{"rank": 0, "requests": 3}, {"rank": 1, "requests": 4}]

@@ -6,6 +6,7 @@ with the fewest unfinished ones, splits aborts by engine and calls utilities on 
 
 from __future__ import annotations
 
+import time
 import uuid
 import weakref
 from concurrent.futures import Future, wait
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
 from vllm.v1.engine.core_client import SyncMPClient
 
-from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.engine.launch import launch_of
+from vllm_dwdp.errors import DwdpError, DwdpTimeout
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -104,8 +106,12 @@ class DwdpSyncClient(SyncMPClient):
             return [item for result in results for item in result]
         return all(results) if method in _ALL_TRUE else results[0]
 
-    def call_utility_all(self, method: str, *args: Any) -> list[Any]:
-        """Call `method` on every rank at once and return the results in rank order."""
+    def call_utility_all(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
+        """Call `method` on every rank at once and return the results in rank order.
+
+        Without `timeout_s` it waits as long as the ranks live, as plain vLLM does. Raises DwdpTimeout.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         futures: list[Future[Any]] = []
         for engine in range(len(self.core_engines)):
             call_id = uuid.uuid1().int >> 64
@@ -113,16 +119,24 @@ class DwdpSyncClient(SyncMPClient):
             self.utility_results[call_id] = future
             futures.append(future)
             self._send_to(engine, EngineCoreRequestType.UTILITY, (0, call_id, method, args))
-        return [self._result(future) for future in futures]
+        return [self._result(future, f"rank {rank} ({method})", deadline) for rank, future in enumerate(futures)]
 
-    def _result(self, future: Future[Any]) -> Any:
+    def _result(self, future: Future[Any], what: str, deadline: float | None) -> Any:
         while not wait([future], _PERIOD_S).done:
             self.ensure_alive()
+            if deadline is not None and time.monotonic() > deadline:
+                raise DwdpTimeout(
+                    f"{what} does not answer within dwdp.timeout_s: it computes for longer, or stands still"
+                )
         return future.result()
 
     def dwdp_counters(self) -> list[dict[str, Any]]:
-        """Counters of every rank, in rank order, with the requests sent to it."""
-        counters = self.call_utility("collective_rpc", "dwdp_counters", None, (), None)
+        """Counters of every rank, in rank order, with the requests sent to it; raises DwdpTimeout."""
+        launch = launch_of(self.vllm_config)
+        timeout_s = None if launch is None else launch.config.timeout_s
+        # The limit is ours, not the call's: an engine that gives up on an answer takes it for that of its next call.
+        results = self.call_utility_all("collective_rpc", "dwdp_counters", None, (), None, timeout_s=timeout_s)
+        counters = [counter for result in results for counter in result]
         return [{**counter, "requests": served} for counter, served in zip(counters, self._served, strict=True)]
 
 

@@ -96,12 +96,16 @@ def load_hardware(name: str) -> Hardware:
                 raise DwdpError(f"hardware {name!r} is unknown: {hint}; or give the path of a .toml file")
             path = aliases[name.lower()]
     raw = read_toml(path, "hardware file", "give a shipped name or a .toml")
-    with understood(str(path)):
-        return parse_hardware(raw, str(path))
+    return parse_hardware(raw, str(path))
 
 
 def parse_hardware(raw: dict[str, Any], where: str) -> Hardware:
     """A hardware file's content; raises DwdpError that names the key and the file."""
+    with understood(where):
+        return _hardware(raw, where)
+
+
+def _hardware(raw: dict[str, Any], where: str) -> Hardware:
     known_keys(raw, _KEYS | _TABLES, where, "")
     peak, link, under = _table(raw, "peak", where), _table(raw, "link", where), _table(raw, "interference", where)
     known_keys(peak, {"bf16", "fp8", "fp4"}, where, "peak.")

@@ -103,8 +103,7 @@ def load_model(source: str, expert_format: str | None = None, linear_format: str
         raise DwdpError(f"{path} holds a {type(raw).__name__}: a model's config.json is a mapping")
     by_file = path.resolve().parent.name if path.name == "config.json" else path.stem
     name = source.rstrip("/") if path.parent == MODELS else str(raw.get("_name_or_path") or by_file)
-    with understood(f"the config of {name}"):
-        return parse_model(raw, name, expert_format, linear_format)
+    return parse_model(raw, name, expert_format, linear_format)
 
 
 def find_config(source: str) -> Path:
@@ -133,6 +132,11 @@ def parse_model(
     raw: dict[str, Any], name: str, expert_format: str | None = None, linear_format: str | None = None
 ) -> MoeModel:
     """See `load_model`; `raw` is the content of a config.json."""
+    with understood(f"the config of {name}"):
+        return _model(raw, name, expert_format, linear_format)
+
+
+def _model(raw: dict[str, Any], name: str, expert_format: str | None, linear_format: str | None) -> MoeModel:
     f = Fields(raw, name)
     if f.get(*_EXPERTS) in (None, 0):
         raise DwdpError(f"{name} (model_type {f.kind!r}) has no routed experts: DWDP is for mixture-of-experts models")
@@ -234,7 +238,7 @@ def _attention(f: Fields, hidden: int) -> Attention:
     heads = f.count("num_attention_heads")
     if f.get("kv_lora_rank"):
         rope, nope = f.count("qk_rope_head_dim"), f.count("qk_nope_head_dim")
-        rank, q_rank = f.count("kv_lora_rank"), f.get("q_lora_rank")
+        rank, q_rank = f.count("kv_lora_rank"), f.count("q_lora_rank", default=0, least=0) or None
         return Attention(
             heads, heads, nope + rope, f.count("v_head_dim"), None, rank, q_rank, rope, rank + (q_rank or 0)
         )

@@ -63,13 +63,17 @@ def _tables(value: Any, where: str) -> list[dict[str, Any]]:
 def load_scenario(path: str, seed: int | None = None) -> Scenario:
     """Read a scenario file; `seed` replaces its own. Raises DwdpError in one line."""
     raw = read_toml(path, "scenario", "give a TOML file")
-    with understood(path):
-        scenario = parse_scenario(raw, path)
+    scenario = parse_scenario(raw, path)
     return scenario if seed is None else replace(scenario, seed=seed)
 
 
 def parse_scenario(raw: dict[str, Any], where: str) -> Scenario:
     """See `load_scenario`."""
+    with understood(where):
+        return _scenario(raw, where)
+
+
+def _scenario(raw: dict[str, Any], where: str) -> Scenario:
     known_keys(raw, _TOP, where, "")
     load = raw.get("requests")
     if not isinstance(load, dict):
