@@ -140,12 +140,13 @@ def test_a_pinned_request_goes_to_its_rank_whatever_its_load(client: DwdpSyncCli
 
 @pytest.mark.parametrize("reason", FinishReason)
 def test_a_request_that_ends_is_no_load(client: DwdpSyncClient, wire: Wire, reason: FinishReason) -> None:
-    add(client, wire, "a"), add(client, wire, "b")
+    for name in "abc":
+        add(client, wire, name)
     put(client, output("a", None), output("b", reason))
     assert [item.request_id for item in client.get_output().outputs] == ["a", "b"]
-    assert client._unfinished == [1, 0, 0]
+    assert client._unfinished == [1, 0, 1]
     # An engine names some that ended without an output; a request told twice counts once.
-    put(client, output("a", reason), finished={"a", "b"})
+    put(client, output("a", reason), finished={"a", "b", "c"})
     client.get_output()
     assert client._unfinished == [0, 0, 0] and client._engine_of == {}
 
