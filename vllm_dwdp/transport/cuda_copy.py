@@ -55,8 +55,8 @@ class CudaProgram(Program):
 class CudaCopyEngine(CopyEngine):
     """See CopyEngine; one thread uses it. `wait` never blocks the host: `finish` and `close` do, with a limit.
 
-    CUDA itself blocks a host that has given a stream about a thousand pieces of work that do not end, so limits are looked at
-    before work is given; what is not ours (kernels, the wait for a step's tokens) blocks without one.
+    CUDA itself blocks a host that has given a stream about a thousand pieces of work that do not end, so limits are looked
+    at before work is given; what is not ours (kernels, the wait for a step's tokens) blocks without one.
 
     In a CUDA graph capture of the compute stream, copies are captured too, and `join` must be called before it ends. A
     wait in a capture for a copy submitted outside of it is left out: before each replay, the copies that were under way
