@@ -52,6 +52,8 @@ def test_two_ranks_see_every_byte(view: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_kernels_are_made_again_for_all_experts(view: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, ranks = share_on_gpus(monkeypatch, view)
     for rank in ranks:
+        # The one with a runner acquires and releases around vLLM's op.
+        assert [module._dwdp_outside for module in rank.modules] == [False, True, False]
         for number, module in enumerate(rank.modules):
             kernel = module.quant_method.moe_kernel
             assert kernel.biases == EXPERTS and kernel.experts == (EXPERTS, "whole")
