@@ -208,6 +208,8 @@ def parts(cpu: bool, acquires: int) -> dict[str, Callable[[], list[Row]]]:
         return {
             "ranks": lambda: ranks_part([Setting("shm", 2)], "play", acquires),
             "killed": lambda: killed_part("shm"),
+            # Forwards in the orders of the graphs; there are none here.
+            "replay": lambda: ranks_part([Setting("shm", 2)], "replay", acquires),
         }
     ipc = [Setting("cupy_ipc", 2), Setting("cupy_ipc", 3, 1), Setting("cupy_ipc", 4, 4)]
     return {

@@ -30,6 +30,8 @@ from vllm_dwdp.transport.shm import ShmTransport
 
 LIMIT_S = 60.0
 EXPERTS, LAYERS, SLOTS = 8, 5, 2
+#: Forwards that CUDA graphs are made of: whole, with layers skipped and repeated, and none as of a dense drafter.
+ORDERS = (tuple(range(LAYERS)), (0, 1, 2), (0, 2, 4), (4, 1), (0, 1, 2, 0), (3, 3, 1), ())
 TENSORS = (TensorSpec("w13", 96 << 10), TensorSpec("w2", 48 << 10), TensorSpec("scale", 12))
 
 
@@ -136,25 +138,65 @@ class Player:
                     time.sleep(self.rng.random() * 1e-3)
 
     def replay(self, acquires: int) -> None:
-        """Capture a whole forward, copies included, as torch captures; replay it; then go on eagerly."""
-        torch = self.torch
+        """Capture forwards, copies included, as torch captures; replay them in random turns, and eager ones between."""
         self.play(LAYERS, aborts=False)
-        self.prefetcher.align()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for layer in range(LAYERS):
-                self.prefetcher.acquire(layer)
-                self.use(layer)
-                self.prefetcher.release(layer)
-            self.prefetcher.end_capture()
-        for number in range(-(-acquires // LAYERS)):
-            if number % 10 == 9:  # an eager forward, and an aborted one, between replays
+        begun = self.page.fields.layers
+        graphs = [self.capture(order) for order in ORDERS] if self.on_gpu else [None] * len(ORDERS)
+        counted = expected = 0
+        done, number = 0, 0
+        while done < acquires:
+            chosen = self.rng.randrange(len(ORDERS))
+            before = self.page.fields.layers
+            if self.rng.random() < 0.1:  # an eager forward, or an aborted one
                 self.play(1)
-            self.prefetcher.align()
-            graph.replay()
-        torch.cuda.synchronize()
+            elif (graph := graphs[chosen]) is None:
+                self.compute(ORDERS[chosen])
+            else:
+                self.prefetcher.align()
+                graph[0].replay()
+                self.prefetcher.count_replay(graph[1])
+                counted += self.page.fields.layers - before
+                expected += len(ORDERS[chosen])
+            number += 1
+            done += max(1, self.page.fields.layers - before)
+            if self.on_gpu and number % 50 == 0:
+                self.abort_capture()
+        self.synchronize()
+        # A count that is off is as wrong as a byte.
+        self.wrong += abs(counted - expected) + (begun > self.page.fields.layers)
         self.play(2 * LAYERS, aborts=False)
+
+    def compute(self, order: Sequence[int]) -> None:
+        """A forward of these layers."""
+        for layer in order:
+            self.prefetcher.acquire(layer)
+            self.use(layer)
+            self.prefetcher.release(layer)
+
+    def capture(self, order: Sequence[int]) -> Any:
+        """(the graph of a forward of these layers, what its replays count)."""
+        self.prefetcher.align()
+        self.synchronize()
+        graph = self.torch.cuda.CUDAGraph()
+        with self.torch.cuda.graph(graph):
+            self.wrong += 0  # torch warns of a graph without nodes
+            self.compute(order)
+            counts = self.prefetcher.end_capture()
+        return graph, counts
+
+    def abort_capture(self) -> None:
+        """A capture that the prefetcher never hears the end of. Its copies are joined: torch does not survive a capture
+        that fails for good."""
+        self.prefetcher.align()
+        self.synchronize()
+        with self.torch.cuda.graph(self.torch.cuda.CUDAGraph()):
+            self.compute(self.rng.choice(ORDERS[:-1])[:2])
+            self.engine.join()
+        self.synchronize()
+
+    def synchronize(self) -> None:
+        if self.on_gpu:
+            self.torch.cuda.synchronize()
 
     def churn(self, mib: int) -> None:
         """Allocate and write memory, which must not be a dead owner's."""

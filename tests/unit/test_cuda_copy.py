@@ -161,6 +161,46 @@ def test_an_overdue_copy_is_noticed_at_submit_wait_and_close() -> None:
     assert bench.arrived()
 
 
+def test_no_more_work_is_given_once_a_copy_is_overdue(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call that could block in CUDA looks at the limit first, also those about a younger copy."""
+    now = [100.0]
+    monkeypatch.setattr("vllm_dwdp.transport.cuda_copy.time.monotonic", lambda: now[0])
+    program, engine = bench.program(), bench.engine
+    bench.machine.frozen = True
+    engine.submit(program)
+    now[0] += 299.0
+    younger = engine.submit(program)
+    release = engine.record()
+    engine.wait(younger, LIMIT_S)
+    now[0] += 2.0  # more than timeout_s after the first one, and 2 s after the other
+    streams = bench.device.streams.values()
+    given = [len(stream.work) for stream in streams]
+    for call in (engine.record, lambda: engine.submit(program, release), lambda: engine.wait(younger, LIMIT_S)):
+        with pytest.raises(DwdpTimeout, match="not done after 300 s"):
+            call()
+    assert [len(stream.work) for stream in streams] == given
+    bench.machine.frozen = False
+    bench.machine.drain()
+    engine.wait(engine.submit(program, engine.record()), LIMIT_S)
+    now[0] += 1000.0
+    bench.machine.drain()
+    engine.record()  # long ago, and done
+
+
+def test_a_capture_that_ended_without_join_is_told() -> None:
+    bench = Bench()
+    program = bench.program()
+    bench.device.begin_torch_capture()
+    event = bench.engine.submit(program, bench.engine.record())
+    assert bench.engine.capturing()
+    with pytest.raises(CudaError, match="cudaErrorStreamCaptureUnjoined"):
+        bench.device.end_torch_capture()
+    bench.device.current = 0
+    assert not bench.engine.capturing()
+    with pytest.raises(DwdpError, match="a CUDA graph capture ended without its copies"):
+        bench.engine.wait(event, LIMIT_S)
+
+
 def test_events_that_outlive_the_engine_are_destroyed_too(bench: Bench) -> None:
     event: Event | None = bench.engine.submit(bench.program())
     bench.engine.close(LIMIT_S)

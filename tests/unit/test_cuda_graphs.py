@@ -4,6 +4,7 @@ with eager ones, and captures that are aborted."""
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from tests.unit.cuda_rank import LIMIT_S, Rank, close_ranks, start_ranks
 from tests.unit.fake_cuda import Machine
 from tests.unit.rank import flat
-from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.errors import DwdpError, DwdpTimeout
 from vllm_dwdp.prefetch.replays import NO_LAYERS, ReplayCounts
 from vllm_dwdp.prefetch.ring import Ring
 from vllm_dwdp.transport.cuda_copy import CopyOptions
@@ -244,6 +245,35 @@ def test_a_graph_brings_slots_home_only_behind_their_last_use() -> None:
         nodes = rank.device.graphs[graph.number]
         roots = [node for node in nodes if not node.after]
         assert len(roots) == 1, "a copy of the graph waits for nothing"
+        rank.device.destroy_graph(graph.number)
+        close_ranks(ranks)
+
+
+def test_a_device_that_stands_still_ends_in_an_error_within_the_limit() -> None:
+    """Forwards and replays go on as long as the host may, and then say so; afterwards all goes on."""
+    for through_graphs in (False, True):
+        machine = Machine(10)
+        ranks = start_ranks(machine, 2, 5, Ring(4, 2), CopyOptions(timeout_s=0.3))
+        rank = ranks[0]
+        rank.prefetcher.start()
+        graph = capture(rank, range(4))
+        machine.drain()
+        machine.frozen = True
+        begun = time.monotonic()
+        with pytest.raises(DwdpTimeout, match="not done after"):
+            while time.monotonic() - begun < 20:
+                if through_graphs:
+                    eager(rank, (0,))  # leaves a pull that the replay has to wait for
+                    replay(rank, graph)
+                else:
+                    eager(rank, range(4))
+                time.sleep(0.01)
+        assert 0.29 < time.monotonic() - begun < 10
+        machine.frozen = False
+        machine.drain()
+        eager(rank, range(4))
+        machine.drain()
+        assert rank.wrong == 0
         rank.device.destroy_graph(graph.number)
         close_ranks(ranks)
 

@@ -3,6 +3,7 @@ over shared memory."""
 
 import gc
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.cuda_rank import process_id
+from tests.unit.cuda_rank import process_id, start_ranks
 from tests.unit.fake_cuda import FakeCuda, Machine
+from vllm_dwdp.prefetch.ring import Ring
 from vllm_dwdp.transport.base import Memory
+from vllm_dwdp.transport.cuda_copy import CopyOptions
 from vllm_dwdp.transport.cuda_pinned import PinnedTransport
 from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
 
@@ -129,16 +132,52 @@ def test_pinned_source(measures: Any) -> None:
     gc.collect()
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_graphs_that_skip_and_repeat_layers(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the part "replay" does on a GPU, over the simulated one; slots that are not brought home are noticed."""
+    from tests.unit.vllm_graphs import use_simulated_graphs
+
+    monkeypatch.syspath_prepend(str(CI))
+    import gpu_ranks
+
+    machine = Machine(5)
+    ranks = start_ranks(machine, 2, 5, Ring(gpu_ranks.LAYERS, gpu_ranks.SLOTS), CopyOptions())
+    rank = ranks[0]
+    use_simulated_graphs(rank.device, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "synchronize", machine.drain)
+    if broken:
+        bring_home = rank.prefetcher.end_capture
+
+        def end_capture() -> Any:
+            for slot in rank.prefetcher._slots:
+                slot.holds = slot.number
+            return bring_home()
+
+        monkeypatch.setattr(rank.prefetcher, "end_capture", end_capture)
+    player: Any = object.__new__(gpu_ranks.Player)
+    player.__dict__.update(
+        torch=torch, rng=random.Random(1), on_gpu=True, prefetcher=rank.prefetcher, engine=rank.engine, page=rank.page
+    )
+    player.wrong, player.use = torch.zeros((), dtype=torch.int64), rank.use
+    rank.prefetcher.start()
+    player.replay(400)
+    machine.drain()
+    assert rank.compared > 400 and int(player.wrong) == 0
+    assert (rank.wrong > 0) is broken
+    rank.prefetcher.close(30.0)
+
+
 def test_processes_and_report_over_shared_memory(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     command = [sys.executable, str(SCRIPT), "--cpu", "--acquires", "60", "--json", str(out), "--limit", "300"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=320, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "0 failed of 2 checks" in done.stdout
+    assert "0 failed of 3 checks" in done.stdout
     rows = json.loads(out.read_text())["rows"]
     assert [row["name"] for row in rows if row["ok"]] == [
         "shm, 2 ranks: wrong bytes",
         "shm: wrong bytes after the owner's end",
+        "shm, 2 ranks: wrong bytes",
     ]
 
 

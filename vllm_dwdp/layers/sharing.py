@@ -215,4 +215,6 @@ class ExpertSharing:
         """
         if self.prefetcher is not None:
             self.prefetcher.close(_CLOSE_TIMEOUT_S)
+            # Before anything is let go: memory is not freed under a copy, for which CUDA would wait without a limit.
+            self.engine.close(_CLOSE_TIMEOUT_S)
         self._closing.close()

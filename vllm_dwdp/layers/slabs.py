@@ -134,6 +134,9 @@ def move_to_slabs(build: ModelBuild, transport: Transport) -> list[LayerSlab]:
             rows.copy_(tensor.parameter.data)
             tensor.parameter.data = rows
         slabs.append(LayerSlab(layer, fetched, replicated, slab))
+    if not build.on_cpu:
+        # These copies run on torch's stream; with its handle a peer may read a slab at once.
+        torch.cuda.synchronize()
     gc.collect()
     return slabs
 

@@ -53,7 +53,10 @@ class CudaProgram(Program):
 
 
 class CudaCopyEngine(CopyEngine):
-    """See CopyEngine; one thread uses it. `wait` never blocks the host: `finish` and `close` do.
+    """See CopyEngine; one thread uses it. `wait` never blocks the host: `finish` and `close` do, with a limit.
+
+    CUDA itself blocks a host that has given a stream about a thousand pieces of work that do not end, so limits are looked
+    at before work is given; what is not ours (kernels, the wait for a step's tokens) blocks without one.
 
     In a CUDA graph capture of the compute stream, copies are captured too, and `join` must be called before it ends. A
     wait in a capture for a copy submitted outside of it is left out: before each replay, the copies that were under way
@@ -118,10 +121,13 @@ class CudaCopyEngine(CopyEngine):
         return end
 
     def record(self) -> CudaEvent:
-        """See CopyEngine."""
+        """See CopyEngine. Raises DwdpTimeout where a copy is overdue."""
         self._check_open()
         compute = self._device.compute_stream()
-        event = CudaEvent(self._events, self._capture if self._capturing(compute) else EAGER)
+        capturing = self._capturing(compute)
+        if not capturing and self._under_way and time.monotonic() > self._under_way[0].deadline:
+            self._check_overdue()
+        event = CudaEvent(self._events, self._capture if capturing else EAGER)
         self._device.record(event.raw, compute)
         return event
 
@@ -141,6 +147,7 @@ class CudaCopyEngine(CopyEngine):
             submitted = mine.deadline - self._options.timeout_s
             if mine.deadline and time.monotonic() > submitted + timeout_s:
                 raise _overdue(timeout_s)
+            self._check_overdue()
             self._exposed.bracket(compute, mine.raw)
         return self._exposed.next_known()
 

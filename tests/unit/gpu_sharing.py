@@ -1,0 +1,231 @@
+"""`ExpertSharing` as on GPUs over the simulated device: small layers, two ranks as threads of which one runs at a time, and
+copies of torch that end only when the device runs them."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.unit.cuda_rank import LIMIT_S, process_id
+from tests.unit.fake_cuda import FakeCuda, Machine
+from vllm_dwdp.config import DwdpConfig, Rendezvous
+from vllm_dwdp.engine.launch import DwdpLaunch
+from vllm_dwdp.layers.build import LayerBuild, ModelBuild
+from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
+from vllm_dwdp.layers.sharing import ExpertSharing
+from vllm_dwdp.placement import place
+
+EXPERTS, LAYERS, HIDDEN, INNER = 5, 3, 128, 64
+SHAPES = {"w13_weight": (2 * INNER, HIDDEN), "w2_weight": (HIDDEN, INNER), "w13_bias": (2 * INNER,)}
+
+
+def weights(layer: int, name: str, experts: tuple[int, ...] = tuple(range(EXPERTS))) -> torch.Tensor:
+    """[len(experts), *row]: what everybody agrees on."""
+    seeded = torch.Generator().manual_seed(1000 * layer + list(SHAPES).index(name))
+    return torch.randn(EXPERTS, *SHAPES[name], generator=seeded).to(torch.bfloat16)[list(experts)]
+
+
+class Kernel:
+    """vLLM's kernel object of a layer: what it saw when it was made."""
+
+    def __init__(self, layer: Any) -> None:
+        self.biases = len(layer.w13_bias)
+        self.experts = (layer.moe_config.num_local_experts, layer.expert_map_manager)
+        self.fused_experts = SimpleNamespace(tables=None, attach_tables=self._attach)
+
+    def _attach(self, *tables: Any) -> None:
+        self.fused_experts.tables = tables
+
+
+class Method:
+    """vLLM's method of an unquantised layer."""
+
+    moe_block_shape = None
+
+    def __init__(self) -> None:
+        self.experts_cls: type | None = None
+        self.moe_kernel: Any = None
+
+    def _init_moe_kernel(self, layer: Any) -> None:
+        self.moe_kernel = Kernel(layer)
+
+
+class Plain(torch.nn.Module):
+    """What `RoutedExperts` does that the mixin uses."""
+
+    def update_expert_map_info(self) -> None:
+        self.updated = True
+
+
+class Experts(DwdpExpertsMixin, Plain):
+    """A layer as vLLM leaves it: the share loaded, its kernel made for the share."""
+
+    def __init__(self, layer: int, share: tuple[int, ...]) -> None:
+        torch.nn.Module.__init__(self)
+        for name in SHAPES:
+            setattr(self, name, torch.nn.Parameter(weights(layer, name, share), requires_grad=False))
+        self.moe_config = SimpleNamespace(num_experts=EXPERTS, num_local_experts=len(share))
+        self.expert_map_manager = "share"  # type: ignore[assignment]
+        object.__setattr__(self, "_dwdp_whole_map", "whole")
+        self.quant_method, self.top_k = Method(), 2
+        self.dwdp_share, self.dwdp_layer, self.dwdp_gate, self.dwdp_tables = share, -1, None, None
+        self._dwdp_outside = False
+        self.quant_method._init_moe_kernel(self)
+
+
+class LateCopies(TorchDispatchMode):
+    """Tensor.copy_ as on a device: into device memory it is given to the compute stream, and not done when it returns;
+    into host memory it is done, behind that stream's work."""
+
+    def __init__(self, device: FakeCuda) -> None:
+        super().__init__()
+        self.device = device
+
+    def _on_device(self, tensor: torch.Tensor) -> bool:
+        blocks = self.device.blocks.values()
+        return any(block.real <= tensor.data_ptr() < block.real + block.nbytes for block in blocks)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.copy_.default or args[0].dtype != args[1].dtype:
+            return func(*args, **(kwargs or {}))
+        target, source = args[0], args[1]
+        if not self._on_device(target):
+            torch.cuda.synchronize()
+            return func(*args, **(kwargs or {}))
+        assert target.is_contiguous() and source.is_contiguous()
+
+        def move() -> None:
+            ctypes.memmove(target.data_ptr(), source.data_ptr(), target.nbytes)
+
+        self.device.kernel([move])
+        return target
+
+
+class Meeting:
+    """`Rendezvous` of threads; the others run only while one waits."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.turn = threading.Condition()
+        self.num_ranks = num_ranks
+        self.said: dict[str, dict[int, Any]] = defaultdict(dict)
+
+    def of(self, rank: int) -> Any:
+        """As `engine.rendezvous.Rendezvous` of a rank."""
+
+        def put(name: str, value: Any) -> None:
+            self.said[name][rank] = value
+
+        def gather(name: str, value: Any, group: list[int]) -> list[Any]:
+            put(name, value)
+            self.turn.notify_all()
+            if not self.turn.wait_for(lambda: len(self.said[name]) == self.num_ranks, LIMIT_S):
+                raise TimeoutError(name)
+            return [self.said[name][other] for other in group]
+
+        return SimpleNamespace(rank=rank, put=put, gather=gather)
+
+
+@dataclass
+class GpuRank:
+    """A rank after set-up."""
+
+    device: FakeCuda
+    modules: list[Experts]
+    runner: Any
+    build: ModelBuild
+    sharing: ExpertSharing = field(init=False)
+    wrong: int = 0
+    compared: int = 0
+
+    def rows(self, layer: int, name: str) -> torch.Tensor:
+        """[E, *row] as kernels see them now: through the parameter, or by the addresses of the table."""
+        module, shape = self.modules[layer], SHAPES[name]
+        if module.dwdp_tables is None or name == "w13_bias":
+            return getattr(module, name).data
+        table = module.dwdp_tables[list(SHAPES).index(name)]
+        nbytes = 2 * shape[0] * shape[1]
+        raw = [ctypes.string_at(self.device.real(at, nbytes), nbytes) for at in table.addresses.tolist()]
+        return torch.frombuffer(bytearray(b"".join(raw)), dtype=torch.bfloat16).view(EXPERTS, *shape)
+
+    def compare(self, layer: int) -> None:
+        """The expert compute of a layer: a kernel that compares every byte, in pieces."""
+
+        def piece(name: str) -> Callable[[], None]:
+            def run() -> None:
+                self.compared += 1
+                self.wrong += not torch.equal(self.rows(layer, name), weights(layer, name))
+
+            return run
+
+        self.device.kernel([piece(name) for name in SHAPES])
+
+    def forward(self) -> None:
+        """Every layer, behind its gate; one with a runner through vLLM's op."""
+        for number, module in enumerate(self.modules):
+            if module._dwdp_outside:
+                self.runner._forward_entry(torch.zeros(1), number)
+                continue
+            assert module.dwdp_gate is not None
+            module.dwdp_gate.acquire(module.dwdp_layer)
+            self.compare(number)
+            module.dwdp_gate.release(module.dwdp_layer)
+
+
+def share_on_gpus(
+    monkeypatch: pytest.MonkeyPatch, view: str, num_ranks: int = 2, seed: int = 0, **settings: Any
+) -> tuple[Machine, list[GpuRank]]:
+    """`ExpertSharing` of every rank, not started; raises what one of them raised."""
+    machine, here = Machine(seed), threading.local()
+
+    def synchronize() -> None:
+        while any(stream.work for stream in here.device.streams.values()):
+            assert machine._step()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: here.device.index)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr("vllm_dwdp.transport.cuda_device.open_device", lambda index: here.device)
+    monkeypatch.setattr("vllm_dwdp.transport.cupy_ipc.this_process", lambda: process_id(here.device.number))
+    config = DwdpConfig.parse({"weight_view": view, **settings})
+    launch = DwdpLaunch(config, num_ranks, Rendezvous("127.0.0.1", 1, "made up"), ())
+    meeting, placement, failed = Meeting(num_ranks), place(EXPERTS, num_ranks), []
+    ranks = []
+    for rank in range(num_ranks):
+        build = ModelBuild(config, rank, num_ranks, on_cpu=False)
+        modules = [Experts(layer, placement.shares[rank]) for layer in range(LAYERS)]
+        build.layers = [LayerBuild(module, f"layer{i}", placement, False) for i, module in enumerate(modules)]
+        runner = SimpleNamespace()
+        build.outer_runners = {"layer1": runner}
+        ranks.append(GpuRank(machine.process(), modules, runner, build.open()))
+        runner._forward_entry = lambda states, layer, mine=ranks[-1]: mine.compare(layer) or states
+
+    def set_up(rank: int) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(meeting.turn)
+            here.device = ranks[rank].device
+            stack.enter_context(LateCopies(here.device))
+            try:
+                ranks[rank].sharing = ExpertSharing(ranks[rank].build, meeting.of(rank), launch)
+            except BaseException as error:
+                failed.append(error)
+                meeting.num_ranks = 0  # nobody waits for it
+                meeting.turn.notify_all()
+
+    threads = [threading.Thread(target=set_up, args=(rank,)) for rank in range(num_ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT_S)
+    if failed:
+        raise failed[0]
+    return machine, ranks

@@ -1,0 +1,94 @@
+"""`ExpertSharing` of GPU ranks over the simulated device: slabs, handles, views, ring, kernels, window, close."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.gpu_sharing import EXPERTS, LAYERS, SHAPES, share_on_gpus, weights
+from vllm_dwdp.errors import DwdpTimeout
+from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.transport.cuda_copy import CudaCopyEngine
+from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
+
+
+@pytest.fixture(autouse=True)
+def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelBuild, "_current", None)
+
+
+@pytest.mark.parametrize("view", ["auto", "contiguous", "split"])
+def test_two_ranks_see_every_byte(view: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, ranks = share_on_gpus(monkeypatch, view, num_slots=2)
+    for rank in ranks:
+        sharing = rank.sharing
+        assert isinstance(sharing.transport, CupyIpcTransport) and isinstance(sharing.engine, CudaCopyEngine)
+        assert sharing.view == ("contiguous" if view == "contiguous" else "split")
+        assert (
+            len(sharing.slots) == 2 and len(sharing.refilled) == 2
+        )  # the middle one of three layers has its slot alone
+        window = sharing.window(1000)
+        assert window is not None and window.pulled_bytes == sharing.bytes_per_forward > 0
+        sharing.start()
+    for _ in range(3):
+        for rank in ranks:
+            rank.forward()
+            machine.wander(10)
+    machine.drain()
+    for rank in ranks:
+        counted = rank.sharing.snapshot()
+        assert rank.compared == 3 * LAYERS * len(SHAPES) and rank.wrong == 0
+        assert (counted["forwards"], counted["layers"], counted["on_demand"]) == (3, 3 * LAYERS, 0)
+        assert counted["view"] == rank.sharing.view
+    for rank in ranks:
+        rank.sharing.close()
+        rank.sharing.close()
+        assert len(rank.device.streams) == 1, "a stream is left"
+
+
+@pytest.mark.parametrize("view", ["contiguous", "split"])
+def test_kernels_are_made_again_for_all_experts(view: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ranks = share_on_gpus(monkeypatch, view)
+    for rank in ranks:
+        # The one with a runner acquires and releases around vLLM's op.
+        assert [module._dwdp_outside for module in rank.modules] == [False, True, False]
+        for number, module in enumerate(rank.modules):
+            kernel = module.quant_method.moe_kernel
+            assert kernel.biases == EXPERTS and kernel.experts == (EXPERTS, "whole")
+            assert kernel.fused_experts.tables == module.dwdp_tables
+            assert (module.dwdp_tables is None) == (view == "contiguous")
+            assert torch.equal(module.w13_bias.data, weights(number, "w13_bias"))
+        rank.sharing.close()
+
+
+def test_nothing_is_published_before_it_is_in_the_slab(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies into slabs run on torch's stream; a peer may read as soon as it has a handle."""
+    original: Any = CupyIpcTransport.export_handle
+    published = []
+
+    def export_handle(self: Any, slab: Any) -> Any:
+        published.append(len(self._device.streams[0].work))
+        return original(self, slab)
+
+    monkeypatch.setattr(CupyIpcTransport, "export_handle", export_handle)
+    _, ranks = share_on_gpus(monkeypatch, "contiguous")
+    assert published == [0] * (2 * LAYERS), "copies were under way"
+    for rank in ranks:
+        rank.sharing.close()
+
+
+def test_slots_are_not_freed_under_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a copy does not end, close says so and leaves all memory as it is: freeing would wait without a limit."""
+    machine, ranks = share_on_gpus(monkeypatch, "contiguous")
+    monkeypatch.setattr("vllm_dwdp.layers.sharing._CLOSE_TIMEOUT_S", 0.02)
+    sharing, device = ranks[0].sharing, ranks[0].device
+    machine.frozen = True
+    sharing.engine.submit(sharing.refilled[0])  # as the measurement at start, before the ring has begun
+    with pytest.raises(DwdpTimeout, match="not done after"):
+        sharing.close()
+    assert device.calls["free"] == 0 and device.calls["ipc_close"] == 0
+    machine.frozen = False
+    for rank in ranks:
+        rank.sharing.close()
