@@ -240,7 +240,7 @@ def test_counters_are_not_waited_for_without_a_limit(monkeypatch: pytest.MonkeyP
 
     client = object.__new__(DwdpSyncClient)
     monkeypatch.setattr(DwdpSyncClient, "ensure_alive", lambda self: None)
-    launch = DwdpLaunch(DwdpConfig(timeout_s=0.1), 2, Rendezvous("h", 1, "id"), (0,))
+    launch = DwdpLaunch(DwdpConfig(timeout_s=0.1), 2, "/tmp/dwdp-launch", (0,))
     client.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(dwdp_launch=launch))  # type: ignore[assignment]
     client.core_engines, client.utility_results, client._served = [b"0", b"1"], {}, [3, 4]
     answering = {0}
