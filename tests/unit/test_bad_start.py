@@ -98,7 +98,10 @@ def test_the_front_end_ends() -> None:
         "import sys\nfrom vllm_dwdp.engine.launch_folder import make_folder\n"
         "class Owner: pass\nowner = Owner()\nprint(make_folder(owner), flush=True)\nsys.stdin.read()\n"
     )
-    front = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "TMPDIR": tempfile.gettempdir()}  # where what is left behind is looked for
+    front = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
     assert front.stdin and front.stdout
     folder = front.stdout.readline().strip()
     rank = Rendezvous(folder, 0, LIMIT_S)
