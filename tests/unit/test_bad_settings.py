@@ -52,18 +52,6 @@ def test_settings(tiny_moe: Path, ranks: int, settings: object, words: list[str]
     check_message(message, words)
 
 
-DBRX = {
-    "architectures": ["DbrxForCausalLM"],
-    "model_type": "dbrx",
-    "d_model": 32,
-    "n_heads": 1,
-    "n_layers": 1,
-    "max_seq_len": 128,
-    "ffn_config": {"moe_num_experts": 4, "ffn_hidden_size": 32, "moe_top_k": 2},
-    "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0},
-}
-
-
 def changed(moe: Path, folder: Path, **values: Any) -> Path:
     """A folder like that of `moe` with another config.json."""
     folder.mkdir()
@@ -79,7 +67,6 @@ def changed(moe: Path, folder: Path, **values: Any) -> Path:
     [
         pytest.param({"quantization_config": {"quant_method": "fp8"}}, ["'fp8'", "use a BF16"], id="fp8"),
         pytest.param({"quantization_config": {"quant_method": "mxfp4"}}, ["'mxfp4'", "use a BF16"], id="mxfp4"),
-        pytest.param(DBRX, ["DbrxForCausalLM", "all experts at once", "use another model"], id="dbrx"),
     ],
 )
 def test_models(tiny_moe: Path, tmp_path: Path, values: dict[str, Any], words: list[str]) -> None:

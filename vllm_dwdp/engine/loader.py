@@ -34,14 +34,16 @@ from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.coverage import check_coverage, check_memory
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.routed_experts import cover_subclasses
+from vllm_dwdp.layers.written import check_written, mark_rows
 
 logger = init_logger("vllm.dwdp")
 
 #: The load format that workers are switched to.
 LOAD_FORMAT = "dwdp"
 
-#: Loaders that copy a fused tensor whole, but take single experts as `experts.<id>.<name>`.
-_EXPERT_BY_EXPERT = frozenset({"GptOssForCausalLM"})
+#: Classes of experts whose model copies a fused tensor whole, but takes single experts as `experts.<id>.<name>`; the
+#: class that owns the experts, since any model may be around it (pooling, classification, multi-modal).
+_EXPERT_BY_EXPERT = frozenset({"GptOssRoutedExperts"})
 
 _FUSED = re.compile(r"\.experts\.(?!\d)")
 
@@ -66,6 +68,12 @@ class _ShareOnlyMixin:
             build.meet("memory")
         return model
 
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        build = ModelBuild.current()
+        marks = mark_rows(build)
+        super().load_weights(model, model_config)  # type: ignore[misc]
+        check_written(marks, build)
+
 
 class ShareOnlyLoader(_ShareOnlyMixin, DefaultModelLoader):
     """vLLM's default loader for this rank's share; `READ` counts what was asked of the files."""
@@ -74,7 +82,8 @@ class ShareOnlyLoader(_ShareOnlyMixin, DefaultModelLoader):
         self.local_expert_ids = ModelBuild.current().local_experts()
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-        self._expert_by_expert = type(model).__name__ in _EXPERT_BY_EXPERT
+        experts = {cls.__name__ for layer in ModelBuild.current().layers for cls in type(layer.module).__mro__}
+        self._expert_by_expert = bool(experts & _EXPERT_BY_EXPERT)
         super().load_weights(model, model_config)
 
     def _get_weights_iterator(

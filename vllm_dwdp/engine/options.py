@@ -23,11 +23,6 @@ LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
 #: Quantisations of a checkpoint that GPUs compute with; which kernels is checked when the layers exist.
 GPU_QUANTISATIONS = ("fp8",)
 
-#: Architectures whose weight loading takes all experts of a tensor at once, by name.
-REFUSED_ARCHITECTURES = {
-    "DbrxForCausalLM": "its loader copies the tensors of all experts at once",
-}
-
 
 def _parallel(args: EngineArgs) -> Iterator[str]:
     for name, flag in (
@@ -190,9 +185,6 @@ def _on_gpu(config: DwdpConfig) -> Iterator[str]:
 def check_model(model_config: ModelConfig, on_cpu: bool) -> int:
     """Refuse models without routed experts, or with experts dwdp cannot share; returns the number of experts."""
     name = model_config.model
-    for architecture in model_config.architectures:
-        if why := REFUSED_ARCHITECTURES.get(architecture):
-            raise DwdpError(f"{architecture} is not supported by this release of dwdp ({why}): use another model")
     experts = int(model_config.get_num_experts())
     if experts == 0:
         raise DwdpError(

@@ -10,6 +10,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
+from vllm_dwdp.layers.tied import refuse_tied
 from vllm_dwdp.transport.limits import require_descriptors, require_memory
 
 #: vLLM's methods whose weights may lie in slabs and slots of a GPU: plain ones, and FP8 with scales per block or tensor.
@@ -18,13 +19,17 @@ GPU_METHODS = ("UnquantizedFusedMoEMethod", "Fp8MoEMethod")
 #: Left for what vLLM opens between loading and the first request.
 _SPARE_DESCRIPTORS = 16
 
+#: Classes of experts with a loader of their own that takes single experts.
+KNOWN_LOADERS = ("GptOssRoutedExperts",)
+
 
 def check_coverage(model: nn.Module, build: ModelBuild) -> None:
     """Refuse a model with routed experts that dwdp does not hold.
 
     Raises:
         DwdpError: no MoE layer is ours, a `RoutedExperts` layer is not, some module holds a tensor of all experts
-            outside of one, or experts are not computed by vLLM's unquantised method.
+            outside of one, experts are not computed by vLLM's unquantised method, or a class of experts brings a loader
+            that nobody has looked at.
     """
     name = type(model).__name__
     if not build.layers:
@@ -38,12 +43,31 @@ def check_coverage(model: nn.Module, build: ModelBuild) -> None:
             raise DwdpError(f"{name}: MoE layer {path} ({type(module).__name__}) is not covered by dwdp")
         if why := _refused_method(module.quant_method, build.on_cpu):
             raise DwdpError(f"{name}: experts of {path} {why}")
+        if why := _refused_loader(type(module)):
+            raise DwdpError(f"{name}: experts of {path} {why}")
         inside.update(map(id, module.parameters()))
     for path, parameter in model.named_parameters():
         if id(parameter) not in inside and parameter.ndim >= 3 and parameter.shape[0] in experts and ".experts" in path:
             raise DwdpError(
                 f"{name}: {path} holds {parameter.shape[0]} experts outside of RoutedExperts: not supported"
             )
+    refuse_tied(build)
+
+
+def _refused_loader(experts: type) -> str | None:
+    """Why a class of experts cannot be loaded by its share; None where it can.
+
+    What counts is the class that owns the experts: the model around them may be a pooling or multi-modal one. A loader of
+    its own may copy the rows of all experts at once, as that of DBRX does.
+    """
+    for method in ("weight_loader", "load_weights"):
+        owner = next(cls for cls in experts.__mro__ if method in vars(cls))
+        if owner is not RoutedExperts and owner.__name__ not in KNOWN_LOADERS:
+            return (
+                f"are loaded by {owner.__name__}.{method}, which this release of dwdp does not know and which may need all "
+                "experts at once: use another model"
+            )
+    return None
 
 
 def _refused_method(method: Any, on_cpu: bool) -> str | None:

@@ -12,6 +12,7 @@ import torch
 from vllm_dwdp.copy_plan import ALIGNMENT, SlabLayout, TensorSpec
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
+from vllm_dwdp.layers.tied import refuse_tied
 from vllm_dwdp.transport.base import Memory, PeerSlab, Slab, Transport
 from vllm_dwdp.transport.handles_json import handle_from_json, handle_to_json
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 REPLICATED_PART = 0.01
 
 #: Parameters of a RoutedExperts layer that do not have one row per expert of the share.
-_NOT_PER_EXPERT = frozenset({"e_score_correction_bias", "hash_indices_table"})
+NOT_PER_EXPERT = frozenset({"e_score_correction_bias", "hash_indices_table"})
 
 
 class ExpertTensor(NamedTuple):
@@ -91,7 +92,7 @@ def expert_tensors(module: Any, share: int, name: str) -> tuple[tuple[ExpertTens
     """(fetched, replicated) parameters of a loaded layer; raises DwdpError for one whose layout we cannot share."""
     tensors: list[ExpertTensor] = []
     for parameter_name, parameter in module.named_parameters():
-        if parameter_name in _NOT_PER_EXPERT or parameter.ndim == 0:
+        if parameter_name in NOT_PER_EXPERT or parameter.ndim == 0:
             continue
         if parameter.shape[0] != share:
             raise DwdpError(
@@ -119,6 +120,7 @@ def move_to_slabs(build: ModelBuild, transport: Transport) -> list[LayerSlab]:
 
     One slab for the whole share would need twice the share for a moment; this needs one layer more.
     """
+    refuse_tied(build)
     slabs: list[LayerSlab] = []
     for layer in build.layers:
         share = layer.placement.shares[build.rank]

@@ -1,0 +1,358 @@
+"""Two ranks share the experts of a model over shared memory: every byte of every expert, and what layers compute from them.
+
+vLLM's own layers, built, loaded and processed by vLLM from a gpt-oss checkpoint (biases, which are replicated), 5 experts on
+2 ranks. The ranks are threads of this process; each has its model, slabs, mappings and copy thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from tests.unit.helpers import LIMIT_S
+from tests.unit.leftovers import check_message, refusal
+from tests.unit.whole_model import Loaded, as_bytes, expert_layers, load, vllm_groups
+from vllm_dwdp.copy_plan import build_plan
+from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers.coverage import check_coverage
+from vllm_dwdp.layers.gates import between_ops, register_gate
+from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
+from vllm_dwdp.layers.sharing import ExpertSharing
+from vllm_dwdp.layers.slabs import alignment
+from vllm_dwdp.layers.split import addresses
+from vllm_dwdp.layers.views import slot_bytes
+
+RANKS, EXPERTS, LAYERS, TOKENS, HIDDEN = 2, 5, 3, 7, 128
+VIEWS = ("inplace", "contiguous")
+
+
+class Meeting:
+    """Where the ranks of this process meet, in place of the launch's."""
+
+    def __init__(self) -> None:
+        self._said: dict[tuple[int, str], Any] = {}
+        self._changed = threading.Condition()
+
+    def of(self, rank: int) -> Any:
+        """What ExpertSharing takes for its rendezvous."""
+        return SimpleNamespace(
+            rank=rank,
+            put=lambda name, value: self._put(rank, name, value),
+            gather=lambda name, value, ranks: self._gather(rank, name, value, ranks),
+        )
+
+    def _put(self, rank: int, name: str, value: Any) -> None:
+        with self._changed:
+            self._said[rank, name] = value
+            self._changed.notify_all()
+
+    def _gather(self, rank: int, name: str, value: Any, ranks: list[int]) -> list[Any]:
+        self._put(rank, name, value)
+        with self._changed:
+            wanted = [(other, name) for other in ranks]
+            assert self._changed.wait_for(lambda: all(key in self._said for key in wanted), LIMIT_S), name
+            return [self._said[key] for key in wanted]
+
+
+LAUNCH: Any = SimpleNamespace(group_of=lambda rank: list(range(RANKS)), cores=())
+
+
+class Group(NamedTuple):
+    """A plain model and the same one on two ranks that share it."""
+
+    plain: Loaded
+    ranks: list[Loaded]
+    sharing: list[ExpertSharing]
+    view: str
+
+    def layers(self) -> Iterator[tuple[int, int, Any, Any]]:
+        """(rank, place of the layer, plain vLLM's layer, that of the rank)."""
+        for rank, loaded in enumerate(self.ranks):
+            pairs = zip(expert_layers(self.plain.model).values(), expert_layers(loaded.model).values(), strict=True)
+            yield from ((rank, i, plain, shared) for i, (plain, shared) in enumerate(pairs))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def groups() -> Iterator[None]:
+    with vllm_groups():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Callable[..., Path]) -> Path:
+    return checkpoint(family="gpt_oss", num_experts=EXPERTS, num_layers=LAYERS, hidden=HIDDEN, intermediate=128)
+
+
+@pytest.fixture(scope="module")
+def plain(model: Path) -> Loaded:
+    return load(model, 0, 1)
+
+
+def load_ranks(model: Path, view: str) -> list[Loaded]:
+    return [load(model, rank, RANKS, {"weight_view": view}) for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module", params=VIEWS)
+def group(request: pytest.FixtureRequest, model: Path, plain: Loaded) -> Iterator[Group]:
+    ranks = load_ranks(model, request.param)
+    meeting = Meeting()
+    with ThreadPoolExecutor(RANKS) as pool:
+        sharing = list(pool.map(lambda r: ExpertSharing(ranks[r].build, meeting.of(r), LAUNCH), range(RANKS)))
+    for one in sharing:
+        one.start()
+    yield Group(plain, ranks, sharing, request.param)
+    for one in sharing:
+        one.close()
+
+
+def test_the_group_is_what_is_to_be_tested(group: Group) -> None:
+    for sharing in group.sharing:
+        assert sharing.view == group.view and len(sharing.layers) == LAYERS
+        assert {tensor.name for tensor in sharing.layers[0].replicated} == {"w13_bias", "w2_bias"}
+        assert sharing.replicated_bytes == LAYERS * EXPERTS * (256 + HIDDEN) * 2
+    shares = group.ranks[0].build.layers[0].placement.shares
+    assert [len(share) for share in shares] == [2, 3]
+    assert len(group.sharing[0].slots) == (2 if group.view == "contiguous" else 0)
+
+
+def test_every_byte_of_every_expert(group: Group) -> None:
+    compared = 0
+    for _, i, plain, shared in group.layers():
+        shared.dwdp_gate.acquire(i)
+        for name, parameter in plain.named_parameters():
+            found = shared.get_parameter(name)
+            assert found.shape == parameter.shape and found.dtype == parameter.dtype, name
+            for expert in range(EXPERTS):
+                assert torch.equal(as_bytes(found)[expert], as_bytes(parameter)[expert]), (name, expert)
+                compared += 1
+        shared.dwdp_gate.release(i)
+    assert compared == RANKS * LAYERS * 4 * EXPERTS
+    # Equal rows would compare equal in any order.
+    rows = [row.numpy().tobytes() for layer in expert_layers(group.plain.model).values() for p in layer.parameters()
+            for row in as_bytes(p)]  # fmt: skip
+    assert len(set(rows)) == len(rows) == LAYERS * 4 * EXPERTS
+
+
+def test_vllm_sees_all_experts(group: Group) -> None:
+    for _, _, plain, shared in group.layers():
+        assert isinstance(shared, DwdpExpertsMixin) and not isinstance(plain, DwdpExpertsMixin)
+        assert shared.local_num_experts == shared.moe_config.num_local_experts == EXPERTS  # type: ignore[attr-defined]
+        assert shared.expert_map is None and plain.expert_map is None  # type: ignore[attr-defined]
+
+
+class OverwritingGate:
+    """The gate of a rank whose slots are overwritten the moment they are released, and hold nothing until acquired."""
+
+    def __init__(self, sharing: ExpertSharing, events: list[str]) -> None:
+        self.sharing, self.events = sharing, events
+        self.gate: Any = sharing.layers[0].build.module.dwdp_gate
+        self.released: int | None = None
+
+    def acquire(self, layer: int) -> None:
+        self.events.append(f"acquire {layer}")
+        if self.released is not None:
+            self.gate.release(self.released)
+            self.released = None
+        self.gate.acquire(layer)
+
+    def release(self, layer: int) -> None:
+        self.events.append(f"release {layer}")
+        if prefetcher := self.sharing.prefetcher:
+            self.sharing.slots[prefetcher.slot_of(layer)].tensor().fill_(0xFF)
+        self.released = layer
+
+
+def noting(compute: Callable[..., Any], events: list[str]) -> Callable[..., Any]:
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        events.append("compute")
+        return compute(*args, **kwargs)
+
+    return noted
+
+
+def test_layers_compute_from_their_own_weights(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two forwards on each rank, through vLLM's own kernel."""
+    torch.manual_seed(0)
+    x = torch.randn(TOKENS, HIDDEN, dtype=torch.bfloat16)
+    ids = torch.stack([torch.randperm(EXPERTS)[:2] for _ in range(TOKENS)]).to(torch.int32)
+    weights = torch.rand(TOKENS, 2)
+    gates: dict[int, OverwritingGate] = {}
+    for rank, sharing in enumerate(group.sharing):
+        gates[rank] = OverwritingGate(sharing, [])
+    results = []
+    for _ in range(2):
+        for rank, i, plain, shared in group.layers():
+            monkeypatch.setattr(shared, "dwdp_gate", gates[rank])
+            with monkeypatch.context() as noted:
+                noted.setattr(shared.quant_method, "apply", noting(shared.quant_method.apply, gates[rank].events))
+                found = shared.forward_modular(x, weights, ids)
+            results.append(plain.forward_modular(x, weights, ids))
+            assert torch.equal(found, results[-1]), (rank, i)
+            assert gates[rank].events[-3:] == [f"acquire {i}", "compute", f"release {i}"]
+    for gate in gates.values():
+        gate.gate.release(gate.released)
+    assert not torch.equal(results[0], results[1]) and results[0].abs().max() > 0.01
+
+
+def test_counters_say_what_was_done(group: Group) -> None:
+    for sharing, loaded in zip(group.sharing, group.ranks, strict=True):
+        before = sharing.snapshot()
+        for _ in range(2):
+            for i, layer in enumerate(loaded.build.layers):
+                layer.module.dwdp_gate.acquire(i)  # type: ignore[union-attr]
+                layer.module.dwdp_gate.release(i)  # type: ignore[union-attr]
+        after = sharing.snapshot()
+        assert after["forwards"] == before["forwards"] + 2 and after["layers"] == before["layers"] + 2 * LAYERS
+        held = sharing.experts_held
+        row = sum(tensor.row_bytes for tensor in sharing.layers[0].fetched)
+        assert sharing.slab_bytes == sum(layer.slab.nbytes for layer in sharing.layers) >= LAYERS * held * row
+        # Of three layers on two slots one has a slot of its own.
+        refilled = 2 if group.view == "contiguous" else 0
+        assert sharing.bytes_per_forward == refilled * (EXPERTS - held) * row
+        assert after["pulled_bytes"] - before["pulled_bytes"] == 2 * sharing.bytes_per_forward
+
+
+def test_splits_plan_brings_what_a_rank_lacks(group: Group) -> None:
+    """The split view's copies between these slabs; its kernels run on GPUs."""
+    if group.view == "inplace":
+        pytest.skip("peers' slabs are unmapped once their pages are in the range")
+    for rank, sharing in enumerate(group.sharing):
+        slot = sharing.transport.allocate_slot(slot_bytes(sharing.layers, rank, split=True))
+        for layer, plain in zip(sharing.layers, expert_layers(group.plain.model).values(), strict=True):
+            specs = [tensor.spec for tensor in layer.fetched]
+            placement = layer.build.placement
+            plan = build_plan(placement, rank, specs, 4096, alignment(layer.build.on_pages), split=True)
+            for item in plan.pulls:
+                source = layer.memory(item.source).address + item.src_offset
+                ctypes.memmove(slot.address + item.dst_offset, source, item.nbytes)
+            for tensor, offset in zip(layer.fetched, plan.slot.offsets, strict=True):
+                rows = as_bytes(plain.get_parameter(tensor.name))
+                for expert, address in enumerate(addresses(layer, rank, tensor, slot, offset)):
+                    assert ctypes.string_at(address, tensor.row_bytes) == rows[expert].numpy().tobytes()
+
+
+def test_nobody_goes_on_before_all_have_mapped(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An owner that left earlier would take its slabs along."""
+    ranks, meeting, proceed = load_ranks(model, "inplace"), Meeting(), threading.Event()
+    made = [threading.Event() for _ in range(RANKS)]
+    attach = ExpertSharing._attach_views
+
+    def late(sharing: ExpertSharing) -> None:
+        if sharing.build.rank == 1:
+            assert proceed.wait(LIMIT_S)
+        attach(sharing)
+
+    monkeypatch.setattr(ExpertSharing, "_attach_views", late)
+
+    def share(rank: int) -> ExpertSharing:
+        sharing = ExpertSharing(ranks[rank].build, meeting.of(rank), LAUNCH)
+        made[rank].set()
+        return sharing
+
+    with ThreadPoolExecutor(RANKS) as pool:
+        found = [pool.submit(share, rank) for rank in range(RANKS)]
+        early = made[0].wait(1.0)
+        proceed.set()
+        for future in found:
+            future.result(LIMIT_S).close()
+    assert not early
+
+
+def test_a_layer_that_is_not_covered(group: Group) -> None:
+    """A plain layer in a model of which others are ours."""
+    message = refusal(lambda: check_coverage(group.plain.model, group.ranks[0].build))
+    check_message(message, ["GptOssForCausalLM", "model.layers.0.mlp.experts", "(GptOssRoutedExperts)", "not covered"])
+
+
+def test_kernels_are_made_again_on_gpus(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They keep biases, scales and the number of experts; those of CPUs ask for them at every call."""
+    loaded = load(model, 0, RANKS)
+    layer: Any = loaded.build.layers[0].module
+    kernel, tables = layer.quant_method.moe_kernel, []
+    monkeypatch.setattr(ModelBuild.current(), "on_cpu", False)
+    made: Any = type(kernel.fused_experts)
+    monkeypatch.setattr(made, "attach_tables", lambda self, *given: tables.append(given), raising=False)
+    layer.dwdp_tables = ("w13", "w2")
+    layer.dwdp_attach(Recorder([]), 0)
+    assert layer.quant_method.moe_kernel is not kernel and tables == [("w13", "w2")]
+    assert layer.quant_method.moe_kernel.fused_experts.moe_config.num_local_experts == EXPERTS
+
+
+class Recorder:
+    """A gate that notes what it is told."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+
+    def acquire(self, layer: int) -> None:
+        self.events.append(f"acquire {layer}")
+
+    def release(self, layer: int) -> None:
+        self.events.append(f"release {layer}")
+
+
+class Computes:
+    """In place of vLLM's class behind the mixin."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
+        self.events.append("compute")
+        return x + 1
+
+    forward_modular = forward_monolithic = _compute
+
+
+class Layer(DwdpExpertsMixin, Computes):
+    """A layer without weights."""
+
+    def __init__(self, events: list[str]) -> None:
+        Computes.__init__(self, events)
+        self.dwdp_gate, self.dwdp_layer, self._dwdp_outside = Recorder(events), 3, False
+
+
+@pytest.mark.parametrize("forward", ["forward_modular", "forward_monolithic"])
+def test_compute_is_between_acquire_and_release(forward: str) -> None:
+    events: list[str] = []
+    layer = Layer(events)
+    assert getattr(layer, forward)(torch.zeros(2)).tolist() == [1, 1]
+    assert events == ["acquire 3", "compute", "release 3"]
+    # Where vLLM's runner is behind the gate its experts are not.
+    layer._dwdp_outside = True
+    getattr(layer, forward)(torch.zeros(2))
+    assert events[3:] == ["compute"]
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["routed", "with shared experts"])
+def test_a_runner_is_between_acquire_and_release(shared: bool) -> None:
+    events: list[str] = []
+    number = register_gate(Recorder(events), 4)
+
+    def forward(x: torch.Tensor) -> Any:
+        events.append("compute")
+        return (x, x + 1) if shared else x + 1
+
+    output = between_ops(forward, number)(torch.zeros(2))
+    assert (output[-1] if shared else output).tolist() == [1, 1]
+    assert events == ["acquire 4", "compute", "release 4"]
+
+
+def test_a_runner_outside_takes_the_gate_along(model: Path) -> None:
+    loaded = load(model, 0, RANKS)
+    layer: Any = loaded.build.layers[1].module
+    events: list[str] = []
+    runner = SimpleNamespace(_forward_entry=lambda x: (events.append("op"), x)[1])
+    layer.dwdp_attach(Recorder(events), 1, runner)
+    runner._forward_entry(torch.zeros(2))
+    assert events == ["acquire 1", "op", "release 1"] and layer._dwdp_outside

@@ -1,0 +1,180 @@
+"""Rows of the share that no tensor of the checkpoint was loaded into, and experts that two layers have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("vllm")
+
+from tests.unit.leftovers import TINY, check_message, refusal
+from tests.unit.whole_model import edited, expert_layers, load, vllm_groups
+from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.layers.build import LayerBuild, ModelBuild
+from vllm_dwdp.layers.tied import refuse_tied
+from vllm_dwdp.layers.written import check_written, mark_rows
+from vllm_dwdp.placement import place
+
+Tensors = dict[str, torch.Tensor]
+
+#: Two MoE layers of 5 experts: ranks of two hold 0, 1 and 2, 3, 4.
+SIZES = {**TINY, "num_layers": 2, "num_experts": 5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def groups() -> Iterator[None]:
+    with vllm_groups():
+        yield
+
+
+def without(part: str) -> Callable[[Tensors], Tensors]:
+    def edit(tensors: Tensors) -> Tensors:
+        kept = {name: tensor for name, tensor in tensors.items() if part not in name}
+        assert len(kept) < len(tensors)
+        return kept
+
+    return edit
+
+
+def renumbered(tensors: Tensors) -> Tensors:
+    """Experts numbered from 5 on, as a model with two kinds of experts numbers the second."""
+    for expert in range(5):
+        tensors = {name.replace(f".experts.{expert}.", f".experts.{5 + expert}."): t for name, t in tensors.items()}
+    return tensors
+
+
+def fewer_rows(tensors: Tensors) -> Tensors:
+    return {name: tensor[:4] if ".experts." in name else tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("fused", "edit", "words"),
+    [
+        pytest.param(
+            False, without("layers.1.mlp.experts.3.down_proj"),
+            ["layers.1.mlp.experts", ".w2_weight of 1 of this rank's 3 experts: 3;"], id="an expert's tensor",
+        ),
+        pytest.param(False, without("layers.0.mlp.experts.3.up_proj"), ["layers.0", "w13_weight (up)", ": 3;"], id="up"),
+        pytest.param(False, without("layers.0.mlp.experts.4.gate_proj"), ["w13_weight (gate)", ": 4;"], id="gate"),
+        pytest.param(False, renumbered, ["layers.0", "3 of this rank's 3 experts: 2, 3, 4", "5 more"], id="numbers"),
+        pytest.param(True, fewer_rows, ["layers.0", "of 1 of this rank's 3 experts: 4"], id="fewer rows"),
+    ],
+)  # fmt: skip
+def test_a_row_that_nothing_was_loaded_into(
+    checkpoint: Callable[..., Path], tmp_path: Path, fused: bool, edit: Callable[[Tensors], Tensors], words: list[str]
+) -> None:
+    whole = checkpoint(family="qwen3_moe", fused=fused, **SIZES)
+    broken = edited(whole, tmp_path / "broken", edit)
+    check_message(refusal(lambda: load(broken, 1, 2)), [*words, "no tensor of the checkpoint", "without dwdp"])
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "qwen2_moe", "deepseek_v3", "mixtral", "granitemoe", "olmoe", "gpt_oss", "dummy"]
+)
+def test_whole_checkpoints_load(checkpoint: Callable[..., Path], family: str) -> None:
+    arguments: dict[str, Any] = {"load_format": "dummy"} if family == "dummy" else {}
+    named = "qwen3_moe" if family == "dummy" else family
+    loaded = load(checkpoint(family=named, **SIZES), 1, 2, **arguments)
+    layers = expert_layers(loaded.model)
+    assert layers
+    for module in layers.values():
+        assert all(not parameter.isnan().any() for parameter in module.parameters())
+
+
+def module_of(parameters: Tensors, padded: int = 32, real: int = 32) -> nn.Module:
+    module = nn.Module()
+    module.moe_config = SimpleNamespace(  # type: ignore[assignment]
+        is_act_and_mul=True, intermediate_size_per_partition=padded, intermediate_size_per_partition_unpadded=real
+    )
+    for name, tensor in parameters.items():
+        module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    return module
+
+
+def build_of(*modules: nn.Module) -> ModelBuild:
+    """Rank 1 of 2, with experts 2, 3 and 4 of 5."""
+    build = ModelBuild(DwdpConfig(), 1, 2, on_cpu=True)
+    placement = place(5, 2, None)
+    build.layers = [LayerBuild(module, f"layers.{i}", placement, False) for i, module in enumerate(modules)]  # type: ignore[arg-type]
+    return build
+
+
+def fp8_layer() -> nn.Module:
+    """Three rows of FP8 weights with block scales, as vLLM allocates them, and one scale per part."""
+    weights = {"w13_weight": torch.empty(3, 64, 32), "w2_weight": torch.empty(3, 32, 32)}
+    scales = {"w13_weight_scale_inv": torch.ones(3, 4, 2), "w2_weight_scale_inv": torch.ones(3, 2, 2)}
+    scales |= {"w13_weight_scale": torch.ones(3, 2), "w2_weight_scale": torch.ones(3), "w13_bias": torch.zeros(3, 64)}
+    return module_of({**{name: weight.to(torch.float8_e4m3fn) for name, weight in weights.items()}, **scales})
+
+
+def fill(module: nn.Module, *left: tuple[str, tuple[Any, ...]]) -> None:
+    """Write all weights but the rows and parts of `left`."""
+    for name, parameter in module.named_parameters():
+        before = parameter.data.clone()
+        if name.endswith("_weight") or any(name == other for other, _ in left):
+            parameter.data.copy_(torch.full(parameter.shape, 0.5).to(parameter.dtype))
+        for other, index in left:
+            if name == other:
+                parameter.data[index] = before[index]
+
+
+@pytest.mark.parametrize(
+    ("left", "words"),
+    [
+        (("w13_weight_scale_inv", (1, slice(2, 4))), ["w13_weight_scale_inv (up)", "experts: 3;"]),
+        (("w2_weight_scale_inv", (2,)), ["w2_weight_scale_inv of 1", "experts: 4;"]),
+        (("w13_weight_scale", (0, 0)), ["w13_weight_scale (gate)", "experts: 2;"]),
+        (("w2_weight_scale", (slice(1, 3),)), ["w2_weight_scale of 2", "experts: 3, 4;"]),
+        (("w13_bias", (1,)), ["w13_bias (gate)", "experts: 3 (and 1 more", "complete the checkpoint"]),
+        (("w2_weight", (0,)), ["w2_weight of 1", "experts: 2;"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)  # fmt: skip
+def test_a_scale_or_a_bias_that_is_missing(left: tuple[str, tuple[Any, ...]], words: list[str]) -> None:
+    module = fp8_layer()
+    build = build_of(module)
+    marks = mark_rows(build)
+    fill(module, left)
+    check_message(refusal(lambda: check_written(marks, build)), ["layers.0", *words])
+
+
+def test_what_a_checkpoint_leaves_keeps_its_default() -> None:
+    module, fresh = fp8_layer(), dict(fp8_layer().named_parameters())
+    build = build_of(module)
+    marks = mark_rows(build)
+    fill(module)
+    check_written(marks, build)
+    for name, parameter in module.named_parameters():
+        if not name.endswith("_weight"):
+            assert torch.equal(parameter.data, fresh[name].data), name
+
+
+def test_padding_is_no_row() -> None:
+    """Rows as long as the padded size; one loader writes gate and up apart, another both at once from the first on."""
+    apart = module_of({"w13_weight": torch.empty(3, 256, 64)}, padded=128, real=96)
+    together = module_of({"w13_weight": torch.empty(3, 256, 64)}, padded=128, real=32)
+    build = build_of(apart, together)
+    marks = mark_rows(build)
+    apart.w13_weight.data[:, :96, :48] = 1.0  # type: ignore[index, operator]
+    apart.w13_weight.data[:, 128:224, :48] = 1.0  # type: ignore[index, operator]
+    together.w13_weight.data[:, :64, :48] = 1.0  # type: ignore[index, operator]
+    check_written(marks, build)
+
+
+def test_tied_experts() -> None:
+    first, second = (module_of({"w13_weight": torch.zeros(3, 64, 32)}) for _ in range(2))
+    refuse_tied(build_of(first, second))
+    words = ["layers.0.w13_weight and layers.1.w13_weight are one tensor", "without tied layers"]
+    second.w13_weight.data = first.w13_weight.data.view(3, 64, 32)  # type: ignore[union-attr]
+    check_message(refusal(lambda: refuse_tied(build_of(first, second))), words)
+    second.w13_weight = first.w13_weight
+    check_message(refusal(lambda: refuse_tied(build_of(first, second))), words)
+    alias = module_of({"w13_weight": torch.zeros(3, 64, 32)})
+    alias.w2_weight = alias.w13_weight
+    check_message(refusal(lambda: refuse_tied(build_of(alias))), ["layers.0.w13_weight and layers.0.w2_weight"])
