@@ -24,7 +24,7 @@ def test_addresses() -> None:
     assert made.addresses.tolist() == [4096, -4096] and (made.origin, made.unit) == (4096, 0)
     assert (table().unit, table((4096, 4096 + 16)).unit) == (256, 16)
     for wrong in (0, -16, 4096 + 8):
-        with pytest.raises(DwdpError, match="expert 1 is at .*, which is no address aligned to 16 bytes"):
+        with pytest.raises(DwdpError, match=r"expert 1 is at .*, which is no address aligned to 16 bytes"):
             table((4096, wrong))
     with pytest.raises(DwdpError, match="3 addresses for 2 experts"):
         table((4096, 8192, 12288))
