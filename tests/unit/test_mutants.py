@@ -37,8 +37,9 @@ def test_the_list_fits_this_tree() -> None:
 
 
 @pytest.fixture
-def tree(tmp_path: Path) -> Path:
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small project under git, whose test calls one of two functions."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # quicker, and none is needed
     root = tmp_path / "project"
     (root / "tests" / "unit").mkdir(parents=True)
     (root / "code_of_tree.py").write_text(CODE)
