@@ -11,6 +11,7 @@ from tests.unit.gpu_sharing import EXPERTS, LAYERS, SHAPES, share_on_gpus, weigh
 from vllm_dwdp.errors import DwdpTimeout
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.transport.cuda_copy import CudaCopyEngine
+from vllm_dwdp.transport.cuda_pinned import MirroredTransport
 from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
 
 
@@ -19,12 +20,19 @@ def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelBuild, "_current", None)
 
 
-@pytest.mark.parametrize("view", ["auto", "contiguous", "split"])
-def test_two_ranks_see_every_byte(view: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine, ranks = share_on_gpus(monkeypatch, view, num_slots=2)
+@pytest.mark.parametrize(
+    ("view", "transport", "kind"),
+    [
+        ("auto", "auto", CupyIpcTransport),
+        ("contiguous", "cupy_ipc", CupyIpcTransport),
+        ("split", "cuda_pinned", MirroredTransport),
+    ],
+)
+def test_two_ranks_see_every_byte(view: str, transport: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, ranks = share_on_gpus(monkeypatch, view, num_slots=2, transport=transport)
     for rank in ranks:
         sharing = rank.sharing
-        assert isinstance(sharing.transport, CupyIpcTransport) and isinstance(sharing.engine, CudaCopyEngine)
+        assert type(sharing.transport) is kind and isinstance(sharing.engine, CudaCopyEngine)
         assert sharing.view == ("contiguous" if view == "contiguous" else "split")
         assert (
             len(sharing.slots) == 2 and len(sharing.refilled) == 2
@@ -90,5 +98,7 @@ def test_slots_are_not_freed_under_a_copy(monkeypatch: pytest.MonkeyPatch) -> No
         sharing.close()
     assert device.calls["free"] == 0 and device.calls["ipc_close"] == 0
     machine.frozen = False
+    machine.drain()
     for rank in ranks:
         rank.sharing.close()
+    assert device.calls["free"] > 0

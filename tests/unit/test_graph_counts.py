@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -132,6 +134,18 @@ def test_graphs_that_torch_did_not_begin_are_refused(rank: Rank) -> None:
         base.get_offloader().join_after_forward()
     assert "\n" not in str(caught.value)
     rank.device.end_torch_capture()
+
+
+def test_a_graph_is_not_kept_once_its_capture_has_ended(rank: Rank) -> None:
+    """vLLM captures some to see how much memory they take."""
+    for failing in (False, True):
+        graph: Any = torch.cuda.CUDAGraph()
+        with contextlib.suppress(ValueError), torch.cuda.graph(graph):
+            if failing:
+                raise ValueError("as a kernel that cannot be captured")
+        gone = weakref.ref(graph)
+        del graph
+        assert gone() is None
 
 
 def test_another_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

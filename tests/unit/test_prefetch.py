@@ -66,9 +66,15 @@ def in_order(rng: random.Random, num_layers: int) -> Iterator[tuple[int, bool]]:
 
 
 def disorderly(rng: random.Random, num_layers: int) -> Iterator[tuple[int, bool]]:
-    """Forwards, some of them aborted in a layer's compute or between layers, and stray layers in any order."""
+    """Forwards, some of them aborted in a layer's compute or between layers, stray layers in any order, and
+    forwards that skip and repeat layers."""
     while True:
-        kind = rng.choice(["forward", "abort", "stray"])
+        kind = rng.choice(["forward", "abort", "stray", "skips and repeats"])
+        if kind == "skips and repeats":
+            for layer in range(num_layers):
+                for _ in range(rng.choice((0, 1, 1, 2))):
+                    yield layer, True
+            continue
         if kind == "stray":
             yield rng.randrange(num_layers), rng.random() < 0.8
             continue
