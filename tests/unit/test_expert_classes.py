@@ -25,7 +25,7 @@ DBRX = {
     "n_layers": 1,
     "max_seq_len": 128,
     "ffn_config": {"moe_num_experts": 4, "ffn_hidden_size": 32, "moe_top_k": 2},
-    "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0},
+    "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 10000.0},
 }
 
 

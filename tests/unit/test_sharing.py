@@ -31,6 +31,7 @@ from vllm_dwdp.layers.sharing import ExpertSharing
 from vllm_dwdp.layers.slabs import alignment
 from vllm_dwdp.layers.split import addresses
 from vllm_dwdp.layers.views import slot_bytes
+from vllm_dwdp.prefetch.ring import Ring
 
 RANKS, EXPERTS, LAYERS, TOKENS, HIDDEN = 2, 5, 3, 7, 128
 VIEWS = ("inplace", "contiguous")
@@ -167,7 +168,9 @@ class OverwritingGate:
 
     def release(self, layer: int) -> None:
         self.events.append(f"release {layer}")
-        if prefetcher := self.sharing.prefetcher:
+        prefetcher = self.sharing.prefetcher
+        # A layer with a slot of its own stays there.
+        if prefetcher is not None and Ring(LAYERS, len(self.sharing.slots)).next_layer(layer) is not None:
             self.sharing.slots[prefetcher.slot_of(layer)].tensor().fill_(0xFF)
         self.released = layer
 
@@ -272,6 +275,14 @@ def test_a_layer_that_is_not_covered(group: Group) -> None:
     """A plain layer in a model of which others are ours."""
     message = refusal(lambda: check_coverage(group.plain.model, group.ranks[0].build))
     check_message(message, ["GptOssForCausalLM", "model.layers.0.mlp.experts", "(GptOssRoutedExperts)", "not covered"])
+
+
+def test_experts_tied_while_loading_are_refused_before_slabs(model: Path) -> None:
+    loaded = load(model, 0, RANKS)
+    first, second, _ = (layer.module for layer in loaded.build.layers)
+    second.w2_weight = first.w2_weight  # type: ignore[attr-defined]
+    message = refusal(lambda: ExpertSharing(loaded.build, Meeting().of(0), LAUNCH))
+    check_message(message, ["layers.0.mlp.experts", "layers.1.mlp.experts", "w2_weight are one tensor"])
 
 
 def test_kernels_are_made_again_on_gpus(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
