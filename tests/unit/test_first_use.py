@@ -16,7 +16,7 @@ pytest.importorskip("vllm")
 
 from tests.unit.helpers import LIMIT_S, slab_maps
 from vllm_dwdp.config import DwdpConfig, Rendezvous
-from vllm_dwdp.engine import frozen, worker
+from vllm_dwdp.engine import worker
 from vllm_dwdp.engine.launch import DwdpLaunch
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers import gates
@@ -264,10 +264,6 @@ class Base:
     def execute_model(self, *names: str) -> str:
         self.use(names)
         return "output"
-
-
-for _name in frozen.WORKER:
-    setattr(Base, _name, lambda self: None)
 
 
 @pytest.mark.parametrize(("view", "words"), [("contiguous", "NaN"), ("inplace", "in place")])

@@ -12,6 +12,7 @@ from typing import Any
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_dwdp import __version__
 from vllm_dwdp.engine.frozen import WRITES, freeze, refuse_methods
@@ -75,7 +76,8 @@ class DwdpWorkerMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        refuse_methods(cls)
+        if issubclass(cls, WorkerBase):
+            refuse_methods(cls)
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         launch = launch_of(vllm_config)
