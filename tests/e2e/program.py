@@ -2,7 +2,7 @@
 
 python -m tests.e2e.program '{"model": path, "options": [LLM keyword arguments, ...], "repeats": 1, "tokens": 8}'
 
-`inside`: programs like this one, started while the last LLM is alive. `end`: how it ends, see ENDS.
+`inside`: programs like this one, started together while the last LLM is alive. `end`: how it ends, see ENDS.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ def main() -> None:
         # One at a time, so that all LLMs see the same batches.
         alone = [llm.generate([prompt], sampling, use_tqdm=False)[0].outputs[0].token_ids for prompt in PROMPTS]
         print("tokens", json.dumps([list(tokens) for tokens in alone]), flush=True)
-    for inner in spec.get("inside", []):
-        command = [sys.executable, "-m", "tests.e2e.program", json.dumps({"model": spec["model"], **inner})]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
-        print(done.stdout, "inside ended with", done.returncode, flush=True)
+    inside = [
+        subprocess.Popen([sys.executable, "-m", "tests.e2e.program", json.dumps({"model": spec["model"], **inner})])
+        for inner in spec.get("inside", [])
+    ]
+    for process in inside:
+        print("inside ended with", process.wait(300), flush=True)
     if spec.get("end") == "del":
         del llm
     else:

@@ -111,7 +111,7 @@ def test_programs_that_run_beside_a_launch(model: Path, tmp_path: Path) -> None:
     assert program.log.count("inside ended with 0") == 2, program.log[-6000:]
     # vLLM's line about each worker's cores: only those of dwdp are given lists.
     bound = re.findall(r"VLLM_CPU_OMP_THREADS_BIND='(.*?)'", program.log)
-    assert len(bound) == 6 and bound.count("auto") == 1 and bound[-1] == "auto"
+    assert len(bound) == 6 and bound.count("auto") == 1
     assert [
         name for name in program.left() if not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", name)
     ] == []

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.engines import Leftovers, dwdp, run_job, unused
-from tests.e2e.server import dwdp_arguments, start_server
+from tests.e2e.engines import REPO, Leftovers, dwdp, environment, free_port, processes, run_job, unused
+from tests.e2e.server import VLLM, dwdp_arguments, start_server
 
 pytestmark = pytest.mark.e2e
 
@@ -88,3 +93,69 @@ def test_nothing_outlives_a_killed_front_end(servers: str, checkpoint: Callable[
         assert [name for name in server.before.check(server.process.pid, wait_s=20) if not name.startswith("tmp")] == []
     finally:
         server.kill()
+
+
+#: Seconds from the first process that a front end starts to its end: imports, the first handshakes, building the model.
+KILLED_AFTER_S = (0.5, 1, 2, 5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", ["offline", "serving"])
+def test_nothing_outlives_a_front_end_that_is_killed_while_it_starts(
+    way: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """All at once: what they leave is what counts, not how fast they are."""
+    model = checkpoint(family="qwen3_moe", num_experts=16)
+    offline = [sys.executable, "-m", "tests.e2e.program", json.dumps({"model": str(model), "options": [dwdp(2)]})]
+    starts = [
+        Start(
+            [*VLLM, "serve", str(model), "--port", str(free_port()), *dwdp_arguments(2), "--max-model-len", "512"]
+            if way == "serving"
+            else offline,
+            tmp_path / f"{seconds}.log",
+        )
+        for seconds in KILLED_AFTER_S
+    ]
+    for start, seconds in zip(starts, KILLED_AFTER_S, strict=True):
+        threading.Thread(target=start.kill_after, args=(seconds,)).start()
+    for start in starts:
+        assert start.killed.wait(300), start.log.read_text()[-6000:]
+    # vLLM's folder for Prometheus stays: only the killed process would have removed it.
+    left = [[name for name in start.before.check(start.pid, 15) if not name.startswith("tmp")] for start in starts]
+    for start in starts:
+        start.end()
+    assert left == [[]] * len(starts)
+
+
+class Start:
+    """A program that starts engines, in a session of its own."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.before, self.log, self.killed = Leftovers(), log, threading.Event()
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                command,
+                cwd=REPO,
+                env=environment(TMPDIR=str(self.before.tmp)),
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.pid = self.process.pid
+
+    def kill_after(self, seconds: float) -> None:
+        """SIGKILL the front end, so long after vLLM's first process was started."""
+        while self.process.poll() is None:
+            if any("multiprocessing.spawn" in line or "VLLM::" in line for line in processes(self.pid)):
+                time.sleep(seconds)
+                self.process.kill()
+                self.process.wait()
+                self.killed.set()
+                return
+            time.sleep(0.05)
+
+    def end(self) -> None:
+        """End what is left."""
+        for line in processes(self.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(line.split()[0]), signal.SIGKILL)

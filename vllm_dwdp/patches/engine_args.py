@@ -52,16 +52,17 @@ def _configure() -> Callable[..., Any]:
     attempt(sync_client.install)
     attempt(engine_liveness.install)
     attempt(engine_start.install)
-    found: list[Callable[..., Any]] = []
-
-    def import_configure() -> None:
-        from vllm_dwdp.engine.configure import create_engine_config
-
-        found.append(create_engine_config)
-
-    attempt(import_configure)
+    attempt(_import_all)
     _refuse_misfits()
-    return found[0]
+    from vllm_dwdp.engine.configure import create_engine_config
+
+    return create_engine_config
+
+
+def _import_all() -> None:
+    """What every launch imports of vLLM in the front end."""
+    import vllm_dwdp.engine.configure
+    import vllm_dwdp.engine.executor  # noqa: F401
 
 
 def _refuse_misfits() -> None:
