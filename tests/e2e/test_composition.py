@@ -1,15 +1,12 @@
-"""Features of vLLM that change the forward, the KV cache or the loading, on top of dwdp: as plain vLLM without them."""
+"""Features of vLLM that change the forward or the KV cache, on top of dwdp: the same tokens as plain vLLM without them."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests.e2e.engines import as_one_rank, dwdp, run_job
 
@@ -43,14 +40,3 @@ def test_tokens_stay_the_same(feature: str, model: Path, expected: list[list[int
     job = run_job(tmp_path, model, ["tokens_each_rank"], **options[feature], **dwdp(2, weight_view="contiguous"))
     assert job["tokens_each_rank"] == [[tokens] * 2 for tokens in expected]
     assert job["left"] == []
-
-
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_a_checkpoint_of_torch_save(family: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """The same bytes as from safetensors, of experts one by one and of fused ones."""
-    made = checkpoint(family=family)
-    copy = shutil.copytree(made, tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors"))
-    torch.save(load_file(made / "model.safetensors"), copy / "pytorch_model.bin")
-    plain = run_job(tmp_path, made, ["digests"], **as_one_rank(2))
-    shared = run_job(tmp_path, copy, ["digests"], **dwdp(2))
-    assert shared["digests"] == plain["digests"] * 2

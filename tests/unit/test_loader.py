@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,3 +105,15 @@ def test_files_of_torch_save_are_read_whole_with_one_warning(
         assert not shown
     assert READ.expert_bytes > 2 * EXPERTS * (24 + 8)
     assert len(warned) == 1 and "every rank reads the whole checkpoint (pytorch_model.bin)" in warned[0]
+
+
+def test_files_of_torch_save_give_the_bytes_of_safetensors(tmp_path: Path) -> None:
+    """Experts one by one, fused ones, and those of a loader that is shown single experts, in vLLM's own models."""
+    command = [sys.executable, "-m", "tests.unit.bin_checkpoint", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2])
+    lines = [line.split(maxsplit=4) for line in done.stdout.splitlines() if line.startswith("LOADED")]
+    assert [line[1:3] for line in lines] == [["gpt_oss", "False"], ["qwen3_moe", "False"], ["qwen3_moe", "True"]], (
+        done.stderr[-2000:]
+    )
+    for _, _, _, tensors, wrong in lines:
+        assert int(tensors) > 20 and wrong == "[]"
