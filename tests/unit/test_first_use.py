@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +55,18 @@ class Plain(nn.Module):
 
 class Experts(DwdpExpertsMixin, Plain):
     """As vllm_dwdp.layers.routed_experts makes them."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_mapped() -> Iterator[None]:
+    """Lets go of what a process keeps of its model for ever; the test fails if something stays mapped."""
+    before, registered = slab_maps(), len(gates._gates)
+    yield
+    del gates._gates[registered:]
+    ModelBuild._current = None
+    torch._dynamo.reset()
+    gc.collect()
+    assert slab_maps() == before
 
 
 class Meeting:
