@@ -285,12 +285,13 @@ def test_a_layer_that_is_not_covered(group: Group) -> None:
     check_message(message, ["GptOssForCausalLM", "model.layers.0.mlp.experts", "(GptOssRoutedExperts)", "not covered"])
 
 
-def test_experts_tied_while_loading_are_refused_before_slabs(model: Path) -> None:
+def test_tied_experts_are_refused_before_weights_are_read_and_before_slabs(model: Path) -> None:
     loaded = load(model, 0, RANKS)
     first, second, _ = (layer.module for layer in loaded.build.layers)
     second.w2_weight = first.w2_weight  # type: ignore[attr-defined]
-    message = refusal(lambda: ExpertSharing(loaded.build, Meeting().of(0), LAUNCH))
-    check_message(message, ["layers.0.mlp.experts", "layers.1.mlp.experts", "w2_weight are one tensor"])
+    words = ["layers.0.mlp.experts", "layers.1.mlp.experts", "w2_weight are one tensor"]
+    check_message(refusal(lambda: check_coverage(loaded.model, loaded.build)), words)
+    check_message(refusal(lambda: ExpertSharing(loaded.build, Meeting().of(0), LAUNCH)), words)
 
 
 def test_kernels_are_made_again_on_gpus(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
