@@ -34,7 +34,12 @@ from vllm_dwdp.layers.views import slot_bytes
 from vllm_dwdp.prefetch.ring import Ring
 
 RANKS, EXPERTS, LAYERS, TOKENS, HIDDEN = 2, 5, 3, 7, 128
-VIEWS = ("inplace", "contiguous")
+#: The third: 4 experts on each rank, so that what a rank reads begins within its peer's share.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "inplace": {"weight_view": "inplace"},
+    "contiguous": {"weight_view": "contiguous"},
+    "overlapping": {"weight_view": "inplace", "experts_per_rank": 4},
+}
 
 
 class Meeting:
@@ -99,19 +104,20 @@ def plain(model: Path) -> Loaded:
     return load(model, 0, 1)
 
 
-def load_ranks(model: Path, view: str) -> list[Loaded]:
-    return [load(model, rank, RANKS, {"weight_view": view}) for rank in range(RANKS)]
+def load_ranks(model: Path, settings: dict[str, Any]) -> list[Loaded]:
+    return [load(model, rank, RANKS, settings) for rank in range(RANKS)]
 
 
-@pytest.fixture(scope="module", params=VIEWS)
+@pytest.fixture(scope="module", params=SETTINGS)
 def group(request: pytest.FixtureRequest, model: Path, plain: Loaded) -> Iterator[Group]:
-    ranks = load_ranks(model, request.param)
+    settings = SETTINGS[request.param]
+    ranks = load_ranks(model, settings)
     meeting = Meeting()
     with ThreadPoolExecutor(RANKS) as pool:
         sharing = list(pool.map(lambda r: ExpertSharing(ranks[r].build, meeting.of(r), LAUNCH), range(RANKS)))
     for one in sharing:
         one.start()
-    yield Group(plain, ranks, sharing, request.param)
+    yield Group(plain, ranks, sharing, settings["weight_view"])
     for one in sharing:
         one.close()
 
@@ -121,8 +127,10 @@ def test_the_group_is_what_is_to_be_tested(group: Group) -> None:
         assert sharing.view == group.view and len(sharing.layers) == LAYERS
         assert {tensor.name for tensor in sharing.layers[0].replicated} == {"w13_bias", "w2_bias"}
         assert sharing.replicated_bytes == LAYERS * EXPERTS * (256 + HIDDEN) * 2
-    shares = group.ranks[0].build.layers[0].placement.shares
-    assert [len(share) for share in shares] == [2, 3]
+    placement = group.ranks[0].build.layers[0].placement
+    overlapping = len(placement.shares[0]) == 4
+    assert [len(share) for share in placement.shares] == ([4, 4] if overlapping else [2, 3])
+    assert any(run.local for rank in range(RANKS) for run in placement.runs(rank) if run.owner != rank) == overlapping
     assert len(group.sharing[0].slots) == (2 if group.view == "contiguous" else 0)
 
 
@@ -246,7 +254,7 @@ def test_splits_plan_brings_what_a_rank_lacks(group: Group) -> None:
 
 def test_nobody_goes_on_before_all_have_mapped(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An owner that left earlier would take its slabs along."""
-    ranks, meeting, proceed = load_ranks(model, "inplace"), Meeting(), threading.Event()
+    ranks, meeting, proceed = load_ranks(model, SETTINGS["inplace"]), Meeting(), threading.Event()
     made = [threading.Event() for _ in range(RANKS)]
     attach = ExpertSharing._attach_views
 
@@ -277,12 +285,13 @@ def test_a_layer_that_is_not_covered(group: Group) -> None:
     check_message(message, ["GptOssForCausalLM", "model.layers.0.mlp.experts", "(GptOssRoutedExperts)", "not covered"])
 
 
-def test_experts_tied_while_loading_are_refused_before_slabs(model: Path) -> None:
+def test_tied_experts_are_refused_before_weights_are_read_and_before_slabs(model: Path) -> None:
     loaded = load(model, 0, RANKS)
     first, second, _ = (layer.module for layer in loaded.build.layers)
     second.w2_weight = first.w2_weight  # type: ignore[attr-defined]
-    message = refusal(lambda: ExpertSharing(loaded.build, Meeting().of(0), LAUNCH))
-    check_message(message, ["layers.0.mlp.experts", "layers.1.mlp.experts", "w2_weight are one tensor"])
+    words = ["layers.0.mlp.experts", "layers.1.mlp.experts", "w2_weight are one tensor"]
+    check_message(refusal(lambda: check_coverage(loaded.model, loaded.build)), words)
+    check_message(refusal(lambda: ExpertSharing(loaded.build, Meeting().of(0), LAUNCH)), words)
 
 
 def test_kernels_are_made_again_on_gpus(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
