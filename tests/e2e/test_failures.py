@@ -147,8 +147,9 @@ class Start:
     def kill_after(self, started: int, seconds: float) -> None:
         """SIGKILL the front end, so long after vLLM has started so many processes."""
         while self.process.poll() is None:
+            others = [line for line in processes(self.pid) if not line.startswith(f"{self.pid} ")]
             # By their command lines, until they have titles.
-            if sum("multiprocessing.spawn" in line or "VLLM::" in line for line in processes(self.pid)) >= started:
+            if sum("multiprocessing.spawn" in line or "VLLM::" in line for line in others) >= started:
                 time.sleep(seconds)
                 self.process.kill()
                 self.process.wait()
