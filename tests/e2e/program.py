@@ -2,7 +2,7 @@
 
 python -m tests.e2e.program '{"model": path, "options": [LLM keyword arguments, ...], "repeats": 1, "tokens": 8}'
 
-`inside`: programs like this one, started together while the last LLM is alive. `end`: how it ends, see ENDS.
+`inside`: programs like this one, started together while the last LLM is alive. `end`: how it ends, see ENDS, or `del`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,8 @@ def _raise() -> None:
     raise RuntimeError("as asked")
 
 
-#: By name, what the last line of a program does, and the status that it has to end with.
-ENDS: dict[str, tuple[Callable[[], object], int]] = {
-    "return": (lambda: None, 0),
-    "exit": (lambda: sys.exit(3), 3),
-    "raise": (_raise, 1),
-}
+#: How a program ends: at its last line with its LLM alive, by `sys.exit` or by an exception.
+ENDS: dict[str, Callable[[], object]] = {"return": lambda: None, "exit": lambda: sys.exit(3), "raise": _raise}
 
 
 def main() -> None:
@@ -48,7 +44,7 @@ def main() -> None:
     if spec.get("end") == "del":
         del llm
     else:
-        ENDS[spec.get("end", "return")][0]()
+        ENDS[spec.get("end", "return")]()
 
 
 if __name__ == "__main__":

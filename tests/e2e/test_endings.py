@@ -64,11 +64,15 @@ class Program:
         return self.before.check(self.process.pid)
 
 
-@pytest.mark.parametrize("launcher", ["mp", "uni"])
-def test_a_program_that_simply_ends(launcher: str, model: Path, tmp_path: Path) -> None:
-    program = Program(tmp_path, {}, model=str(model), options=[dwdp(2, launcher=launcher)])
-    assert program.wait(300) == 0, program.log[-6000:]
-    assert "Processed prompts: 100%" in program.log and "its engine was killed" not in program.log
+@pytest.mark.parametrize(
+    ("launcher", "end", "status"), [("mp", "return", 0), ("uni", "return", 0), ("mp", "exit", 3), ("mp", "raise", 1)]
+)
+def test_a_program_that_simply_ends(launcher: str, end: str, status: int, model: Path, tmp_path: Path) -> None:
+    program = Program(tmp_path, {}, model=str(model), options=[dwdp(2, launcher=launcher)], end=end)
+    assert program.wait(300) == status, program.log[-6000:]
+    assert "Processed prompts: 100%" in program.log
+    for failure in ("its engine was killed", "exited unexpectedly", "terminate called"):
+        assert failure not in program.log
     assert program.left() == []
 
 

@@ -95,8 +95,9 @@ def test_nothing_outlives_a_killed_front_end(servers: str, checkpoint: Callable[
         server.kill()
 
 
-#: Seconds from the first process that a front end starts to its end: imports, the first handshakes, building the model.
-KILLED_AFTER_S = (0.5, 1, 2, 5)
+#: When a front end is killed: seconds after so many of its processes were started. The first is vLLM's coordinator, the
+#: second an engine; what follows is imports, handshakes, and building the model.
+KILLED = ((1, 0.5), (2, 0.5), (2, 2), (2, 5))
 
 
 @pytest.mark.full
@@ -112,12 +113,12 @@ def test_nothing_outlives_a_front_end_that_is_killed_while_it_starts(
             [*VLLM, "serve", str(model), "--port", str(free_port()), *dwdp_arguments(2), "--max-model-len", "512"]
             if way == "serving"
             else offline,
-            tmp_path / f"{seconds}.log",
+            tmp_path / f"{processes}-{seconds}.log",
         )
-        for seconds in KILLED_AFTER_S
+        for processes, seconds in KILLED
     ]
-    for start, seconds in zip(starts, KILLED_AFTER_S, strict=True):
-        threading.Thread(target=start.kill_after, args=(seconds,)).start()
+    for start, when in zip(starts, KILLED, strict=True):
+        threading.Thread(target=start.kill_after, args=when).start()
     for start in starts:
         assert start.killed.wait(300), start.log.read_text()[-6000:]
     # vLLM's folder for Prometheus stays: only the killed process would have removed it.
@@ -143,10 +144,12 @@ class Start:
             )
         self.pid = self.process.pid
 
-    def kill_after(self, seconds: float) -> None:
-        """SIGKILL the front end, so long after vLLM's first process was started."""
+    def kill_after(self, started: int, seconds: float) -> None:
+        """SIGKILL the front end, so long after vLLM has started so many processes."""
         while self.process.poll() is None:
-            if any("multiprocessing.spawn" in line or "VLLM::" in line for line in processes(self.pid)):
+            others = [line for line in processes(self.pid) if not line.startswith(f"{self.pid} ")]
+            # By their command lines, until they have titles.
+            if sum("multiprocessing.spawn" in line or "VLLM::" in line for line in others) >= started:
                 time.sleep(seconds)
                 self.process.kill()
                 self.process.wait()

@@ -121,8 +121,10 @@ def test_an_api_server_of_another_launch_is_refused(tiny_moe: Path, monkeypatch:
 
     server: Any = SimpleNamespace(data_parallel_size=2, _api_process_count=2, _api_process_rank=1)
     monkeypatch.setenv(RENDEZVOUS_ENV, "1:/tmp/dwdp-launch")
-    with pytest.raises(DwdpError, match="not started by the front end of a dwdp launch"):
-        _launch(server, DwdpConfig(), None)  # type: ignore[arg-type]
+    for parent in (None, 2):
+        monkeypatch.setattr(orphans, "started_by", lambda parent=parent: parent)
+        with pytest.raises(DwdpError, match="not started by the front end of a dwdp launch"):
+            _launch(server, DwdpConfig(), None)  # type: ignore[arg-type]
     monkeypatch.setattr(orphans, "started_by", lambda: 1)
     assert _launch(server, DwdpConfig(), None).folder == "/tmp/dwdp-launch"  # type: ignore[arg-type]
 
@@ -152,10 +154,10 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("name", "mark", "gone_first", "unpickling", "ends"),
     [
-        ("EngineCore_DP1", "", 0, 8, True),  # watched, and the parent dies while it imports
-        ("EngineCore_DP1", "", 2, 2, True),  # the parent is gone before it can look
-        ("EngineCore_DP1", "1", 2, 2, False),  # of plain vLLM in a child of a program with a launch
-        ("mine", "", 0, 0, False),  # a user's own child
+        pytest.param("EngineCore_DP1", "", 0, 8, True, id="parent-dies-while-it-imports"),
+        pytest.param("EngineCore_DP1", "", 2, 2, True, id="parent-gone-before-it-looks"),
+        pytest.param("EngineCore_DP1", str(os.getpid()), 2, 2, False, id="plain-vllm-below-a-program-with-a-launch"),
+        pytest.param("mine", "", 0, 0, False, id="a-users-own-child"),
     ],
 )
 def test_a_child_of_a_killed_process(

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from vllm_dwdp import BACKEND
-from vllm_dwdp.patches import attempt, expect_parameters, failures, llm_init
+from vllm_dwdp import BACKEND, patches
+from vllm_dwdp.patches import attempt, expect_parameters, llm_init
 
 _MARK = "_dwdp_wraps"
 
@@ -66,7 +66,7 @@ def _import_all() -> None:
 
 
 def _refuse_misfits() -> None:
-    if failures:
+    if patches.failures:
         from vllm_dwdp.errors import DwdpError
 
-        raise DwdpError(f"dwdp cannot run on this vLLM: {'; '.join(failures)}; install the matching pair")
+        raise DwdpError(f"dwdp cannot run on this vLLM: {'; '.join(patches.failures)}; install the matching pair")
