@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,7 +47,7 @@ class Meeting:
     """Where the ranks of this process meet, in place of the launch's."""
 
     def __init__(self) -> None:
-        self._said: dict[tuple[int, str], Any] = {}
+        self.said: dict[tuple[int, str], Any] = {}
         self._changed = threading.Condition()
 
     def of(self, rank: int) -> Any:
@@ -59,15 +60,15 @@ class Meeting:
 
     def _put(self, rank: int, name: str, value: Any) -> None:
         with self._changed:
-            self._said[rank, name] = value
+            self.said[rank, name] = value
             self._changed.notify_all()
 
     def _gather(self, rank: int, name: str, value: Any, ranks: list[int]) -> list[Any]:
         self._put(rank, name, value)
         with self._changed:
             wanted = [(other, name) for other in ranks]
-            assert self._changed.wait_for(lambda: all(key in self._said for key in wanted), LIMIT_S), name
-            return [self._said[key] for key in wanted]
+            assert self._changed.wait_for(lambda: all(key in self.said for key in wanted), LIMIT_S), name
+            return [self.said[key] for key in wanted]
 
 
 LAUNCH: Any = SimpleNamespace(group_of=lambda rank: list(range(RANKS)), cores=())
@@ -272,7 +273,12 @@ def test_nobody_goes_on_before_all_have_mapped(model: Path, monkeypatch: pytest.
 
     with ThreadPoolExecutor(RANKS) as pool:
         found = [pool.submit(share, rank) for rank in range(RANKS)]
-        early = made[0].wait(1.0)
+        # Rank 0 is where it has to wait, or past it.
+        until = time.monotonic() + LIMIT_S
+        while (0, "mapped") not in meeting.said and not made[0].is_set():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        early = made[0].wait(0.5)
         proceed.set()
         for future in found:
             future.result(LIMIT_S).close()
