@@ -17,7 +17,8 @@ import time
 from vllm_dwdp.engine.environment import IPC_FOLDER, is_own_folder, of_parent
 from vllm_dwdp.engine.launch import RENDEZVOUS_ENV
 
-_PERIOD_S = 0.5
+#: Short: vLLM's coordinator fails by itself once it tells a dead front end its addresses, and leaves the folder.
+_PERIOD_S = 0.1
 #: Time for a process to end by itself after SIGTERM.
 _GRACE_S = 5.0
 
@@ -66,7 +67,7 @@ def _watch(parent: int) -> None:
     else:
         # Gone already, or no parent of this process: told by what it was started with, once that is unpickled.
         while (told := started_by()) is None:
-            time.sleep(_PERIOD_S)
+            time.sleep(_PERIOD_S / 10)
         if told != parent:
             return
     folder = os.environ.get(IPC_FOLDER, "")
