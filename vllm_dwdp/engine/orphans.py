@@ -19,8 +19,8 @@ from vllm_dwdp.engine.launch import RENDEZVOUS_ENV
 
 #: Short: vLLM's coordinator fails by itself once it tells a dead front end its addresses, and leaves the folder.
 _PERIOD_S = 0.1
-#: Time for a process to end by itself after SIGTERM.
-_GRACE_S = 5.0
+#: Time for a process to end by itself after SIGTERM; an engine that is being built only takes note of it.
+_GRACE_S = 2.0
 
 #: The processes of a launch, by the names that vLLM gives them.
 _OF_A_LAUNCH = re.compile(r"EngineCore\b|EngineCore_DP\d+|VLLM_DP_Coordinator|ApiServer_\d+|VllmWorker-\d+")
