@@ -17,9 +17,10 @@ from vllm_dwdp.engine.environment import of_parent
 from vllm_dwdp.engine.launch import RENDEZVOUS_ENV
 from vllm_dwdp.engine.launch_folder import remove_orphaned
 
-_PERIOD_S = 0.5
-#: Time for a process to end by itself after SIGTERM.
-_GRACE_S = 5.0
+#: Short: vLLM's coordinator fails by itself once it tells a dead front end its addresses, and leaves the folder.
+_PERIOD_S = 0.1
+#: Time for a process to end by itself after SIGTERM; an engine that is being built only takes note of it.
+_GRACE_S = 2.0
 
 #: The processes of a launch, by the names that vLLM gives them.
 _OF_A_LAUNCH = re.compile(r"EngineCore\b|EngineCore_DP\d+|VLLM_DP_Coordinator|ApiServer_\d+|VllmWorker-\d+")
@@ -66,7 +67,7 @@ def _watch(parent: int) -> None:
     else:
         # Gone already, or no parent of this process: told by what it was started with, once that is unpickled.
         while (told := started_by()) is None:
-            time.sleep(_PERIOD_S)
+            time.sleep(_PERIOD_S / 10)
         if told != parent:
             return
     remove_orphaned(os.environ.get(RENDEZVOUS_ENV, "").partition(":")[2])
