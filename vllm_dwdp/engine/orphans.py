@@ -12,6 +12,7 @@ import re
 import signal
 import threading
 import time
+from multiprocessing import util
 
 from vllm_dwdp.engine.environment import of_parent
 from vllm_dwdp.engine.launch import RENDEZVOUS_ENV
@@ -24,6 +25,8 @@ _GRACE_S = 2.0
 
 #: The processes of a launch, by the names that vLLM gives them.
 _OF_A_LAUNCH = re.compile(r"EngineCore\b|EngineCore_DP\d+|VLLM_DP_Coordinator|ApiServer_\d+|VllmWorker-\d+")
+
+_forks_watched = False
 
 
 def launcher() -> int | None:
@@ -58,6 +61,21 @@ def end_with_parent() -> None:
     """End this process soon after the one that started it by multiprocessing. Idempotent."""
     if (parent := launcher() or started_by()) is not None:
         threading.Thread(target=_watch, args=(parent,), name="dwdp-parent", daemon=True).start()
+
+
+def watch_forked() -> None:
+    """Have processes of a launch that are forked from this one watch it: they load no plugin. Idempotent."""
+    global _forks_watched
+    if not _forks_watched:
+        _forks_watched = True
+        util.register_after_fork(_after_fork, lambda hook: hook())
+
+
+def _after_fork() -> None:
+    # This process's own watcher, if it has one, is no thread of the child's.
+    end_with_parent.cache_clear()
+    if launcher() is not None:
+        end_with_parent()
 
 
 def _watch(parent: int) -> None:
