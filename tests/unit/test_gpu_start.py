@@ -74,6 +74,7 @@ class Loaded:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, mode: CUDAGraphMode, prefetcher: Any) -> None:
         self.outer_runners: dict[str, Any] | None = None
+        self.started = 0
         store = SimpleNamespace(check_identity=lambda identity, group: None, fail=lambda error: None)
         monkeypatch.setattr(worker, "Rendezvous", lambda *arguments: store)
         monkeypatch.setattr(worker, "identity_of", lambda *arguments: None)
@@ -96,7 +97,7 @@ class Loaded:
             prefetcher=self._prefetcher,
             describe=lambda place: "",
             window=lambda tokens: None,
-            start=lambda: None,
+            start=lambda: setattr(self, "started", self.started + 1),
             close=lambda: None,
         )
 
@@ -115,7 +116,7 @@ def test_the_prefetcher_is_told_of_graphs_and_layers_of_the_runners_around_them(
     prefetcher = SimpleNamespace(align=lambda: told.append("align"), end_capture=lambda: told.append("end"))
     loaded = Loaded(monkeypatch, mode, prefetcher)
     loaded.worker.load_model()
-    assert loaded.outer_runners == runners
+    assert loaded.outer_runners == runners and loaded.started == 1
     assert isinstance(get_offloader(), CopiesInGraphs)
     get_offloader().sync_prev_onload()
     get_offloader().join_after_forward()
