@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.helpers import Owner
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import environment
 from vllm_dwdp.engine.cores import split_cores
@@ -25,10 +26,6 @@ from vllm_dwdp.layers.window import estimate
 from vllm_dwdp.patches.engine_liveness import killed
 from vllm_dwdp.prefetch.counters import Counters
 from vllm_dwdp.transport.base import Program
-
-
-class Owner:
-    """Something a launch's environment can belong to."""
 
 
 @given(st.integers(1, 64), st.integers(2, 16))

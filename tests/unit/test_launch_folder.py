@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.helpers import LIMIT_S
+from tests.unit.helpers import LIMIT_S, Owner
 from tests.unit.leftovers import check_message, refusal
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine.launch import DwdpLaunch
@@ -27,10 +27,6 @@ from vllm_dwdp.errors import DwdpTimeout, PeerLost
 ANOTHER_USER = 65534
 pytestmark = pytest.mark.usefixtures("public")
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-
-
-class Owner:
-    """Whose life is that of a folder."""
 
 
 def as_another_user(code: str, *arguments: str) -> dict[str, str]:
@@ -195,10 +191,13 @@ def test_the_folder_of_a_killed_front_end(front_end: tuple[subprocess.Popen[str]
     message = refusal(lambda: rank.get(1, "slabs"), PeerLost)
     check_message(message, [f"rank 0 lost {path}", f"the front end is gone (process {process.pid})"])
     timer.join()
-    check_message(refusal(lambda: Rendezvous(path, 1, 1.0), PeerLost), ["rank 1 lost", "front end is gone"])
+    rank.fail(RuntimeError("too late to tell anybody"))
+    check_message(refusal(lambda: rank.peek(1, "counters"), PeerLost), ["front end is gone", str(process.pid)])
+    check_message(refusal(lambda: Rendezvous(path, 1, 1.0), PeerLost), ["rank 1 lost", path, "front end is gone"])
     assert os.path.isdir(path)
     remove_orphaned(path)
     assert not os.path.lexists(path)
+    check_message(refusal(lambda: Rendezvous(path, 1, 1.0), PeerLost), [path, "is gone", "front end has ended"])
     remove_orphaned(path)
     remove_orphaned("")
 

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.unit.helpers import LIMIT_S, PAGE
+from tests.unit.helpers import LIMIT_S, PAGE, Owner
 from vllm_dwdp.engine import environment
 from vllm_dwdp.engine.launch_folder import make_folder
 from vllm_dwdp.errors import DwdpError
@@ -225,10 +225,6 @@ transport.close()
 
 
 # The folder for socket files
-
-
-class Owner:
-    """Something that a launch's environment can belong to."""
 
 
 @pytest.mark.parametrize("length", [20, 56, 57, 70, 80, 120])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.unit.helpers import Owner
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import rank_pages
 from vllm_dwdp.engine.launch import DwdpLaunch
@@ -19,10 +20,6 @@ from vllm_dwdp.transport.handles_json import handle_to_json
 RANKS = 2
 LIMIT_S = 20.0
 Published = list[tuple[int, Counters, Counters | None]]
-
-
-class Owner:
-    """What the folder of a launch lives as long as."""
 
 
 class Group:

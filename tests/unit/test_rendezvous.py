@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.helpers import LIMIT_S
+from tests.unit.helpers import LIMIT_S, Owner
 from tests.unit.leftovers import check_message, refusal
 from vllm_dwdp.engine import launch_folder
 from vllm_dwdp.engine.launch_folder import make_folder
@@ -23,10 +23,6 @@ from vllm_dwdp.errors import DwdpTimeout
 
 pytestmark = pytest.mark.usefixtures("public")
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
-
-
-class Owner:
-    """Whose life is that of a folder."""
 
 
 def test_a_stopped_front_end_keeps_nobody(front_end: tuple[subprocess.Popen[str], str]) -> None:
