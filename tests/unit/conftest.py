@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.helpers import LIMIT_S, Owner, descriptors, slab_maps
+from tests.unit.helpers import LIMIT_S, LaunchOwner, descriptors, slab_maps
 from vllm_dwdp.engine.launch_folder import make_folder
 from vllm_dwdp.transport.shm import ShmTransport
 
@@ -93,7 +93,7 @@ def public(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def folder(quick_collections: None) -> Iterator[str]:
     """The folder of a launch whose front end is this process; the test fails where it, or a descriptor, stays."""
-    owner = Owner()
+    owner = LaunchOwner()
     gc.collect()
     before = descriptors()
     made = make_folder(owner)

@@ -13,7 +13,7 @@ LIMIT_S = 30.0
 PAGE = mmap.PAGESIZE
 
 
-class Owner:
+class LaunchOwner:
     """Whose life is that of a launch: its folder, its environment."""
 
 

@@ -20,7 +20,7 @@ pytest.importorskip("vllm")
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from tests.unit import leftovers
-from tests.unit.helpers import LIMIT_S, Owner
+from tests.unit.helpers import LIMIT_S, LaunchOwner
 from tests.unit.leftovers import build, check_message, refusal
 from vllm_dwdp.engine.launch import launch_of
 from vllm_dwdp.engine.launch_folder import make_folder
@@ -35,7 +35,7 @@ MINE = Identity("0.32.0", "0.1.0", "model", "1a", "torch.bfloat16", "2b")
 
 @pytest.fixture
 def ranks() -> Iterator[tuple[Rendezvous, Rendezvous]]:
-    owner = Owner()
+    owner = LaunchOwner()
     folder = make_folder(owner)
     yield Rendezvous(folder, 0, LIMIT_S), Rendezvous(folder, 1, LIMIT_S)
 

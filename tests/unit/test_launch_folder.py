@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.helpers import LIMIT_S, Owner
+from tests.unit.helpers import LIMIT_S, LaunchOwner
 from tests.unit.leftovers import check_message, refusal
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine.launch import DwdpLaunch
@@ -145,7 +145,7 @@ def test_what_is_no_message_is_refused(folder: str, public: Path, monkeypatch: p
 
 
 def test_a_folder_goes_while_ranks_still_write(public: Path) -> None:
-    owner, stopping = Owner(), threading.Event()
+    owner, stopping = LaunchOwner(), threading.Event()
     path = make_folder(owner)
     rank = Rendezvous(path, 1, LIMIT_S)
 
@@ -167,7 +167,7 @@ def test_a_folder_goes_while_ranks_still_write(public: Path) -> None:
 
 
 def test_a_forked_child_leaves_its_parents_folder(folder: str) -> None:
-    owner = Owner()
+    owner = LaunchOwner()
     path = make_folder(owner)
     if (child := os.fork()) == 0:
         del owner
@@ -236,7 +236,7 @@ def test_a_watcher_leaves_folders_alone_that_are_no_launchs(public: Path) -> Non
 
 
 def test_the_folders_of_two_launches_are_two(public: Path) -> None:
-    first, second = Owner(), Owner()
+    first, second = LaunchOwner(), LaunchOwner()
     paths = [make_folder(first), make_folder(second)]
     Rendezvous(paths[0], 1, LIMIT_S).put("slabs", [1])
     assert Rendezvous(paths[1], 0, LIMIT_S).peek(1, "slabs") is None

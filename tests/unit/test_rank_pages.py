@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.unit.helpers import Owner
+from tests.unit.helpers import LaunchOwner
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import rank_pages
 from vllm_dwdp.engine.launch import DwdpLaunch
@@ -26,7 +26,7 @@ class Group:
     """A launch, and the ranks that come up with real counter pages."""
 
     def __init__(self) -> None:
-        self._owner = Owner()
+        self._owner = LaunchOwner()
         self.launch = DwdpLaunch(DwdpConfig(timeout_s=LIMIT_S), RANKS, make_folder(self._owner), ())
         self.pages: dict[int, CounterPage] = {}
 
