@@ -202,6 +202,19 @@ def test_the_folder_of_a_killed_front_end(front_end: tuple[subprocess.Popen[str]
     remove_orphaned("")
 
 
+def test_the_next_launch_removes_folders_that_nobody_was_left_to_remove(
+    front_end: tuple[subprocess.Popen[str], str], public: Path
+) -> None:
+    process, path = front_end
+    owner, other = Owner(), Owner()
+    alive = make_folder(owner)
+    assert os.path.isdir(path)
+    process.kill()
+    process.wait()
+    make_folder(other)
+    assert not os.path.lexists(path) and os.path.isdir(alive)
+
+
 def test_a_process_that_outlives_its_front_end_removes_the_folder(public: Path) -> None:
     code = (
         "import multiprocessing, os, sys, time\nfrom vllm_dwdp.engine.launch import RENDEZVOUS_ENV\n"

@@ -171,6 +171,35 @@ def test_a_child_of_a_killed_process(
             os.kill(child, signal.SIGKILL)
 
 
+#: A front end that forks, as vLLM does on CUDA, while it is watched itself.
+FORKING = """
+import multiprocessing, os, sys, time
+from vllm_dwdp.engine import orphans
+os.environ["DWDP_RENDEZVOUS"] = f"{os.getpid()}:x"
+orphans.watch_forked()
+orphans.end_with_parent()
+context = multiprocessing.get_context("fork")
+children = [context.Process(target=time.sleep, args=(60,), name=name) for name in ("VLLM_DP_Coordinator", "mine")]
+for child in children: child.start()
+print(*(child.pid for child in children), flush=True)
+time.sleep(60)
+"""
+
+
+def test_forked_processes_of_a_launch_watch_it_and_others_do_not() -> None:
+    with subprocess.Popen([sys.executable, "-c", FORKING], cwd=REPO, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        coordinator, other = map(int, parent.stdout.readline().split())
+        parent.kill()
+    try:
+        until = time.monotonic() + 10
+        while _runs(coordinator) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not _runs(coordinator) and _runs(other)
+    finally:
+        os.kill(other, signal.SIGKILL)
+
+
 def _runs(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"

@@ -21,7 +21,7 @@ from vllm_dwdp.engine.environment import set_for_children, sockets_in
 from vllm_dwdp.engine.launch import RENDEZVOUS_ENV, DwdpLaunch, attach_launch
 from vllm_dwdp.engine.launch_folder import make_folder
 from vllm_dwdp.engine.model_config import hide_moe
-from vllm_dwdp.engine.orphans import value_of_parent
+from vllm_dwdp.engine.orphans import value_of_parent, watch_forked
 from vllm_dwdp.engine.rank_pages import watch_ranks
 from vllm_dwdp.errors import DwdpError
 
@@ -75,6 +75,7 @@ def _launch(args: EngineArgs, config: DwdpConfig, owner: VllmConfig) -> DwdpLaun
         return DwdpLaunch(config, ranks, folder, ())
     launch = DwdpLaunch(config, ranks, make_folder(owner), tuple(sorted(os.sched_getaffinity(0))))
     set_for_children(owner, RENDEZVOUS_ENV, launch.folder)
+    watch_forked()
     return launch
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import secrets
@@ -105,6 +106,8 @@ def make_folder(owner: object) -> str:
     Raises DwdpError where no place has space, owners and permissions.
     """
     usual = tempfile.gettempdir()
+    for path in glob.glob(os.path.join(glob.escape(usual), FOLDER_PREFIX + "*")):
+        remove_orphaned(path)  # of launches of which every process was killed
     places = sorted(dict.fromkeys([usual, *_OTHER_PLACES]), key=lambda place: not fits_sockets(_longest(place)))
     first: DwdpError | None = None
     for place in places:

@@ -12,17 +12,21 @@ import re
 import signal
 import threading
 import time
+from multiprocessing import util
 
 from vllm_dwdp.engine.environment import of_parent
 from vllm_dwdp.engine.launch import RENDEZVOUS_ENV
 from vllm_dwdp.engine.launch_folder import remove_orphaned
 
-_PERIOD_S = 0.5
-#: Time for a process to end by itself after SIGTERM.
-_GRACE_S = 5.0
+#: Short: vLLM's coordinator fails by itself once it tells a dead front end its addresses, and leaves the folder.
+_PERIOD_S = 0.1
+#: Time for a process to end by itself after SIGTERM; an engine that is being built only takes note of it.
+_GRACE_S = 2.0
 
 #: The processes of a launch, by the names that vLLM gives them.
 _OF_A_LAUNCH = re.compile(r"EngineCore\b|EngineCore_DP\d+|VLLM_DP_Coordinator|ApiServer_\d+|VllmWorker-\d+")
+
+_forks_watched = False
 
 
 def launcher() -> int | None:
@@ -59,6 +63,21 @@ def end_with_parent() -> None:
         threading.Thread(target=_watch, args=(parent,), name="dwdp-parent", daemon=True).start()
 
 
+def watch_forked() -> None:
+    """Have processes of a launch that are forked from this one watch it: they load no plugin. Idempotent."""
+    global _forks_watched
+    if not _forks_watched:
+        _forks_watched = True
+        util.register_after_fork(_after_fork, lambda hook: hook())
+
+
+def _after_fork() -> None:
+    # This process's own watcher, if it has one, is no thread of the child's.
+    end_with_parent.cache_clear()
+    if launcher() is not None:
+        end_with_parent()
+
+
 def _watch(parent: int) -> None:
     if os.getppid() == parent:
         while os.getppid() == parent:
@@ -66,7 +85,7 @@ def _watch(parent: int) -> None:
     else:
         # Gone already, or no parent of this process: told by what it was started with, once that is unpickled.
         while (told := started_by()) is None:
-            time.sleep(_PERIOD_S)
+            time.sleep(_PERIOD_S / 10)
         if told != parent:
             return
     remove_orphaned(os.environ.get(RENDEZVOUS_ENV, "").partition(":")[2])
