@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.helpers import LIMIT_S, descriptors, slab_maps
+from tests.unit.helpers import LIMIT_S, LaunchOwner, descriptors, slab_maps
 from vllm_dwdp.engine.launch_folder import make_folder
 from vllm_dwdp.transport.shm import ShmTransport
 
@@ -79,10 +79,6 @@ FRONT_END = (
     "import sys\nfrom vllm_dwdp.engine.launch_folder import make_folder\n"
     "class Owner: pass\nowner = Owner()\nprint(make_folder(owner), flush=True)\nsys.stdin.read()\n"
 )
-
-
-class LaunchOwner:
-    """Whose life is that of a launch's folder."""
 
 
 @pytest.fixture

@@ -13,6 +13,10 @@ LIMIT_S = 30.0
 PAGE = mmap.PAGESIZE
 
 
+class LaunchOwner:
+    """Whose life is that of a launch: its folder, its environment."""
+
+
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 

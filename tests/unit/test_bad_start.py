@@ -6,7 +6,6 @@ import dataclasses
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -21,27 +20,22 @@ pytest.importorskip("vllm")
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from tests.unit import leftovers
+from tests.unit.helpers import LIMIT_S, LaunchOwner
 from tests.unit.leftovers import build, check_message, refusal
 from vllm_dwdp.engine.launch import launch_of
-from vllm_dwdp.engine.launch_folder import make_folder, remove_folder
+from vllm_dwdp.engine.launch_folder import make_folder
 from vllm_dwdp.engine.rendezvous import Identity, Rendezvous
 from vllm_dwdp.engine.worker import DwdpWorkerMixin, identity_of
 from vllm_dwdp.errors import DwdpError, DwdpTimeout, PeerLost
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-#: Of what takes no time where all is well.
-LIMIT_S = 30.0
 MINE = Identity("0.32.0", "0.1.0", "model", "1a", "torch.bfloat16", "2b")
-
-
-class Owner:
-    """Whose life is that of a launch's folder."""
 
 
 @pytest.fixture
 def ranks() -> Iterator[tuple[Rendezvous, Rendezvous]]:
-    owner = Owner()
+    owner = LaunchOwner()
     folder = make_folder(owner)
     yield Rendezvous(folder, 0, LIMIT_S), Rendezvous(folder, 1, LIMIT_S)
 
@@ -90,31 +84,6 @@ def test_a_peer_that_differs(ranks: Ranks, field: str, value: str, words: list[s
     message = refusal(lambda: first.check_identity(MINE, [0, 1]))
     check_message(message, ["ranks 0 and 1 cannot share experts", *words, "same model, options and versions"])
     assert message.count(" here, ") == 1
-
-
-def test_the_front_end_ends() -> None:
-    """Killed, with nobody left to remove its folder; the ranks that it leaves alone say so at once."""
-    code = (
-        "import sys\nfrom vllm_dwdp.engine.launch_folder import make_folder\n"
-        "class Owner: pass\nowner = Owner()\nprint(make_folder(owner), flush=True)\nsys.stdin.read()\n"
-    )
-    environment = {**os.environ, "TMPDIR": tempfile.gettempdir()}  # where what is left behind is looked for
-    front = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert front.stdin and front.stdout
-    folder = front.stdout.readline().strip()
-    rank = Rendezvous(folder, 0, LIMIT_S)
-    timer = threading.Timer(0.3, front.kill)
-    timer.start()
-    check_message(refusal(lambda: rank.get(1, "slabs"), PeerLost), ["rank 0", "lost", "front end is gone"])
-    timer.join()
-    front.communicate()
-    rank.fail(RuntimeError("too late to tell anybody"))
-    check_message(refusal(lambda: rank.peek(1, "counters"), PeerLost), ["front end is gone", str(front.pid)])
-    check_message(refusal(lambda: Rendezvous(folder, 1, 1.0), PeerLost), ["rank 1 lost", folder, "front end is gone"])
-    remove_folder(folder)
-    check_message(refusal(lambda: Rendezvous(folder, 1, 1.0), PeerLost), [folder, "is gone", "front end has ended"])
 
 
 class Broken(CPUWorker):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -99,9 +100,12 @@ def test_order_of_arguments(runtime: Runtime, device: CupyDevice) -> None:
     device.wait_event(3, 4)
     device.copy_async(10, 20, 30, 40)
     device.launch(5, 6)
+    device.begin_capture(7)
+    assert device.capturing(8) is False
     assert runtime.called("eventRecord") == (1, 2) and runtime.called("streamWaitEvent") == (3, 4)
     assert runtime.called("memcpyAsync") == (10, 20, 30, Runtime.memcpyDefault, 40)
-    assert runtime.called("graphLaunch") == (5, 6)
+    assert runtime.called("graphLaunch") == (5, 6) and runtime.called("streamIsCapturing") == (8,)
+    assert runtime.called("streamBeginCapture") == (7, Runtime.streamCaptureModeRelaxed)
     assert runtime.called("setDevice") == (1,) and ("torch", 1) in runtime.calls
 
 
@@ -122,6 +126,16 @@ def test_failures_name_the_call_and_a_device_that_is_not_there_the_variable(runt
     with pytest.raises(DwdpError, match="GPU 2 of 2 visible ones: check CUDA_VISIBLE_DEVICES"):
         CupyDevice(2)
     device = CupyDevice(0)
+    calls: dict[str, Callable[[], Any]] = {
+        "memcpyAsync": lambda: device.copy_async(1, 2, 3, 4),
+        "eventRecord": lambda: device.record(1, 2),
+        "graphLaunch": lambda: device.launch(1, 2),
+        "streamWaitEvent": lambda: device.wait_event(1, 2),
+    }
+    for name, call in calls.items():
+        runtime.answers[name] = RuntimeError("cudaErrorIllegalAddress: an illegal memory access was encountered")
+        with pytest.raises(CudaError, match=rf"{name} failed \(cudaErrorIllegalAddress: an illegal"):
+            call()
     runtime.answers["malloc"] = RuntimeError("cudaErrorMemoryAllocation: out of memory")
     with pytest.raises(CudaError, match="out of memory") as caught:
         device.malloc(1 << 20)

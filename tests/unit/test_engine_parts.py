@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.helpers import LaunchOwner
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import environment
 from vllm_dwdp.engine.cores import split_cores
@@ -25,10 +26,6 @@ from vllm_dwdp.layers.window import estimate
 from vllm_dwdp.patches.engine_liveness import killed
 from vllm_dwdp.prefetch.counters import Counters
 from vllm_dwdp.transport.base import Program
-
-
-class Owner:
-    """Something a launch's environment can belong to."""
 
 
 @given(st.integers(1, 64), st.integers(2, 16))
@@ -52,7 +49,7 @@ def short_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_a_launchs_environment_goes_with_it(monkeypatch: pytest.MonkeyPatch, short_folder: Path) -> None:
     monkeypatch.delenv(environment.IPC_FOLDER, raising=False)
-    first, second = Owner(), Owner()
+    first, second = LaunchOwner(), LaunchOwner()
     for owner in (first, second):
         environment.sockets_in(make_folder(owner), owner)
     del owner
@@ -67,7 +64,7 @@ def test_a_launchs_environment_goes_with_it(monkeypatch: pytest.MonkeyPatch, sho
 
 def test_what_the_user_set_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(environment.IPC_FOLDER, "/mine")
-    owner = Owner()
+    owner = LaunchOwner()
     assert environment.sockets_in("/tmp/dwdp-launch", owner) == {}
     assert os.environ[environment.IPC_FOLDER] == "/mine"
     assert environment.is_users(environment.IPC_FOLDER) and not environment.is_users("DWDP_NOT_SET")
@@ -190,7 +187,7 @@ def test_engines_of_ray_launches_are_spawned(monkeypatch: pytest.MonkeyPatch) ->
     from vllm_dwdp.engine import ray_cluster
 
     monkeypatch.delenv(ray_cluster.START_METHOD, raising=False)
-    launch = Owner()
+    launch = LaunchOwner()
     ray_cluster.spawn_engines(launch)
     assert os.environ[ray_cluster.START_METHOD] == "spawn"
     environment.forget_launches()

@@ -16,8 +16,8 @@ from torch import nn
 pytest.importorskip("vllm")
 
 from tests.unit.helpers import LIMIT_S, slab_maps
+from tests.unit.meeting import Meeting
 from vllm_dwdp.config import DwdpConfig, Rendezvous
-from vllm_dwdp.engine import worker
 from vllm_dwdp.engine.launch import DwdpLaunch
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers import gates
@@ -69,21 +69,6 @@ def nothing_mapped() -> Iterator[None]:
     assert slab_maps() == before
 
 
-class Meeting:
-    """A rendezvous of threads."""
-
-    def __init__(self, rank: int, values: dict[str, dict[int, Any]], barrier: threading.Barrier) -> None:
-        self.rank, self._values, self._barrier = rank, values, barrier
-
-    def put(self, name: str, value: Any) -> None:
-        self._values.setdefault(name, {})[self.rank] = value
-
-    def gather(self, name: str, value: Any, ranks: list[int]) -> list[Any]:
-        self.put(name, value)
-        self._barrier.wait(LIMIT_S)
-        return [self._values[name][rank] for rank in ranks]
-
-
 @contextmanager
 def shared(view: str, outer: tuple[dict[str, Any], ...] = ({}, {})) -> Iterator[list[ExpertSharing]]:
     """Two ranks of three layers on two slots, loaded and started."""
@@ -100,11 +85,10 @@ def shared(view: str, outer: tuple[dict[str, Any], ...] = ({}, {})) -> Iterator[
             for parameter in module.parameters():
                 parameter.data.copy_(rows(layer, module.dwdp_share))
     made: dict[int, ExpertSharing] = {}
-    values: dict[str, dict[int, Any]] = {}
-    barrier = threading.Barrier(2)
+    meeting = Meeting()
 
     def start(build: ModelBuild) -> None:
-        made[build.rank] = ExpertSharing(build, Meeting(build.rank, values, barrier), launch)  # type: ignore[arg-type]
+        made[build.rank] = ExpertSharing(build, meeting.of(build.rank), launch)
         made[build.rank].start()
 
     threads = [threading.Thread(target=start, args=(build,)) for build in builds]
@@ -246,56 +230,3 @@ def test_a_split_layer_that_was_left_out_raises_until_it_is_used() -> None:
         kernel._attached()
     first.acquire(0)
     assert kernel._attached() == tables and parameter.data.data_ptr() == view.data_ptr()
-
-
-class Sharing:
-    """What the worker asks of an ExpertSharing."""
-
-    def __init__(self, view: str) -> None:
-        self.view, self.layers, self.sealed = view, ["a", "b", "c"], 0
-        self.left: list[str] = list(self.layers)
-
-    def unused(self) -> list[str]:
-        return list(self.left)
-
-    def seal_unused(self) -> None:
-        self.sealed += 1
-
-
-class Base:
-    """A worker of vLLM, whose warm-up and forwards use what the test says."""
-
-    warm: tuple[str, ...] = ()
-
-    def use(self, names: tuple[str, ...]) -> None:
-        self.dwdp_sharing.left = [name for name in self.dwdp_sharing.left if name not in names]  # type: ignore[attr-defined]
-
-    def compile_or_warm_up_model(self) -> str:
-        self.use(self.warm)
-        return "times"
-
-    def execute_model(self, *names: str) -> str:
-        self.use(names)
-        return "output"
-
-
-@pytest.mark.parametrize(("view", "words"), [("contiguous", "NaN"), ("inplace", "in place")])
-@pytest.mark.parametrize("warm", [True, False])
-def test_layers_that_were_left_out_are_named_once(
-    view: str, words: str, warm: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    warnings: list[str] = []
-    monkeypatch.setattr(worker.logger, "warning", lambda text, *values: warnings.append(text % values))
-
-    class Made(worker.DwdpWorkerMixin, Base):
-        def __init__(self) -> None:
-            self.dwdp_rank = 3
-            self.dwdp_sharing = Sharing(view)  # type: ignore[assignment]
-            self.warm = ("a", "c") if warm else ()
-
-    made: Any = Made()
-    assert made.compile_or_warm_up_model() == "times" and made.dwdp_sharing.sealed == 1
-    assert len(warnings) == warm
-    assert [made.execute_model(), made.execute_model("a", "c"), made.execute_model()] == ["output"] * 3
-    assert len(warnings) == 1 and "execute_model" not in vars(made)
-    assert all(part in warnings[0] for part in ("rank 3", "1 of 3", "forward: b;", words))

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.offloader.base import NoopOffloader, get_offloader, set_offloader
@@ -20,6 +21,7 @@ from vllm_dwdp.engine.gpu_worker import DwdpGPUWorker
 from vllm_dwdp.engine.graphs import CopiesInGraphs
 from vllm_dwdp.engine.launch import DwdpLaunch
 from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.patches import cuda_graph
 
 
 class Stop(Exception):
@@ -69,11 +71,16 @@ def offloader() -> Iterator[None]:
     set_offloader(before)
 
 
+class Model(torch.nn.Module):
+    """One without layers."""
+
+
 class Loaded:
     """Takes the place of vLLM's worker, and of the memory that ranks share."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, mode: CUDAGraphMode, prefetcher: Any) -> None:
         self.outer_runners: dict[str, Any] | None = None
+        self.started = 0
         store = SimpleNamespace(check_identity=lambda identity, group: None, fail=lambda error: None)
         monkeypatch.setattr(worker, "Rendezvous", lambda *arguments: store)
         monkeypatch.setattr(worker, "identity_of", lambda *arguments: None)
@@ -84,7 +91,8 @@ class Loaded:
         self.worker = DwdpGPUWorker.__new__(DwdpGPUWorker)
         address = Rendezvous("127.0.0.1", 1, "id")
         self.worker.dwdp_launch = DwdpLaunch(DwdpConfig(), 2, address, ())
-        self.worker.dwdp_rank, self.worker.dwdp_place = 1, "a test"
+        self.worker.dwdp_rank, self.worker.dwdp_place, self.worker.dwdp_sharing = 1, "a test", None
+        self.worker.model_runner = SimpleNamespace(load_model=None, reload_weights=None, get_model=Model)  # type: ignore[assignment]
         self.worker.vllm_config = SimpleNamespace(  # type: ignore[assignment]
             compilation_config=compilation(mode), scheduler_config=SimpleNamespace(max_num_batched_tokens=1)
         )
@@ -96,7 +104,7 @@ class Loaded:
             prefetcher=self._prefetcher,
             describe=lambda place: "",
             window=lambda tokens: None,
-            start=lambda: None,
+            start=lambda: setattr(self, "started", self.started + 1),
             close=lambda: None,
         )
 
@@ -112,14 +120,18 @@ def test_the_prefetcher_is_told_of_graphs_and_layers_of_the_runners_around_them(
     mode: CUDAGraphMode, runners: dict[str, str], monkeypatch: pytest.MonkeyPatch, offloader: None
 ) -> None:
     told: list[str] = []
-    prefetcher = SimpleNamespace(align=lambda: told.append("align"), end_capture=lambda: told.append("end"))
+    prefetcher = SimpleNamespace(
+        align=lambda: told.append("align"), end_capture=lambda: "counts", count_replay=object()
+    )
+    followed: list[Any] = []
+    monkeypatch.setattr(cuda_graph, "install", lambda count_replay: (followed.append(count_replay), told.append)[1])
     loaded = Loaded(monkeypatch, mode, prefetcher)
     loaded.worker.load_model()
-    assert loaded.outer_runners == runners
+    assert loaded.outer_runners == runners and loaded.started == 1
     assert isinstance(get_offloader(), CopiesInGraphs)
     get_offloader().sync_prev_onload()
     get_offloader().join_after_forward()
-    assert told == ["align", "end"]
+    assert told == ["align", "counts"] and followed == [prefetcher.count_replay]
     # Code that is not cut gets no piecewise graphs.
     cut = loaded.worker.vllm_config.compilation_config.splitting_ops_contain_attention()
     assert cut is (mode == CUDAGraphMode.PIECEWISE)

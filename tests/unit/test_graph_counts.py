@@ -157,7 +157,7 @@ def test_another_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_torch_has_is_what_is_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The class of this torch, as far as it can be seen without a GPU; a graph is not kept once its capture has ended."""
+    """The class of this torch, as far as it can be seen without a GPU."""
     kept = torch.cuda.CUDAGraph
     monkeypatch.setattr(torch.cuda, "CUDAGraph", kept)
     cuda_graph.install(lambda counts: None)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.helpers import LIMIT_S
+from tests.unit.helpers import LIMIT_S, LaunchOwner
 from tests.unit.leftovers import check_message, refusal
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine.launch import DwdpLaunch
@@ -27,10 +27,6 @@ from vllm_dwdp.errors import DwdpTimeout, PeerLost
 ANOTHER_USER = 65534
 pytestmark = pytest.mark.usefixtures("public")
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-
-
-class Owner:
-    """Whose life is that of a folder."""
 
 
 def as_another_user(code: str, *arguments: str) -> dict[str, str]:
@@ -149,7 +145,7 @@ def test_what_is_no_message_is_refused(folder: str, public: Path, monkeypatch: p
 
 
 def test_a_folder_goes_while_ranks_still_write(public: Path) -> None:
-    owner, stopping = Owner(), threading.Event()
+    owner, stopping = LaunchOwner(), threading.Event()
     path = make_folder(owner)
     rank = Rendezvous(path, 1, LIMIT_S)
 
@@ -171,7 +167,7 @@ def test_a_folder_goes_while_ranks_still_write(public: Path) -> None:
 
 
 def test_a_forked_child_leaves_its_parents_folder(folder: str) -> None:
-    owner = Owner()
+    owner = LaunchOwner()
     path = make_folder(owner)
     if (child := os.fork()) == 0:
         del owner
@@ -195,10 +191,13 @@ def test_the_folder_of_a_killed_front_end(front_end: tuple[subprocess.Popen[str]
     message = refusal(lambda: rank.get(1, "slabs"), PeerLost)
     check_message(message, [f"rank 0 lost {path}", f"the front end is gone (process {process.pid})"])
     timer.join()
-    check_message(refusal(lambda: Rendezvous(path, 1, 1.0), PeerLost), ["rank 1 lost", "front end is gone"])
+    rank.fail(RuntimeError("too late to tell anybody"))
+    check_message(refusal(lambda: rank.peek(1, "counters"), PeerLost), ["front end is gone", str(process.pid)])
+    check_message(refusal(lambda: Rendezvous(path, 1, 1.0), PeerLost), ["rank 1 lost", path, "front end is gone"])
     assert os.path.isdir(path)
     remove_orphaned(path)
     assert not os.path.lexists(path)
+    check_message(refusal(lambda: Rendezvous(path, 1, 1.0), PeerLost), [path, "is gone", "front end has ended"])
     remove_orphaned(path)
     remove_orphaned("")
 
@@ -250,7 +249,7 @@ def test_a_watcher_leaves_folders_alone_that_are_no_launchs(public: Path) -> Non
 
 
 def test_the_folders_of_two_launches_are_two(public: Path) -> None:
-    first, second = Owner(), Owner()
+    first, second = LaunchOwner(), LaunchOwner()
     paths = [make_folder(first), make_folder(second)]
     Rendezvous(paths[0], 1, LIMIT_S).put("slabs", [1])
     assert Rendezvous(paths[1], 0, LIMIT_S).peek(1, "slabs") is None

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.unit.helpers import LIMIT_S, PAGE
+from tests.unit.helpers import LIMIT_S, PAGE, LaunchOwner
 from vllm_dwdp.engine import environment
 from vllm_dwdp.engine.launch_folder import make_folder
 from vllm_dwdp.errors import DwdpError
@@ -227,10 +227,6 @@ transport.close()
 # The folder for socket files
 
 
-class Owner:
-    """Something that a launch's environment can belong to."""
-
-
 @pytest.mark.parametrize("length", [20, 56, 57, 70, 80, 120])
 def test_paths_of_sockets_fit(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.utils.network_utils import get_open_zmq_ipc_path
@@ -240,7 +236,7 @@ def test_paths_of_sockets_fit(length: int, monkeypatch: pytest.MonkeyPatch) -> N
         os.mkdir(place)
         monkeypatch.setattr(tempfile, "tempdir", place)
         monkeypatch.delenv(environment.IPC_FOLDER, raising=False)
-        owner = Owner()
+        owner = LaunchOwner()
         folder = make_folder(owner)
         assert environment.sockets_in(folder, owner) == {environment.IPC_FOLDER: folder}
         assert os.environ[environment.IPC_FOLDER] == folder
@@ -265,14 +261,14 @@ def test_a_full_temporary_folder_is_passed_over(monkeypatch: pytest.MonkeyPatch,
     with monkeypatch.context() as patched:
         patched.setattr(tempfile, "mkdtemp", full)
         with pytest.raises(DwdpError, match="No space left on device"):
-            make_folder(Owner())
+            make_folder(LaunchOwner())
     assert asked == ["/mine", "/tmp", "/var/tmp", "/dev/shm"]
-    owner = Owner()
+    owner = LaunchOwner()
     assert make_folder(owner).startswith("/tmp/")  # "/mine" is not there
 
 
 def test_vllms_own_place_for_sockets_stays_where_ours_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(environment.IPC_FOLDER, raising=False)
-    owner = Owner()
+    owner = LaunchOwner()
     assert environment.sockets_in("/" + 100 * "x", owner) == {}
     assert environment.IPC_FOLDER not in os.environ

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from vllm.config.load import LoadConfig
+from vllm.model_executor.model_loader import base_loader
 
+from tests.unit.leftovers import TINY
+from tests.unit.whole_model import as_bytes, load, vllm_groups
 from vllm_dwdp.engine.loader import ShareOnlyLoader, _fused_names, _runs, logger
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.read_stats import READ, ReadStats
@@ -107,13 +110,20 @@ def test_files_of_torch_save_are_read_whole_with_one_warning(
     assert len(warned) == 1 and "every rank reads the whole checkpoint (pytorch_model.bin)" in warned[0]
 
 
-def test_files_of_torch_save_give_the_bytes_of_safetensors(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "fused"), [("gpt_oss", False), ("qwen3_moe", False), ("qwen3_moe", True)])
+def test_files_of_torch_save_give_the_bytes_of_safetensors(
+    family: str, fused: bool, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Experts one by one, fused ones, and those of a loader that is shown single experts, in vLLM's own models."""
-    command = [sys.executable, "-m", "tests.unit.bin_checkpoint", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2])
-    lines = [line.split(maxsplit=4) for line in done.stdout.splitlines() if line.startswith("LOADED")]
-    assert [line[1:3] for line in lines] == [["gpt_oss", "False"], ["qwen3_moe", "False"], ["qwen3_moe", "True"]], (
-        done.stderr[-2000:]
-    )
-    for _, _, _, tensors, wrong in lines:
-        assert int(tensors) > 20 and wrong == "[]"
+    monkeypatch.setattr(ModelBuild, "_current", None)
+    # It packs dense weights, and empties their parameters.
+    monkeypatch.setattr(base_loader, "process_weights_after_loading", lambda *_: None)
+    whole = checkpoint(**{**TINY, "family": family, "num_layers": 2, "num_experts": 5, "fused": fused})
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(whole / "model.safetensors"), copy / "pytorch_model.bin")
+    with vllm_groups():
+        one, other = (dict(load(path, 1, 2).model.named_parameters()) for path in (whole, copy))
+    assert one.keys() == other.keys() and len(one) > 20
+    for name, parameter in one.items():
+        assert torch.equal(as_bytes(parameter), as_bytes(other[name])), name

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.unit.helpers import LaunchOwner
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import rank_pages
 from vllm_dwdp.engine.launch import DwdpLaunch
@@ -21,15 +22,11 @@ LIMIT_S = 20.0
 Published = list[tuple[int, Counters, Counters | None]]
 
 
-class Owner:
-    """What the folder of a launch lives as long as."""
-
-
 class Group:
     """A launch, and the ranks that come up with real counter pages."""
 
     def __init__(self) -> None:
-        self._owner = Owner()
+        self._owner = LaunchOwner()
         self.launch = DwdpLaunch(DwdpConfig(timeout_s=LIMIT_S), RANKS, make_folder(self._owner), ())
         self.pages: dict[int, CounterPage] = {}
 

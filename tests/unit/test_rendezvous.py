@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.helpers import LIMIT_S
+from tests.unit.helpers import LIMIT_S, LaunchOwner
 from tests.unit.leftovers import check_message, refusal
 from vllm_dwdp.engine import launch_folder
 from vllm_dwdp.engine.launch_folder import make_folder
@@ -25,10 +25,6 @@ pytestmark = pytest.mark.usefixtures("public")
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 
 
-class Owner:
-    """Whose life is that of a folder."""
-
-
 def test_a_stopped_front_end_keeps_nobody(front_end: tuple[subprocess.Popen[str], str]) -> None:
     process, path = front_end
     process.send_signal(signal.SIGSTOP)
@@ -36,10 +32,9 @@ def test_a_stopped_front_end_keeps_nobody(front_end: tuple[subprocess.Popen[str]
     rank = Rendezvous(path, 0, LIMIT_S)
     rank.put("slabs", [1])
     assert Rendezvous(path, 1, LIMIT_S).get(0, "slabs") == [1] and rank.peek(1, "slabs") is None
-    assert time.monotonic() - started < 0.5
     message = refusal(lambda: rank.get(1, "slabs", timeout_s=1.0), DwdpTimeout)
     check_message(message, ["rank 0 waited 1 s for rank 1 (slabs)"])
-    assert 1.0 <= time.monotonic() - started < 2.5
+    assert 1.0 <= time.monotonic() - started < LIMIT_S / 2
 
 
 def test_a_wait_without_time_looks_once(folder: str) -> None:
@@ -50,27 +45,29 @@ def test_a_wait_without_time_looks_once(folder: str) -> None:
     assert rank.get(1, "slabs", timeout_s=0) == [1]
 
 
-def _overwrite(path: str, seconds: float) -> None:
+def _overwrite(path: str) -> None:
     rank, count = Rendezvous(path, 1, LIMIT_S), 0
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    until = time.monotonic() + LIMIT_S
+    while rank.peek(0, "enough") is None and time.monotonic() < until:
         count += 1
         rank.put("slabs", [count] * 50_000)  # many pages
     rank.put("written", count)
 
 
 def test_no_message_is_read_before_it_is_whole(folder: str) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=_overwrite, args=(folder, 1.5), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=_overwrite, args=(folder,), daemon=True)
     process.start()
     rank, seen = Rendezvous(folder, 0, LIMIT_S), set()
-    while rank.peek(1, "written") is None:
+    while process.is_alive():
         if (found := rank.peek(1, "slabs")) is not None:
             assert len(found) == 50_000 and len(set(found)) == 1
             seen.add(found[0])
+        if len(seen) == 100:
+            rank.put("enough", True)
     process.join(LIMIT_S)
     # They did run at the same time.
-    assert process.exitcode == 0 and len(seen) > 10 and rank.peek(1, "written") > 10
-    assert sorted(os.listdir(folder)) == ["1-slabs.json", "1-written.json", "front-end.json"]
+    assert process.exitcode == 0 and len(seen) >= 100 and rank.peek(1, "written") >= 100
+    assert sorted(os.listdir(folder)) == ["0-enough.json", "1-slabs.json", "1-written.json", "front-end.json"]
 
 
 def test_a_message_that_cannot_be_written(folder: str) -> None:
@@ -89,7 +86,7 @@ def test_a_message_that_cannot_be_written(folder: str) -> None:
 
 def test_no_folder_can_be_made(public: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a temporary folder, on a full one, or where its file system has no permissions; nothing stays."""
-    owner = Owner()
+    owner = LaunchOwner()
     monkeypatch.setattr(launch_folder, "_OTHER_PLACES", ())
     monkeypatch.setattr(tempfile, "tempdir", str(public / "nothing"))
     message = refusal(lambda: make_folder(owner))

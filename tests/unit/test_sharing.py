@@ -22,11 +22,10 @@ pytest.importorskip("vllm")
 
 from tests.unit.helpers import LIMIT_S
 from tests.unit.leftovers import check_message, refusal
+from tests.unit.meeting import Meeting
 from tests.unit.whole_model import Loaded, as_bytes, expert_layers, load, vllm_groups
 from vllm_dwdp.copy_plan import build_plan
-from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.coverage import check_coverage
-from vllm_dwdp.layers.gates import between_ops, register_gate
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 from vllm_dwdp.layers.sharing import ExpertSharing
 from vllm_dwdp.layers.slabs import alignment
@@ -41,34 +40,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "contiguous": {"weight_view": "contiguous"},
     "overlapping": {"weight_view": "inplace", "experts_per_rank": 4},
 }
-
-
-class Meeting:
-    """Where the ranks of this process meet, in place of the launch's."""
-
-    def __init__(self) -> None:
-        self.said: dict[tuple[int, str], Any] = {}
-        self._changed = threading.Condition()
-
-    def of(self, rank: int) -> Any:
-        """What ExpertSharing takes for its rendezvous."""
-        return SimpleNamespace(
-            rank=rank,
-            put=lambda name, value: self._put(rank, name, value),
-            gather=lambda name, value, ranks: self._gather(rank, name, value, ranks),
-        )
-
-    def _put(self, rank: int, name: str, value: Any) -> None:
-        with self._changed:
-            self.said[rank, name] = value
-            self._changed.notify_all()
-
-    def _gather(self, rank: int, name: str, value: Any, ranks: list[int]) -> list[Any]:
-        self._put(rank, name, value)
-        with self._changed:
-            wanted = [(other, name) for other in ranks]
-            assert self._changed.wait_for(lambda: all(key in self.said for key in wanted), LIMIT_S), name
-            return [self.said[key] for key in wanted]
 
 
 LAUNCH: Any = SimpleNamespace(group_of=lambda rank: list(range(RANKS)), cores=())
@@ -298,87 +269,3 @@ def test_tied_experts_are_refused_before_weights_are_read_and_before_slabs(model
     words = ["layers.0.mlp.experts", "layers.1.mlp.experts", "w2_weight are one tensor"]
     check_message(refusal(lambda: check_coverage(loaded.model, loaded.build)), words)
     check_message(refusal(lambda: ExpertSharing(loaded.build, Meeting().of(0), LAUNCH)), words)
-
-
-def test_kernels_are_made_again_on_gpus(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They keep biases, scales and the number of experts; those of CPUs ask for them at every call."""
-    loaded = load(model, 0, RANKS)
-    layer: Any = loaded.build.layers[0].module
-    kernel, tables = layer.quant_method.moe_kernel, []
-    monkeypatch.setattr(ModelBuild.current(), "on_cpu", False)
-    made: Any = type(kernel.fused_experts)
-    monkeypatch.setattr(made, "attach_tables", lambda self, *given: tables.append(given), raising=False)
-    layer.dwdp_tables = ("w13", "w2")
-    layer.dwdp_attach(Recorder([]), 0)
-    assert layer.quant_method.moe_kernel is not kernel and tables == [("w13", "w2")]
-    assert layer.quant_method.moe_kernel.fused_experts.moe_config.num_local_experts == EXPERTS
-
-
-class Recorder:
-    """A gate that notes what it is told."""
-
-    def __init__(self, events: list[str]) -> None:
-        self.events = events
-
-    def acquire(self, layer: int) -> None:
-        self.events.append(f"acquire {layer}")
-
-    def release(self, layer: int) -> None:
-        self.events.append(f"release {layer}")
-
-
-class Computes:
-    """In place of vLLM's class behind the mixin."""
-
-    def __init__(self, events: list[str]) -> None:
-        self.events = events
-
-    def _compute(self, x: torch.Tensor) -> torch.Tensor:
-        self.events.append("compute")
-        return x + 1
-
-    forward_modular = forward_monolithic = _compute
-
-
-class Layer(DwdpExpertsMixin, Computes):
-    """A layer without weights."""
-
-    def __init__(self, events: list[str]) -> None:
-        Computes.__init__(self, events)
-        self.dwdp_gate, self.dwdp_layer, self._dwdp_outside = Recorder(events), 3, False
-
-
-@pytest.mark.parametrize("forward", ["forward_modular", "forward_monolithic"])
-def test_compute_is_between_acquire_and_release(forward: str) -> None:
-    events: list[str] = []
-    layer = Layer(events)
-    assert getattr(layer, forward)(torch.zeros(2)).tolist() == [1, 1]
-    assert events == ["acquire 3", "compute", "release 3"]
-    # Where vLLM's runner is behind the gate its experts are not.
-    layer._dwdp_outside = True
-    getattr(layer, forward)(torch.zeros(2))
-    assert events[3:] == ["compute"]
-
-
-@pytest.mark.parametrize("shared", [False, True], ids=["routed", "with shared experts"])
-def test_a_runner_is_between_acquire_and_release(shared: bool) -> None:
-    events: list[str] = []
-    number = register_gate(Recorder(events), 4)
-
-    def forward(x: torch.Tensor) -> Any:
-        events.append("compute")
-        return (x, x + 1) if shared else x + 1
-
-    output = between_ops(forward, number)(torch.zeros(2))
-    assert (output[-1] if shared else output).tolist() == [1, 1]
-    assert events == ["acquire 4", "compute", "release 4"]
-
-
-def test_a_runner_outside_takes_the_gate_along(model: Path) -> None:
-    loaded = load(model, 0, RANKS)
-    layer: Any = loaded.build.layers[1].module
-    events: list[str] = []
-    runner = SimpleNamespace(_forward_entry=lambda x: (events.append("op"), x)[1])
-    layer.dwdp_attach(Recorder(events), 1, runner)
-    runner._forward_entry(torch.zeros(2))
-    assert events == ["acquire 1", "op", "release 1"] and layer._dwdp_outside

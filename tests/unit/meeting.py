@@ -1,0 +1,37 @@
+"""Where ranks that are threads of one process meet."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+from tests.unit.helpers import LIMIT_S
+
+
+class Meeting:
+    """In place of the rendezvous of a launch."""
+
+    def __init__(self) -> None:
+        self.said: dict[tuple[int, str], Any] = {}
+        self._changed = threading.Condition()
+
+    def of(self, rank: int) -> Any:
+        """What ExpertSharing takes for its rendezvous."""
+        return SimpleNamespace(
+            rank=rank,
+            put=lambda name, value: self._put(rank, name, value),
+            gather=lambda name, value, ranks: self._gather(rank, name, value, ranks),
+        )
+
+    def _put(self, rank: int, name: str, value: Any) -> None:
+        with self._changed:
+            self.said[rank, name] = value
+            self._changed.notify_all()
+
+    def _gather(self, rank: int, name: str, value: Any, ranks: list[int]) -> list[Any]:
+        self._put(rank, name, value)
+        with self._changed:
+            wanted = [(other, name) for other in ranks]
+            assert self._changed.wait_for(lambda: all(key in self.said for key in wanted), LIMIT_S), name
+            return [self.said[key] for key in wanted]

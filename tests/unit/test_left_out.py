@@ -1,0 +1,64 @@
+"""Layers that the warm-up, or a first forward, left out: the worker seals them and names them once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm_dwdp.engine import worker
+
+
+class Sharing:
+    """What the worker asks of an ExpertSharing."""
+
+    def __init__(self, view: str) -> None:
+        self.view, self.layers, self.sealed = view, ["a", "b", "c"], 0
+        self.left: list[str] = list(self.layers)
+
+    def unused(self) -> list[str]:
+        return list(self.left)
+
+    def seal_unused(self) -> None:
+        self.sealed += 1
+
+
+class Base:
+    """A worker of vLLM, whose warm-up and forwards use what the test says."""
+
+    warm: tuple[str, ...] = ()
+
+    def use(self, names: tuple[str, ...]) -> None:
+        self.dwdp_sharing.left = [name for name in self.dwdp_sharing.left if name not in names]  # type: ignore[attr-defined]
+
+    def compile_or_warm_up_model(self) -> str:
+        self.use(self.warm)
+        return "times"
+
+    def execute_model(self, *names: str) -> str:
+        self.use(names)
+        return "output"
+
+
+@pytest.mark.parametrize(("view", "words"), [("contiguous", "NaN"), ("inplace", "in place")])
+@pytest.mark.parametrize("warm", [True, False])
+def test_layers_that_were_left_out_are_named_once(
+    view: str, words: str, warm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(worker.logger, "warning", lambda text, *values: warnings.append(text % values))
+
+    class Made(worker.DwdpWorkerMixin, Base):
+        def __init__(self) -> None:
+            self.dwdp_rank = 3
+            self.dwdp_sharing = Sharing(view)  # type: ignore[assignment]
+            self.warm = ("a", "c") if warm else ()
+
+    made: Any = Made()
+    assert made.compile_or_warm_up_model() == "times" and made.dwdp_sharing.sealed == 1
+    assert len(warnings) == warm
+    assert [made.execute_model(), made.execute_model("a", "c"), made.execute_model()] == ["output"] * 3
+    assert len(warnings) == 1 and "execute_model" not in vars(made)
+    assert all(part in warnings[0] for part in ("rank 3", "1 of 3", "forward: b;", words))
