@@ -129,7 +129,7 @@ def test_the_prefetcher_is_told_of_graphs_and_layers_of_the_runners_around_them(
     loaded = Loaded(monkeypatch, mode, prefetcher)
     loaded.worker.load_model()
     assert loaded.outer_runners == runners and loaded.started == 1
-    with pytest.raises(DwdpError, match="model_runner.reload_weights would replace weights"):
+    with pytest.raises(DwdpError, match=r"model_runner\.reload_weights would replace weights"):
         loaded.worker.model_runner.reload_weights()
     assert isinstance(get_offloader(), CopiesInGraphs)
     get_offloader().sync_prev_onload()
