@@ -13,7 +13,7 @@ class Meeting:
     """In place of the rendezvous of a launch."""
 
     def __init__(self) -> None:
-        self._said: dict[tuple[int, str], Any] = {}
+        self.said: dict[tuple[int, str], Any] = {}
         self._changed = threading.Condition()
 
     def of(self, rank: int) -> Any:
@@ -26,12 +26,12 @@ class Meeting:
 
     def _put(self, rank: int, name: str, value: Any) -> None:
         with self._changed:
-            self._said[rank, name] = value
+            self.said[rank, name] = value
             self._changed.notify_all()
 
     def _gather(self, rank: int, name: str, value: Any, ranks: list[int]) -> list[Any]:
         self._put(rank, name, value)
         with self._changed:
             wanted = [(other, name) for other in ranks]
-            assert self._changed.wait_for(lambda: all(key in self._said for key in wanted), LIMIT_S), name
-            return [self._said[key] for key in wanted]
+            assert self._changed.wait_for(lambda: all(key in self.said for key in wanted), LIMIT_S), name
+            return [self.said[key] for key in wanted]

@@ -206,7 +206,7 @@ def test_the_next_launch_removes_folders_that_nobody_was_left_to_remove(
     front_end: tuple[subprocess.Popen[str], str], public: Path
 ) -> None:
     process, path = front_end
-    owner, other = Owner(), Owner()
+    owner, other = LaunchOwner(), LaunchOwner()
     alive = make_folder(owner)
     assert os.path.isdir(path)
     process.kill()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -243,7 +244,12 @@ def test_nobody_goes_on_before_all_have_mapped(model: Path, monkeypatch: pytest.
 
     with ThreadPoolExecutor(RANKS) as pool:
         found = [pool.submit(share, rank) for rank in range(RANKS)]
-        early = made[0].wait(1.0)
+        # Rank 0 is where it has to wait, or past it.
+        until = time.monotonic() + LIMIT_S
+        while (0, "mapped") not in meeting.said and not made[0].is_set():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        early = made[0].wait(0.5)
         proceed.set()
         for future in found:
             future.result(LIMIT_S).close()
