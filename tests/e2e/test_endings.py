@@ -63,6 +63,10 @@ class Program:
         """What stayed after the end."""
         return self.before.check(self.process.pid)
 
+    def left_but_sockets(self) -> list[str]:
+        """The same without the socket files, named by UUIDs, that plain vLLM leaves in the temporary folder."""
+        return [name for name in self.left() if not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", name)]
+
 
 @pytest.mark.parametrize(
     ("launcher", "end", "status"), [("mp", "return", 0), ("uni", "return", 0), ("mp", "exit", 3), ("mp", "raise", 1)]
@@ -101,10 +105,7 @@ def test_dwdp_then_plain_then_dwdp(model: Path, tmp_path: Path) -> None:
     assert program.wait(420) == 0, program.log[-6000:]
     first, plain, last = program.tokens()
     assert first == plain == last
-    # Plain vLLM leaves its socket files, named by UUIDs, in the temporary folder.
-    assert [
-        name for name in program.left() if not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", name)
-    ] == []
+    assert program.left_but_sockets() == []
 
 
 def test_programs_that_run_beside_a_launch(model: Path, tmp_path: Path) -> None:
@@ -116,6 +117,4 @@ def test_programs_that_run_beside_a_launch(model: Path, tmp_path: Path) -> None:
     # vLLM's line about each worker's cores: only those of dwdp are given lists.
     bound = re.findall(r"VLLM_CPU_OMP_THREADS_BIND='(.*?)'", program.log)
     assert len(bound) == 6 and bound.count("auto") == 1
-    assert [
-        name for name in program.left() if not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", name)
-    ] == []
+    assert program.left_but_sockets() == []

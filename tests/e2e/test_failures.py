@@ -119,13 +119,15 @@ def test_nothing_outlives_a_front_end_that_is_killed_while_it_starts(
     ]
     for start, when in zip(starts, KILLED, strict=True):
         threading.Thread(target=start.kill_after, args=when).start()
-    for start in starts:
-        assert start.killed.wait(300), start.log.read_text()[-6000:]
-    # vLLM's folder for Prometheus stays: only the killed process would have removed it.
-    # 15 s where one starts alone; four that import vLLM at once are slower to find out.
-    left = [[name for name in start.before.check(start.pid, 45) if not name.startswith("tmp")] for start in starts]
-    for start in starts:
-        start.end()
+    try:
+        for start in starts:
+            assert start.killed.wait(300), start.log.read_text()[-6000:]
+        # vLLM's folder for Prometheus stays: only the killed process would have removed it.
+        # 15 s where one starts alone; four that import vLLM at once are slower to find out.
+        left = [[name for name in start.before.check(start.pid, 45) if not name.startswith("tmp")] for start in starts]
+    finally:
+        for start in starts:
+            start.end()
     assert left == [[]] * len(starts)
 
 
