@@ -242,7 +242,7 @@ def test_temporary_files_go_into_the_launchs_folder(tmp_path: Path) -> None:
 def test_only_the_file_store_of_a_worker_in_its_engine_goes_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What loads the model may fix where compiled code is cached (torch's `cache_dir`), and that is to outlive the launch."""
+    """Loading may fix where compiled code is cached (torch's `cache_dir`), which is to outlive the launch."""
     import tempfile
 
     from vllm.v1.executor.uniproc_executor import UniProcExecutor

@@ -39,7 +39,7 @@ def is_gone(process: ProcessId) -> bool:
 
 
 def _started(pid: int) -> int | None:
-    """Field 22 of /proc/PID/stat; None where the process is gone or a zombie. Raises OSError where it cannot be looked at."""
+    """Field 22 of /proc/PID/stat; None where the process is gone or a zombie. Raises OSError where that is unknown."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
