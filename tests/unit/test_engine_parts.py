@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -214,6 +215,17 @@ def test_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_launcher("auto", True) == "mp"
     with pytest.raises(DwdpError, match=r"needs Ray: pip install .* or leave launcher out"):
         resolve_launcher("ray", True)
+
+
+@pytest.mark.parametrize("actor", [None, "a1"])
+def test_a_worker_is_in_ray_as_an_actor_only(monkeypatch: pytest.MonkeyPatch, actor: str | None) -> None:
+    """A forked engine has the Ray of its program, and so has the worker that it forks."""
+    from vllm_dwdp.engine.worker import in_ray
+
+    context = SimpleNamespace(get_actor_id=lambda: actor)
+    ray = SimpleNamespace(is_initialized=lambda: True, get_runtime_context=lambda: context)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    assert in_ray() is (actor is not None)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from vllm_dwdp.predict.cli import main
+from vllm_dwdp.predict.read_config import parse_model
 from vllm_dwdp.predict.startup import hardware_of, predicted_loss
 
 MODEL = "Qwen/Qwen3-30B-A3B"
@@ -83,3 +85,11 @@ def test_a_launch_is_never_stopped_by_the_planner() -> None:
     assert hardware_of("NVIDIA H200") == "h200"
     told = ask(CONFIG, "NVIDIA H200")
     assert told is not None and "predicted to lose" in told
+
+
+def test_a_long_list_of_layers_is_gone_through_once() -> None:
+    """As many numbers as a config may have: a set of them for every layer would take minutes."""
+    config = {**CONFIG, "num_hidden_layers": 10_000, "moe_layers": list(range(2 << 20))}
+    begin = time.monotonic()
+    assert parse_model(config, "long").moe_layers == 10_000
+    assert time.monotonic() - begin < 20

@@ -249,6 +249,31 @@ def test_temporary_files_go_into_the_launchs_folder(tmp_path: Path) -> None:
         assert tempfile.gettempdir() == before
 
 
+def test_only_the_file_store_of_a_worker_in_its_engine_goes_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading may fix where compiled code is cached (torch's `cache_dir`), which is to outlive the launch."""
+    import tempfile
+
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    from vllm_dwdp.engine import executor
+
+    where: list[str] = []
+    monkeypatch.setattr(executor, "end_with_parent", lambda: None)
+    monkeypatch.setattr(UniProcExecutor, "_init_executor", lambda self: where.append(tempfile.gettempdir()))
+    monkeypatch.setenv(RENDEZVOUS_ENV, "")
+    uni: Any = executor.DwdpUniExecutor.__new__(executor.DwdpUniExecutor)
+    launch = SimpleNamespace(folder=str(tmp_path), environment={})
+    uni.vllm_config = SimpleNamespace(
+        parallel_config=SimpleNamespace(dwdp_launch=launch),
+        device_config=SimpleNamespace(device="cpu"),
+    )
+    uni._init_executor()
+    assert where == [tempfile.gettempdir()] and where != [str(tmp_path)]
+    assert uni._distributed_args()[0].startswith(f"file://{tmp_path}/")
+
+
 def test_profiles_are_named_by_rank() -> None:
     from vllm.v1.worker.cpu_worker import CPUWorker
 

@@ -151,3 +151,16 @@ def test_no_descriptor_is_left(folder: str) -> None:
         for fd in taken:
             os.close(fd)
     check_message(message, [f"opening the launch's folder {folder} failed", "(Too many open files): raise ulimit -n"])
+
+
+def test_a_front_end_is_not_called_gone_for_want_of_descriptors(folder: str) -> None:
+    rank = Rendezvous(folder, 1, LIMIT_S)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = [os.open(folder, os.O_RDONLY)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + 1, limits[1]))
+    try:
+        message = refusal(lambda: rank.put("slabs", [1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        os.close(taken[0])
+    check_message(message, ["writing 1-slabs.json in", "(Too many open files): raise ulimit -n"])

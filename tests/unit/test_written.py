@@ -14,7 +14,7 @@ from torch import nn
 pytest.importorskip("vllm")
 
 from tests.unit.leftovers import TINY, check_message, refusal
-from tests.unit.whole_model import edited, expert_layers, load, vllm_groups
+from tests.unit.whole_model import edited, expert_layers, load, vllm_config, vllm_groups
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
 from vllm_dwdp.layers.tied import refuse_tied
@@ -178,3 +178,18 @@ def test_tied_experts() -> None:
     alias = module_of({"w13_weight": torch.zeros(3, 64, 32)})
     alias.w2_weight = alias.w13_weight
     check_message(refusal(lambda: refuse_tied(build_of(alias))), ["layers.0.w13_weight and layers.0.w2_weight"])
+
+
+def test_a_drafter_is_loaded_behind_its_target(checkpoint: Callable[..., Path]) -> None:
+    """vLLM loads a dense drafter with the target's loader, once the target's weights are read and processed."""
+    loaded = load(checkpoint(family="qwen3_moe", **SIZES), 1, 2)
+    before = {name: module.w13_weight.data.clone() for name, module in expert_layers(loaded.model).items()}
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model_loader
+
+    dense = vllm_config(checkpoint(family="qwen3", **TINY))
+    loader = get_model_loader(loaded.vllm_config.load_config)
+    with set_current_vllm_config(dense):
+        loader.load_model(vllm_config=dense, model_config=dense.model_config)
+    for name, module in expert_layers(loaded.model).items():
+        assert torch.equal(module.w13_weight.data, before[name])

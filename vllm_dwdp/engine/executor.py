@@ -28,9 +28,15 @@ class DwdpUniExecutor(UniProcExecutor):
     """The worker in the engine's process, where plain vLLM has it for one GPU: a step passes no other process."""
 
     def _init_executor(self) -> None:
-        launch = enter_engine(self.vllm_config)
+        enter_engine(self.vllm_config)
+        super()._init_executor()
+
+    def _distributed_args(self) -> tuple[str, int, int]:
+        launch = launch_of(self.vllm_config)
+        assert launch is not None
+        # Here only: what caches compiled code beside it is to be found by the next launch.
         with temporary_files_in(launch.folder):
-            super()._init_executor()
+            return super()._distributed_args()
 
 
 class DwdpExecutor(MultiprocExecutor):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.dwdp")
 
 PERIOD_S = 1.0
-#: An answer of the store takes less.
+#: Looking for pages takes less.
 STOP_TIMEOUT_S = 5.0
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.ray.lazy_utils import is_in_ray_actor
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_dwdp import __version__
@@ -55,9 +56,8 @@ def identity_of(vllm_config: VllmConfig, launch: DwdpLaunch) -> Identity:
 
 
 def in_ray() -> bool:
-    """Whether this worker is a Ray actor; ask `in_engine` before, since a forked engine may have its program's Ray."""
-    ray = sys.modules.get("ray")
-    return ray is not None and ray.is_initialized()
+    """Whether this worker is a Ray actor. Processes that are forked may have their program's Ray and be none."""
+    return "ray" in sys.modules and is_in_ray_actor()
 
 
 def in_engine(vllm_config: VllmConfig) -> bool:

@@ -193,7 +193,8 @@ def _moe_layers(f: Fields, layers: int) -> list[bool]:
     """Which layers have routed experts."""
     listed = f.numbers("moe_layers")
     if listed is not None:
-        return [i in set(listed) for i in range(layers)]
+        routed = set(listed)
+        return [i in routed for i in range(layers)]
     if step := f.count("interleave_moe_layer_step", default=0, least=0):
         return [(i + 1) % step == 0 for i in range(layers)]
     first = f.count("first_k_dense_replace", "moe_layer_start_index", default=0, least=0)

@@ -21,12 +21,10 @@ def this_process() -> ProcessId:
 
 @cache
 def _this_process(pid: int) -> ProcessId:
-    found = _started(pid)
     try:
-        namespace = os.readlink("/proc/self/ns/pid")
+        return ProcessId(pid, _started(pid) or 0, os.readlink("/proc/self/ns/pid"))
     except OSError:
-        namespace = ""
-    return ProcessId(pid, found or 0, namespace)
+        return ProcessId(pid, 0, "")
 
 
 def is_gone(process: ProcessId) -> bool:
@@ -34,14 +32,17 @@ def is_gone(process: ProcessId) -> bool:
     here = this_process()
     if not here.namespace or process.namespace != here.namespace:
         return False
-    return _started(process.pid) != process.started
+    try:
+        return _started(process.pid) != process.started
+    except OSError:
+        return False
 
 
 def _started(pid: int) -> int | None:
-    """Field 22 of /proc/PID/stat; None where the process is gone or a zombie."""
+    """Field 22 of /proc/PID/stat; None where the process is gone or a zombie. Raises OSError where that is unknown."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
     fields = text.rpartition(")")[2].split()  # behind the name, which may hold spaces
     return None if fields[0] in "ZX" else int(fields[19])
