@@ -16,6 +16,7 @@ pytest.importorskip("vllm")
 from tests.unit.leftovers import TINY, check_message, refusal
 from tests.unit.whole_model import edited, expert_layers, load, vllm_config, vllm_groups
 from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.engine.loader import ShareOnlyLoader
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
 from vllm_dwdp.layers.tied import refuse_tied
 from vllm_dwdp.layers.written import check_written, mark_rows
@@ -193,3 +194,17 @@ def test_a_drafter_is_loaded_behind_its_target(checkpoint: Callable[..., Path]) 
         loader.load_model(vllm_config=dense, model_config=dense.model_config)
     for name, module in expert_layers(loaded.model).items():
         assert torch.equal(module.w13_weight.data, before[name])
+
+
+def test_a_loader_that_is_asked_again_writes_nothing(tiny_moe: Path) -> None:
+    """Not even its marks: parameters are slots by then, or pages of peers that cannot be written."""
+    from vllm.model_executor.model_loader import DefaultModelLoader
+
+    loaded = load(tiny_moe, 0, 2)
+    build, config = loaded.build, vllm_config(tiny_moe)
+    before = {name: layer.w13_weight.clone() for name, layer in expert_layers(loaded.model).items()}
+    loader: Any = type("Loader", (ShareOnlyLoader,), {})(config.load_config)
+    assert isinstance(loader, DefaultModelLoader)
+    build.open().shared = True
+    check_message(refusal(lambda: loader.load_weights(loaded.model, config.model_config)), ["loader", "peers read"])
+    assert all(torch.equal(layer.w13_weight, before[name]) for name, layer in expert_layers(loaded.model).items())

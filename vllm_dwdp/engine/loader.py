@@ -30,6 +30,7 @@ from vllm.model_executor.model_loader import (
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 from vllm.model_executor.model_loader.weight_utils import enable_tqdm, filter_safetensors_files_by_weight_name
 
+from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.coverage import check_coverage, check_memory
 from vllm_dwdp.layers.read_stats import READ
@@ -72,6 +73,9 @@ class _ShareOnlyMixin:
         build = ModelBuild.current()
         # A dense drafter comes behind its target, whose rows are written and processed by then.
         holds_experts = any(module is build.layers[0].module for module in model.modules())
+        if holds_experts and build.shared:
+            # Parameters are views of slots and of peers' pages by now: not even marks may be written.
+            raise DwdpError("the loader would replace weights that peers read: restart with the new checkpoint")
         marks = mark_rows(build) if holds_experts else []
         super().load_weights(model, model_config)  # type: ignore[misc]
         check_written(marks, build)

@@ -49,6 +49,7 @@ class ModelBuild:
         meet: returns when all ranks of the group have called it with this name.
         outer_runners: by layer name, vLLM's MoERunner of layers that acquire and release outside of its op; empty where
             they do so inside.
+        shared: whether parameters are views, which nobody may write.
     """
 
     config: DwdpConfig
@@ -59,6 +60,7 @@ class ModelBuild:
     outer_runners: Mapping[str, Any] = field(default_factory=dict)
     layers: list[LayerBuild] = field(default_factory=list)
     memory_checked: bool = False
+    shared: bool = False
 
     _current: ClassVar[ModelBuild | None] = None
 

@@ -65,6 +65,7 @@ class ExpertSharing:
 
     def __init__(self, build: ModelBuild, rendezvous: Rendezvous, launch: DwdpLaunch) -> None:
         self.build = build
+        build.shared = True
         group = launch.group_of(rendezvous.rank)
         self.transport = make_transport(build, launch.cores)
         self.slots: list[Memory] = []
