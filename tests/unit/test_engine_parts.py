@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.helpers import LaunchOwner
+from tests.unit.helpers import LIMIT_S, LaunchOwner
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import environment
 from vllm_dwdp.engine.cores import split_cores
@@ -235,8 +236,12 @@ def test_a_killed_engine_is_named(name: str, exitcode: int | None, told: str | N
 def test_counters_are_not_waited_for_without_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_dwdp.engine.offline_client import DwdpSyncClient
 
-    client = object.__new__(DwdpSyncClient)
-    monkeypatch.setattr(DwdpSyncClient, "ensure_alive", lambda self: None)
+    client, until = object.__new__(DwdpSyncClient), time.monotonic() + LIMIT_S
+
+    def alive(self: DwdpSyncClient) -> None:
+        assert time.monotonic() < until
+
+    monkeypatch.setattr(DwdpSyncClient, "ensure_alive", alive)
     launch = DwdpLaunch(DwdpConfig(timeout_s=0.1), 2, "/tmp/dwdp-launch", (0,))
     client.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(dwdp_launch=launch))  # type: ignore[assignment]
     client.core_engines, client.utility_results, client._served = [b"0", b"1"], {}, [3, 4]

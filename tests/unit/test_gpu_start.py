@@ -20,6 +20,7 @@ from vllm_dwdp.engine import configure, options, worker
 from vllm_dwdp.engine.gpu_worker import DwdpGPUWorker
 from vllm_dwdp.engine.graphs import CopiesInGraphs
 from vllm_dwdp.engine.launch import DwdpLaunch
+from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.patches import cuda_graph
 
@@ -128,6 +129,8 @@ def test_the_prefetcher_is_told_of_graphs_and_layers_of_the_runners_around_them(
     loaded = Loaded(monkeypatch, mode, prefetcher)
     loaded.worker.load_model()
     assert loaded.outer_runners == runners and loaded.started == 1
+    with pytest.raises(DwdpError, match=r"model_runner\.reload_weights would replace weights"):
+        loaded.worker.model_runner.reload_weights()
     assert isinstance(get_offloader(), CopiesInGraphs)
     get_offloader().sync_prev_onload()
     get_offloader().join_after_forward()

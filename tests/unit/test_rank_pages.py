@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -113,3 +114,19 @@ def test_a_rank_that_is_gone_at_once_is_no_error(group: Group, published: Publis
     assert pages.is_alive()
     pages.stop(summarise=False)
     pages.join(LIMIT_S)
+
+
+def test_the_thread_has_ended_when_it_was_stopped(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that still runs at the end of a program may abort it."""
+    monkeypatch.setattr(rank_pages, "PERIOD_S", 0)
+    pages, looking = RankPages(group.launch, publishing=False), threading.Event()
+
+    def look(rendezvous: Rendezvous) -> None:
+        looking.set()
+        time.sleep(0.5)
+
+    monkeypatch.setattr(pages, "_open_pages", look)
+    pages.start()
+    assert looking.wait(LIMIT_S)
+    pages.stop(summarise=False)
+    assert not pages.is_alive()
