@@ -96,7 +96,8 @@ def misfits(mutants: Iterable[Mutant], root: Path) -> list[str]:
             name, _, function = test.partition("::")
             path = root / name
             # Pytest's error about a test that was moved would count as a catch.
-            if not path.is_file() or f"def {function.partition('[')[0]}" not in path.read_text():
+            definition = f"def {function.partition('[')[0]}(" if function else ""
+            if not path.is_file() or definition not in path.read_text():
                 lines.append(f"{mutant.id}: there is no {test}")
     return lines
 
