@@ -1,6 +1,5 @@
 """The CUDA copy engine on simulated CUDA: graphs, events, exposed waits, limits of time, closing."""
 
-import gc
 import pickle
 from collections.abc import Iterable, Iterator
 
@@ -8,50 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.cuda_rank import process_id
-from tests.unit.fake_cuda import FakeCuda, Machine
+from tests.unit.cuda_bench import SIZE, Bench, open_bench
+from tests.unit.cuda_rank import LIMIT_S
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
 from vllm_dwdp.transport.base import Copy, Event, Program
-from vllm_dwdp.transport.cuda_copy import CopyOptions, CudaProgram, join_adjacent
+from vllm_dwdp.transport.cuda_copy import CopyOptions, join_adjacent
 from vllm_dwdp.transport.cuda_device import CudaError
 from vllm_dwdp.transport.cuda_events import NOISE_S
-from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
 from vllm_dwdp.transport.shm_copy import ShmEvent
-
-SIZE = 4096
-LIMIT_S = 30.0
-
-
-class Bench:
-    """One process with a source and a target of SIZE bytes."""
-
-    def __init__(self, **options: object) -> None:
-        self.machine = Machine()
-        self.device: FakeCuda = self.machine.process()
-        self.transport = CupyIpcTransport(self.device, CopyOptions(**options), process_id(0))  # type: ignore[arg-type]
-        self.source, self.target = self.transport.allocate_slab(SIZE), self.transport.allocate_slot(SIZE)
-        self.source.tensor().random_()
-        self.engine = self.transport.copy_engine()
-
-    def program(self, slices: int = 4) -> CudaProgram:
-        step = SIZE // slices
-        copies = [Copy(self.target.address + at, self.source.address + at, step) for at in range(0, SIZE, step)]
-        return self.engine.bind(copies[1:], copies[:1])
-
-    def arrived(self) -> bool:
-        return bool((self.source.tensor() == self.target.tensor()).all())
 
 
 @pytest.fixture
 def bench(quick_collections: None) -> Iterator[Bench]:
-    made = Bench()
-    yield made
-    made.machine.frozen = False
-    made.engine.close(LIMIT_S)
-    made.engine.close(LIMIT_S)
-    made.transport.close()
-    gc.collect()
-    assert made.device.clean()
+    with open_bench() as made:
+        yield made
 
 
 @pytest.mark.parametrize("in_flight", [1, 2, 8])
@@ -187,20 +156,6 @@ def test_no_more_work_is_given_once_a_copy_is_overdue(bench: Bench, monkeypatch:
     engine.record()  # long ago, and done
 
 
-def test_a_capture_that_ended_without_join_is_told() -> None:
-    bench = Bench()
-    program = bench.program()
-    bench.device.begin_torch_capture()
-    event = bench.engine.submit(program, bench.engine.record())
-    assert bench.engine.capturing()
-    with pytest.raises(CudaError, match="cudaErrorStreamCaptureUnjoined"):
-        bench.device.end_torch_capture()
-    bench.device.current = 0
-    assert not bench.engine.capturing()
-    with pytest.raises(DwdpError, match="a CUDA graph capture ended without its copies"):
-        bench.engine.wait(event, LIMIT_S)
-
-
 def test_events_that_outlive_the_engine_are_destroyed_too(bench: Bench) -> None:
     event: Event | None = bench.engine.submit(bench.program())
     bench.engine.close(LIMIT_S)
@@ -232,14 +187,6 @@ def test_what_is_not_of_this_engine_is_refused(bench: Bench) -> None:
             CopyOptions(in_flight=number)
 
 
-def test_a_failed_capture_leaves_the_engine_usable(bench: Bench) -> None:
-    bench.device.fail["copy_async"] = "cudaErrorInvalidValue"
-    with pytest.raises(CudaError, match=r"copy_async failed \(cudaErrorInvalidValue: made to fail\)"):
-        bench.program()
-    bench.engine.finish(bench.engine.submit(bench.program()), LIMIT_S)
-    assert bench.arrived()
-
-
 @pytest.mark.parametrize("call", ["launch", "record", "wait_event", "query"])
 def test_every_failure_is_raised(bench: Bench, call: str) -> None:
     program, release = bench.program(), bench.engine.record()
@@ -250,51 +197,6 @@ def test_every_failure_is_raised(bench: Bench, call: str) -> None:
     assert "\n" not in str(caught.value)
     copied = pickle.loads(pickle.dumps(caught.value))
     assert (str(copied), copied.code) == (str(caught.value), "cudaErrorECCUncorrectable")
-
-
-def test_copies_of_a_capture_run_at_its_replay(bench: Bench) -> None:
-    program = bench.program()
-    bench.device.begin_torch_capture()
-    event = bench.engine.submit(program, bench.engine.record())
-    assert bench.engine.wait(event, LIMIT_S) is None
-    bench.engine.join()
-    graph = bench.device.end_torch_capture()
-    bench.machine.drain()
-    assert not bench.arrived() and bench.engine.ready(event)
-    assert bench.engine.wait(event, LIMIT_S) == 0.0  # of a capture: complete, as far as eager compute is concerned
-    bench.device.launch(graph, 0)
-    bench.machine.drain()
-    assert bench.arrived()
-    bench.device.destroy_graph(graph)
-
-
-def test_a_capture_without_join_is_refused_by_cuda(bench: Bench) -> None:
-    program = bench.program()
-    bench.device.begin_torch_capture()
-    bench.engine.submit(program, bench.engine.record())
-    with pytest.raises(CudaError, match="cudaErrorStreamCaptureUnjoined"):
-        bench.device.end_torch_capture()
-    bench.device.current = 0
-    bench.engine.finish(bench.engine.submit(program), LIMIT_S)
-    assert bench.arrived()
-    for stream in [s for s in bench.device.streams if s and s not in bench.engine._streams]:
-        bench.device.destroy_stream(stream)
-
-
-def test_nothing_is_queried_in_a_capture(bench: Bench) -> None:
-    program = bench.program()
-    bench.machine.frozen = True
-    before = bench.engine.submit(program)
-    bench.device.begin_torch_capture()
-    queries = bench.device.calls["query"]
-    assert not bench.engine.ready(before)
-    assert bench.engine.wait(before, LIMIT_S) is None
-    bench.engine.submit(program, bench.engine.record())
-    bench.engine.join()
-    assert bench.device.calls["query"] == queries
-    bench.device.destroy_graph(bench.device.end_torch_capture())
-    bench.engine.join()  # outside a capture it does nothing
-    assert bench.engine._capture == 2
 
 
 @given(

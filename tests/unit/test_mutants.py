@@ -130,6 +130,6 @@ def test_entries_that_are_wrong(tree: Path, capsys: pytest.CaptureFixture[str]) 
     ):
         with pytest.raises(ValueError, match=words):
             run(tree, capsys, entries)
-    nowhere = TRIPLE.replace("test_code.py", "test_nothing.py")
-    status, lines = run(tree, capsys, nowhere)
-    assert (status, lines) == (1, ["triple: there is no tests/unit/test_nothing.py"])
+    for nowhere in ("test_nothing.py", "test_code.py::test_moved[1]"):
+        status, lines = run(tree, capsys, TRIPLE.replace("test_code.py", nowhere))
+        assert (status, lines) == (1, [f"triple: there is no tests/unit/{nowhere}"])

@@ -74,6 +74,8 @@ def client(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> DwdpSyncClient:
         self.outputs_queue = queue.Queue()
         self.utility_results = wire.futures
         self.resources = SimpleNamespace(engine_dead=False)
+        self._finalizer = lambda: None  # there is nothing to end
+        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace())
 
     monkeypatch.setattr(SyncMPClient, "__init__", connect)
     monkeypatch.setattr(offline_client, "_PERIOD_S", 0.01)

@@ -207,13 +207,14 @@ def test_the_largest_documented_run_is_not_refused() -> None:
     ("text", "says"),
     [
         ("[" * 100_000, "nested deeper than 32"),
+        ("a = " + "[" * 100_000, "nested deeper than 32"),
         ("a = " + "[" * 40 + "]" * 40, "nested deeper than 32"),
         ("a = " + "9" * 5000, "valid TOML"),
         ("a = 0x" + "f" * 5000, "has a whole number of 20000 bits"),
         ("#" * (MOST_BYTES + 1), "more than 8 MiB"),
         ("a = \ud800", "UTF-8"),
     ],
-    ids=["unclosed", "nested", "digits", "hexadecimal", "large", "encoding"],
+    ids=["unclosed", "recursion", "nested", "digits", "hexadecimal", "large", "encoding"],
 )
 def test_files_that_are_no_input(
     kind: str, text: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,0 +1,55 @@
+"""Settings of vLLM that still count where the plugin does what vLLM would have done (vllm_dwdp/patches/README.md)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from safetensors.torch import save_file
+from torch import zeros
+from vllm.config.load import LoadConfig
+
+from tests.unit.leftovers import build
+from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.engine import configure
+from vllm_dwdp.engine.launch import DwdpLaunch, attach_launch
+from vllm_dwdp.engine.loader import ShareOnlyLoader
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("disabled", [False, True])
+def test_log_statistics(disabled: bool, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published: list[bool] = []
+    monkeypatch.setattr(
+        configure, "watch_ranks", lambda config, launch, publishing, summarise: published.append(publishing)
+    )
+    build(tiny_moe, disable_log_stats=disabled)
+    assert published == [not disabled]
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_progress_bar_of_fused_experts(shown: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"layers.0.mlp.experts.gate_up_proj": zeros(4, 2, 2)}, tmp_path / "model.safetensors")
+    loader = ShareOnlyLoader(LoadConfig(load_format="auto", use_tqdm_on_load=shown))
+    loader.local_expert_ids, loader._expert_by_expert = {0, 1}, False
+    assert len(list(loader._share_of([str(tmp_path / "model.safetensors")], {4}))) == 1
+    assert ("this rank's share" in capsys.readouterr().err) is shown
+
+
+@pytest.mark.parametrize(("ranks_per_device", "asked"), [(1, 0.5), (2, 0.25)])
+def test_gpus_of_a_ray_worker(ranks_per_device: int, asked: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    from vllm_dwdp.engine import ray_executor
+
+    monkeypatch.setenv("VLLM_RAY_PER_WORKER_GPUS", "0.5")
+    monkeypatch.setattr(ray_executor, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    config: Any = SimpleNamespace(parallel_config=SimpleNamespace())
+    attach_launch(config, DwdpLaunch(DwdpConfig(ranks_per_device=ranks_per_device), 2, "/tmp/dwdp-launch", ()))
+    made: Any = object.__new__(ray_executor.DwdpRayExecutor)
+    made.vllm_config = config
+    assert made._get_actor_resource_kwargs() == {"num_gpus": asked}
