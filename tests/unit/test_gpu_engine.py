@@ -13,7 +13,7 @@ import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_dwdp.config import DwdpConfig, Rendezvous
+from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import configure, gpu_worker, worker
 from vllm_dwdp.engine.gpu_worker import DwdpGPUWorker
 from vllm_dwdp.engine.launch import DwdpLaunch
@@ -47,8 +47,9 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         made.vllm_config = SimpleNamespace(
             compilation_config=compilation, scheduler_config=SimpleNamespace(max_num_batched_tokens=8)
         )
-        made.dwdp_launch = DwdpLaunch(DwdpConfig(), 2, Rendezvous("127.0.0.1", 1, "made up"), ())
+        made.dwdp_launch = DwdpLaunch(DwdpConfig(), 2, "/made/up", ())
         made.dwdp_rank, made.dwdp_sharing, made.dwdp_place = 1, None, "its engine"
+        made.model_runner = SimpleNamespace(load_model=None, reload_weights=None, get_model=torch.nn.Module)
         meeting = SimpleNamespace(check_identity=lambda *_: None, gather=lambda *_: None, fail=lambda error: None)
         monkeypatch.setattr(ModelBuild, "_current", None)
         monkeypatch.setattr(worker, "Rendezvous", lambda *_: meeting)
@@ -89,8 +90,6 @@ def test_on_gpus_experts_are_tritons_where_nothing_else_is_asked_for(
     given: str, seen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the config is built; the arguments are then as they were."""
-    monkeypatch.setattr(configure.patches, "failures", [])
-    monkeypatch.setattr(configure.patches, "attempt", lambda step: None)
     monkeypatch.setattr(configure, "_executor", lambda launcher: object)
     monkeypatch.setattr(configure.options, "check_settings", lambda config, on_cpu: None)  # CuPy is not here
     platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True, device_name="cuda")

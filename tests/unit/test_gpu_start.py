@@ -9,17 +9,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.offloader.base import NoopOffloader, get_offloader, set_offloader
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_dwdp.config import DwdpConfig, Rendezvous
+from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import configure, options, worker
 from vllm_dwdp.engine.gpu_worker import DwdpGPUWorker
 from vllm_dwdp.engine.graphs import CopiesInGraphs
 from vllm_dwdp.engine.launch import DwdpLaunch
 from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.patches import cuda_graph
 
 
 class Stop(Exception):
@@ -82,9 +84,11 @@ class Loaded:
         monkeypatch.setattr(Worker, "load_model", lambda self: None)
         self._prefetcher = prefetcher
         self.worker = DwdpGPUWorker.__new__(DwdpGPUWorker)
-        address = Rendezvous("127.0.0.1", 1, "id")
-        self.worker.dwdp_launch = DwdpLaunch(DwdpConfig(), 2, address, ())
-        self.worker.dwdp_rank, self.worker.dwdp_place = 1, "a test"
+        self.worker.dwdp_launch = DwdpLaunch(DwdpConfig(), 2, "/made/up", ())
+        self.worker.dwdp_rank, self.worker.dwdp_sharing, self.worker.dwdp_place = 1, None, "a test"
+        self.worker.model_runner = SimpleNamespace(  # type: ignore[assignment]
+            load_model=None, reload_weights=None, get_model=nn.Module
+        )
         self.worker.vllm_config = SimpleNamespace(  # type: ignore[assignment]
             compilation_config=compilation(mode), scheduler_config=SimpleNamespace(max_num_batched_tokens=1)
         )
@@ -112,7 +116,8 @@ def test_the_prefetcher_is_told_of_graphs_and_layers_of_the_runners_around_them(
     mode: CUDAGraphMode, runners: dict[str, str], monkeypatch: pytest.MonkeyPatch, offloader: None
 ) -> None:
     told: list[str] = []
-    prefetcher = SimpleNamespace(align=lambda: told.append("align"), end_capture=lambda: told.append("end"))
+    prefetcher = SimpleNamespace(align=lambda: told.append("align"), end_capture=lambda: "end", count_replay=None)
+    monkeypatch.setattr(cuda_graph, "install", lambda count_replay: told.append)
     loaded = Loaded(monkeypatch, mode, prefetcher)
     loaded.worker.load_model()
     assert loaded.outer_runners == runners
