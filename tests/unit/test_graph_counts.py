@@ -148,6 +148,37 @@ def test_a_graph_is_not_kept_once_its_capture_has_ended(rank: Rank) -> None:
         assert gone() is None
 
 
+def test_a_capture_that_cannot_begin_leaves_the_one_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain:
+        def capture_begin(self, inside: bool = False) -> None:
+            if inside:
+                raise RuntimeError("as CUDA does in a capture of the same stream")
+
+        def capture_end(self) -> None: ...
+
+        def replay(self) -> None: ...
+
+    counted: list[ReplayCounts] = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Plain)
+    give_counts = cuda_graph.install(counted.append)
+    outer: Any = torch.cuda.CUDAGraph()
+    inner: Any = torch.cuda.CUDAGraph()
+    outer.capture_begin()
+    with pytest.raises(RuntimeError):
+        inner.capture_begin(inside=True)
+    inner.capture_end()
+    give_counts(ReplayCounts(layers=3))
+    outer.capture_end()
+    outer.replay()
+    inner.replay()
+    assert counted == [ReplayCounts(layers=3)]
+    # Captured once more, by somebody who tells nobody of it.
+    outer.capture_begin()
+    outer.capture_end()
+    outer.replay()
+    assert len(counted) == 1
+
+
 def test_another_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = type("CUDAGraph", (), {"capture_begin": None, "capture_end": None})
     monkeypatch.setattr(torch.cuda, "CUDAGraph", plain)

@@ -71,6 +71,12 @@ def test_descriptors_a_soft_limit_is_raised() -> None:
     assert said(code + "print(len(peers), whole.nbytes)") == f"64 {20 * PAGE}"
 
 
+@pytest.mark.parametrize(("hard", "left"), [(1000, 20), (70, 6)])
+def test_descriptors_that_were_left_stay_for_others(hard: int, left: int) -> None:
+    code = f"limit(RLIMIT_NOFILE, in_use() + 20, in_use() + {hard})\nrequire_descriptors(64, 'slabs')\n"
+    assert said(code + "print(resource.getrlimit(RLIMIT_NOFILE)[0] - in_use() - 64)") == str(left)
+
+
 @pytest.mark.parametrize("before", ["", "transport.allocate_slab(4096)\n"], ids=["cold", "hot"])
 def test_descriptors_a_hard_limit_is_named(before: str) -> None:
     code = before + "limit(RLIMIT_NOFILE, in_use() + 10)\n"

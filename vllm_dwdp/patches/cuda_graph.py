@@ -34,11 +34,12 @@ def install(count_replay: Callable[[ReplayCounts], None]) -> Callable[[ReplayCou
         def capture_begin(self, *args: Any, **kwargs: Any) -> None:
             nonlocal capturing
             super().capture_begin(*args, **kwargs)
-            capturing = self
+            capturing, self.counts = self, NO_LAYERS
 
         def capture_end(self, *args: Any, **kwargs: Any) -> None:
             nonlocal capturing
-            capturing = None  # also where the capture failed; nobody is to keep its memory
+            if capturing is self:
+                capturing = None  # also where the capture failed; nobody is to keep its memory
             super().capture_end(*args, **kwargs)
 
         def replay(self, *args: Any, **kwargs: Any) -> None:

@@ -68,7 +68,9 @@ def require_descriptors(count: int, purpose: str) -> None:
             f"{purpose} needs {count} more file descriptors, but {in_use} of {hard} are open: raise the hard limit "
             "(ulimit -n, --ulimit nofile of a container)"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    # What was left before stays for others, as far as the hard limit goes.
+    more = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
 
 
 def why_no_map(nbytes: int, proc: Path = Path("/proc")) -> str:
