@@ -15,7 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.offloader.base import NoopOffloader, get_offloader, set_offloader
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_dwdp.config import DwdpConfig, Rendezvous
+from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import configure, options, worker
 from vllm_dwdp.engine.gpu_worker import DwdpGPUWorker
 from vllm_dwdp.engine.graphs import CopiesInGraphs
@@ -90,8 +90,7 @@ class Loaded:
         monkeypatch.setattr(Worker, "load_model", lambda self: None)
         self._prefetcher = prefetcher
         self.worker = DwdpGPUWorker.__new__(DwdpGPUWorker)
-        address = Rendezvous("127.0.0.1", 1, "id")
-        self.worker.dwdp_launch = DwdpLaunch(DwdpConfig(), 2, address, ())
+        self.worker.dwdp_launch = DwdpLaunch(DwdpConfig(), 2, "/made/up", ())
         self.worker.dwdp_rank, self.worker.dwdp_place, self.worker.dwdp_sharing = 1, "a test", None
         self.worker.model_runner = SimpleNamespace(load_model=None, reload_weights=None, get_model=Model)  # type: ignore[assignment]
         self.worker.vllm_config = SimpleNamespace(  # type: ignore[assignment]
