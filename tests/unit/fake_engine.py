@@ -100,13 +100,17 @@ class FakeEngine(CopyEngine):
         self.clock += 1
         return self._step(self.copies)
 
+    def step_compute(self) -> bool:
+        """One step of compute."""
+        return self._step(self.compute)
+
     def wander(self, most: int) -> None:
         """Up to `most` steps of either stream, as the seed has it."""
         for _ in range(self.rng.randrange(most + 1)):
             if self.rng.random() < self.copy_bias:
                 self.step_copies()
             else:
-                self._step(self.compute)
+                self.step_compute()
 
     def drain(self) -> None:
         """Run both streams to their ends; a deadlock is an AssertionError."""

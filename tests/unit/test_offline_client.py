@@ -176,6 +176,7 @@ def test_nothing_is_sent_to_engines_that_are_dead(client: DwdpSyncClient, wire: 
     assert len(wire.sent) == 1 and client._unfinished == [1, 0, 0]
 
 
+@pytest.mark.timeout(15)
 def test_a_dead_engine_ends_the_waits(client: DwdpSyncClient, wire: Wire) -> None:
     wire.silent = True
     for wait in (client.get_output, lambda: client.call_utility("profile", True)):

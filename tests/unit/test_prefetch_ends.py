@@ -46,6 +46,22 @@ def test_slots_are_brought_home_behind_the_compute_that_reads_them() -> None:
     assert [slot(world, number) for number in range(2)] == world.layers[:2]
 
 
+def test_what_follows_waits_until_slots_are_home() -> None:
+    """Compute goes as far as it can before a copy takes a step."""
+    world, prefetcher = start(queued=True)
+    prefetcher.acquire(0)
+    world.use(0, 0)
+    prefetcher.release(0)
+    world.engine.drain()
+    assert slot(world, 0) == world.layers[2]
+    prefetcher.align()
+    world.use(0, 0)
+    while world.engine.step_compute():
+        pass
+    world.engine.drain()
+    assert (world.compared, world.wrong) == (16, 0)
+
+
 def test_a_layer_in_use_before_slots_are_brought_home_is_not_there_after() -> None:
     world, prefetcher = start()
     for layer in (0, 1):
