@@ -39,6 +39,16 @@ def quick_collections() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def gates_of_a_module() -> Iterator[None]:
+    """The product keeps gates as long as its process, and with them counter pages; here they go with a module's tests."""
+    yield
+    gates = sys.modules.get("vllm_dwdp.layers.gates")
+    if gates is not None and gates._gates:
+        gates._gates.clear()
+        gc.collect()
+
+
 @pytest.fixture
 def transport(quick_collections: None) -> Iterator[ShmTransport]:
     """A transport; the test fails if it leaves a descriptor or a mapping behind."""

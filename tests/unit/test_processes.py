@@ -206,7 +206,7 @@ def test_a_program_ends_with_its_own_status_while_the_front_end_looks_for_its_ra
 
 def test_the_end_of_a_program_is_no_failure_of_its_engines() -> None:
     """vLLM's own finalizers end the engines before its monitor knows that they were told to, in 9 of 10 programs."""
-    command = [sys.executable, "-m", "tests.unit.client_ends", "10"]
+    command = [sys.executable, "-m", "tests.unit.client_ends", "5"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=200)
-    assert done.stdout.count("ended with 0") == 10, done.stderr[-4000:]
+    assert done.stdout.count("ended with 0") == 5, done.stderr[-4000:]
     assert "exited unexpectedly" not in done.stdout + done.stderr
