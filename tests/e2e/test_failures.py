@@ -102,33 +102,21 @@ KILLED = ((1, 0.5), (2, 0.5), (2, 2), (2, 5))
 
 @pytest.mark.full
 @pytest.mark.parametrize("way", ["offline", "serving"])
+@pytest.mark.parametrize(("processes", "seconds"), KILLED)
 def test_nothing_outlives_a_front_end_that_is_killed_while_it_starts(
-    way: str, checkpoint: Callable[..., Path], tmp_path: Path
+    way: str, processes: int, seconds: float, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """All at once: what they leave is what counts, not how fast they are."""
     model = checkpoint(family="qwen3_moe", num_experts=16)
     offline = [sys.executable, "-m", "tests.e2e.program", json.dumps({"model": str(model), "options": [dwdp(2)]})]
-    starts = [
-        Start(
-            [*VLLM, "serve", str(model), "--port", str(free_port()), *dwdp_arguments(2), "--max-model-len", "512"]
-            if way == "serving"
-            else offline,
-            tmp_path / f"{processes}-{seconds}.log",
-        )
-        for processes, seconds in KILLED
-    ]
-    for start, when in zip(starts, KILLED, strict=True):
-        threading.Thread(target=start.kill_after, args=when).start()
+    served = [*VLLM, "serve", str(model), "--port", str(free_port()), *dwdp_arguments(2), "--max-model-len", "512"]
+    start = Start(served if way == "serving" else offline, tmp_path / "log")
     try:
-        for start in starts:
-            assert start.killed.wait(300), start.log.read_text()[-6000:]
+        start.kill_after(processes, seconds)
+        assert start.killed.is_set(), start.log.read_text()[-6000:]
         # vLLM's folder for Prometheus stays: only the killed process would have removed it.
-        # 15 s where one starts alone; four that import vLLM at once are slower to find out.
-        left = [[name for name in start.before.check(start.pid, 45) if not name.startswith("tmp")] for start in starts]
+        assert [name for name in start.before.check(start.pid, 15) if not name.startswith("tmp")] == []
     finally:
-        for start in starts:
-            start.end()
-    assert left == [[]] * len(starts)
+        start.end()
 
 
 class Start:
