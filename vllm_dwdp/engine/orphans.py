@@ -83,12 +83,19 @@ def _watch(parent: int) -> None:
         while os.getppid() == parent:
             time.sleep(_PERIOD_S)
     else:
-        # Gone already, or no parent of this process: told by what it was started with, once that is unpickled.
+        # Gone already, or no parent of this process: told by what it was started with, once that is unpickled. By then this
+        # process may fail by itself; the folder tells whose it is.
+        _remove_folder()
         while (told := started_by()) is None:
             time.sleep(_PERIOD_S / 10)
         if told != parent:
             return
-    remove_orphaned(os.environ.get(RENDEZVOUS_ENV, "").partition(":")[2])
+    _remove_folder()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE_S)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _remove_folder() -> None:
+    """Remove the launch's folder if its front end is gone."""
+    remove_orphaned(os.environ.get(RENDEZVOUS_ENV, "").partition(":")[2])
