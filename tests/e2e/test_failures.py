@@ -113,8 +113,9 @@ def test_nothing_outlives_a_front_end_that_is_killed_while_it_starts(
     try:
         start.kill_after(processes, seconds)
         assert start.killed.is_set(), start.log.read_text()[-6000:]
-        # vLLM's folder for Prometheus stays: only the killed process would have removed it.
-        assert [name for name in start.before.check(start.pid, 15) if not name.startswith("tmp")] == []
+        # vLLM's folder for Prometheus stays: only the killed process would have removed it. A process that was just started
+        # looks for its front end once it has imported vLLM, for which two busy cores take 20 s.
+        assert [name for name in start.before.check(start.pid, 30) if not name.startswith("tmp")] == []
     finally:
         start.end()
 
