@@ -225,6 +225,7 @@ def main() -> None:
     args = parser.parse_args()
 
     outcome = Outcome()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server goes with this script
     with tempfile.TemporaryDirectory(prefix="soak-log-") as folder:
         server = Server(args.plain, args.ranks, Path(folder) / "serve.log")
         try:
