@@ -182,7 +182,7 @@ def test_profiles_are_named_by_rank() -> None:
     assert asked == [(True, "dwdp0", {}), (True, "mine_dwdp1", {"max_iterations": 3})]
 
 
-#: A program that ends while the front end's thread waits for the store's answer, again and again.
+#: A program that ends while the front end's thread looks for its ranks, again and again.
 ENDING = """
 import time
 from vllm_dwdp.config import DwdpConfig

@@ -71,8 +71,8 @@ class RankPages(threading.Thread):
     def stop(self, summarise: bool) -> None:
         """End, and wait for it; `summarise`: leave one line per rank."""
         self._stopping.set()
-        # Python ends a daemon thread that comes out of native code at the end of the program by unwinding it, which aborts
-        # the program. A config may be collected in any thread, this one too.
+        # Python ends a daemon thread that comes out of native code at the end of the program by unwinding it, which can
+        # abort the program. A config may be collected in any thread, this one too.
         if self.is_alive() and self is not threading.current_thread():
             self.join(STOP_TIMEOUT_S)
         if summarise:
