@@ -17,6 +17,7 @@ from vllm_dwdp.errors import DwdpError
 
 from . import vllm_ops
 from .configs import layer_shape, tiles_for
+from .direct_tiles import direct_tiles_for
 from .split_gemm import Assignment
 from .split_moe import Workspace, check_layer, split_experts
 from .tiles import Tiles
@@ -76,12 +77,15 @@ class SplitExperts(TritonExperts):
 
     Attributes:
         quant_kind: how activations are quantised.
+        direct: whether to compute from the second pair of tables, whose missing experts lie in peers' memory.
     """
 
     def __init__(self, moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig) -> None:
         super().__init__(moe_config, quant_config)
         self._tables: tuple[WeightTable, WeightTable] | None = None
-        self._tiles: dict[tuple[int, int], Tiles] = {}
+        self._direct: tuple[WeightTable, WeightTable] | None = None
+        self.direct = False
+        self._tiles: dict[tuple[int, int, bool], Tiles] = {}
         self._ops: dict[MoEActivation, _LayerOps] = {}
         self.quant_kind = _quant_kind(quant_config)
 
@@ -90,40 +94,50 @@ class SplitExperts(TritonExperts):
         """Not over split memory."""
         return False
 
-    def attach_tables(self, w13: WeightTable, w2: WeightTable) -> None:
-        """Compute with these from now on; before the first forward and before CUDA graphs are captured.
+    def attach_tables(
+        self, tables: tuple[WeightTable, WeightTable], direct: tuple[WeightTable, WeightTable] | None = None
+    ) -> None:
+        """Compute with these (w13, w2) from now on; before the first forward and before CUDA graphs are captured.
 
+        direct: the same experts for forwards that are told so by the attribute `direct`; without them none may be.
         Biases that the tables lack are taken from vLLM's quantisation config, as dense [E, rows] tensors: attach again if
         those move.
 
         Raises:
             DwdpError: tables that do not fit each other or the layer's quantisation.
         """
+        self._tables = self._checked(tables)
+        self._direct = None if direct is None else self._checked(direct)
+        self._tiles.clear()
+
+    def _checked(self, tables: tuple[WeightTable, WeightTable]) -> tuple[WeightTable, WeightTable]:
+        w13, w2 = tables
         if w13.num_experts != w2.num_experts or w13.cols != w2.rows or w13.dtype != w2.dtype:
             check_layer(w13, w2, w2.cols)
         if (w13.dtype == torch.float8_e4m3fn) != (self.quant_kind != "none"):
             raise DwdpError(f"tables of {w13.dtype} for a layer whose activations are quantised {self.quant_kind!r}")
-        self._tables = (_with_bias(w13, self.w1_bias), _with_bias(w2, self.w2_bias))
-        self._tiles.clear()
+        return _with_bias(w13, self.w1_bias), _with_bias(w2, self.w2_bias)
 
     def detach_tables(self) -> None:
         """Compute no more, but raise, until tables are attached again."""
-        self._tables = None
+        self._tables = self._direct = None
 
     def tiles(self, num_tokens: int, top_k: int) -> Tiles:
         """Tiles for a batch; looked up once per number of tokens."""
-        key = (num_tokens, top_k)
+        key = (num_tokens, top_k, self.direct)
         if key not in self._tiles:
             w13, w2 = self._attached()
             block = tuple(self.block_shape) if self.block_shape else None
             shape = layer_shape(w13, w2, top_k)
-            self._tiles[key] = tiles_for(shape, num_tokens, w13.addresses.device, block)  # type: ignore[arg-type]
+            choose = direct_tiles_for if self.direct else tiles_for
+            self._tiles[key] = choose(shape, num_tokens, w13.addresses.device, block)  # type: ignore[arg-type]
         return self._tiles[key]
 
     def _attached(self) -> tuple[WeightTable, WeightTable]:
-        if self._tables is None:
+        tables = self._direct if self.direct else self._tables
+        if tables is None:
             raise DwdpError("SplitExperts has no weights yet: call attach_tables before the first forward")
-        return self._tables
+        return tables
 
     def apply(
         self,

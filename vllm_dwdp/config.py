@@ -78,6 +78,8 @@ class DwdpConfig:
     ranks_per_device: ranks that share one accelerator. timeout_s: limit of every wait, in seconds.
     trace: record the times of acquire, ready, release and of every copy.
     require_win: refuse to start where the planner predicts a loss, or cannot tell.
+    direct_tokens: most tokens of a forward that reads missing experts where they are; 0 pulls always, "auto" is found from
+        rates measured at start.
     """
 
     group_size: int | None = None
@@ -93,6 +95,7 @@ class DwdpConfig:
     trace: bool = False
     require_win: bool = False
     rendezvous: Rendezvous | None = None
+    direct_tokens: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for key, least in _LEAST.items():
@@ -108,6 +111,12 @@ class DwdpConfig:
                 f"dwdp.slice_bytes is {self.slice_bytes}: it must be a multiple of {SLICE_MULTIPLE}; "
                 f"{self.slice_bytes // SLICE_MULTIPLE * SLICE_MULTIPLE} is the nearest below"
             )
+        if self.direct_tokens != "auto":
+            if isinstance(self.direct_tokens, str):
+                raise DwdpError(
+                    f'dwdp.direct_tokens is {self.direct_tokens!r}: it must be "auto" or a whole number >= 0'
+                )
+            _check_count("direct_tokens", self.direct_tokens, 0)
         limit: object = self.timeout_s
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not (0 < limit < math.inf):
             raise DwdpError(f"dwdp.timeout_s is {limit!r}: it must be a finite number of seconds above 0, such as 300")

@@ -26,7 +26,7 @@ from vllm_dwdp.engine.rank_pages import watch_ranks
 from vllm_dwdp.errors import DwdpError
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import CompilationConfig, ModelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 logger = init_logger("vllm.dwdp")
@@ -61,6 +61,18 @@ def _executor(launcher: str) -> type:
 
 def _is_api_server_of_many(args: EngineArgs) -> bool:
     return args._api_process_count > 1 and args._api_process_rank >= 0
+
+
+def _named_tokens(args: EngineArgs, compilation: CompilationConfig) -> int:
+    """The largest size of CUDA graphs where the user named any, else 0; the config has vLLM's own filled in."""
+    own = args.compilation_config
+    named = (
+        args.cudagraph_capture_sizes,
+        args.max_cudagraph_capture_size,
+        own.cudagraph_capture_sizes,
+        own.max_cudagraph_capture_size,
+    )
+    return (compilation.max_cudagraph_capture_size or 0) if any(named) else 0
 
 
 def _launch(args: EngineArgs, config: DwdpConfig, owner: VllmConfig) -> DwdpLaunch:
@@ -140,10 +152,12 @@ def create_engine_config(
     parallel.worker_cls = _WORKERS[parallel.worker_cls]
     if not on_cpu:
         set_devices(vllm_config, config, args.data_parallel_size)
-        from vllm_dwdp.engine.graphs import fit_graphs, graphs_chosen
+        from vllm_dwdp.engine.graphs import fit_graphs
 
-        fit_graphs(vllm_config, graphs_chosen(args))
-    launch = _launch(args, config, vllm_config)
+        fit_graphs(vllm_config.compilation_config, config)
+    launch = dataclasses.replace(
+        _launch(args, config, vllm_config), captured_tokens=_named_tokens(args, vllm_config.compilation_config)
+    )
     if not _is_api_server_of_many(args):
         launch = dataclasses.replace(launch, environment=_environment(vllm_config, launch.folder, launcher, on_cpu))
     attach_launch(vllm_config, launch)

@@ -7,7 +7,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_dwdp.engine.graphs import follow_graphs, refuse_piecewise, splits
+from vllm_dwdp.engine.graphs import limit_graphs
 from vllm_dwdp.engine.launch import launch_of
 from vllm_dwdp.engine.worker import DwdpWorkerMixin, in_engine, in_ray
 
@@ -22,21 +22,11 @@ class DwdpGPUWorker(DwdpWorkerMixin, Worker):
             vllm_config.parallel_config.distributed_executor_backend = "ray"
         super().__init__(vllm_config, *args, **kwargs)
 
-    def dwdp_outer_runners(self) -> dict[str, Any]:
-        """By layer name, vLLM's runners whose op is cut off from acquire and release."""
-        compilation = self.vllm_config.compilation_config
-        if not splits(compilation):
-            return {}
-        return {name: compilation.static_forward_context[name] for name in compilation.static_all_moe_layers}
-
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """See DwdpWorkerMixin; from then on vLLM's CUDA graphs and the prefetcher know of each other."""
+        """See DwdpWorkerMixin; from then on CUDA graphs are those of forwards that read experts directly."""
         super().load_model(*args, **kwargs)
         assert self.dwdp_sharing is not None
-        if self.dwdp_sharing.prefetcher is not None:
-            compilation = self.vllm_config.compilation_config
-            refuse_piecewise(compilation)
-            follow_graphs(self.dwdp_sharing.prefetcher, splits(compilation))
+        limit_graphs(self.vllm_config.compilation_config, self.dwdp_sharing.direct_tokens or 0, self.dwdp_rank)
 
     def determine_available_memory(self) -> int:
         """vLLM's profiling run; ranks that share a GPU take turns, so that their peaks do not add up."""

@@ -24,6 +24,7 @@ class DwdpLaunch:
 
     vLLM's own number of ranks is reset to 1 in each of them (`reconfigure_for_independent_dp_rank`). `cores` are those
     the launch may use: a worker is bound to its own, and its copy thread should not be. `environment` is set in engines.
+    `captured_tokens` is the largest size of CUDA graphs that the user named, or 0.
     """
 
     config: DwdpConfig
@@ -31,6 +32,7 @@ class DwdpLaunch:
     folder: str
     cores: tuple[int, ...]
     environment: dict[str, str] = field(default_factory=dict)
+    captured_tokens: int = 0
 
     @property
     def group_size(self) -> int:

@@ -22,7 +22,9 @@ class Series(NamedTuple):
 
 COUNTERS = (
     Series("dwdp:forwards", "forwards", 1, "Forwards of the model."),
-    Series("dwdp:layers", "layers", 1, "MoE layers computed."),
+    Series("dwdp:direct_forwards", "direct_forwards", 1, "Forwards that read missing experts where they are."),
+    Series("dwdp:direct_bytes", "direct_bytes", 1, "Bytes that those read from peers, as expected of an even router."),
+    Series("dwdp:layers", "layers", 1, "MoE layers that were waited for, or read in place on CPU."),
     Series("dwdp:pulled_bytes", "pulled_bytes", 1, "Bytes of experts copied from peers."),
     Series("dwdp:merged_bytes", "local_bytes", 1, "Bytes of own experts copied into slots (contiguous view)."),
     Series(
@@ -32,7 +34,6 @@ COUNTERS = (
         "Time compute stood still for a pull, where it can be told.",
     ),
     Series("dwdp:slot_waits", "slot_waits", 1, "MoE layers that had to wait for a pull."),
-    Series("dwdp:unmeasured_waits", "unmeasured", 1, "MoE layers whose wait cannot be told (inside CUDA graphs)."),
     Series("dwdp:on_demand_fetches", "on_demand", 1, "MoE layers that were not on their way when they were needed."),
 )
 GAUGES = (

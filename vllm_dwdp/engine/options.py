@@ -171,6 +171,11 @@ def _on_cpu(config: DwdpConfig) -> Iterator[str]:
         yield f"dwdp.ranks_per_device is {config.ranks_per_device}, which is for GPUs: leave it out on CPU"
     if config.in_flight > 1:
         yield f"dwdp.in_flight is {config.in_flight}, which is for GPUs: on CPU one thread copies, leave it out"
+    if config.direct_tokens not in ("auto", 0):
+        yield (
+            f"dwdp.direct_tokens is {config.direct_tokens}, which is for GPUs: on CPU weight_view inplace reads every "
+            "expert where it is; leave it out"
+        )
 
 
 def _on_gpu(config: DwdpConfig) -> Iterator[str]:
@@ -178,6 +183,11 @@ def _on_gpu(config: DwdpConfig) -> Iterator[str]:
         yield f'dwdp.transport is "{config.transport}", which is for CPU: use auto or cupy_ipc on GPUs'
     if config.weight_view == "inplace":
         yield 'dwdp.weight_view is "inplace", which is for CPU: use auto, split or contiguous on GPUs'
+    if config.direct_tokens not in ("auto", 0) and config.weight_view == "contiguous":
+        yield (
+            f'dwdp.direct_tokens is {config.direct_tokens} with weight_view "contiguous", which pulls in every forward: use '
+            "weight_view split or auto, or leave direct_tokens out"
+        )
     if importlib.util.find_spec("cupy") is None:
         yield 'dwdp needs CuPy on GPUs: pip install "vllm-dwdp[cuda13]" (or [cuda12], as your vLLM is built)'
 

@@ -82,13 +82,10 @@ class RankPages(threading.Thread):
 
 def summary(counters: Counters) -> str:
     """What a rank did, in one line."""
-    measured = counters.layers - counters.unmeasured
-    waited = f"waited {counters.exposed_wait_ns / 1e6:.1f} ms" if measured else "wait not available"
-    if measured and counters.unmeasured:
-        waited += f" in {measured} of the layers, not available for the others"
     return (
-        f"{counters.forwards} forwards, {counters.layers} layers, {counters.pulled_bytes / 1e6:.1f} MB pulled, "
-        f"{waited}, {counters.on_demand} fetched on demand"
+        f"{counters.forwards} forwards ({counters.direct_forwards} direct), {counters.pulled_bytes / 1e6:.1f} MB pulled in "
+        f"{counters.layers} layers, {counters.direct_bytes / 1e6:.1f} MB read directly, waited "
+        f"{counters.exposed_wait_ns / 1e6:.1f} ms, {counters.on_demand} fetched on demand"
     )
 
 

@@ -117,7 +117,6 @@ class DwdpWorkerMixin:
             ).open()
             with freed_memory_is_returned() if build.on_cpu else nullcontext():
                 super().load_model(*args, **kwargs)  # type: ignore[misc]
-                build.outer_runners = self.dwdp_outer_runners()
                 # Kernel objects are made once more, and ask for the config.
                 with set_current_vllm_config(self.vllm_config):
                     self.dwdp_sharing = ExpertSharing(build, rendezvous, launch)
@@ -131,10 +130,6 @@ class DwdpWorkerMixin:
         except BaseException as error:
             rendezvous.fail(error)
             raise
-
-    def dwdp_outer_runners(self) -> dict[str, Any]:
-        """See ModelBuild.outer_runners; GPU workers have some where code is compiled."""
-        return {}
 
     def _predicted_loss(self, ranks: int) -> str | None:
         """What the planner says against this launch; on the first rank only, and nothing on CPU.
@@ -178,8 +173,15 @@ class DwdpWorkerMixin:
         self.dwdp_sharing.seal_unused()
         return times
 
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's; forwards are counted here, since replayed CUDA graphs run no code of layers."""
+        if tokens := scheduler_output.total_num_scheduled_tokens:
+            assert self.dwdp_sharing is not None
+            self.dwdp_sharing.forwards.add(tokens)
+        return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+
     def _dwdp_first_forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().execute_model(*args, **kwargs)  # type: ignore[misc]
+        output = type(self).execute_model(self, *args, **kwargs)
         if self._dwdp_name_unused():
             del vars(self)["execute_model"]
         return output

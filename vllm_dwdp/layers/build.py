@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -47,8 +47,6 @@ class ModelBuild:
         group_size: N.
         on_cpu: whether kernels read host memory, so that peers' pages can be used in place.
         meet: returns when all ranks of the group have called it with this name.
-        outer_runners: by layer name, vLLM's MoERunner of layers that acquire and release outside of its op; empty where
-            they do so inside.
         shared: whether parameters are views, which nobody may write.
     """
 
@@ -57,7 +55,6 @@ class ModelBuild:
     group_size: int
     on_cpu: bool
     meet: Callable[[str], object] = lambda name: None
-    outer_runners: Mapping[str, Any] = field(default_factory=dict)
     layers: list[LayerBuild] = field(default_factory=list)
     memory_checked: bool = False
     shared: bool = False

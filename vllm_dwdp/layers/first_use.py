@@ -35,18 +35,18 @@ class FirstUse:
         self._module, self._gate = module, gate
         self._views: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
 
-    def acquire(self, layer: int) -> None:
+    def acquire(self, layer: int, tokens: int) -> None:
         """As the gate's; then the layer computes from its view, and calls the gate itself."""
-        self._gate.acquire(layer)
+        self._gate.acquire(layer, tokens)
         if self._views:
             for parameter, view in self._views:
                 parameter.data = view
             self._module.dwdp_attach_tables()
         self._module.dwdp_used(self._gate)
 
-    def release(self, layer: int) -> None:
+    def release(self, layer: int, tokens: int) -> None:
         """As the gate's."""
-        self._gate.release(layer)
+        self._gate.release(layer, tokens)
 
     def seal(self, tensors: Sequence[tuple[ExpertTensor, torch.Tensor]]) -> None:
         """Have the layer read these tensors, in place of its view, until the first acquire."""

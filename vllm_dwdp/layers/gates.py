@@ -1,32 +1,28 @@
 """Acquire and release as custom ops, where torch.compile sees them: around experts that it traces through, as on vLLM's CPU
-platform, and around vLLM's own opaque op where piecewise CUDA graphs must be cut there.
+platform.
 
 Each op declares that it changes a tensor of the layer's data flow, acquire the input of the experts and release their
 output, so that the compiler keeps them on either side of the expert kernel, and leaves everything else of the graph as it
-is in plain vLLM. Where the layer is behind vLLM's own opaque op and in no piecewise graph, or eager, the gate is called
-directly.
+is in plain vLLM. Where the layer is behind vLLM's own opaque op, or eager, the gate is called directly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Protocol
 
 import torch
 from torch.library import Library
 from vllm.utils.torch_utils import direct_register_custom_op
 
-#: The ops' names, as vLLM's `splitting_ops` takes them.
-OPS: Final = ("dwdp::acquire", "dwdp::release")
-
 
 class LayerGate(Protocol):
-    """What a layer calls around its expert compute; `layer` is its place in the ring of its rank."""
+    """What a layer calls around its expert compute; `layer` is its place in the ring of its rank, `tokens` those of the
+    forward, padding included: the same in both calls."""
 
-    def acquire(self, layer: int) -> None:
+    def acquire(self, layer: int, tokens: int) -> None:
         """Return when the weights of `layer` may be read."""
 
-    def release(self, layer: int) -> None:
+    def release(self, layer: int, tokens: int) -> None:
         """The weights of `layer` are no longer read."""
 
 
@@ -47,12 +43,12 @@ def replace_gate(number: int, gate: LayerGate) -> None:
 
 def _acquire(states: torch.Tensor, number: int) -> None:
     gate, layer = _gates[number]
-    gate.acquire(layer)
+    gate.acquire(layer, len(states))
 
 
 def _release(states: torch.Tensor, number: int) -> None:
     gate, layer = _gates[number]
-    gate.release(layer)
+    gate.release(layer, len(states))
 
 
 def _nothing(states: torch.Tensor, number: int) -> None:
@@ -61,15 +57,3 @@ def _nothing(states: torch.Tensor, number: int) -> None:
 
 direct_register_custom_op("acquire", _acquire, mutates_args=["states"], fake_impl=_nothing, target_lib=_library)
 direct_register_custom_op("release", _release, mutates_args=["states"], fake_impl=_nothing, target_lib=_library)
-
-
-def between_ops(forward: Callable[..., Any], number: int) -> Callable[..., Any]:
-    """`forward` of a MoE layer (states, ...) -> output or (shared, output), behind acquire and before release."""
-
-    def gated(states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        torch.ops.dwdp.acquire(states, number)
-        output = forward(states, *args, **kwargs)
-        torch.ops.dwdp.release(output[-1] if isinstance(output, tuple) else output, number)
-        return output
-
-    return gated

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
@@ -20,7 +20,10 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.first_use import FirstUse
-from vllm_dwdp.layers.gates import LayerGate, between_ops, register_gate, replace_gate
+from vllm_dwdp.layers.gates import LayerGate, register_gate, replace_gate
+
+if TYPE_CHECKING:
+    from vllm_dwdp.layers.split import SplitTables
 
 
 class ShareMap(ExpertMapManager):
@@ -46,7 +49,7 @@ class DwdpExpertsMixin:
     dwdp_share: tuple[int, ...]
     dwdp_layer: int
     dwdp_gate: LayerGate | None
-    dwdp_tables: tuple[Any, ...] | None
+    dwdp_tables: SplitTables | None
     _dwdp_whole_map: ExpertMapManager
 
     def __init__(
@@ -76,16 +79,12 @@ class DwdpExpertsMixin:
         self.dwdp_share = share
         self.dwdp_layer = -1
         self.dwdp_gate = None
-        self._dwdp_outside = False
         self.dwdp_tables = None
         # Outside of nn.Module's registries on purpose: only kept for the switch to all experts.
         object.__setattr__(self, "_dwdp_whole_map", expert_map_manager)
 
-    def dwdp_attach(self, gate: LayerGate, layer: int, runner: Any = None) -> None:
-        """From here on the parameters are views of all E experts; forget the share and compute behind `gate`.
-
-        runner: vLLM's MoERunner of this layer, where acquire and release go around its op and not around the experts in it.
-        """
+    def dwdp_attach(self, gate: LayerGate, layer: int) -> None:
+        """From here on the parameters are views of all E experts; forget the share and compute behind `gate`."""
         self.expert_map_manager = self._dwdp_whole_map
         self.moe_config.num_local_experts = self.moe_config.num_experts  # type: ignore[attr-defined]
         self.update_expert_map_info()  # type: ignore[attr-defined]
@@ -94,9 +93,6 @@ class DwdpExpertsMixin:
         self.dwdp_gate = FirstUse(self, gate)
         self._dwdp_number = register_gate(self.dwdp_gate, layer)
         self.dwdp_layer = layer
-        if runner is not None:
-            runner._forward_entry = between_ops(runner._forward_entry, self._dwdp_number)
-            self._dwdp_outside = True
 
     def dwdp_used(self, gate: LayerGate) -> None:
         """The first acquire is over: from here on this layer, and the ops of compiled code, call `gate` itself."""
@@ -111,7 +107,11 @@ class DwdpExpertsMixin:
     def dwdp_attach_tables(self) -> None:
         """Have the kernel of a split view compute from the layer's tables; does nothing in other views."""
         if self.dwdp_tables is not None:
-            self.quant_method.moe_kernel.fused_experts.attach_tables(*self.dwdp_tables)
+            self.quant_method.moe_kernel.fused_experts.attach_tables(self.dwdp_tables.pulled, self.dwdp_tables.direct)
+
+    def dwdp_compute_direct(self, direct: bool) -> None:
+        """Have the kernel of a split view read missing experts from their owners, or from the slot."""
+        self.quant_method.moe_kernel.fused_experts.direct = direct
 
     def _dwdp_rebuild_kernel(self) -> None:
         """vLLM's kernel object once more: scales, biases and the number of experts that it keeps are now those of all E."""
@@ -134,20 +134,16 @@ class DwdpExpertsMixin:
         return output
 
     def _dwdp_acquire(self, states: torch.Tensor) -> None:
-        if self._dwdp_outside:
-            return
         if torch.compiler.is_compiling():
             torch.ops.dwdp.acquire(states, self._dwdp_number)
         else:
-            self.dwdp_gate.acquire(self.dwdp_layer)  # type: ignore[union-attr]
+            self.dwdp_gate.acquire(self.dwdp_layer, len(states))  # type: ignore[union-attr]
 
     def _dwdp_release(self, states: torch.Tensor) -> None:
-        if self._dwdp_outside:
-            return
         if torch.compiler.is_compiling():
             torch.ops.dwdp.release(states, self._dwdp_number)
         else:
-            self.dwdp_gate.release(self.dwdp_layer)  # type: ignore[union-attr]
+            self.dwdp_gate.release(self.dwdp_layer, len(states))  # type: ignore[union-attr]
 
 
 def _subclasses(cls: type) -> Iterable[type]:

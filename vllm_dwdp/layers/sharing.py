@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers.direct import DirectGate, ForwardCounts, measured_tokens, memory_rate
 from vllm_dwdp.layers.first_use import seal, unused
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.slabs import map_peers, move_to_slabs, replicate_small
 from vllm_dwdp.layers.split import attach_split, why_not_split
 from vllm_dwdp.layers.views import (
     InplaceGate,
+    RingGate,
     attach_contiguous,
     attach_inplace,
     fits_pages,
@@ -72,6 +75,7 @@ class ExpertSharing:
         self.trace: list[TraceEvent] = []
         self.prefetcher: Prefetcher | None = None
         self.refilled: list[Program] = []
+        self.direct_tokens: int | None = 0
         self._closing = contextlib.ExitStack()
         self._closing.callback(self.transport.close)
         try:
@@ -80,7 +84,16 @@ class ExpertSharing:
             self.replicated_bytes = sum(replicate_small(layer, build.rank) for layer in self.layers)
             self.counters = CounterPage.create(rank=group[build.rank])
             self._closing.callback(self.counters.close)
-            self._attach_views()
+            self.view = self._choose_view()
+            if self.view == "inplace":
+                self._attach_pages()
+            else:
+                self._bind_ring()
+                if self.view == "split":
+                    # The least of the group, so that its ranks behave alike.
+                    self.direct_tokens = min(rendezvous.gather("direct_tokens", self._most_direct(launch), group))
+                self._attach_ring()
+            self.forwards = ForwardCounts(self.counters, self.layers, build.rank, self.direct_tokens)
             slots = sum(slot.nbytes for slot in self.slots)
             self.counters.describe(self.view, self.experts_held, self.slab_bytes, slots)
             rendezvous.put("counters", handle_to_json(self.counters.handle()))
@@ -90,33 +103,38 @@ class ExpertSharing:
             self.close()
             raise
 
-    def _attach_views(self) -> None:
+    def _choose_view(self) -> str:
         rank = self.build.rank
         if not self.build.on_cpu:
-            self.view = self._gpu_view()
-            self._attach_ring()
-            return
+            return self._gpu_view()
         view = self.build.config.weight_view
         # One view for the whole model: a single layer off the pages takes the others along.
         misfit = next((layer for layer in self.layers if not fits_pages(layer, rank)), None)
         if view == "contiguous" or (view == "auto" and misfit is not None):
-            self.view = "contiguous"
-            self._attach_ring()
-            return
+            return "contiguous"
         if misfit is not None:
             raise refuse_inplace(misfit, misfit.fetched)
-        self.view = "inplace"
-        self._attach_pages()
+        return "inplace"
 
     def _gpu_view(self) -> str:
         view = self.build.config.weight_view
         if view != "auto":
             return view
         # One view for the whole model, as on CPU.
-        return "contiguous" if any(why_not_split(layer) for layer in self.layers) else "split"
+        why = next(((layer, why) for layer in self.layers if (why := why_not_split(layer))), None)
+        if why is None:
+            return "split"
+        told = self.build.config.direct_tokens
+        if told != "auto" and told > 0:
+            raise DwdpError(
+                f"dwdp.direct_tokens is {told}, but experts of {why[0].build.name} cannot be read directly ({why[1]}): "
+                "leave it out"
+            )
+        return "contiguous"
 
     def _attach_pages(self) -> None:
         assert isinstance(self.transport, ShmTransport)
+        self.direct_tokens = None
         gate = InplaceGate(self.counters)
         for i, layer in enumerate(self.layers):
             attach_inplace(layer, self.build.rank, self.transport)
@@ -125,9 +143,10 @@ class ExpertSharing:
                 self.transport.unmap_peer(peer)
             layer.build.module.dwdp_attach(gate, i)
 
-    def _attach_ring(self) -> None:
+    def _bind_ring(self) -> None:
+        """The slots, the copy engine and the copies of every layer; nothing waits for them yet."""
         config, rank = self.build.config, self.build.rank
-        ring = Ring(len(self.layers), config.num_slots)
+        self.ring = ring = Ring(len(self.layers), config.num_slots)
         nbytes = slot_bytes(self.layers, rank, split=self.view == "split")
         self.slots = [self.transport.allocate_slot(nbytes) for _ in range(ring.used_slots)]
         engine = self.transport.copy_engine()
@@ -135,16 +154,41 @@ class ExpertSharing:
         self.engine = engine
         slice_bytes = config.resolve_slice_bytes(self.build.on_cpu)
         attach = attach_split if self.view == "split" else attach_contiguous
-        programs = [
+        self.programs = [
             attach(layer, rank, self.slots[ring.slot_of(i)], engine, slice_bytes) for i, layer in enumerate(self.layers)
         ]
+
+    def _most_direct(self, launch: DwdpLaunch) -> int:
+        """As the user says, or as this rank measures; more where the user named larger sizes of CUDA graphs."""
+        given = self.build.config.direct_tokens
+        if given == 0:
+            return 0
+        if given == "auto":
+            fetched = self.layers[0].fetched[0]
+            memory = memory_rate(fetched.parameter.device)
+            given = measured_tokens(self.layers, self.build.rank, self._link_rate, memory, self._flop_rate)
+        return max(given, launch.captured_tokens)
+
+    def _attach_ring(self) -> None:
+        config, ring, programs = self.build.config, self.ring, self.programs
         trace = self.trace if config.trace else None
-        self.prefetcher = Prefetcher(ring, engine, programs, self.counters, config.timeout_s, trace)
+        self.prefetcher = Prefetcher(ring, self.engine, programs, self.counters, config.timeout_s, trace)
         # A layer with a slot of its own is pulled once and stays.
         self.refilled = [program for i, program in enumerate(programs) if ring.next_layer(i) is not None]
-        runners = self.build.outer_runners
         for i, layer in enumerate(self.layers):
-            layer.build.module.dwdp_attach(self.prefetcher, i, runners.get(layer.build.name))
+            module = layer.build.module
+            direct = self.direct_tokens
+            module.dwdp_attach(DirectGate(self.prefetcher, module, direct) if direct else RingGate(self.prefetcher), i)
+
+    @cached_property
+    def _link_rate(self) -> float:
+        """Bytes/s of copies from peers; fills slots, so not to be asked after the first forward."""
+        return copy_rate(self.engine, self.programs[0], self.build.config.timeout_s)
+
+    @cached_property
+    def _flop_rate(self) -> float:
+        fetched = self.layers[0].fetched[0]
+        return product_rate(fetched.dtype, fetched.parameter.device)
 
     def start(self) -> None:
         """Begin to prefetch; the model may run."""
@@ -169,9 +213,7 @@ class ExpertSharing:
             return None
         tensors = [(layer.build.module, tensor) for layer in self.layers for tensor in layer.fetched]
         flop = sum(2 * module.top_k * tensor.row_bytes // tensor.dtype.itemsize for module, tensor in tensors)
-        rate = copy_rate(self.engine, self.refilled[0], self.build.config.timeout_s)
-        first = tensors[0][1]
-        return estimate(self.refilled, flop, tokens, rate, product_rate(first.dtype, first.parameter.device))
+        return estimate(self.refilled, flop, tokens, self._link_rate, self._flop_rate)
 
     @property
     def bytes_per_forward(self) -> int:
@@ -207,7 +249,16 @@ class ExpertSharing:
             f"{self.experts_held} of {experts} experts in {len(self.layers)} MoE layers "
             f"({self.slab_bytes / 1e6:.1f} MB), worker in {place}, view {self.view}, "
             f"{len(self.slots)} slots ({slots / 1e6:.1f} MB), a forward pulls {self.bytes_per_forward / 1e6:.1f} MB"
+            + self._describe_direct()
         )
+
+    def _describe_direct(self) -> str:
+        if self.direct_tokens is None:
+            return ""
+        if not self.direct_tokens:
+            return "" if self.build.on_cpu else ", without CUDA graphs"
+        how = {"auto": "as measured"}.get(str(self.build.config.direct_tokens), "as told")
+        return f", one of at most {self.direct_tokens} tokens ({how}) reads missing experts where they are"
 
     def close(self) -> None:
         """Wait for copies in flight, then let go of peers and slabs; idempotent. Peers' mappings outlive ours.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_dwdp.copy_plan import build_plan, slot_rows
 from vllm_dwdp.errors import DwdpError
@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 
 #: What the split-weight kernels fetch; everything else of a layer is small and replicated.
 WEIGHTS = ("w13_weight", "w2_weight")
+
+
+class SplitTables(NamedTuple):
+    """(w13, w2) of a layer, twice. pulled: missing experts in the slot. direct: missing experts in their owners' slabs."""
+
+    pulled: tuple[WeightTable, WeightTable]
+    direct: tuple[WeightTable, WeightTable]
 
 
 def why_not_split(layer: LayerSlab) -> str | None:
@@ -40,8 +47,16 @@ def addresses(layer: LayerSlab, rank: int, tensor: ExpertTensor, slot: Memory, s
     return [where[expert] for expert in range(placement.num_experts)]
 
 
+def direct_addresses(layer: LayerSlab, rank: int, tensor: ExpertTensor) -> list[int]:
+    """[expert] -> address of its row of `tensor` in the slab of the rank that `rank` takes it from, as for pulls."""
+    placement = layer.build.placement
+    owners = placement.owners[rank]
+    begin = {owner: layer.memory(owner).address + layer.offset(owner, tensor) for owner in set(owners)}
+    return [begin[owner] + placement.local(owner, expert) * tensor.row_bytes for expert, owner in enumerate(owners)]
+
+
 def attach_split(layer: LayerSlab, rank: int, slot: Memory, engine: CopyEngine, slice_bytes: int | None) -> Program:
-    """Have the layer compute from `addresses`; returns the copies that fill its slot.
+    """Have the layer compute from `addresses` or `direct_addresses`; returns the copies that fill its slot.
 
     vLLM's code reads shapes off the parameters: they become [E, ...] tensors that repeat one row and cost no memory.
     Raises DwdpError where the kernels cannot take the layer.
@@ -53,12 +68,13 @@ def attach_split(layer: LayerSlab, rank: int, slot: Memory, engine: CopyEngine, 
     specs = [tensor.spec for tensor in layer.fetched]
     plan = build_plan(layer.build.placement, rank, specs, slice_bytes, alignment(layer.build.on_pages), split=True)
     module: Any = layer.build.module
-    tables = []
+    pulled, direct = [], []
     for tensor, offset in zip(layer.fetched, plan.slot.offsets, strict=True):
-        tables.append(_table(module, tensor, addresses(layer, rank, tensor, slot, offset), layer.replicated))
-        tensor.parameter.data = stand_in(tables[-1])
+        pulled.append(_table(module, tensor, addresses(layer, rank, tensor, slot, offset), layer.replicated))
+        direct.append(_table(module, tensor, direct_addresses(layer, rank, tensor), layer.replicated))
+        tensor.parameter.data = stand_in(pulled[-1])
     module.quant_method.experts_cls = SplitExperts
-    module.dwdp_tables = tuple(tables)
+    module.dwdp_tables = SplitTables((pulled[0], pulled[1]), (direct[0], direct[1]))
     slabs = {owner: layer.memory(owner).address for owner in range(layer.build.placement.num_ranks)}
     return bind_plan(engine, plan, slabs, slot.address)
 

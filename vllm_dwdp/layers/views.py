@@ -9,7 +9,7 @@ from vllm_dwdp.copy_plan import SlotLayout, build_plan, slot_rows
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.slabs import ExpertTensor, LayerSlab, alignment
 from vllm_dwdp.prefetch.counters import CounterPage
-from vllm_dwdp.prefetch.prefetcher import bind_plan
+from vllm_dwdp.prefetch.prefetcher import Prefetcher, bind_plan
 from vllm_dwdp.transport.base import CopyEngine, Memory, Program
 from vllm_dwdp.transport.shm import ShmTransport, SlabRun
 
@@ -18,20 +18,29 @@ class InplaceGate:
     """Acquire and release of layers whose peers' pages are mapped: nothing to wait for, only counted."""
 
     def __init__(self, counters: CounterPage) -> None:
-        self._counters = counters
         self._page = counters.fields
-        self._last = -1
 
-    def acquire(self, layer: int) -> None:
-        """Count the layer, and the forward that it begins."""
-        if layer <= self._last or self._last < 0:
-            self._page.forwards += 1
-            self._counters.beat()
-        self._last = layer
+    def acquire(self, layer: int, tokens: int) -> None:
+        """Count the layer."""
         self._page.layers += 1
 
-    def release(self, layer: int) -> None:
+    def release(self, layer: int, tokens: int) -> None:
         """Nothing to do."""
+
+
+class RingGate:
+    """Acquire and release of layers whose experts are pulled into slots in every forward."""
+
+    def __init__(self, prefetcher: Prefetcher) -> None:
+        self._prefetcher = prefetcher
+
+    def acquire(self, layer: int, tokens: int) -> None:
+        """See Prefetcher."""
+        self._prefetcher.acquire(layer)
+
+    def release(self, layer: int, tokens: int) -> None:
+        """See Prefetcher."""
+        self._prefetcher.release(layer)
 
 
 def fits_pages(layer: LayerSlab, rank: int, page: int = mmap.PAGESIZE) -> bool:

@@ -15,7 +15,7 @@ from vllm_dwdp.transport.mapping import PAGE, Mapping
 from vllm_dwdp.transport.memfd import MemoryFile, create_file, map_handle
 
 MAGIC: Final = 0x44574450_50414745  # 'DWDPPAGE'
-VERSION: Final = 2
+VERSION: Final = 3
 VIEWS: Final = ("none", "split", "contiguous", "inplace")  # a view's code is its position
 _HEADER: Final = ("magic", "version", "view_code")
 
@@ -29,14 +29,15 @@ class Counters:
     experts_held: int  # of one layer
     slab_bytes: int  # all slabs
     slot_bytes: int  # all slots
-    forwards: int
+    forwards: int  # of the target model, both ways
+    direct_forwards: int  # those that read missing experts where they are
+    direct_bytes: int  # read from peers by kernels, as expected where every expert is hit as often
     layers: int  # acquired
     pulls: int  # submitted
     pulled_bytes: int  # from peers
     local_bytes: int  # of the merge copy
     slot_waits: int  # acquires that had to wait for a copy
     exposed_wait_ns: int  # time they waited
-    unmeasured: int  # acquires whose wait is not known and in neither of the two above (inside CUDA graphs)
     on_demand: int  # acquires of a layer that was not in its slot nor on its way
     heartbeat_ns: int  # time.monotonic_ns of the last forward's begin, or of the last `beat`
 
@@ -59,13 +60,14 @@ class CounterFields(ctypes.Structure):
     slab_bytes: int
     slot_bytes: int
     forwards: int
+    direct_forwards: int
+    direct_bytes: int
     layers: int
     pulls: int
     pulled_bytes: int
     local_bytes: int
     slot_waits: int
     exposed_wait_ns: int
-    unmeasured: int
     on_demand: int
     heartbeat_ns: int
 

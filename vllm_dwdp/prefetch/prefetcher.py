@@ -8,9 +8,8 @@ is refilled only behind an event recorded on the compute side after its last use
 and it is handed out only when it holds the layer asked for, so that nothing stale is read. Whatever the caller does
 (aborted forwards, other orders) costs time at most.
 
-A CUDA graph of a whole forward finds every slot with its first layer, and leaves it so: `align` sees to the one before each
-replay, `end_capture` to the other, whatever layers the forward skips or repeats. A capture itself moves no byte: when it is
-over, or was aborted, slots stand again as `align` left them, and what it counted is what each replay counts.
+No CUDA graph holds a copy: a slot that one replay filled would be stale in the next. Forwards that are captured read the
+experts where they are (layers/direct.py), and `acquire` in a capture raises.
 """
 
 import time
@@ -19,8 +18,7 @@ from typing import Literal, NamedTuple
 
 from vllm_dwdp.copy_plan import CopyPlan, Slice
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
-from vllm_dwdp.prefetch.counters import CounterFields, CounterPage
-from vllm_dwdp.prefetch.replays import NO_LAYERS, ReplayCounts
+from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.prefetch.ring import Ring
 from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Program
 
@@ -77,17 +75,12 @@ class Prefetcher:
         self._ring = ring
         self._engine = engine
         self._programs = tuple(programs)
-        self._counters = counters
         self._page = counters.fields
         self._timeout_s = timeout_s
         self._slots = [_Slot(number) for number in range(ring.used_slots)]
         self._of_layer = [self._slots[ring.slot_of(layer)] for layer in range(ring.num_layers)]
         self._next = [ring.next_layer(layer) for layer in range(ring.num_layers)]
-        self._last = ring.num_layers  # the layer acquired last: one that is not behind it begins a forward
         self._closed = False
-        self._aligned = False  # whether slots are as `align` left them, so that a capture may begin
-        # `copied` of all slots at the begin of a capture, while it lasts as far as is known; its counts go to another page.
-        self._before_capture: list[Event | None] | None = None
         self._trace = trace
         self._clock = clock
         self._untraced: list[tuple[Event, int, int]] = []  # copies whose times are not known yet: event, layer, slot
@@ -99,7 +92,6 @@ class Prefetcher:
     def start(self) -> None:
         """Begin to fill every slot with its first layer; returns at once, and later calls do nothing."""
         self._check_open()
-        self._forget_capture()
         for slot in self._slots:
             if slot.copied is None:
                 self._pull(slot.number, None)
@@ -109,20 +101,19 @@ class Prefetcher:
 
         A layer that is not in its slot nor on its way is fetched now, and the ring goes on from there. A layer that
         still holds the slot was aborted: its use is over, and prefetches nothing. Acquiring a layer twice does nothing.
-        Raises DwdpTimeout, after which it may be tried again, and DwdpError if the copy failed, in a capture that was begun
-        without `align`, or if all is closed.
+        Raises DwdpTimeout, after which it may be tried again, and DwdpError if the copy failed, while a CUDA graph is
+        captured, or if all is closed.
         """
-        if self._aligned or self._before_capture is not None:
-            self._notice_capture()
+        if self._engine.capturing():
+            raise DwdpError(
+                f"layer {layer} would be pulled inside of a CUDA graph, whose replays would read stale slots: raise "
+                "dwdp.direct_tokens to the largest captured size, or choose -cc.cudagraph_mode NONE"
+            )
         slot = self._of_layer[layer]
         if slot.used_by == layer:
             return
         self._check_open()
         page = self._page
-        if layer <= self._last:
-            page.forwards += 1
-            self._counters.beat()
-        self._last = layer
         if self._trace is not None:
             self._note("acquire", layer, slot.number)
         slot.used_by = None
@@ -141,8 +132,6 @@ class Prefetcher:
 
         Raises DwdpError, and changes nothing, for a layer that is not acquired: its slot may be in use by another one.
         """
-        if self._before_capture is not None:
-            self._notice_capture()
         slot = self._of_layer[layer]
         if slot.used_by != layer:
             raise DwdpError(
@@ -156,66 +145,12 @@ class Prefetcher:
         if following is not None:
             self._pull(following, self._engine.record())
 
-    def align(self) -> None:
-        """Before a CUDA graph of a whole forward is captured or replayed: compute waits until slots hold their first layers.
-
-        Raises as `acquire`.
-        """
-        self._check_open()
-        self._forget_capture()
-        for slot in self._slots:
-            slot.used_by = None
-            if slot.holds != slot.number:
-                self._page.on_demand += 1
-                self._pull(slot.number, self._engine.record())
-            self._wait(slot)
-        self._last = self._ring.num_layers
-        self._aligned = True
-        self._counters.beat()
-
-    def end_capture(self) -> ReplayCounts:
-        """Last of all in the capture of a whole forward: every replay fills slots with their first layers, and ends when
-        its copies do. Returns what each counts (`count_replay`): nothing where the capture held no layer."""
-        if self._before_capture is None:
-            return NO_LAYERS
-        for slot in self._slots:
-            if slot.holds != slot.number:
-                self._pull(slot.number, self._engine.record())
-        self._engine.join()
-        counts = ReplayCounts.of(self._page)
-        self._forget_capture()
-        return counts
-
-    def count_replay(self, counts: ReplayCounts) -> None:
-        """A graph whose capture returned `counts` is replayed."""
-        counts.add_to(self._page)
-
-    def _notice_capture(self) -> None:
-        """A capture that begins right after `align`, one that goes on, or one that ended without `end_capture`."""
-        if not self._engine.capturing():
-            self._forget_capture()
-        elif self._before_capture is None:
-            self._before_capture = [slot.copied for slot in self._slots]
-            self._page = CounterFields()
-        self._aligned = False
-
-    def _forget_capture(self) -> None:
-        """Nothing of what was captured has run."""
-        if self._before_capture is None:
-            return
-        for slot, copied in zip(self._slots, self._before_capture, strict=True):
-            slot.holds, slot.used_by, slot.copied = slot.number, None, copied
-        self._before_capture = None
-        self._page = self._counters.fields
-        self._last = self._ring.num_layers
-
     def close(self, timeout_s: float) -> None:
         """Wait for the copies in flight, after which slots and slabs may be freed; idempotent.
 
         Raises DwdpTimeout, and can then be called again. A failed copy is over, and no error here.
         """
         self._closed = True
-        self._forget_capture()
         deadline = time.monotonic() + timeout_s
         for slot in self._slots:
             if slot.copied is not None and not self._engine.ready(slot.copied):
@@ -249,12 +184,7 @@ class Prefetcher:
         except DwdpError:
             slot.holds = None  # what is there is no layer
             raise
-        if exposed_s is None:
-            if self._before_capture is None:
-                slot.holds = None
-                raise DwdpError("a CUDA graph is captured that slots were not aligned for: report how vLLM was started")
-            self._page.unmeasured += 1
-        elif exposed_s:
+        if exposed_s:
             self._page.slot_waits += 1
             self._page.exposed_wait_ns += int(exposed_s * 1e9)
 

@@ -131,11 +131,11 @@ class CopyEngine(ABC):
         """An event that is complete when all compute issued so far by the calling thread is done."""
 
     @abstractmethod
-    def wait(self, event: Event, timeout_s: float) -> float | None:
+    def wait(self, event: Event, timeout_s: float) -> float:
         """Let compute wait for `event`; returns the seconds it stood still, 0.0 if it was complete.
 
         Where compute is a stream the host goes on, and what is returned is an earlier wait that has become known since:
-        each one once, in order, so that sums and counts are right. None: this wait will never be known (CUDA graphs).
+        each one once, in order, so that sums and counts are right.
         Raises DwdpTimeout after `timeout_s`, and DwdpError if the copy failed.
         """
 
@@ -144,11 +144,8 @@ class CopyEngine(ABC):
         self.wait(event, timeout_s)
 
     def capturing(self) -> bool:
-        """Whether compute is captured into a CUDA graph, so that what is submitted now runs when that is replayed."""
+        """Whether compute is captured into a CUDA graph, where nothing may be submitted."""
         return False
-
-    def join(self) -> None:  # noqa: B027
-        """Last of all in a CUDA graph capture: compute waits for every copy submitted in it. Nothing to do elsewhere."""
 
     @abstractmethod
     def ready(self, event: Event) -> bool:

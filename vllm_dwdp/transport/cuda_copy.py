@@ -1,12 +1,11 @@
 """The copy engine of GPUs: copy streams beside the compute stream, one pre-built graph of copy nodes per layer.
 
-    eager:    copy stream   wait(after) | graph of the layer's slices | record(end)         compute: wait(end)
-    captured: copy stream   fork from compute | the slices themselves | record(end)         compute: wait(end) ... join()
+    copy stream   wait(after) | graph of the layer's slices | record(end)         compute: wait(end)
 
 A graph costs the host 32 microseconds per 1,024 slices within one GPU, and 3 to 50 and 1 to 2 a slice over NVLink; a loop
-over memcpyAsync costs 3 to 16 a slice (measured), and a graph cannot be launched into a capture. Slices keep the plan's
-borders, for they are the unit in which sources are shared fairly; with in_flight > 1 they are dealt out to that many
-branches, so that slices of several peers run at a time.
+over memcpyAsync costs 3 to 16 a slice (measured). Slices keep the plan's borders, for they are the unit in which sources
+are shared fairly; with in_flight > 1 they are dealt out to that many branches, so that slices of several peers run at a
+time.
 """
 
 import time
@@ -20,11 +19,8 @@ from vllm_dwdp.config import MOST_IN_FLIGHT
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
 from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Program
 from vllm_dwdp.transport.cuda_device import CudaDevice
-from vllm_dwdp.transport.cuda_events import EAGER, CudaEvent, EventPool, ExposedWaits
+from vllm_dwdp.transport.cuda_events import CudaEvent, EventPool, ExposedWaits
 
-#: Slices that follow each other become one node of at most this size inside of captures, where larger ones stay as they are:
-#: every captured forward holds nodes for all layers, and there may be fifty such graphs.
-CAPTURED_BYTES: Final = 64 << 20
 _POLL_S: Final = 100e-6
 
 
@@ -44,11 +40,9 @@ class CopyOptions:
 
 @dataclass(frozen=True, eq=False)
 class CudaProgram(Program):
-    """slices: in issue order. joined: the same for captures, in fewer copies. graph: of the slices; None where there are
-    none, or graphs are off."""
+    """slices: in issue order. graph: of the slices; None where there are none, or graphs are off."""
 
     slices: tuple[Copy, ...]
-    joined: tuple[Copy, ...]
     graph: int | None
 
 
@@ -58,9 +52,7 @@ class CudaCopyEngine(CopyEngine):
     CUDA itself blocks a host that has given a stream about a thousand pieces of work that do not end, so limits are looked
     at before work is given; what is not ours (kernels, the wait for a step's tokens) blocks without one.
 
-    In a CUDA graph capture of the compute stream, copies are captured too, and `join` must be called before it ends. A
-    wait in a capture for a copy submitted outside of it is left out: before each replay, the copies that were under way
-    when the capture began must be there again, by an eager `wait`. Outside, an event of a capture counts as complete.
+    Nothing may be submitted, recorded or waited for while the compute stream is captured (`capturing`).
     """
 
     def __init__(self, device: CudaDevice, options: CopyOptions) -> None:
@@ -75,9 +67,6 @@ class CudaCopyEngine(CopyEngine):
         self._exposed = ExposedWaits(device)
         self._graphs: list[int] = []
         self._under_way: deque[CudaEvent] = deque()
-        self._capture = EAGER + 1  # the number of the capture under way, or of the next one
-        self._captured = False  # whether the capture of this number has begun
-        self._failed_captures: set[int] = set()
         self._closed = False
 
     @property
@@ -91,7 +80,7 @@ class CudaCopyEngine(CopyEngine):
         slices = (*pulls, *local)
         graph = self._build(slices) if slices and self._options.graphs else None
         pulled, merged = sum(copy.nbytes for copy in pulls), sum(copy.nbytes for copy in local)
-        return CudaProgram(pulled, merged, len(slices), slices, join_adjacent(slices, CAPTURED_BYTES), graph)
+        return CudaProgram(pulled, merged, len(slices), slices, graph)
 
     def submit(self, program: Program, after: Event | None = None) -> CudaEvent:
         """See CopyEngine. Raises DwdpTimeout where an earlier copy is overdue."""
@@ -99,18 +88,9 @@ class CudaCopyEngine(CopyEngine):
         if not isinstance(program, CudaProgram):
             raise DwdpError(f"a {type(program).__name__} reached the CUDA copy engine: submit what its bind returned")
         device, stream = self._device, self._streams[0]
-        compute = device.compute_stream()
-        if self._capturing(compute):
-            device.record(self._fork, compute)
-            device.wait_event(stream, self._fork)
-            self._issue(program.joined)
-            end = CudaEvent(self._events, self._capture)
-            device.record(end.raw, stream)
-            return end
         self._check_overdue()
-        release = None if after is None else _own(after)
-        if release is not None and release.capture == EAGER:
-            device.wait_event(stream, release.raw)
+        if after is not None:
+            device.wait_event(stream, _own(after).raw)
         if program.graph is not None:
             device.launch(program.graph, stream)
         else:
@@ -123,40 +103,29 @@ class CudaCopyEngine(CopyEngine):
     def record(self) -> CudaEvent:
         """See CopyEngine. Raises DwdpTimeout where a copy is overdue."""
         self._check_open()
-        compute = self._device.compute_stream()
-        capturing = self._capturing(compute)
-        if not capturing and self._under_way and time.monotonic() > self._under_way[0].deadline:
+        if self._under_way and time.monotonic() > self._under_way[0].deadline:
             self._check_overdue()
-        event = CudaEvent(self._events, self._capture if capturing else EAGER)
-        self._device.record(event.raw, compute)
+        event = CudaEvent(self._events)
+        self._device.record(event.raw, self._device.compute_stream())
         return event
 
-    def wait(self, event: Event, timeout_s: float) -> float | None:
+    def wait(self, event: Event, timeout_s: float) -> float:
         """See CopyEngine. Raises DwdpTimeout where the copy was submitted `timeout_s` ago or more and is not done."""
         self._check_open()
         mine, device = _own(event), self._device
-        compute = device.compute_stream()
-        if self._capturing(compute):
-            if mine.capture == self._capture:
-                device.wait_event(compute, mine.raw)
-            return None
-        if mine.capture in self._failed_captures:
-            raise DwdpError("a CUDA graph capture ended without its copies, which never ran: look for its own error")
         # A query costs a microsecond and spares a wait on the device and two events.
-        if mine.capture == EAGER and not device.query(mine.raw):
+        if not device.query(mine.raw):
             submitted = mine.deadline - self._options.timeout_s
             if mine.deadline and time.monotonic() > submitted + timeout_s:
                 raise _overdue(timeout_s)
             self._check_overdue()
-            self._exposed.bracket(compute, mine.raw)
+            self._exposed.bracket(device.compute_stream(), mine.raw)
         return self._exposed.next_known()
 
     def ready(self, event: Event) -> bool:
-        """See CopyEngine; False in a capture, where nobody may ask, unless the event is of one."""
+        """See CopyEngine; False in a capture, where nobody may ask."""
         mine = _own(event)
-        if self._closed or mine.capture != EAGER:
-            return True
-        return not self._device.capturing(self._device.compute_stream()) and self._device.query(mine.raw)
+        return self._closed or (not self.capturing() and self._device.query(mine.raw))
 
     def finish(self, event: Event, timeout_s: float) -> None:
         """See CopyEngine."""
@@ -168,19 +137,7 @@ class CudaCopyEngine(CopyEngine):
 
     def capturing(self) -> bool:
         """See CopyEngine."""
-        return self._capturing(self._device.compute_stream())
-
-    def join(self) -> None:
-        """See CopyEngine."""
-        compute = self._device.compute_stream()
-        if not self._captured or not self._capturing(compute):
-            return
-        # Brings the copy stream into the capture, should no copy have done so.
-        self._device.record(self._fork, compute)
-        self._device.wait_event(self._streams[0], self._fork)
-        self._device.record(self._fork, self._streams[0])
-        self._device.wait_event(compute, self._fork)
-        self._next_capture()
+        return self._device.capturing(self._device.compute_stream())
 
     def close(self, timeout_s: float) -> None:
         """See CopyEngine."""
@@ -238,19 +195,6 @@ class CudaCopyEngine(CopyEngine):
             device.record(join, stream)
             device.wait_event(first, join)
 
-    def _capturing(self, compute: int) -> bool:
-        capturing = self._device.capturing(compute)
-        if capturing:
-            self._captured = True
-        elif self._captured:  # ended without `join`
-            self._failed_captures.add(self._capture)
-            self._next_capture()
-        return capturing
-
-    def _next_capture(self) -> None:
-        self._capture += 1
-        self._captured = False
-
     def _check_open(self) -> None:
         if self._closed:
             raise DwdpError("the copy engine is closed: close the prefetcher first, and use neither any more")
@@ -261,21 +205,6 @@ class CudaCopyEngine(CopyEngine):
             self._under_way.popleft()
         if self._under_way and time.monotonic() > self._under_way[0].deadline:
             raise _overdue(self._options.timeout_s)
-
-
-def join_adjacent(copies: Sequence[Copy], most_bytes: int) -> tuple[Copy, ...]:
-    """The same bytes in fewer copies: one that goes on where another ended, at both ends, joins it up to `most_bytes`."""
-    joined: list[Copy] = []
-    ends: dict[tuple[int, int], int] = {}
-    for copy in copies:
-        place = ends.pop((copy.dst, copy.src), None)
-        if place is not None and joined[place].nbytes + copy.nbytes <= most_bytes:
-            joined[place] = joined[place]._replace(nbytes=joined[place].nbytes + copy.nbytes)
-        else:
-            place = len(joined)
-            joined.append(copy)
-        ends[copy.dst + copy.nbytes, copy.src + copy.nbytes] = place
-    return tuple(joined)
 
 
 def _overdue(timeout_s: float) -> DwdpTimeout:

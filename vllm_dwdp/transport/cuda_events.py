@@ -9,7 +9,6 @@ from vllm_dwdp.transport.cuda_device import CudaDevice
 
 # Two events around a wait that is over at once are 1 to 5 microseconds apart: shorter waits count as none.
 NOISE_S: Final = 5e-6
-EAGER: Final = 0  # the capture number of what is not captured
 
 
 class EventPool:
@@ -48,13 +47,12 @@ class EventPool:
 class CudaEvent(Event):
     """A point in a stream. Its raw event goes back to the pool with it."""
 
-    __slots__ = ("_pool", "capture", "deadline", "raw")
+    __slots__ = ("_pool", "deadline", "raw")
 
-    def __init__(self, pool: EventPool, capture: int = EAGER, deadline: float = 0.0) -> None:
-        """capture: the number of the capture it was recorded in. deadline: of time.monotonic, for copies."""
+    def __init__(self, pool: EventPool, deadline: float = 0.0) -> None:
+        """deadline: of time.monotonic, for copies."""
         self._pool = pool
         self.raw = pool.take()
-        self.capture = capture
         self.deadline = deadline
 
     def __del__(self) -> None:
