@@ -1,4 +1,4 @@
-"""Ranks in processes of their own, for gpu_ipc_check.py: they share slabs, prefetch, and compare every acquired byte.
+"""Ranks in processes of their own, for gpu_ipc_check.py: they share slabs, prefetch, and compare every byte that they read.
 
 With transport "shm" the same code runs on a machine without a GPU.
 """
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import repo_path  # noqa: F401
 
 from vllm_dwdp.copy_plan import SlabLayout, TensorSpec, build_plan
+from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.placement import place
 from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.prefetch.prefetcher import Prefetcher, bind_plan
@@ -30,7 +31,7 @@ from vllm_dwdp.transport.shm import ShmTransport
 
 LIMIT_S = 60.0
 EXPERTS, LAYERS, SLOTS = 8, 5, 2
-#: Forwards that CUDA graphs are made of: whole, with layers skipped and repeated, and none as of a dense drafter.
+#: Forwards that read directly, as CUDA graphs hold them: whole, with layers skipped and repeated, and without a layer.
 ORDERS = (tuple(range(LAYERS)), (0, 1, 2), (0, 2, 4), (4, 1), (0, 1, 2, 0), (3, 3, 1), ())
 TENSORS = (TensorSpec("w13", 96 << 10), TensorSpec("w2", 48 << 10), TensorSpec("scale", 12))
 
@@ -44,9 +45,8 @@ class Setting(NamedTuple):
 
 class Played(NamedTuple):
     wrong: int  # bytes
-    acquired: int
+    used: int  # layers, of both ways
     exposed_s: float
-    unmeasured: int
 
 
 def make_transport(name: str, rank: int, num_ranks: int, options: CopyOptions) -> Transport:
@@ -104,10 +104,14 @@ class Player:
         self.wrong = torch.zeros((), dtype=torch.int64, device=where)
         self.engine = self.transport.copy_engine()
         self.peers = []
+        self.remote: list[list[tuple[Any, Any]]] = []  # by layer: what is at a peer, and what should be
+        self.read_layers = 0
         programs = []
         for layer in range(LAYERS):
             mapped = {peer: self.transport.map_peer(handles[peer][layer]) for peer in handles if peer != rank}
             self.peers += mapped.values()
+            rights = {peer: weights(plan.slabs[peer], layer, placement.shares[peer]).to(where) for peer in mapped}
+            self.remote.append([(slab.tensor()[: len(rights[peer])], rights[peer]) for peer, slab in mapped.items()])
             addresses = {peer: slab.address for peer, slab in mapped.items()} | {rank: own[layer].address}
             programs.append(bind_plan(self.engine, plan, addresses, slots[self.ring.slot_of(layer)].address))
         self.page = CounterPage.create(rank)
@@ -121,6 +125,11 @@ class Player:
             self.wrong += (slot != right).sum()
             if self.on_gpu and self.rng.random() < 0.5 and not self.torch.cuda.is_current_stream_capturing():
                 self.torch.cuda._sleep(self.rng.randrange(1, 400_000))
+
+    def read(self, layer: int) -> None:
+        """Compare what peers hold of a layer, where it is."""
+        for seen, right in self.remote[layer]:
+            self.wrong += (seen != right).sum()
 
     def play(self, acquires: int, aborts: bool = True) -> None:
         """Whole forwards until at least `acquires` acquires, some aborted, with delays on the host too."""
@@ -137,62 +146,56 @@ class Player:
                 if self.rng.random() < 0.2:
                     time.sleep(self.rng.random() * 1e-3)
 
-    def replay(self, acquires: int) -> None:
-        """Capture forwards, copies included, as torch captures; replay them in random turns, and eager ones between."""
+    def replay(self, layers: int) -> None:
+        """Capture forwards that read directly, as torch captures; replay them in random turns, and eager pulls between."""
         self.play(LAYERS, aborts=False)
-        begun = self.page.fields.layers
         graphs = [self.capture(order) for order in ORDERS] if self.on_gpu else [None] * len(ORDERS)
-        counted = expected = 0
         done, number = 0, 0
-        while done < acquires:
-            chosen = self.rng.randrange(len(ORDERS))
-            before = self.page.fields.layers
-            if self.rng.random() < 0.1:  # an eager forward, or an aborted one
+        while done < layers:
+            chosen, before = self.rng.randrange(len(ORDERS)), self.page.fields.layers
+            if self.rng.random() < 0.2:  # an eager forward that pulls, or an aborted one
                 self.play(1)
-            elif (graph := graphs[chosen]) is None:
-                self.compute(ORDERS[chosen])
+                done += self.page.fields.layers - before
             else:
-                self.prefetcher.align()
-                graph[0].replay()
-                self.prefetcher.count_replay(graph[1])
-                counted += self.page.fields.layers - before
-                expected += len(ORDERS[chosen])
+                pulls = self.page.fields.pulls
+                if (graph := graphs[chosen]) is None:
+                    self.read_directly(ORDERS[chosen])
+                else:
+                    graph.replay()
+                self.read_layers += len(ORDERS[chosen])
+                done += max(1, len(ORDERS[chosen]))
+                # A pull that nobody asked for is as wrong as a byte.
+                self.wrong += self.page.fields.pulls - pulls
             number += 1
-            done += max(1, self.page.fields.layers - before)
             if self.on_gpu and number % 50 == 0:
-                self.abort_capture()
+                self.refuse_capture()
         self.synchronize()
-        # A count that is off is as wrong as a byte.
-        self.wrong += abs(counted - expected) + (begun > self.page.fields.layers)
         self.play(2 * LAYERS, aborts=False)
 
-    def compute(self, order: Sequence[int]) -> None:
-        """A forward of these layers."""
+    def read_directly(self, order: Sequence[int]) -> None:
+        """A forward of these layers that leaves the ring alone."""
         for layer in order:
-            self.prefetcher.acquire(layer)
-            self.use(layer)
-            self.prefetcher.release(layer)
+            self.read(layer)
 
     def capture(self, order: Sequence[int]) -> Any:
-        """(the graph of a forward of these layers, what its replays count)."""
-        self.prefetcher.align()
+        """The graph of a forward of these layers that reads directly."""
         self.synchronize()
         graph = self.torch.cuda.CUDAGraph()
         with self.torch.cuda.graph(graph):
             self.wrong += 0  # torch warns of a graph without nodes
-            self.compute(order)
-            counts = self.prefetcher.end_capture()
-        return graph, counts
+            self.read_directly(order)
+        return graph
 
-    def abort_capture(self) -> None:
-        """A capture that the prefetcher never hears the end of. Its copies are joined: torch does not survive a capture
-        that fails for good."""
-        self.prefetcher.align()
+    def refuse_capture(self) -> None:
+        """A capture of a forward that pulls must raise, and leave all as it is."""
         self.synchronize()
-        with self.torch.cuda.graph(self.torch.cuda.CUDAGraph()):
-            self.compute(self.rng.choice(ORDERS[:-1])[:2])
-            self.engine.join()
-        self.synchronize()
+        try:
+            with self.torch.cuda.graph(self.torch.cuda.CUDAGraph()):
+                self.wrong += 0
+                self.prefetcher.acquire(self.rng.randrange(LAYERS))
+        except DwdpError:
+            return
+        self.wrong += 1
 
     def synchronize(self) -> None:
         if self.on_gpu:
@@ -205,7 +208,7 @@ class Player:
 
     def result(self) -> Played:
         page = self.page.fields
-        return Played(int(self.wrong), page.layers, page.exposed_wait_ns * 1e-9, page.unmeasured)
+        return Played(int(self.wrong), page.layers + self.read_layers, page.exposed_wait_ns * 1e-9)
 
 
 def run_rank(pipe: Connection, rank: int, setting: Setting) -> None:
