@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import repo_path  # noqa: F401
 
 from vllm_dwdp.copy_plan import SlabLayout, TensorSpec, build_plan
+from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.placement import place
 from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.prefetch.prefetcher import Prefetcher, bind_plan
@@ -30,7 +31,7 @@ from vllm_dwdp.transport.shm import ShmTransport
 
 LIMIT_S = 60.0
 EXPERTS, LAYERS, SLOTS = 8, 5, 2
-#: Forwards that CUDA graphs are made of: whole, with layers skipped and repeated, and none as of a dense drafter.
+#: Direct forwards: whole, with layers skipped and repeated, and none as of a dense drafter.
 ORDERS = (tuple(range(LAYERS)), (0, 1, 2), (0, 2, 4), (4, 1), (0, 1, 2, 0), (3, 3, 1), ())
 TENSORS = (TensorSpec("w13", 96 << 10), TensorSpec("w2", 48 << 10), TensorSpec("scale", 12))
 
@@ -46,7 +47,6 @@ class Played(NamedTuple):
     wrong: int  # bytes
     acquired: int
     exposed_s: float
-    unmeasured: int
 
 
 def make_transport(name: str, rank: int, num_ranks: int, options: CopyOptions) -> Transport:
@@ -105,11 +105,23 @@ class Player:
         self.engine = self.transport.copy_engine()
         self.peers = []
         programs = []
+        self.direct_rows: list[list[tuple[Any, Any]]] = []
         for layer in range(LAYERS):
             mapped = {peer: self.transport.map_peer(handles[peer][layer]) for peer in handles if peer != rank}
             self.peers += mapped.values()
             addresses = {peer: slab.address for peer, slab in mapped.items()} | {rank: own[layer].address}
             programs.append(bind_plan(self.engine, plan, addresses, slots[self.ring.slot_of(layer)].address))
+            slabs = {peer: slab.tensor() for peer, slab in mapped.items()} | {rank: own[layer].tensor()}
+            rows = []
+            for run in placement.runs(rank):
+                for number, spec in enumerate(TENSORS):
+                    begin = plan.slabs[run.owner].offsets[number] + run.local * spec.row_bytes
+                    right = plan.slot.offsets[number] + run.first * spec.row_bytes
+                    nbytes = run.length * spec.row_bytes
+                    rows.append(
+                        (slabs[run.owner][begin : begin + nbytes], self.expected[layer][right : right + nbytes])
+                    )
+            self.direct_rows.append(rows)
         self.page = CounterPage.create(rank)
         self.prefetcher = Prefetcher(self.ring, self.engine, programs, self.page, LIMIT_S)
         self.prefetcher.start()
@@ -137,62 +149,58 @@ class Player:
                 if self.rng.random() < 0.2:
                     time.sleep(self.rng.random() * 1e-3)
 
-    def replay(self, acquires: int) -> None:
-        """Capture forwards, copies included, as torch captures; replay them in random turns, and eager ones between."""
+    def read(self, layer: int) -> None:
+        """Compare every expert where it is, in the own slab or in its owner's, as a forward of few tokens reads it."""
+        for source, right in self.direct_rows[layer]:
+            self.wrong += (source != right).sum()
+
+    def direct(self, acquires: int) -> None:
+        """Forwards that read directly, from CUDA graphs or launched one by one, between ones that pull."""
         self.play(LAYERS, aborts=False)
-        begun = self.page.fields.layers
         graphs = [self.capture(order) for order in ORDERS] if self.on_gpu else [None] * len(ORDERS)
-        counted = expected = 0
         done, number = 0, 0
         while done < acquires:
-            chosen = self.rng.randrange(len(ORDERS))
-            before = self.page.fields.layers
-            if self.rng.random() < 0.1:  # an eager forward, or an aborted one
+            chosen, pulls = self.rng.randrange(len(ORDERS)), self.page.fields.pulls
+            if self.rng.random() < 0.2:  # pulls, and may be aborted
                 self.play(1)
-            elif (graph := graphs[chosen]) is None:
-                self.compute(ORDERS[chosen])
             else:
-                self.prefetcher.align()
-                graph[0].replay()
-                self.prefetcher.count_replay(graph[1])
-                counted += self.page.fields.layers - before
-                expected += len(ORDERS[chosen])
+                if (graph := graphs[chosen]) is None or self.rng.random() < 0.3:
+                    self.read_all(ORDERS[chosen])
+                else:
+                    graph.replay()
+                # A direct forward that moved the ring is as wrong as a byte.
+                self.wrong += self.page.fields.pulls - pulls
             number += 1
-            done += max(1, self.page.fields.layers - before)
+            done += max(1, len(ORDERS[chosen]))
             if self.on_gpu and number % 50 == 0:
-                self.abort_capture()
+                self.refused_capture()
         self.synchronize()
-        # A count that is off is as wrong as a byte.
-        self.wrong += abs(counted - expected) + (begun > self.page.fields.layers)
         self.play(2 * LAYERS, aborts=False)
 
-    def compute(self, order: Sequence[int]) -> None:
-        """A forward of these layers."""
+    def read_all(self, order: Sequence[int]) -> None:
+        """A forward of these layers, directly."""
         for layer in order:
-            self.prefetcher.acquire(layer)
-            self.use(layer)
-            self.prefetcher.release(layer)
+            self.read(layer)
 
     def capture(self, order: Sequence[int]) -> Any:
-        """(the graph of a forward of these layers, what its replays count)."""
-        self.prefetcher.align()
+        """The graph of a forward of these layers, directly."""
         self.synchronize()
         graph = self.torch.cuda.CUDAGraph()
         with self.torch.cuda.graph(graph):
             self.wrong += 0  # torch warns of a graph without nodes
-            self.compute(order)
-            counts = self.prefetcher.end_capture()
-        return graph, counts
+            self.read_all(order)
+        return graph
 
-    def abort_capture(self) -> None:
-        """A capture that the prefetcher never hears the end of. Its copies are joined: torch does not survive a capture
-        that fails for good."""
-        self.prefetcher.align()
+    def refused_capture(self) -> None:
+        """Pulling in a capture is refused, and leaves everything as it is."""
         self.synchronize()
         with self.torch.cuda.graph(self.torch.cuda.CUDAGraph()):
-            self.compute(self.rng.choice(ORDERS[:-1])[:2])
-            self.engine.join()
-        self.synchronize()
+            self.wrong += 0
+            try:
+                self.prefetcher.acquire(self.rng.randrange(LAYERS))
+            except DwdpError:
+                return
+        raise AssertionError("a layer was acquired while a CUDA graph was captured")
 
     def synchronize(self) -> None:
         if self.on_gpu:
@@ -205,17 +213,18 @@ class Player:
 
     def result(self) -> Played:
         page = self.page.fields
-        return Played(int(self.wrong), page.layers, page.exposed_wait_ns * 1e-9, page.unmeasured)
+        return Played(int(self.wrong), page.layers, page.exposed_wait_ns * 1e-9)
 
 
 def run_rank(pipe: Connection, rank: int, setting: Setting) -> None:
-    """A rank that does what it is sent: ("play", "replay" or "churn", a number), then "unmap", then "end"."""
+    """A rank that does what it is sent: ("play", "direct" or "churn", a number), then "unmap", then "end"."""
     player = Player(pipe, rank, setting)
     while (order := pipe.recv()) not in ("unmap", "end"):
         getattr(player, order[0])(order[1])
         pipe.send(player.result())
     player.prefetcher.close(LIMIT_S)
     player.engine.close(LIMIT_S)
+    player.direct_rows.clear()
     for peer in player.peers:
         player.transport.unmap_peer(peer)
     pipe.send("unmapped")
@@ -255,6 +264,15 @@ class Group:
     def play(self, order: str, acquires: int) -> dict[int, Played]:
         """All ranks at once; what each has seen since it began."""
         self.tell((order, acquires))
+        return {rank: self.answer(rank) for rank in self.pipes}
+
+    def play_while_one_leaves(self, order: str, acquires: int, rank: int) -> dict[int, Played]:
+        """As `play` of the others, while `rank` ends in order: unmaps, frees its slabs, exits."""
+        leaving = self.pipes.pop(rank)
+        self.tell((order, acquires))
+        for word in ("unmap", "end"):
+            leaving.send(word)
+        self.processes.pop(rank).join(LIMIT_S)
         return {rank: self.answer(rank) for rank in self.pipes}
 
     def kill(self, rank: int) -> None:
