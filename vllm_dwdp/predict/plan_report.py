@@ -6,7 +6,7 @@ import math
 import textwrap
 from typing import Any
 
-from vllm_dwdp.predict.decode import decode_steps
+from vllm_dwdp.predict.decode import decode_steps, predicted_tokens
 from vllm_dwdp.predict.hardware_file import Hardware
 from vllm_dwdp.predict.memory_plan import MemoryPlan, largest_kv, smallest_group
 from vllm_dwdp.predict.plan_request import PlanRequest
@@ -93,6 +93,7 @@ def plan_text(request: PlanRequest) -> str:
         "",
         f"Decode, {request.decode_sequences} requests a rank at {show_count(case.lengths.isl)} tokens of context",
         _decode_table(request),
+        f"  DWDP reads directly in steps of at most {_direct_tokens(request):,} tokens a rank, and pulls in larger ones.",
     ]
     return "\n".join(parts)
 
@@ -231,6 +232,11 @@ def _decode(request: PlanRequest) -> Any:
     )  # fmt: skip
 
 
+def _direct_tokens(request: PlanRequest) -> int:
+    case = request.case
+    return predicted_tokens(case.model, case.hardware, case.ranks, case.share)
+
+
 def plan_json(request: PlanRequest) -> dict[str, Any]:
     """The same as numbers; seconds, bytes, tokens."""
     case, v = request.case, judge(request.case)
@@ -251,6 +257,7 @@ def plan_json(request: PlanRequest) -> dict[str, Any]:
             o: {"tokens": crossover_tokens(case, o), "experts_per_rank": crossover_share(case, o)} for o in WAYS[1:]
         },
         "decode": [vars(d) for d in _decode(request)],
+        "direct_tokens": _direct_tokens(request),
     }
 
 
