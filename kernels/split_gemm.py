@@ -17,7 +17,7 @@ import triton.language as tl
 from vllm_dwdp.errors import DwdpError
 
 from . import launching
-from .tile_math import ABSENT, BLOCKS, DENSE, NO_SCALE, ROWS, TABLE, TENSOR, compute_tile, tile_place
+from .tile_math import ABSENT, BLOCKS, DENSE, NO_SCALE, ROWS, TABLE, TENSOR, compute_tile, spread_block, tile_place
 from .tiles import Tiles
 from .weight_table import WeightTable
 
@@ -54,13 +54,16 @@ def split_gemm_kernel(
     GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, TOP_K: tl.constexpr, MUL_ROUTER: tl.constexpr,
     EVEN_K: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    HALVES: tl.constexpr, SINGLE: tl.constexpr, SWAP: tl.constexpr,
+    HALVES: tl.constexpr, SINGLE: tl.constexpr, SWAP: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """One tile [BLOCK_M routes, BLOCK_N columns] per program.
 
     SINGLE: a block is one route. HALVES: a block of which half or less is filled is computed as a tile of half the height.
+    SPREAD: see `Tiles`.
     """
     block_m, block_n = tile_place(tl.program_id(0), tl.cdiv(EM, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    if SPREAD > 1:
+        block_m = spread_block(block_m, num_routes if SINGLE else tl.load(padded_ptr) // BLOCK_M, SPREAD)
     # The three loads do not wait for each other. A block past the padded ones holds rubbish, and no address is looked up
     # for it; with single routes every block is in use.
     expert = tl.load(experts_ptr + block_m).to(tl.int64)
@@ -300,11 +303,12 @@ def _planned(
     return launching.Planned(split_gemm_kernel, grid, constants, False)
 
 
-def variant(weights: WeightTable, assignment: Assignment, tiles: Tiles, device: torch.device) -> dict[str, bool]:
+def variant(weights: WeightTable, assignment: Assignment, tiles: Tiles, device: torch.device) -> dict[str, int]:
     """Constants of the pointer kernel alone."""
     flat = weights.scales is not None and tiles.block_m < 64 <= tiles.block_n
     single = assignment.routes is None
-    return {"SINGLE": single, "SWAP": flat and swaps(device), "HALVES": not single and halves(tiles)}
+    swap, half = flat and swaps(device), not single and halves(tiles)
+    return {"SINGLE": single, "SWAP": swap, "HALVES": half, "SPREAD": tiles.spread}
 
 
 def halves(tiles: Tiles) -> bool:
