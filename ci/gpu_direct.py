@@ -1,12 +1,13 @@
-"""Experts read over a link by the kernels themselves: how near to the link's rate. `python ci/gpu_direct.py [--json FILE]`.
+"""Experts read over a link by the kernels themselves: how near to the link's rate. `python ci/gpu_direct.py --out FOLDER`.
 
 One process, two GPUs (one: the peer's memory is pinned memory of the host): a layer of Qwen3-30B-A3B's shape, some of its
 experts in the other one's memory. For each number of tokens, in microseconds a layer, every routing a fresh one: all
 experts local with `tiles_for`; direct with `tiles_for`; direct with `direct_tiles_for`, unspread and as it is. The bound is
 the larger of two times: distinct missing experts at the rate of a large copy over the same link, and all local.
 
---search first looks for tiles of direct reads and writes them, with the shipped rows of this device, to --folder; a table
-for kernels/configs. --trial runs all of it on a CPU (TRITON_INTERPRET=1), tiny.
+Rows go to FOLDER/direct.json as they come. --search first looks for tiles of direct reads and writes them, beside the
+shipped rows of this device, to FOLDER/configs/<device>.json, which belongs into kernels/configs; tables found there are
+used. --trial runs all of it on a CPU (TRITON_INTERPRET=1), tiny.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from vllm_dwdp.kernels.split_moe import Workspace
 from vllm_dwdp.kernels.tiles import Tiles
 from vllm_dwdp.kernels.tune import TOLERANCE
 
+CONFIGS = "configs"
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 SEARCHED = (64, 16, 256, 1, 1024, 512, 4, 128)
 #: (block_n, block_k, num_warps, num_stages), best guesses first; what does not fit beside block_m is left out.
@@ -115,7 +117,7 @@ def measure(layer: Layer, link: Link, options: argparse.Namespace, ends: float) 
     """One row per number of tokens and of held experts."""
     device, trial = layer.problem.device, options.trial
     shipped = {tokens: tiles_for(layer.shape, tokens, device, layer.block) for tokens in options.tokens}
-    direct = {tokens: direct_tiles_for(layer.shape, tokens, device, layer.block, folder=options.folder)
+    direct = {tokens: direct_tiles_for(layer.shape, tokens, device, layer.block, folder=options.out / CONFIGS)
               for tokens in options.tokens}  # fmt: skip
     unspread = {tokens: replace(tiles, spread=1, group_m=1) for tokens, tiles in direct.items()}
     layer.compile({t: (shipped[t], direct[t], unspread[t]) for t in options.tokens}, options.workers)
@@ -150,13 +152,10 @@ def measure(layer: Layer, link: Link, options: argparse.Namespace, ends: float) 
 def main() -> int:
     """Command line; 1 where a result differs from the local one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=Path("direct.json"), help="rows, written as they come")
+    parser.add_argument("--out", type=Path, default=Path("direct"), help="folder of direct.json and configs/")
     parser.add_argument("--search", action="store_true", help="search tiles first, for 60 percent of the time at most")
-    parser.add_argument(
-        "--folder", type=Path, default=tables.FOLDER, help="where --search writes, and tiles are read from"
-    )
     parser.add_argument("--limit-s", type=float, default=400, help="begin nothing new after so many seconds")
-    parser.add_argument("--tokens", type=int, nargs="*", default=list(TOKENS))
+    parser.add_argument("--tokens", type=int, nargs="*", default=[])
     parser.add_argument("--dtype", nargs="*", default=["bf16", "fp8_block"], choices=["bf16", "fp8_block"])
     parser.add_argument("--workers", type=int, default=28, help="threads that compile")
     parser.add_argument("--trial", action="store_true", help="on a CPU, a tiny layer, one routing")
@@ -165,9 +164,9 @@ def main() -> int:
     ends, rows = begun + options.limit_s, []
     device = torch.device("cpu") if options.trial else torch.device("cuda", 0)
     if options.trial:
-        options.tokens, options.searched, models = [1, 4, 9], (4,), TINY_MODELS[:2]
+        options.tokens, options.searched, models = options.tokens or [1, 4, 9], (4,), TINY_MODELS[:2]
     else:
-        qwen = MODELS[0]
+        qwen, options.tokens = MODELS[0], options.tokens or list(TOKENS)
         models = (qwen, replace(qwen, name=f"{qwen.name}-FP8", quant="block"))
         torch.cuda.set_device(device)
     models = [model for model in models if ("fp8_block" if model.quant == "block" else "bf16") in options.dtype]
@@ -175,19 +174,22 @@ def main() -> int:
     about = {"device": tables.chip_of(device).name, "peer": str(link.device), "copy_GB_s": link.rate / 1e9}
     print(about, flush=True)
     gc.freeze()  # or every capture looks at all that imports made
-    path = options.folder / f"{tables.chip_of(device).name}.json"
+    path = options.out / CONFIGS / f"{tables.chip_of(device).name}.json"
     dtype = torch.float16 if options.trial else torch.bfloat16
     layers = []
     for model in models:
         held = (model.experts // 2, model.experts - max(1, model.experts // 8))
         layers.append(Layer(Problem(model, device, dtype), link, held))
 
+    path.parent.mkdir(parents=True, exist_ok=True)
+
     def save() -> None:
-        options.json.write_text(json.dumps({**about, "rows": rows, "searches": options.searches}, indent=1))
+        (options.out / "direct.json").write_text(
+            json.dumps({**about, "rows": rows, "searches": options.searches}, indent=1)
+        )
 
     if options.search:
         if not path.exists() and (shipped := tables.FOLDER / path.name).exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(shipped, path)
         for number, layer in enumerate(layers):
             search(layer, options, path, begun + 0.6 * options.limit_s * (number + 1) / len(layers))

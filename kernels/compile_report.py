@@ -101,6 +101,7 @@ CASES = (
     Case("fp8 block halves", 8192, 8, 256, 4096, 7168, Tiles(128, 128, 128, 8, 8, 4), FP8, "block"),
     Case("spread", 64, 8, 128, 1536, 2048, Tiles(16, 64, 128, 1, 4, 4, spread=16)),
     Case("spread halves", 1024, 8, 128, 1536, 2048, Tiles(128, 128, 64, 1, 8, 4, spread=16)),
+    Case("spread fp8 block halves", 1024, 8, 128, 1536, 2048, Tiles(128, 128, 128, 1, 8, 4, spread=16), FP8, "block"),
     Case("spread one route", 1, 8, 128, 1536, 2048, Tiles(16, 64, 128, 1, 4, 4, spread=16)),
     Case("spread fp8 block", 64, 8, 128, 1536, 2048, Tiles(16, 128, 128, 1, 4, 4, spread=16), FP8, "block"),
     Case("fp8 block odd depth", 1024, 8, 16, 1536, 1472, Tiles(64, 128, 128, 8, 4, 3), FP8, "block"),
