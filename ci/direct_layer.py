@@ -110,7 +110,8 @@ class Layer:
             if not self._compiled:  # the first one alone: it loads Triton's driver
                 self.run(self.tables[self.experts], batch, chosen[0], room)
             # What Triton compiles apart.
-            kinds = {tiles: (tiles, routes % 16 == 0, routes * 4 <= self.experts) for tiles in chosen}
+            single = routes * 4 <= self.experts
+            kinds = {tiles: (tiles, routes % 16 == 0, routes if single else 0) for tiles in chosen}
             for tiles, kind in kinds.items():
                 if kind not in self._compiled:
                     jobs += gemms(self.problem, batch, tiles, room)

@@ -59,7 +59,9 @@ def candidates(layer: Layer, tokens: int, trial: bool) -> Iterator[Tiles]:
     for rows in heights:
         sizes = FP8 if itemsize == 1 else FLAT if rows < 64 else TALL
         for block_n, block_k, warps, stages in sizes[: 1 if trial else len(sizes) if rows == low else 3]:
-            if (rows + block_n) * block_k * itemsize * (stages - (rows < 64)) <= SHARED:
+            # Scales of blocks take as many registers again as the sums.
+            spilled = itemsize == 1 and rows * block_n > 64 * 32 * warps
+            if not spilled and (rows + block_n) * block_k * itemsize * (stages - (rows < 64)) <= SHARED:
                 yield Tiles(rows, block_n, block_k, 1, warps, stages, spread=16)
 
 

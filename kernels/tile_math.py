@@ -40,20 +40,6 @@ def tile_place(tile, blocks_m, blocks_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def spread_block(block, used, SPREAD: tl.constexpr):
-    """The row block computed `block`-th of `used`: the first of SPREAD equal runs of blocks, then the second of each, ...
-
-    The runs go in order of experts, so that experts from all over are in flight at once. Blocks past `used` stay.
-    """
-    run = used // SPREAD
-    longer = used % SPREAD  # runs of one block more; these last blocks are computed at the end
-    even = run * SPREAD
-    of_run = tl.where(block < even, block % SPREAD, block - even)
-    place = tl.where(block < even, block // SPREAD, run)
-    return tl.where(block < used, of_run * run + tl.minimum(of_run, longer) + place, block)
-
-
-@triton.jit
 def compute_tile(
     a_ptr, weights, place, out_ptr, bias_ptr, a_scale_ptr, w_scale_ptr, router_ptr,
     routes, readable, expert, column, N, K, num_routes,

@@ -29,8 +29,9 @@ class Tiles:
     Attributes:
         group_m: row blocks that share a column block before the next column block is begun.
         kernel: which kernel reads the weights.
-        spread: in how many runs the row blocks are cut that are computed side by side: 1 goes from expert to expert, more
-            keep experts from all over in flight, those of this device's memory and those of a peer's. Of the pointer kernel.
+        spread: in how many runs the row blocks are cut that are computed side by side. 1 goes from expert to expert; more,
+            for the pointer kernel, are made for experts that lie over a link: own and far ones are in flight together, and
+            single routes of one expert become one block, so that its weights are read once.
     """
 
     block_m: int

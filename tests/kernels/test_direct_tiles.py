@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.kernels.layers import TILES, Layer, scatter
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.kernels import compile_report, configs, split_gemm, tables
+from vllm_dwdp.kernels.block_order import spread_block
 from vllm_dwdp.kernels.candidates import fits
 from vllm_dwdp.kernels.direct_tiles import (
     COVERED,
@@ -27,7 +28,6 @@ from vllm_dwdp.kernels.direct_tiles import (
     height,
     likelihood,
 )
-from vllm_dwdp.kernels.tile_math import spread_block
 from vllm_dwdp.kernels.tiles import Tiles
 from vllm_dwdp.kernels.torch_ops import assign
 from vllm_dwdp.kernels.weight_table import WeightTable
@@ -112,6 +112,38 @@ def test_spread_results_have_the_same_bits(layer: dict[str, object], tiles: Tile
     made = Layer(**({"experts": 9, "hidden": 72, "width": 20, "top_k": 3} | layer))  # type: ignore[arg-type]
     plain = made.run(tiles)
     assert torch.equal(made.check(replace(tiles, spread=spread)), plain)
+
+
+@pytest.mark.parametrize("quant", ["none", "block"])
+@pytest.mark.parametrize(
+    "ids", [[[3, 30], [7, 3], [30, 8]], [[4]] * 7, [[4]] * 19 + [[5]], [[1, 2], [3, 4]]],
+    ids=["shared", "one expert", "more than a block", "distinct"],
+)  # fmt: skip
+def test_single_routes_of_one_expert_share_a_block(ids: list[list[int]], quant: str) -> None:
+    """The same bits, and no route but the first of an expert in a block begins a block of its own."""
+    more = {"scales": "block", "quant": "block"} if quant == "block" else {}
+    tokens, top_k = len(ids), len(ids[0])
+    layer = Layer(experts=80, hidden=32, width=32, tokens=tokens, top_k=top_k, bias=True, **more)  # type: ignore[arg-type]
+    layer.ids = torch.tensor(ids, dtype=torch.int32)
+    plain = layer.run(TILES)
+    assert torch.equal(layer.check(replace(TILES, spread=2)), plain)
+    # Without the blocks of all later routes, each expert's first sixteen rows are there.
+    flat, seen = [expert for row in ids for expert in row], dict[int, int]()
+    out = torch.full((len(flat), 64), float("nan"))
+    blocks, tiles = assign(layer.ids, 16, 80), replace(TILES, block_n=64, spread=2)
+    assert blocks.routes is None
+    a = (
+        layer.x.repeat_interleave(top_k, 0)
+        if quant == "none"
+        else layer.x.repeat_interleave(top_k, 0).to(torch.float8_e4m3fn)
+    )
+    scale = None if quant == "none" else torch.ones(len(flat), 1)
+    laid_out = split_gemm.prepare(a, layer.tables[0], out, blocks, tiles, 1, None, scale)
+    planned = split_gemm._planned(laid_out, layer.tables[0], blocks, tiles, 1, torch.float32)
+    planned.function[(1,)](*laid_out.arguments, **planned.constants)
+    for route, expert in enumerate(flat):
+        seen[expert] = seen.get(expert, 0) + 1
+        assert bool(out[route].isfinite().all()) == (expert == flat[0] and seen[expert] <= 16)
 
 
 @settings(deadline=None, max_examples=12)
