@@ -304,9 +304,8 @@ def _planned(
         if persistent.describable(constants["EVEN_K"], weights, assignment):
             return persistent.planned(laid_out, constants, weights, tiles)
     grid = (laid_out.row_blocks * laid_out.column_blocks,)
-    constants |= variant(weights, assignment, tiles, device) | order(
-        assignment.experts.numel() * (assignment.routes is None), tiles
-    )
+    single_routes = assignment.experts.numel() if assignment.routes is None else 0
+    constants |= variant(weights, assignment, tiles, device) | order(single_routes, tiles)
     return launching.Planned(split_gemm_kernel, grid, constants, False)
 
 

@@ -132,11 +132,7 @@ def test_single_routes_of_one_expert_share_a_block(ids: list[list[int]], quant: 
     out = torch.full((len(flat), 64), float("nan"))
     blocks, tiles = assign(layer.ids, 16, 80), replace(TILES, block_n=64, spread=2)
     assert blocks.routes is None
-    a = (
-        layer.x.repeat_interleave(top_k, 0)
-        if quant == "none"
-        else layer.x.repeat_interleave(top_k, 0).to(torch.float8_e4m3fn)
-    )
+    a = layer.x.repeat_interleave(top_k, 0).to(layer.tables[0].dtype)
     scale = None if quant == "none" else torch.ones(len(flat), 1)
     laid_out = split_gemm.prepare(a, layer.tables[0], out, blocks, tiles, 1, None, scale)
     planned = split_gemm._planned(laid_out, layer.tables[0], blocks, tiles, 1, torch.float32)
