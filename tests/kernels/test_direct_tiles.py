@@ -198,7 +198,7 @@ def test_direct_tiles_are_always_valid(tokens: int, experts: int, top_k: int, dt
 def test_measured_tiles_serve_no_batch_whose_experts_have_more_rows(tmp_path: Path) -> None:
     flat, tall, plain = Tiles(16, 32, 64, spread=8), Tiles(128, 256, 64, 1, 8, spread=8), Tiles(64, 64, 64)
     tables.write(tmp_path / "cpu.json", QWEN.key, {64: (plain, 1.1)})
-    tables.write(tmp_path / "cpu.json", direct_key(QWEN), {64: (flat, 1.1), 1024: (tall, 1.2)})
+    tables.write(tmp_path / "cpu.json", direct_key(QWEN), {128: (flat, 1.1), 1024: (tall, 1.2)})
     chosen = {tokens: direct_tiles_for(QWEN, tokens, CPU, folder=tmp_path) for tokens in (64, 128, 180, 512, 2048)}
     assert height(128, 8, 128) == 16 < height(180, 8, 128) == 32
     assert list(chosen.values()) == [flat, flat, default_direct("bf16", 32), tall, tall]
