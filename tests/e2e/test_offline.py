@@ -114,6 +114,7 @@ def test_workers_in_their_engines(model: Path, plain: dict[str, Any], tmp_path: 
     assert "dwdp rank 1 stops:" in shared["log"]
 
 
+@pytest.mark.full
 def test_as_many_experts_as_memory_allows(model: Path, plain: dict[str, Any], tmp_path: Path) -> None:
     view = "split" if gpus() else "contiguous"
     held = dwdp(2, weight_view=view, experts_per_rank="auto")

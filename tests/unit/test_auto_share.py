@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 pytest.importorskip("vllm")
 
+from vllm.platforms import current_platform
+
 from tests.unit.helpers import LIMIT_S
 from tests.unit.whole_model import expert_layers, load, vllm_config, vllm_groups
 from vllm_dwdp.config import DwdpConfig
@@ -27,6 +29,7 @@ from vllm_dwdp.errors import DwdpError, PeerLost
 from vllm_dwdp.hold import MemoryFacts
 from vllm_dwdp.predict.memory_plan import RUNTIME, activation_bytes
 from vllm_dwdp.predict.read_config import parse_model
+from vllm_dwdp.transport.limits import Available
 
 GIB = 2**30
 
@@ -161,6 +164,22 @@ def test_a_rank_without_room_ends_the_start_of_all(folder: str) -> None:
     first, second = on_each_rank(folder, [FACTS, replace(FACTS, limit=900)])
     assert isinstance(first, PeerLost) and "even 4 of 8 experts" in str(first)
     assert str(second).startswith('experts_per_rank "auto": of ')
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM's CPU worker")
+def test_ranks_on_cpu_have_an_equal_part_of_the_host_within_what_vllm_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_dwdp.engine import cpu_worker
+
+    monkeypatch.setattr(cpu_worker, "available_memory", lambda: Available(12 * GIB, "a test"))
+    rank = cpu_worker.DwdpCPUWorker.__new__(cpu_worker.DwdpCPUWorker)
+    rank.dwdp_launch = launch(4, group_size=2)
+    rank.cache_config = SimpleNamespace(kv_cache_memory_bytes=1)  # type: ignore[assignment]
+    rank.requested_cpu_memory = 1
+    assert rank.dwdp_memory_limit() == 3 * GIB
+    rank.cache_config.kv_cache_memory_bytes = None
+    assert rank.dwdp_memory_limit() < 0
+    rank.requested_cpu_memory = 1 << 50
+    assert rank.dwdp_memory_limit() == 3 * GIB
 
 
 class Profiling:
