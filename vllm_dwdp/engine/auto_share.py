@@ -73,7 +73,7 @@ def _kv_asked(vllm_config: VllmConfig, facts: MemoryFacts) -> float | None:
     cache = vllm_config.cache_config
     if cache.num_gpu_blocks_override is not None:
         return cache.num_gpu_blocks_override * cache.block_size * facts.kv_token
-    return cache.kv_cache_memory_bytes
+    return cache.kv_cache_memory_bytes or None
 
 
 def _view(model: MoeModel, launch: DwdpLaunch, on_cpu: bool, dtype: torch.dtype) -> str:
