@@ -33,6 +33,9 @@ _LEAST: Final[dict[str, int]] = {
     "ranks_per_device": 1,
 }
 _OPTIONAL: Final = frozenset({"group_size", "experts_per_rank", "slice_bytes"})
+#: Counts that may also be left to dwdp, with this word.
+AUTO: Final = "auto"
+_AUTO_COUNTS: Final = frozenset({"experts_per_rank"})
 _RENDEZVOUS: Final = re.compile(r"(?P<host>\[[^\]]+\]|[^:/\s]+):(?P<port>\d{1,5})/(?P<group_id>[^/\s]+)")
 
 
@@ -71,7 +74,8 @@ class DwdpConfig:
     """The settings of one DWDP start, valid by construction (design, 'Configuration').
 
     group_size: ranks that share one copy of the experts; None means all ranks.
-    experts_per_rank: experts resident on a rank; None means a balanced partition, more than E/N means overlap.
+    experts_per_rank: experts resident on a rank; None means a balanced partition, more than E/N means overlap, "auto"
+        as many as the KV cache leaves room for (hold.py).
     num_slots: prefetch buffers per rank. slice_bytes: bytes of one copy; None means 1 MiB on CPU,
         by the layer on GPUs.
     in_flight: slices that a rank copies at a time, on GPUs.
@@ -83,7 +87,7 @@ class DwdpConfig:
     """
 
     group_size: int | None = None
-    experts_per_rank: int | None = None
+    experts_per_rank: int | Literal["auto"] | None = None
     num_slots: int = 2
     slice_bytes: int | None = None
     in_flight: int = 1
@@ -145,6 +149,11 @@ class DwdpConfig:
         """A JSON-able mapping that `parse` turns back into an equal config."""
         return asdict(self)
 
+    @property
+    def held(self) -> int | None:
+        """`experts_per_rank` as far as it is a number: None for a partition, and for "auto" until a rank has chosen."""
+        return None if self.experts_per_rank == AUTO else self.experts_per_rank
+
     def resolve_slice_bytes(self, on_cpu: bool) -> int | None:
         """Bytes of one copy; None where the plan of each layer chooses."""
         return CPU_SLICE_BYTES if self.slice_bytes is None and on_cpu else self.slice_bytes
@@ -167,7 +176,7 @@ class DwdpConfig:
         """Check against the number of ranks and, where known, the routed experts of a layer; raises DwdpError."""
         size = self.resolve_group_size(num_ranks)
         if num_experts is not None:
-            check_share(num_experts, size, self.experts_per_rank)
+            check_share(num_experts, size, self.held)
 
 
 def _is_int(value: object) -> bool:
@@ -175,8 +184,12 @@ def _is_int(value: object) -> bool:
 
 
 def _check_count(key: str, value: object, least: int) -> None:
-    if value is None and key in _OPTIONAL:
+    if (value is None and key in _OPTIONAL) or (value == AUTO and key in _AUTO_COUNTS):
         return
+    if isinstance(value, str) and key in _AUTO_COUNTS:
+        close = difflib.get_close_matches(value.lower(), [AUTO], n=1)
+        hint = f"; did you mean {AUTO!r}?" if close else ""
+        raise DwdpError(f"dwdp.{key} is {value!r}: it must be {AUTO!r} or a whole number >= {least}{hint}")
     if not isinstance(value, int) or isinstance(value, bool):
         raise DwdpError(f"dwdp.{key} is {value!r} of type {type(value).__name__}: it must be a whole number >= {least}")
     if value < least:

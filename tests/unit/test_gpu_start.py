@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from vllm_dwdp.engine.gpu_worker import DwdpGPUWorker
 from vllm_dwdp.engine.graphs import CopiesInGraphs
 from vllm_dwdp.engine.launch import DwdpLaunch
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.hold import MemoryFacts
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.patches import cuda_graph
 
@@ -81,8 +83,13 @@ class Loaded:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, mode: CUDAGraphMode, prefetcher: Any) -> None:
         self.outer_runners: dict[str, Any] | None = None
+        self.experts_per_rank: int | str | None = None
         self.started = 0
-        store = SimpleNamespace(check_identity=lambda identity, group: None, fail=lambda error: None)
+        store = SimpleNamespace(
+            check_identity=lambda identity, group: None,
+            fail=lambda error: None,
+            gather=lambda name, value, ranks: [value] * len(ranks),
+        )
         monkeypatch.setattr(worker, "Rendezvous", lambda *arguments: store)
         monkeypatch.setattr(worker, "identity_of", lambda *arguments: None)
         monkeypatch.setattr(worker, "ExpertSharing", self.share)
@@ -100,6 +107,7 @@ class Loaded:
 
     def share(self, build: ModelBuild, *arguments: Any) -> Any:
         self.outer_runners = dict(build.outer_runners)
+        self.experts_per_rank = build.config.experts_per_rank
         return SimpleNamespace(
             prefetcher=self._prefetcher,
             describe=lambda place: "",
@@ -137,6 +145,35 @@ def test_the_prefetcher_is_told_of_graphs_and_layers_of_the_runners_around_them(
     # Code that is not cut gets no piecewise graphs.
     cut = loaded.worker.vllm_config.compilation_config.splitting_ops_contain_attention()
     assert cut is (mode == CUDAGraphMode.PIECEWISE)
+
+
+def test_layers_are_built_with_as_many_experts_as_memory_allows(
+    monkeypatch: pytest.MonkeyPatch, offloader: None
+) -> None:
+    facts = MemoryFacts(
+        experts=8, ranks=2, layers=5, limit=0, dense=80, peak=20, expert=50, slot_expert=20, slots_hold="missing",
+        kv_token=2, kv_request=100, kv_asked=560,
+    )  # fmt: skip
+    monkeypatch.setattr(worker, "memory_of", lambda config, launch, on_cpu, limit: replace(facts, limit=limit))
+    # Of one GPU, 2000 are free, for two ranks; vLLM may use more.
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (2000, 3000))
+    monkeypatch.setattr(worker, "predicted_loss", lambda *positional, **named: loss.append(named["share"]))
+    monkeypatch.setattr(
+        worker, "current_platform", SimpleNamespace(is_cpu=lambda: False, get_device_name=lambda: "H100")
+    )
+    loss: list[int | None] = []
+    for ranks_per_device, held in ((2, 6), (1, 7)):
+        loaded = Loaded(monkeypatch, CUDAGraphMode.NONE, None)
+        config = DwdpConfig(experts_per_rank="auto", ranks_per_device=ranks_per_device, require_win=True)
+        loaded.worker.dwdp_launch = DwdpLaunch(config, 2, "/made/up", ())
+        loaded.worker.requested_memory = 1500
+        loaded.worker.vllm_config.model_config = SimpleNamespace(  # type: ignore[assignment]
+            hf_config=SimpleNamespace(to_dict=dict), model="m", max_model_len=1
+        )
+        loaded.worker.vllm_config.cache_config = SimpleNamespace(gpu_memory_utilization=0.9, cache_dtype="auto")  # type: ignore[assignment]
+        loaded.worker.load_model()
+        # The planner is asked about the same share.
+        assert (loaded.experts_per_rank, loss.pop()) == (held, held)
 
 
 def test_without_a_ring_nobody_is_told(monkeypatch: pytest.MonkeyPatch, offloader: None) -> None:

@@ -16,6 +16,8 @@ from vllm.ray.lazy_utils import is_in_ray_actor
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_dwdp import __version__
+from vllm_dwdp.config import AUTO
+from vllm_dwdp.engine.auto_share import memory_of, settle
 from vllm_dwdp.engine.frozen import WRITES, freeze, refuse_methods
 from vllm_dwdp.engine.heap import freed_memory_is_returned
 from vllm_dwdp.engine.launch import DwdpLaunch, launch_of
@@ -24,6 +26,7 @@ from vllm_dwdp.engine.model_config import restore_moe
 from vllm_dwdp.engine.orphans import orphaned
 from vllm_dwdp.engine.rendezvous import Identity, Rendezvous, identity_hash
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.hold import Held
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.sharing import ExpertSharing
 from vllm_dwdp.patches import vllm_version
@@ -73,6 +76,8 @@ class DwdpWorkerMixin:
 
     vllm_config: VllmConfig
     model_runner: Any
+    #: What `experts_per_rank: "auto"` came to.
+    dwdp_held: Held | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -106,6 +111,8 @@ class DwdpWorkerMixin:
         group = launch.group_of(rank)
         try:
             rendezvous.check_identity(identity_of(self.vllm_config, launch), group)
+            if launch.config.experts_per_rank == AUTO:
+                launch = self._dwdp_settle(rendezvous)
             if loss := self._predicted_loss(len(group)):
                 logger.warning("dwdp rank %d: %s", rank, loss)
             build = ModelBuild(
@@ -131,6 +138,25 @@ class DwdpWorkerMixin:
             rendezvous.fail(error)
             raise
 
+    def dwdp_memory_limit(self) -> float:
+        """Bytes that this rank may use in all from now on."""
+        raise NotImplementedError
+
+    def _dwdp_settle(self, rendezvous: Rendezvous) -> DwdpLaunch:
+        """The launch with a number of experts in place of "auto"; one line says which."""
+        limit = self.dwdp_memory_limit()
+        facts = memory_of(self.vllm_config, self.dwdp_launch, current_platform.is_cpu(), limit)
+        self.dwdp_launch, self.dwdp_held = settle(self.dwdp_launch, facts, rendezvous)
+        logger.info("dwdp rank %d: %s", self.dwdp_rank, self.dwdp_held.describe())
+        return self.dwdp_launch
+
+    def determine_available_memory(self) -> int:
+        """vLLM's; a KV cache that "auto" promised and that is not there is a WARNING."""
+        nbytes = int(super().determine_available_memory())  # type: ignore[misc]
+        if self.dwdp_held is not None and (shortfall := self.dwdp_held.shortfall(nbytes)):
+            logger.warning("dwdp rank %d: %s", self.dwdp_rank, shortfall)
+        return nbytes
+
     def _predicted_loss(self, ranks: int) -> str | None:
         """What the planner says against this launch; on the first rank only, and nothing on CPU.
 
@@ -148,7 +174,7 @@ class DwdpWorkerMixin:
             model.model,
             device,
             ranks=ranks,
-            share=config.experts_per_rank,
+            share=config.held,
             tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             max_model_len=model.max_model_len,
             view=config.weight_view,

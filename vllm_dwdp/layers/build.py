@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 
 #: vLLM's CPU kernels pad the intermediate size to this (fused_moe/experts/cpu_moe.py `output_alignment`).
-_CPU_PADDING = 32
+CPU_PADDING = 32
 
 
 def page_granularity(row_bytes: int, page: int = mmap.PAGESIZE) -> int:
@@ -91,12 +91,12 @@ class ModelBuild:
         """Bytes of one expert in w13 and in w2, as far as they are known before weights are created."""
         inner = moe_config.intermediate_size_per_partition
         if self.on_cpu:
-            inner = -(-inner // _CPU_PADDING) * _CPU_PADDING
+            inner = -(-inner // CPU_PADDING) * CPU_PADDING
         row = inner * moe_config.hidden_dim * dtype.itemsize
         return row * (2 if moe_config.is_act_and_mul else 1), row
 
     def _place(self, experts: int, rows: tuple[int, ...], name: str) -> tuple[Placement, bool]:
-        held = self.config.experts_per_rank
+        held = self.config.held
         view = self.config.weight_view
         if self.on_cpu and view in ("auto", "inplace"):
             granularity = math.lcm(*map(page_granularity, rows))
