@@ -78,6 +78,8 @@ class DwdpConfig:
     ranks_per_device: ranks that share one accelerator. timeout_s: limit of every wait, in seconds.
     trace: record the times of acquire, ready, release and of every copy.
     require_win: refuse to start where the planner predicts a loss, or cannot tell.
+    hits: file into which ranks write how often each expert was hit. popularity: such a file, by which experts beyond
+        E/N are chosen.
     """
 
     group_size: int | None = None
@@ -92,6 +94,8 @@ class DwdpConfig:
     timeout_s: float = 300.0
     trace: bool = False
     require_win: bool = False
+    hits: str | None = None
+    popularity: str | None = None
     rendezvous: Rendezvous | None = None
 
     def __post_init__(self) -> None:
@@ -114,6 +118,10 @@ class DwdpConfig:
         for key in ("trace", "require_win"):
             if not isinstance(getattr(self, key), bool):
                 raise DwdpError(f"dwdp.{key} is {getattr(self, key)!r}: it must be true or false")
+        for key in ("hits", "popularity"):
+            path: object = getattr(self, key)
+            if path is not None and (not isinstance(path, str) or not path):
+                raise DwdpError(f"dwdp.{key} is {path!r}: it must be the path of a file")
         if self.rendezvous is not None and not isinstance(self.rendezvous, Rendezvous):
             object.__setattr__(self, "rendezvous", Rendezvous.parse(self.rendezvous))
 

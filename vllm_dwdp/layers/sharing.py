@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.first_use import seal, unused
+from vllm_dwdp.layers.hits import HitCounts
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.slabs import map_peers, move_to_slabs, replicate_small
 from vllm_dwdp.layers.split import attach_split, why_not_split
@@ -81,6 +82,8 @@ class ExpertSharing:
             self.counters = CounterPage.create(rank=group[build.rank])
             self._closing.callback(self.counters.close)
             self._attach_views()
+            device = self.layers[0].fetched[0].parameter.device
+            self.hits = HitCounts(build.layers, build.rank, device) if build.config.hits else None
             slots = sum(slot.nbytes for slot in self.slots)
             self.counters.describe(self.view, self.experts_held, self.slab_bytes, slots)
             rendezvous.put("counters", handle_to_json(self.counters.handle()))
@@ -192,6 +195,7 @@ class ExpertSharing:
         """The counters, with what was read of the checkpoint and what small tensors cost."""
         return {
             **self.counters.snapshot().to_dict(),
+            **({} if self.hits is None else {"hits": self.hits.summary()}),
             "replicated_bytes": self.replicated_bytes,
             "bytes_per_forward": self.bytes_per_forward,
             "read_expert_bytes": READ.expert_bytes,
