@@ -6,10 +6,12 @@ import itertools
 from typing import NamedTuple
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.test_placement import check_covered, sources
+from vllm_dwdp.checkpoints import CheckpointSpec, hot_experts
 from vllm_dwdp.copy_plan import TensorSpec, build_plan, slot_rows
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.hot_placement import missing_hits, place_hot
@@ -95,6 +97,26 @@ def test_shares_that_no_group_can_have_are_refused() -> None:
     for share in (3, 8):
         with pytest.raises(DwdpError, match=f"experts_per_rank is {share}"):
             place_hot(8, 2, share, [1] * 8)
+
+
+@settings(max_examples=30)
+@given(st.integers(2, 4), st.integers(0, 2**16), st.floats(0, 4))
+def test_tokens_of_a_skewed_router_read_what_was_predicted(ranks: int, seed: int, skew: float) -> None:
+    """Forwards of one token each, which read every expert that they are sent to and lack."""
+    experts, top_k, share = 32, 4, 20
+    spec = CheckpointSpec(num_experts=experts, top_k=top_k, seed=seed, router_skew=skew)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(experts, 16, generator=generator)
+    rows[list(hot_experts(spec, 0))] *= 1 + skew
+    tokens = (torch.randn(400, 16, generator=generator) @ rows.T).topk(top_k).indices.tolist()
+    hits = [sum(token.count(expert) for token in tokens) for expert in range(experts)]
+    read = []
+    for placed in (place(experts, ranks, share), place_hot(experts, ranks, share, hits)):
+        held = [set(of_rank) for of_rank in placed.shares]
+        reads = [sum(len(set(token) - held[rank]) for token in tokens) for rank in range(ranks)]
+        assert reads == [missing_hits(placed, rank, hits) for rank in range(ranks)]
+        read.append(sum(reads))
+    assert read[1] <= read[0]
 
 
 @pytest.mark.parametrize("split", [False, True])
