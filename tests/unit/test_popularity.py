@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -151,12 +152,12 @@ def test_layers_under_other_numbers_are_read_for_any_layer(
     """A mapper of the model may renumber what it reads: then names do not tell which layer's experts are wanted."""
     from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
 
-    copy = edited(moe, tmp_path / "copy", lambda tensors: {_later(name): t for name, t in tensors.items()})
+    copy = edited(moe, tmp_path / "copy", lambda tensors: {_renumbered(name, 1): t for name, t in tensors.items()})
     load_weights = Qwen3MoeForCausalLM.load_weights
     monkeypatch.setattr(
         Qwen3MoeForCausalLM,
         "load_weights",
-        lambda self, weights: load_weights(self, ((_earlier(name), tensor) for name, tensor in weights)),
+        lambda self, weights: load_weights(self, ((_renumbered(name, -1), tensor) for name, tensor in weights)),
     )
     loaded = load(copy, 0, 2, SETTINGS, popularity=hits())
     assert read.expert_bytes == LAYERS * EXPERTS * EXPERT_BYTES
@@ -164,12 +165,8 @@ def test_layers_under_other_numbers_are_read_for_any_layer(
     check_rows(loaded, load(moe, 0, 1), 0)
 
 
-def _later(name: str) -> str:
-    return name.replace(".layers.", ".layers.1") if ".layers." in name else name
-
-
-def _earlier(name: str) -> str:
-    return name.replace(".layers.1", ".layers.") if ".layers." in name else name
+def _renumbered(name: str, by: int) -> str:
+    return re.sub(r"(?<=\.layers\.)\d+", lambda number: str(int(number[0]) + by), name)
 
 
 def test_a_model_that_was_not_counted(moe: Path, read: ReadStats) -> None:
