@@ -84,6 +84,8 @@ class DwdpConfig:
     require_win: refuse to start where the planner predicts a loss, or cannot tell.
     direct_tokens: most tokens of a forward that reads missing experts where they are; 0 pulls always, "auto" is found from
         rates measured at start.
+    hits: file into which ranks write how often each expert was hit. popularity: such a file, by which experts beyond
+        E/N are chosen.
     """
 
     group_size: int | None = None
@@ -98,6 +100,8 @@ class DwdpConfig:
     timeout_s: float = 300.0
     trace: bool = False
     require_win: bool = False
+    hits: str | None = None
+    popularity: str | None = None
     rendezvous: Rendezvous | None = None
     direct_tokens: int | Literal["auto"] = "auto"
 
@@ -127,6 +131,10 @@ class DwdpConfig:
         for key in ("trace", "require_win"):
             if not isinstance(getattr(self, key), bool):
                 raise DwdpError(f"dwdp.{key} is {getattr(self, key)!r}: it must be true or false")
+        for key in ("hits", "popularity"):
+            path: object = getattr(self, key)
+            if path is not None and (not isinstance(path, str) or not path):
+                raise DwdpError(f"dwdp.{key} is {path!r}: it must be the path of a file")
         if self.rendezvous is not None and not isinstance(self.rendezvous, Rendezvous):
             object.__setattr__(self, "rendezvous", Rendezvous.parse(self.rendezvous))
 

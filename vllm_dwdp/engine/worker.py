@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -27,6 +28,7 @@ from vllm_dwdp.engine.orphans import orphaned
 from vllm_dwdp.engine.rendezvous import Identity, Rendezvous, identity_hash
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.hold import Held
+from vllm_dwdp.hits_file import Hits, write_hits
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.sharing import ExpertSharing
 from vllm_dwdp.patches import vllm_version
@@ -121,6 +123,7 @@ class DwdpWorkerMixin:
                 len(group),
                 current_platform.is_cpu(),
                 meet=lambda name: rendezvous.gather(name, True, group),
+                popularity=launch.popularity,
             ).open()
             with freed_memory_is_returned() if build.on_cpu else nullcontext():
                 super().load_model(*args, **kwargs)  # type: ignore[misc]
@@ -197,6 +200,8 @@ class DwdpWorkerMixin:
             # vLLM's CPU platform does not warm eager models up: the first forward shows.
             vars(self)["execute_model"] = self._dwdp_first_forward
         self.dwdp_sharing.seal_unused()
+        if self.dwdp_sharing.hits is not None:
+            self.dwdp_sharing.hits.reset()
         return times
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -236,9 +241,27 @@ class DwdpWorkerMixin:
         assert self.dwdp_sharing is not None
         return self.dwdp_sharing.snapshot()
 
+    def dwdp_hits(self) -> dict[str, Any]:
+        """Write this rank's part of the file `dwdp.hits` and return it, as `Hits` by field; for `collective_rpc`.
+
+        Raises DwdpError where nothing is counted, or the file cannot be written.
+        """
+        path = self.dwdp_launch.config.hits
+        if path is None or self.dwdp_sharing is None or self.dwdp_sharing.hits is None:
+            raise DwdpError('no hits are counted: start with additional_config {"dwdp": {"hits": FILE}}')
+        hits: Hits = self.dwdp_sharing.hits.read()
+        model = self.vllm_config.model_config.model
+        write_hits(path, os.path.basename(self.dwdp_launch.folder), model, self.dwdp_rank, hits)
+        return asdict(hits)
+
     def shutdown(self) -> None:
-        """Let go of peers' memory, then of the own. What this rank did is logged by the front end."""
+        """Write hits; let go of peers' memory, then of the own. What this rank did is logged by the front end."""
         if self.dwdp_sharing is not None:
+            if self.dwdp_sharing.hits is not None:
+                try:
+                    self.dwdp_hits()
+                except Exception as error:
+                    logger.warning("dwdp rank %d: hits are lost: %s", self.dwdp_rank, error)
             self.dwdp_sharing.close()
             self.dwdp_sharing = None
         super().shutdown()  # type: ignore[misc]
