@@ -1,0 +1,339 @@
+"""ci/bench_loads.py: what is asked for, what a window counts, ratios turn by turn, what logs say, servers that end."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "ci"))
+
+import bench_client
+import bench_picture
+import bench_results
+import bench_servers
+from bench_client import Event, Load
+from bench_models import MODELS, vocabulary, write_model
+
+SITE = Path(bench_servers.__file__).parent / "bench_site"
+LOG = """\
+\x1b[36m(EngineCore_DP0 pid=7)\x1b[0m INFO 11-25 20:13:53 [kv_cache_utils.py:2328] GPU KV cache size: 122,880 tokens, Maximum
+\x1b[36m(EngineCore_DP1 pid=8)\x1b[0m INFO 11-25 20:13:53 [kv_cache_utils.py:2328] GPU KV cache size: 122,864 tokens, Maximum
+(EngineCore_DP0 pid=7) WARNING 11-25 [fused_moe.py:1164] Using default MoE config. Performance might be sub-optimal! no E=128
+(EngineCore_DP1 pid=8) WARNING 11-25 [fused_moe.py:1164] Using default MoE config. Performance might be sub-optimal! no E=128
+(EngineCore_DP1 pid=8) INFO 11-25 20:13:50 [worker.py:125] dwdp rank 1: 64 of 128 experts, 3.62 GiB
+(APIServer pid=1) INFO 11-25 20:13:40 [configure.py:155] dwdp: 2 independent ranks in groups of 2, workers in uni
+"""
+
+
+def test_a_load_is_read() -> None:
+    assert bench_client.parse_load("mixed=8192/128/16") == Load("mixed", 8192, 128, 16)
+
+
+@pytest.mark.parametrize("text", ["8192/128/16", "mixed=8192/128", "mixed=8192/0/16", "mixed=a/b/c", ""])
+def test_what_is_no_load_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="NAME=INPUT/OUTPUT/CONCURRENCY"):
+        bench_client.parse_load(text)
+
+
+def test_systems_are_read() -> None:
+    found = bench_servers.parse_systems(["dpep", 'dwdp:d112:{"experts_per_rank": 112, "weight_view": "split"}', "tp"])
+    assert [(system.kind, system.name) for system in found] == [("dpep", "dpep"), ("dwdp", "d112"), ("tp", "tp")]
+    assert found[1].dwdp == {"experts_per_rank": 112, "weight_view": "split"}
+    assert bench_servers.base_of(found) == "dpep"
+    assert bench_servers.base_of(bench_servers.parse_systems(["replicas", "dwdp"])) == "replicas"
+
+
+@pytest.mark.parametrize(
+    ("texts", "why"),
+    [
+        (["ep", "dpep"], "one of dwdp, dpep"),
+        (["dpep:other"], "only dwdp takes"),
+        (["dpep", "dwdp:a:{"], "no JSON"),
+        (["dpep", "dwdp:a:[1]"], "no JSON object"),
+        (["dpep", "dwdp", "dwdp"], "its own name"),
+        (["dpep", "dwdp", "tp", "replicas"], "at most three"),
+        (["dwdp", "tp"], "add dpep or replicas"),
+    ],
+)
+def test_systems_that_cannot_be_compared_are_refused(texts: list[str], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        bench_servers.parse_systems(texts)
+
+
+def test_words_and_devices_of_each_system() -> None:
+    dpep, dwdp, tp = bench_servers.parse_systems(["dpep", 'dwdp:d:{"experts_per_rank": 5}', "tp"])
+    replicas = bench_servers.parse_system("replicas")
+    assert bench_servers.words_of(dpep, 2) == ["--data-parallel-size", "2", "--enable-expert-parallel"]
+    assert bench_servers.words_of(tp, 2) == ["--tensor-parallel-size", "2"]
+    assert bench_servers.words_of(replicas, 2) == []
+    words = bench_servers.words_of(dwdp, 2)
+    assert words[:4] == ["--data-parallel-size", "2", "--distributed-executor-backend", "dwdp"]
+    assert json.loads(words[words.index("--additional-config") + 1]) == {"dwdp": {"experts_per_rank": 5}}
+    assert bench_servers.places_of(dpep, ["3", "4"], False) == [{"CUDA_VISIBLE_DEVICES": "3,4"}]
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in bench_servers.places_of(replicas, ["3", "4"], False)] == [
+        "3",
+        "4",
+    ]
+    assert [place["VLLM_CPU_OMP_THREADS_BIND"] for place in bench_servers.places_of(dwdp, ["0", "1"], True)] == ["0|1"]
+
+
+def test_a_log_tells_tokens_of_all_engines_tiles_and_dwdp() -> None:
+    facts = bench_servers.read_log(LOG)
+    assert (facts.kv_tokens, facts.engines) == (245744, 2)
+    assert facts.tiles == ["Using default MoE config. Performance might be sub-optimal! no E=128"]
+    assert facts.dwdp == [
+        "dwdp rank 1: 64 of 128 experts, 3.62 GiB",
+        "dwdp: 2 independent ranks in groups of 2, workers in uni",
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_systems_take_turns_in_changing_order(count: int) -> None:
+    names = ["a", "b", "c"][:count]
+    orders = [bench_results.order(names, turn) for turn in range(6 * count)]
+    assert all(sorted(order) == names for order in orders)
+    if count > 1:
+        assert all(one != other for one, other in itertools.pairwise(orders))
+    firsts = Counter(order[0] for order in orders)
+    assert len(set(firsts.values())) == 1 and len(firsts) == count
+    before = Counter((x, y) for order in orders for x in order for y in order[order.index(x) + 1 :])
+    assert len(set(before.values())) <= 1
+
+
+def test_warm_ups_end_when_two_in_a_row_agree() -> None:
+    assert not bench_results.settled([100.0])
+    assert not bench_results.settled([100.0, 50.0, 89.0])
+    assert bench_results.settled([10.0, 100.0, 91.0])
+
+
+def test_a_turn_is_as_long_as_the_time_left_allows_within_bounds() -> None:
+    assert bench_results.turn_length(1000, 2, 3, 5, most_s=5, least_s=2, more_s=2) == 5
+    assert bench_results.turn_length(180, 2, 3, 5, most_s=5, least_s=2, more_s=2) == 4
+    assert bench_results.turn_length(60, 2, 3, 5, most_s=5, least_s=2, more_s=2) == 2
+
+
+def turn(rate: float) -> dict[str, Any]:
+    return {"tokens_per_s": rate, "output_per_s": rate / 2, "ttft_s": [0.1, rate / 1000], "itl_s": []}
+
+
+def test_ratios_compare_what_two_systems_did_in_one_turn() -> None:
+    # Both slow down alike: medians of each would say 20 / 20, turn by turn it is always half or more.
+    turns = {"mixed": {"dpep": [turn(40), turn(20), turn(10)], "dwdp": [turn(20), turn(10), turn(20)]}}
+    found = bench_results.summary(turns, "dpep")["mixed"]
+    assert (found["dwdp"]["ratio"], found["dwdp"]["ratio_low"], found["dwdp"]["ratio_high"]) == (0.5, 0.5, 2.0)
+    assert (found["dpep"]["tokens_per_s"], found["dpep"]["tokens_per_s_low"]) == (20, 10)
+    assert found["dwdp"]["ttft_p50_s"] == 0.1 and found["dwdp"]["itl_p50_s"] is None
+    text = bench_results.table({"mixed": found}, "dpep")
+    assert "0.500 (0.500 to 2.000)" in text and "20 (10 to 20)" in text and text.count("\n") == 2
+    assert "ratio" not in bench_results.summary(turns, None)["mixed"]["dwdp"]
+
+
+def test_a_base_that_became_slower_is_told() -> None:
+    now, earlier = ({"mixed": {"dpep": {"tokens_per_s": rate}}} for rate in (89.0, 100.0))
+    assert len(bench_results.slower_bases(now, earlier, "dpep")) == 1
+    assert bench_results.slower_bases(earlier, now, "dpep") == []
+    assert bench_results.slower_bases(now, {}, "dpep") == []
+
+
+def test_lengths_and_prompts_are_the_same_for_all_and_spread_as_asked() -> None:
+    load = Load("decode", 100, 20, 4)
+    made = bench_client.requests(load, 512, 0.2, 0.0)
+    assert made == bench_client.requests(load, 512, 0.2, 0.0) and len(made) == 64
+    assert {request.input for request in made} != {100} and all(80 <= request.input <= 120 for request in made)
+    assert all(16 <= request.output <= 24 for request in made)
+    assert all(request.input + request.output <= bench_client.longest(load, 0.2) for request in made)
+    body = json.loads(made[0].body + b"}")
+    assert len(body["prompt"]) == made[0].input and max(body["prompt"]) < 512 and body["stream"]
+    assert {request.input for request in bench_client.requests(load, 512, 0.0, 0.0)} == {100}
+
+
+def test_first_requests_end_evenly_spread() -> None:
+    assert [bench_client.first_output(i, 4, 100) for i in range(4)] == [25, 50, 75, 100]
+    assert bench_client.first_output(0, 16, 1) == 1
+
+
+def steady(clients: int, seconds: float, tokens: int, until: float) -> tuple[list[Event], list[tuple[float, float]]]:
+    """Requests of `seconds` each in a closed loop, with ten tokens of input."""
+    events: list[Event] = []
+    for client in range(clients):
+        at = seconds * client / clients - seconds
+        while at < until:
+            events += [Event(at + seconds * (i + 1) / tokens, 0 if i else 10, 1) for i in range(tokens)]
+            at += seconds
+    events = sorted(event for event in events if 0 <= event.at <= until)
+    return events, [(event.at, 0.1) for event in events if event.input]
+
+
+@pytest.mark.parametrize(("clients", "seconds"), [(1, 0.9), (1, 4.3), (16, 1.1), (16, 7.7)])
+def test_a_window_counts_whole_requests_however_long_they_are(clients: int, seconds: float) -> None:
+    tokens = 8
+    for begin in (random.Random(0).uniform(2, 8) for _ in range(20)):
+        events, ttft = steady(clients, seconds, tokens, begin + 12)
+        found = bench_client.window(events, ttft, [], begin, 5.0)
+        assert found.tokens_per_s == pytest.approx(clients * (10 + tokens) / seconds, rel=0.01)
+        assert found.output_per_s == pytest.approx(clients * tokens / seconds, rel=0.01)
+        assert found.seconds >= 5 and found.requests == len(found.ttft_s) > 0
+
+
+def test_a_window_without_tokens_fails() -> None:
+    with pytest.raises(bench_client.LoadFailed):
+        bench_client.window([], [], [], 1.0, 5.0)
+
+
+class Service:
+    """An HTTP server that streams as vLLM's does; `wrong` adds to the tokens of every request, `ended` counts."""
+
+    def __init__(self, wrong: int = 0) -> None:
+        self.wrong = wrong
+        self.inside, self.most = 0, 0
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        stream = web.StreamResponse()
+        await stream.prepare(request)
+        try:
+            for i in range(0, body["max_tokens"] + self.wrong, 2):  # two tokens in a piece
+                told = min(i + 2, body["max_tokens"] + self.wrong)
+                text = b'data: {"choices": [], "usage": {"completion_tokens": %d}}\n\n' % told
+                await stream.write(text[:20])
+                await asyncio.sleep(0.005)
+                await stream.write(text[20:])
+            await stream.write(b"data: [DONE]\n\n")
+        finally:
+            self.inside -= 1
+        return stream
+
+
+def play(service: Service, load: Load) -> bench_client.Window:
+    """A short turn on `service`."""
+
+    async def go() -> bench_client.Window:
+        app = web.Application(client_max_size=1 << 26)
+        app.router.add_post("/v1/completions", service.complete)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        try:
+            return await bench_client.turn([url], load, bench_client.requests(load, 512, 0.2, 0.0), 3, 0.1, 0.5, 10)
+        finally:
+            await runner.cleanup()
+
+    return asyncio.run(go())
+
+
+def test_a_turn_keeps_as_many_requests_in_flight_as_asked_and_counts_every_token() -> None:
+    service = Service()
+    found = play(service, Load("small", 50, 20, 4))
+    assert service.most == 4
+    # Every request makes 20 and takes 50 on the average; both ends of the window are first tokens.
+    assert found.tokens_per_s / found.output_per_s == pytest.approx(70 / 20, rel=0.25)
+    assert found.seconds >= 0.5 and found.ttft_s and found.itl_s
+
+
+def test_a_request_with_other_tokens_than_asked_fails_the_turn() -> None:
+    with pytest.raises(bench_client.LoadFailed, match="tokens"):
+        play(Service(wrong=1), Load("small", 10, 4, 2))
+
+
+@pytest.mark.parametrize("name", ["tiny", "qwen3-fp8", "deepseek-v3"])
+def test_models_are_written_as_transformers_reads_them(name: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = write_model(name, 3, tmp_path / name)
+    spec, vocab = MODELS[name]
+    config = AutoConfig.from_pretrained(folder)
+    assert config.num_hidden_layers == 3 and config.vocab_size == vocab == vocabulary(folder)
+    values = json.loads((folder / "config.json").read_text())
+    assert values.get("num_experts", values.get("n_routed_experts")) == spec.num_experts
+    assert bool(values.get("quantization_config")) == spec.fp8
+    assert AutoTokenizer.from_pretrained(folder).decode([7, vocab - 1]) == f"w7 w{vocab - 1}"
+
+
+def test_a_server_ends_with_everything_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A program in place of vLLM: it ignores SIGTERM, and has a child that does.
+    code = (
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "os.fork()\n"
+        "print('KV cache size: 1,000 tokens', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text(f"#!{os.path.realpath('/proc/self/exe')}\n{code}")
+    (tmp_path / "python").chmod(0o755)
+    server = bench_servers.Server(bench_servers.parse_system("replicas"), tmp_path, [], ["0", "1"], False, tmp_path)
+    deadline = time.monotonic() + 20
+    while server.facts().engines < 4 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert server.facts().kv_tokens == 4000
+    leaders = [process.pid for process in server._processes]
+    assert [len(bench_servers.session(leader)) for leader in leaders] == [2, 2]
+    with pytest.raises(bench_servers.ServerFailed, match="not up in time"):
+        server.wait(time.monotonic() + 0.1)
+    server.stop(limit_s=0.5)
+    assert [bench_servers.session(leader) for leader in leaders] == [[], []]
+
+
+def library(folder: Path, source: str) -> Path:
+    """A shared library of C code."""
+    (folder / "nccl.c").write_text(source)
+    made = folder / "libnccl.so.2"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", made, folder / "nccl.c"], check=True)
+    return made
+
+
+def test_functions_that_a_library_lacks_are_taken_from_vllms_list(tmp_path: Path) -> None:
+    code = (
+        "from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary as L\n"
+        "print([f.name for f in L.exported_functions])"
+    )
+    old = library(tmp_path, "void ncclCommResume(void) {}\n")
+    env = {**os.environ, "PYTHONPATH": str(SITE), "VLLM_NCCL_SO_PATH": str(old)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    last = done.stdout.splitlines()[-1]
+    assert "ncclAllReduce" in last and "ncclCommResume" in last and "ncclCommSuspend" not in last
+
+
+def test_a_library_that_has_both_functions_lacks_nothing(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("bench_site", SITE / "sitecustomize.py")
+    assert spec is not None and spec.loader is not None
+    site = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(site)
+    new = library(tmp_path, "void ncclCommSuspend(void) {}\nvoid ncclCommResume(void) {}\n")
+    assert site.lacking(str(new)) == ()
+
+
+FOUND = {
+    "base": "dpep",
+    "machine": "2 x GPU",
+    "model": "qwen3",
+    "systems": [{"name": n, "kind": n.rstrip("64")} for n in ("dpep", "dwdp64", "dwdp")],
+    "loads": [{"name": "decode1", "input": 512, "output": 128, "concurrency": 1}],
+}
+
+
+def test_a_picture_is_drawn_where_there_is_a_ratio(tmp_path: Path) -> None:
+    turns = {"decode1": {"dpep": [turn(40)], "dwdp64": [turn(20)], "dwdp": [turn(60)]}}
+    results = tmp_path / "r.json"
+    results.write_text(json.dumps({**FOUND, "summary": bench_results.summary(turns, "dpep")}))
+    assert bench_picture.draw(results, tmp_path / "r.png") and (tmp_path / "r.png").stat().st_size > 1000
+    results.write_text(json.dumps({**FOUND, "summary": {}}))
+    assert not bench_picture.draw(results, tmp_path / "none.png")
