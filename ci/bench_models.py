@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import repo_path  # noqa: F401
 
@@ -61,7 +61,7 @@ def vocabulary(model: Path) -> int:
     return int(json.loads((model / "config.json").read_text())["vocab_size"])
 
 
-def _tokenizer(vocab: int):  # type: ignore[no-untyped-def]
+def _tokenizer(vocab: int) -> Any:
     """A word for every token id."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -86,7 +86,8 @@ class Bench:
     def run(self, model: Path) -> None:
         """All loads, one after the other; what was found is written after each."""
         for load in self._loads if self.servers else []:
-            if time.monotonic() > self.deadline:
+            least = 2 * (WARM_UP_S + TURN_MORE_S) + self._args.least_turn_s + TURN_MORE_S
+            if time.monotonic() + len(self.servers) * least > self.deadline:
                 say(f"{load.name} was not run: out of time")
                 continue
             self._measure(load, requests(load, vocabulary(model), self._args.spread, self._args.temperature))

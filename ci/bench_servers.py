@@ -231,5 +231,6 @@ def _healthy(url: str) -> bool:
 
 
 def _trouble(log: Path) -> str:
-    lines = [line for line in _ANSI.sub("", log.read_text(errors="replace")).splitlines() if "Error" in line]
+    text = _ANSI.sub("", log.read_text(errors="replace"))
+    lines = [line for line in text.splitlines() if "Error" in line and "WARNING" not in line]
     return f"{' | '.join(lines[:3])[:700] or 'no error'} ({log})"
