@@ -26,8 +26,10 @@ from bench_client import Load, longest, parse_load
 from bench_models import MODELS, write_model
 from bench_picture import draw
 from bench_results import slower_bases
-from bench_run import STOP_S, Bench, say
+from bench_run import Bench, say
 from bench_servers import parse_systems
+
+from vllm_dwdp.errors import DwdpError
 
 #: In order of value.
 LOADS = (
@@ -114,17 +116,17 @@ def main() -> int:
             bench.run(model)
             bench.tell()
         finally:
-            for server in bench.servers.values():
-                server.leave()
-            for server in bench.servers.values():
-                server.stop(STOP_S)
+            bench.stop()
     if args.earlier and bench.found["base"]:
-        print(
-            *slower_bases(bench.found["summary"], json.loads(args.earlier.read_text())["summary"], bench.found["base"]),
-            sep="\n",
-        )
-    if args.json and draw(args.json, args.json.with_suffix(".png")):
-        say(f"results in {args.json}, and a picture beside it")
+        earlier = json.loads(args.earlier.read_text())["summary"]
+        for line in slower_bases(bench.found["summary"], earlier, bench.found["base"]):
+            say(line)
+    if args.json:
+        say(f"results in {args.json}")
+        try:
+            draw(args.json, args.json.with_suffix(".png"))
+        except DwdpError as error:
+            say(f"no picture: {error}")
     return int(bool(bench.failed) or not bench.found["summary"])
 
 

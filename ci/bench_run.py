@@ -77,6 +77,14 @@ class Bench:
         self.found["starts"][name] = {"seconds": round(seconds, 1), "kv_tokens": facts.kv_tokens}
         say(f"{name} is up after {seconds:.0f} s; KV cache: {facts.kv_tokens} tokens in {facts.engines} engines")
 
+    def stop(self) -> None:
+        """End all servers."""
+        end = time.monotonic() + STOP_S
+        for server in self.servers.values():
+            server.leave()
+        for server in self.servers.values():
+            server.stop(max(1.0, end - time.monotonic()))
+
     def drop(self, name: str, why: str) -> None:
         """Go on without a system."""
         say(f"{name} failed: {why}")

@@ -21,8 +21,10 @@ from aiohttp import web
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "ci"))
 
 import bench_client
+import bench_loads
 import bench_picture
 import bench_results
+import bench_run
 import bench_servers
 from bench_client import Event, Load
 from bench_models import MODELS, vocabulary, write_model
@@ -319,6 +321,87 @@ def test_a_library_that_has_both_functions_lacks_nothing(tmp_path: Path) -> None
     spec.loader.exec_module(site)
     new = library(tmp_path, "void ncclCommSuspend(void) {}\nvoid ncclCommResume(void) {}\n")
     assert site.lacking(str(new)) == ()
+
+
+class Up:
+    """A server that is up; its only address is its name."""
+
+    def __init__(self, system: bench_servers.System, *_: Any) -> None:
+        self.urls = [system.name]
+        self.stopped = 0
+
+    def wait(self, deadline: float) -> None:
+        if self.urls == ["late"]:
+            raise bench_servers.ServerFailed("late was not up in time")
+
+    def facts(self) -> bench_servers.LogFacts:
+        return bench_servers.read_log(LOG)
+
+    def trouble(self) -> str:
+        return "what its log says"
+
+    def leave(self) -> None: ...
+
+    def stop(self, limit_s: float = 1) -> None:
+        self.stopped += 1
+
+
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, systems: list[str], *more: str) -> bench_run.Bench:
+    """Two loads of one request at a time without warm-ups that fail, on servers that are up at once."""
+    words = ["--systems", *systems, "--loads", "one=4/1/1", "two=4/1/1", "--json", str(tmp_path / "r.json"), *more]
+    monkeypatch.setattr(sys, "argv", ["bench_loads.py", "--cpu", *words])
+    monkeypatch.setattr(bench_run, "Server", Up)
+    monkeypatch.setattr(bench_run.time, "sleep", lambda _: None)
+    made = bench_run.Bench(bench_loads.arguments())
+    made.start(tmp_path, [], ["0", "1"], tmp_path)
+    return made
+
+
+def test_a_system_that_fails_is_left_out_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    async def play(urls: list[str], load: Load, *_: Any) -> bench_client.Window:
+        asked.append(urls[0])
+        if urls == ["weak"] and asked.count("weak") > 3 and load.name == "one":
+            raise bench_client.LoadFailed("status 500")
+        return bench_client.Window(5.0, 100.0 if urls == ["replicas"] else 50.0, 1.0, 5, [0.1], [])
+
+    monkeypatch.setattr(bench_run, "turn", play)
+    made = bench(tmp_path, monkeypatch, ["replicas", "dwdp:weak", "dwdp:late"], "--turns", "4")
+    write_model("tiny", 1, tmp_path)
+    weak = made.servers["weak"]
+    made.run(tmp_path)
+    made.tell()
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert set(found["failed"]) == {"weak", "late"} and "status 500; what its log says" in found["failed"]["weak"]
+    assert weak.stopped == 1 and list(made.servers) == ["replicas"]  # type: ignore[attr-defined]
+    assert {load: list(rows) for load, rows in found["turns"].items()} == {"one": ["replicas"], "two": ["replicas"]}
+    assert [turn["turn"] for turn in found["turns"]["one"]["replicas"]] == [0, 1, 2, 3]
+    assert found["starts"]["replicas"]["kv_tokens"] == 245744
+    assert "Using default MoE config" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_into_the_time_left_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = bench(tmp_path, monkeypatch, ["replicas", "dwdp"], "--turns", "4")
+    write_model("tiny", 1, tmp_path)
+    now = time.monotonic()
+    # A turn of both may take 14 s, and 30 s with its warm-ups.
+    made.deadline = now + 48
+    monkeypatch.setattr(bench_run.time, "monotonic", lambda: now)
+
+    async def play(urls: list[str], load: Load, pool: Any, first: int, ramp: float, length: float, limit: float) -> Any:
+        nonlocal now
+        now += length
+        return bench_client.Window(length, 50.0, 1.0, 5, [0.1], [])
+
+    monkeypatch.setattr(bench_run, "turn", play)
+    made.run(tmp_path)
+    # 8 s of warm-ups and three turns of 10 s; a fourth could end too late, and so could the second load's first.
+    assert {load: {n: len(rows) for n, rows in of.items()} for load, of in made.turns.items()} == {
+        "one": {"replicas": 3, "dwdp": 3}
+    }
 
 
 FOUND = {
