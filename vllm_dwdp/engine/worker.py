@@ -27,8 +27,8 @@ from vllm_dwdp.engine.model_config import restore_moe
 from vllm_dwdp.engine.orphans import orphaned
 from vllm_dwdp.engine.rendezvous import Identity, Rendezvous, identity_hash
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.hold import Held
 from vllm_dwdp.hits_file import Hits, write_hits
+from vllm_dwdp.hold import Held
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.sharing import ExpertSharing
 from vllm_dwdp.patches import vllm_version
