@@ -216,8 +216,8 @@ def parts(cpu: bool, acquires: int) -> dict[str, Callable[[], list[Row]]]:
     if cpu:
         return {
             "ranks": lambda: ranks_part([Setting("shm", 2)], "play", acquires),
-            "killed": lambda: both_ways("shm", "killed"),
-            "left": lambda: both_ways("shm", "left"),
+            "killed": lambda: ended_part("shm", "killed", "play"),
+            "left": lambda: ended_part("shm", "left", "direct"),
             # Without graphs: there are none here.
             "direct": lambda: ranks_part([Setting("shm", 2)], "direct", acquires),
         }

@@ -76,8 +76,9 @@ class Probe:
         digests: dict[str, list[str]] = {}
         for name, layer in self._expert_layers():
             gate = getattr(layer, "dwdp_gate", None)
+            tokens = 1 + self._direct_tokens()
             if gate is not None:
-                gate.acquire(layer.dwdp_layer)
+                gate.acquire(layer.dwdp_layer, tokens)
             for tensor, parameter in layer.named_parameters():
                 if parameter.ndim > 1:
                     rows = self._rows_by_address(layer, tensor)
@@ -85,26 +86,34 @@ class Probe:
                         rows = parameter.data.contiguous().view(torch.uint8).flatten(1).cpu()
                     digests[f"{name}.{tensor}"] = [hashlib.sha1(row.numpy().tobytes()).hexdigest() for row in rows]
             if gate is not None:
-                gate.release(layer.dwdp_layer)
+                gate.release(layer.dwdp_layer, tokens)
         return digests
 
+    def _direct_tokens(self) -> int:
+        """The most tokens of a forward that reads experts where they are; 0 without dwdp, and where all or none do."""
+        sharing = getattr(self, "dwdp_sharing", None)
+        return 0 if sharing is None else sharing.direct_tokens or 0
+
     def _rows_by_address(self, layer: Any, tensor: str) -> Any:
-        """uint8 [E, bytes of a row] as the split-weight kernels find them; None for tensors that have no table."""
+        """uint8 [E, bytes of a row] as the split-weight kernels find them, by either table; None for tensors without."""
         tables = getattr(layer, "dwdp_tables", None)
         names = ("w13_weight", "w2_weight")
         if tables is None or tensor not in names:
             return None
         import torch
 
-        table = tables[names.index(tensor)]
-        nbytes = table.rows * table.cols * table.dtype.itemsize
         sharing = self.dwdp_sharing  # type: ignore[attr-defined]
-        memories = [sharing.layers[layer.dwdp_layer].slab, *sharing.slots]
-        rows = []
-        for address in table.addresses.tolist():
-            [memory] = [m for m in memories if m.address <= address < m.address + m.nbytes]
-            rows.append(memory.tensor()[address - memory.address :][:nbytes].cpu())
-        return torch.stack(rows)
+        slabs = sharing.layers[layer.dwdp_layer]
+        found = []
+        for pair, elsewhere in ((tables.pulled, sharing.slots), (tables.direct, slabs.peers.values())):
+            table, rows = pair[names.index(tensor)], []
+            nbytes = table.rows * table.cols * table.dtype.itemsize
+            for address in table.addresses.tolist():
+                [memory] = [m for m in (slabs.slab, *elsewhere) if m.address <= address < m.address + m.nbytes]
+                rows.append(memory.tensor()[address - memory.address :][:nbytes].cpu())
+            found.append(torch.stack(rows))
+        assert torch.equal(*found), "owners hold other bytes than the slot"
+        return found[0]
 
     def probe_memory(self) -> dict[str, int]:
         """Resident bytes before loading and at the highest while loading; expert and replicated bytes by storage."""

@@ -100,8 +100,8 @@ def test_torch_compile_gives_compiled_vllms_tokens(view: str, model: Path, tmp_p
     plain = run_job(tmp_path, model, ["tokens"], **as_one_rank(2), **options, **graphs)
     shared = run_job(tmp_path, model, ["tokens", "counters"], **options, **dwdp(2, weight_view=view))
     assert shared["tokens"] == plain["tokens"]
-    # Compute went through the gates, also from compiled code.
-    assert all(counter["layers"] == 4 * counter["forwards"] > 0 for counter in shared["counters"])
+    # Compute went through the gates, also from compiled code; in the warm-up too, which is no forward of a step.
+    assert all(counter["layers"] >= 4 * counter["forwards"] > 0 for counter in shared["counters"])
 
 
 def test_workers_in_their_engines(model: Path, plain: dict[str, Any], tmp_path: Path) -> None:

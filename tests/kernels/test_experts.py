@@ -73,7 +73,7 @@ def _made(layer: Layer) -> SplitExperts:
             block_shape=list(layer.group) if layer.scales == "block" else None,
         )
     experts = SplitExperts(_Moe(), config)  # type: ignore[arg-type]
-    experts.attach_tables(*layer.tables)
+    experts.attach_tables((layer.tables[0], layer.tables[1]))
     return experts
 
 
@@ -103,13 +103,41 @@ def test_weights_on_the_input_are_left_to_vllm(on_cpu: None) -> None:
     torch.testing.assert_close(found.float(), layer.expected(), atol=2e-2, rtol=0)
 
 
+def test_direct_forwards_take_the_second_tables(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tiles of their own, each looked up once per number of tokens; biases are those of both."""
+    shape = dict(experts=4, hidden=32, width=32, tokens=7, top_k=2, dtype=torch.float16, bias=True)
+    pulled, direct = Layer(**shape), Layer(**shape, seed=1)  # type: ignore[arg-type]
+    direct.x, direct.ids, direct.router = pulled.x, pulled.ids, pulled.router
+    direct.biases = pulled.biases
+    asked: list[str] = []
+    for name in ("tiles_for", "direct_tiles_for"):
+        choose = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, choose=choose, name=name: (asked.append(name), choose(*a))[1])
+    experts = _made(pulled)
+    pairs = [tuple(replace(table, bias=None) for table in layer.tables) for layer in (pulled, direct)]
+    experts.attach_tables(pairs[0], pairs[1])  # type: ignore[arg-type]
+    for experts.direct in (True, False, True, True, False):
+        layer = direct if experts.direct else pulled
+        torch.testing.assert_close(_apply(experts, layer).float(), layer.expected(), atol=2e-2, rtol=0)
+    assert asked == ["direct_tiles_for", "tiles_for"]
+    assert not torch.equal(pulled.expected(), direct.expected())
+
+
 def test_what_it_refuses(on_cpu: None) -> None:
     layer = Layer(experts=4, hidden=32, width=32, tokens=7, top_k=1, dtype=torch.float16)
     experts = SplitExperts(_Moe(), FusedMoEQuantConfig.make())  # type: ignore[arg-type]
+    other = Layer(experts=5, hidden=32, width=32, tokens=7, top_k=1)
     with pytest.raises(DwdpError, match="call attach_tables before"):
         _apply(experts, layer)
     with pytest.raises(DwdpError, match="needs as many experts"):
-        experts.attach_tables(layer.tables[0], Layer(experts=5, hidden=32, width=32, tokens=7, top_k=1).tables[1])
+        experts.attach_tables((layer.tables[0], other.tables[1]))
+    tables = (layer.tables[0], layer.tables[1])
+    with pytest.raises(DwdpError, match="needs as many experts"):
+        experts.attach_tables(tables, (layer.tables[0], other.tables[1]))
+    experts.attach_tables(tables)
+    experts.direct = True
+    with pytest.raises(DwdpError, match="call attach_tables before"):
+        _apply(experts, layer)
     with pytest.raises(DwdpError, match="with an expert map"):
         _apply(_made(layer), layer, expert_map=torch.arange(4))
     with pytest.raises(DwdpError, match=r"no split-weight kernel for experts quantised to torch\.int8"):

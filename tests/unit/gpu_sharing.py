@@ -6,9 +6,10 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,17 +19,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit.cuda_rank import LIMIT_S, process_id
 from tests.unit.fake_cuda import FakeCuda, Machine
-from vllm_dwdp.config import DwdpConfig, Rendezvous
+from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine.launch import DwdpLaunch
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 from vllm_dwdp.layers.sharing import ExpertSharing
+from vllm_dwdp.layers.split import SplitTables
 from vllm_dwdp.placement import place
 
 EXPERTS, LAYERS, HIDDEN, INNER = 5, 3, 128, 64
+#: Tokens of a forward that pulls, whatever the limit of direct reads that tests set.
+MANY = 1000
 SHAPES = {"w13_weight": (2 * INNER, HIDDEN), "w2_weight": (HIDDEN, INNER), "w13_bias": (2 * INNER,)}
 
 
+@cache
 def weights(layer: int, name: str, experts: tuple[int, ...] = tuple(range(EXPERTS))) -> torch.Tensor:
     """[len(experts), *row]: what everybody agrees on."""
     seeded = torch.Generator().manual_seed(1000 * layer + list(SHAPES).index(name))
@@ -41,10 +46,21 @@ class Kernel:
     def __init__(self, layer: Any) -> None:
         self.biases = len(layer.w13_bias)
         self.experts = (layer.moe_config.num_local_experts, layer.expert_map_manager)
-        self.fused_experts = SimpleNamespace(tables=None, attach_tables=self._attach)
+        self.fused_experts = Fused()
 
-    def _attach(self, *tables: Any) -> None:
-        self.fused_experts.tables = tables
+
+class Fused:
+    """`SplitExperts` of a layer: the tables it has, and which of them it is told to read."""
+
+    def __init__(self) -> None:
+        self.tables: SplitTables | None = None
+        self.direct = False
+
+    def attach_tables(self, pulled: Any, direct: Any = None) -> None:
+        self.tables = SplitTables(pulled, direct)
+
+    def detach_tables(self) -> None:
+        self.tables = None
 
 
 class Method:
@@ -73,13 +89,12 @@ class Experts(DwdpExpertsMixin, Plain):
     def __init__(self, layer: int, share: tuple[int, ...]) -> None:
         torch.nn.Module.__init__(self)
         for name in SHAPES:
-            setattr(self, name, torch.nn.Parameter(weights(layer, name, share), requires_grad=False))
+            setattr(self, name, torch.nn.Parameter(weights(layer, name, share).clone(), requires_grad=False))
         self.moe_config = SimpleNamespace(num_experts=EXPERTS, num_local_experts=len(share))
         self.expert_map_manager = "share"  # type: ignore[assignment]
         object.__setattr__(self, "_dwdp_whole_map", "whole")
         self.quant_method, self.top_k = Method(), 2
         self.dwdp_share, self.dwdp_layer, self.dwdp_gate, self.dwdp_tables = share, -1, None, None
-        self._dwdp_outside = False
         self.quant_method._init_moe_kernel(self)
 
 
@@ -141,48 +156,77 @@ class GpuRank:
 
     device: FakeCuda
     modules: list[Experts]
-    runner: Any
     build: ModelBuild
     sharing: ExpertSharing = field(init=False)
     wrong: int = 0
     compared: int = 0
+    compared_direct: int = 0
 
-    def rows(self, layer: int, name: str) -> torch.Tensor:
+    def rows(self, layer: int, name: str, direct: bool) -> torch.Tensor:
         """[E, *row] as kernels see them now: through the parameter, or by the addresses of the table."""
         module, shape = self.modules[layer], SHAPES[name]
         if module.dwdp_tables is None or name == "w13_bias":
             return getattr(module, name).data
-        table = module.dwdp_tables[list(SHAPES).index(name)]
+        tables = module.quant_method.moe_kernel.fused_experts.tables
+        table = (tables.direct if direct else tables.pulled)[list(SHAPES).index(name)]
         nbytes = 2 * shape[0] * shape[1]
         raw = [ctypes.string_at(self.device.real(at, nbytes), nbytes) for at in table.addresses.tolist()]
         return torch.frombuffer(bytearray(b"".join(raw)), dtype=torch.bfloat16).view(EXPERTS, *shape)
 
     def compare(self, layer: int) -> None:
-        """The expert compute of a layer: a kernel that compares every byte, in pieces."""
+        """The expert compute of a layer: a kernel that compares every byte, in pieces. Which table it takes is settled
+        when it is launched, or captured."""
+        direct = self.modules[layer].quant_method.moe_kernel.fused_experts.direct
 
         def piece(name: str) -> Callable[[], None]:
             def run() -> None:
                 self.compared += 1
-                self.wrong += not torch.equal(self.rows(layer, name), weights(layer, name))
+                self.compared_direct += direct
+                self.wrong += not torch.equal(self.rows(layer, name, direct), weights(layer, name))
 
             return run
 
         self.device.kernel([piece(name) for name in SHAPES])
 
-    def forward(self) -> None:
-        """Every layer, behind its gate; one with a runner through vLLM's op."""
-        for number, module in enumerate(self.modules):
-            if module._dwdp_outside:
-                self.runner._forward_entry(torch.zeros(1), number)
-                continue
+    def forward(self, tokens: int = MANY, order: Sequence[int] | None = None, aborted: bool = False) -> None:
+        """A forward of `tokens` tokens: these layers (all, if not given), each behind its gate; `aborted` before the last
+        release."""
+        layers = range(LAYERS) if order is None else order
+        for turn, number in enumerate(layers):
+            module = self.modules[number]
             assert module.dwdp_gate is not None
-            module.dwdp_gate.acquire(module.dwdp_layer)
+            module.dwdp_gate.acquire(module.dwdp_layer, tokens)
             self.compare(number)
-            module.dwdp_gate.release(module.dwdp_layer)
+            if not (aborted and turn == len(layers) - 1):
+                module.dwdp_gate.release(module.dwdp_layer, tokens)
+
+    def capture(self, tokens: int, order: Sequence[int] | None = None) -> int:
+        """The graph of a forward, as torch captures it; where the forward raises there is none."""
+        self.device.begin_torch_capture()
+        try:
+            self.forward(tokens, order)
+        except BaseException:
+            self.device.destroy_graph(self.device.end_torch_capture())
+            raise
+        return self.device.end_torch_capture()
+
+
+def end_process(device: FakeCuda) -> None:
+    """SIGKILL of the process: its work is gone, and its memory is another's but for what others have mapped."""
+    for stream in device.streams.values():
+        stream.work.clear()
+    for block in device.blocks.values():
+        if not block.mapped:
+            ctypes.memset(block.real, 0xEE, block.nbytes)
 
 
 def share_on_gpus(
-    monkeypatch: pytest.MonkeyPatch, view: str, num_ranks: int = 2, seed: int = 0, **settings: Any
+    monkeypatch: pytest.MonkeyPatch,
+    view: str,
+    num_ranks: int = 2,
+    seed: int = 0,
+    captured_tokens: int = 0,
+    **settings: Any,
 ) -> tuple[Machine, list[GpuRank]]:
     """`ExpertSharing` of every rank, not started; raises what one of them raised."""
     machine, here = Machine(seed), threading.local()
@@ -197,17 +241,14 @@ def share_on_gpus(
     monkeypatch.setattr("vllm_dwdp.transport.cuda_device.open_device", lambda index: here.device)
     monkeypatch.setattr("vllm_dwdp.transport.cupy_ipc.this_process", lambda: process_id(here.device.number))
     config = DwdpConfig.parse({"weight_view": view, **settings})
-    launch = DwdpLaunch(config, num_ranks, Rendezvous("127.0.0.1", 1, "made up"), ())
-    meeting, placement, failed = Meeting(num_ranks), place(EXPERTS, num_ranks), []
+    launch = DwdpLaunch(config, num_ranks, "/made/up", (), captured_tokens=captured_tokens)
+    meeting, placement, failed = Meeting(num_ranks), place(EXPERTS, num_ranks, config.experts_per_rank), []
     ranks = []
     for rank in range(num_ranks):
         build = ModelBuild(config, rank, num_ranks, on_cpu=False)
         modules = [Experts(layer, placement.shares[rank]) for layer in range(LAYERS)]
         build.layers = [LayerBuild(module, f"layer{i}", placement, False) for i, module in enumerate(modules)]
-        runner = SimpleNamespace()
-        build.outer_runners = {"layer1": runner}
-        ranks.append(GpuRank(machine.process(), modules, runner, build.open()))
-        runner._forward_entry = lambda states, layer, mine=ranks[-1]: mine.compare(layer) or states
+        ranks.append(GpuRank(machine.process(), modules, build.open()))
 
     def set_up(rank: int) -> None:
         with ExitStack() as stack:

@@ -44,12 +44,38 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
         pytest.param(2, {"transport": "cuda_pinned"}, ['"cuda_pinned"', "GPUs", "auto or shm"], id="pinned-on-cpu"),
         pytest.param(2, {"in_flight": 2}, ["in_flight is 2", "GPUs", "leave it out"], id="in-flight-on-cpu"),
         pytest.param(2, {"ranks_per_device": 2}, ["is 2", "GPUs", "leave it out"], id="ranks-per-device-on-cpu"),
+        pytest.param(2, {"direct_tokens": 8}, ["is 8", "GPUs", "inplace", "leave it out"], id="direct-tokens-on-cpu"),
+        pytest.param(2, {"direct_tokens": "8"}, ["'8'", '"auto"', "whole number"], id="direct-tokens-as-text"),
         pytest.param(2, {"rendezvous": "h:1/g"}, ["h:1", "started apart", "leave it out"], id="ranks-started-apart"),
     ],
 )
 def test_settings(tiny_moe: Path, ranks: int, settings: object, words: list[str]) -> None:
     message = refusal(lambda: build(tiny_moe, data_parallel_size=ranks, additional_config={"dwdp": settings}))
     check_message(message, words)
+
+
+@pytest.mark.parametrize(
+    ("view", "told", "words"),
+    [
+        ("contiguous", 8, ["direct_tokens is 8", "contiguous", "pulls in every forward", "split or auto"]),
+        ("contiguous", 0, None),
+        ("contiguous", "auto", None),
+        ("split", 8, None),
+        ("auto", 8, None),
+    ],
+)
+def test_direct_tokens_on_gpus(view: Any, told: Any, words: list[str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    config = DwdpConfig(weight_view=view, direct_tokens=told)
+    if words is None:
+        options.check_settings(config, on_cpu=False)
+    else:
+        check_message(refusal(lambda: options.check_settings(config, on_cpu=False)), words)
+
+
+@pytest.mark.parametrize("told", [0, "auto"])
+def test_direct_tokens_that_cpus_take(told: Any) -> None:
+    options.check_settings(DwdpConfig(direct_tokens=told), on_cpu=True)
 
 
 def changed(moe: Path, folder: Path, **values: Any) -> Path:

@@ -13,7 +13,7 @@ from vllm_dwdp.errors import DwdpError
 
 def test_missing_and_empty_give_the_defaults() -> None:
     assert DwdpConfig.parse(None) == DwdpConfig.parse({}) == DwdpConfig()
-    assert DwdpConfig().num_slots == 2
+    assert (DwdpConfig().num_slots, DwdpConfig().direct_tokens) == (2, "auto")
     assert DwdpConfig().resolve_slice_bytes(on_cpu=True) == 1 << 20
     assert DwdpConfig().resolve_slice_bytes(on_cpu=False) is None
     assert DwdpConfig(slice_bytes=8192).resolve_slice_bytes(on_cpu=False) == 8192
@@ -35,6 +35,7 @@ def test_missing_and_empty_give_the_defaults() -> None:
             "timeout_s": st.integers(1, 1000) | st.floats(0.001, 1e6),
             "trace": st.booleans(),
             "require_win": st.booleans(),
+            "direct_tokens": st.just("auto") | st.integers(0, 4096),
             "rendezvous": st.none() | st.just("10.0.0.1:29500/group-7"),
         },
     )
@@ -78,6 +79,12 @@ def test_round_trip_through_json(raw: dict[str, Any]) -> None:
         ({"timeout_s": True}, ["True", "seconds"]),
         ({"timeout_s": "5"}, ["'5'", "seconds"]),
         ({"trace": 1}, ["trace is 1", "true or false"]),
+        ({"direct_tokens": "0"}, ["direct_tokens is '0'", '"auto" or a whole number >= 0']),
+        ({"direct_tokens": "atuo"}, ["direct_tokens is 'atuo'", '"auto" or a whole number']),
+        ({"direct_tokens": -1}, ["direct_tokens is -1", ">= 0"]),
+        ({"direct_tokens": True}, ["direct_tokens is True", "bool", "whole number >= 0"]),
+        ({"direct_tokens": 1.5}, ["direct_tokens is 1.5", "float", "whole number >= 0"]),
+        ({"direct_tokens": None}, ["direct_tokens is None", "whole number >= 0"]),
         ({"rendezvous": "host/group"}, ["'host/group'", "host:port/group-id"]),
         ({"rendezvous": "host:99999/g"}, ["99999", "1..65535"]),
         ({"rendezvous": {"host": "h", "port": 1}}, ["group_id"]),

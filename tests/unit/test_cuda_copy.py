@@ -1,17 +1,15 @@
 """The CUDA copy engine on simulated CUDA: graphs, events, exposed waits, limits of time, closing."""
 
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.unit.cuda_bench import SIZE, Bench, open_bench
 from tests.unit.cuda_rank import LIMIT_S
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
-from vllm_dwdp.transport.base import Copy, Event, Program
-from vllm_dwdp.transport.cuda_copy import CopyOptions, join_adjacent
+from vllm_dwdp.transport.base import Event, Program
+from vllm_dwdp.transport.cuda_copy import CopyOptions
 from vllm_dwdp.transport.cuda_device import CudaError
 from vllm_dwdp.transport.cuda_events import NOISE_S
 from vllm_dwdp.transport.shm_copy import ShmEvent
@@ -199,22 +197,22 @@ def test_every_failure_is_raised(bench: Bench, call: str) -> None:
     assert (str(copied), copied.code) == (str(caught.value), "cudaErrorECCUncorrectable")
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), max_size=40),
-    st.integers(1, 40),
-)
-def test_joined_copies_move_the_same_bytes(steps: list[tuple[int, int]], most: int) -> None:
-    at = dict.fromkeys(range(4), 0)
-    copies = []
-    for peer, nbytes in steps:
-        copies.append(Copy(1000 * peer + at[peer], 10_000 * (peer + 1) + at[peer], nbytes))
-        at[peer] += nbytes
-    joined = join_adjacent(copies, most)
+def test_nothing_is_asked_of_events_in_a_capture(bench: Bench) -> None:
+    """CUDA would refuse it, and end the capture."""
+    bench.machine.frozen = True
+    event = bench.engine.submit(bench.program())
+    assert not bench.engine.capturing()
+    bench.device.begin_torch_capture()
+    queries = bench.device.calls["query"]
+    assert bench.engine.capturing() and not bench.engine.ready(event)
+    assert bench.device.calls["query"] == queries
+    bench.device.destroy_graph(bench.device.end_torch_capture())
+    assert not bench.engine.capturing()
 
-    def moved(some: Iterable[Copy]) -> list[tuple[int, int]]:
-        return sorted((c.dst + i, c.src + i) for c in some for i in range(c.nbytes))
 
-    assert moved(joined) == moved(copies)
-    assert all(c.nbytes <= max(most, 9) for c in joined)
-    if most >= sum(nbytes for _, nbytes in steps):
-        assert len(joined) == len({peer for peer, _ in steps})
+def test_a_program_that_cannot_be_built_leaves_the_engine_usable(bench: Bench) -> None:
+    bench.device.fail["copy_async"] = "cudaErrorInvalidValue"
+    with pytest.raises(CudaError, match=r"copy_async failed \(cudaErrorInvalidValue: made to fail\)"):
+        bench.program()
+    bench.engine.finish(bench.engine.submit(bench.program()), LIMIT_S)
+    assert bench.arrived()

@@ -118,21 +118,21 @@ def test_gates_keep_their_place_in_a_compiled_graph() -> None:
     events: list[str] = []
 
     class Gate:
-        def acquire(self, layer: int) -> None:
-            events.append(f"acquire {layer}")
+        def acquire(self, layer: int, tokens: int) -> None:
+            events.append(f"acquire {layer} for {tokens}")
 
-        def release(self, layer: int) -> None:
-            events.append(f"release {layer}")
+        def release(self, layer: int, tokens: int) -> None:
+            events.append(f"release {layer} for {tokens}")
 
     weights = torch.zeros(4, 4)
 
     class Fill(Gate):
-        def acquire(self, layer: int) -> None:
-            super().acquire(layer)
+        def acquire(self, layer: int, tokens: int) -> None:
+            super().acquire(layer, tokens)
             weights.fill_(layer)
 
-        def release(self, layer: int) -> None:
-            super().release(layer)
+        def release(self, layer: int, tokens: int) -> None:
+            super().release(layer, tokens)
             weights.fill_(-100)
 
     gate = Fill()
@@ -149,7 +149,7 @@ def test_gates_keep_their_place_in_a_compiled_graph() -> None:
     x = torch.ones(2, 4)
     expected = x @ torch.full((4, 4), 1.0) @ torch.full((4, 4), 2.0)
     assert torch.equal(torch.compile(forward, backend="aot_eager", fullgraph=True)(x), expected)
-    assert events == ["acquire 1", "release 1", "acquire 2", "release 2"]
+    assert events == [f"{call} {layer} for 2" for layer in (1, 2) for call in ("acquire", "release")]
 
 
 def test_metrics_grow_by_what_the_counters_grew() -> None:
@@ -168,21 +168,14 @@ def test_metrics_grow_by_what_the_counters_grew() -> None:
     assert value("dwdp:experts_held", {"engine": "91"}) == 3
 
 
-@pytest.mark.parametrize(
-    ("layers", "unmeasured", "words"),
-    [
-        (8, 0, ["waited 2.0 ms, 1"]),
-        (8, 6, ["waited 2.0 ms in 2 of the layers", "not available for the others"]),
-        (8, 8, ["wait not available, 1"]),
-    ],
-)
-def test_the_line_at_stop_never_calls_an_unknown_wait_zero(layers: int, unmeasured: int, words: list[str]) -> None:
+def test_the_line_at_stop_tells_both_ways_apart() -> None:
     from vllm_dwdp.engine.rank_pages import summary
 
     zero = {name: 0 for name in Counters.__dataclass_fields__ if name != "view"}
-    counted = {"layers": layers, "unmeasured": unmeasured, "exposed_wait_ns": 2 * 10**6, "on_demand": 1}
-    line = summary(Counters(view="split", **{**zero, **counted}))
-    assert all(word in line for word in words), line
+    counted = {"forwards": 9, "direct_forwards": 7, "layers": 8, "exposed_wait_ns": 2 * 10**6, "on_demand": 1}
+    line = summary(Counters(view="split", **{**zero, **counted, "pulled_bytes": 3 * 10**6, "direct_bytes": 5 * 10**6}))
+    words = ["9 forwards (7 direct)", "3.0 MB pulled in 8 layers", "5.0 MB read directly", "waited 2.0 ms, 1 fetched"]
+    assert "\n" not in line and all(word in line for word in words), line
 
 
 def test_engines_of_ray_launches_are_spawned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,10 +22,13 @@ from vllm_dwdp.engine.launch import DwdpLaunch
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers import gates
 from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers.direct import DirectGate
 from vllm_dwdp.layers.first_use import FirstUse, _stand_in, nan_pages
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 from vllm_dwdp.layers.sharing import ExpertSharing
 from vllm_dwdp.layers.slabs import ExpertTensor
+from vllm_dwdp.layers.split import SplitTables
+from vllm_dwdp.layers.views import RingGate
 
 EXPERTS, INNER, HIDDEN, LAYERS = 5, 32, 64, 3
 
@@ -70,12 +73,12 @@ def nothing_mapped() -> Iterator[None]:
 
 
 @contextmanager
-def shared(view: str, outer: tuple[dict[str, Any], ...] = ({}, {})) -> Iterator[list[ExpertSharing]]:
+def shared(view: str) -> Iterator[list[ExpertSharing]]:
     """Two ranks of three layers on two slots, loaded and started."""
     launch = DwdpLaunch(DwdpConfig(weight_view=view, timeout_s=LIMIT_S), 2, Rendezvous("h", 1, "id"), ())  # type: ignore[arg-type]
     builds = []
     for rank in range(2):
-        builds.append(ModelBuild(launch.config, rank, 2, on_cpu=True, outer_runners=outer[rank]).open())
+        builds.append(ModelBuild(launch.config, rank, 2, on_cpu=True).open())
         for layer in range(LAYERS):
             moe = SimpleNamespace(
                 num_experts=EXPERTS, intermediate_size_per_partition=INNER, hidden_dim=HIDDEN, is_act_and_mul=False
@@ -122,9 +125,9 @@ def test_a_layer_that_was_left_out_is_nan_until_it_is_used(inference: bool) -> N
             layers = modules(sharing)
             for layer in (1, 2):
                 assert torch.equal(layers[layer].forward_modular(X), right(layer))
-            layers[2].dwdp_gate.acquire(2)  # into the slot that it shares with layer 0
+            layers[2].dwdp_gate.acquire(2, len(X))  # into the slot that it shares with layer 0
             assert torch.equal(Plain.forward_modular(layers[0], X), right(2))  # the fault
-            layers[2].dwdp_gate.release(2)
+            layers[2].dwdp_gate.release(2, len(X))
             assert sharing.unused() == ["layers.0"]
             before = slab_maps()
             sharing.seal_unused()
@@ -132,8 +135,8 @@ def test_a_layer_that_was_left_out_is_nan_until_it_is_used(inference: bool) -> N
             assert Plain.forward_modular(layers[0], X).isnan().all()
             for layer in (1, 2, 0, 1, 2, 0, 2, 1):
                 assert torch.equal(layers[layer].forward_modular(X), right(layer))
-            assert sharing.unused() == [] and all(module.dwdp_gate is sharing.prefetcher for module in layers)
-            assert all(gates._gates[module._dwdp_number][0] is sharing.prefetcher for module in layers)
+            assert sharing.unused() == [] and all(isinstance(module.dwdp_gate, RingGate) for module in layers)
+            assert all(gates._gates[module._dwdp_number][0] is module.dwdp_gate for module in layers)
             assert slab_maps() == before
 
 
@@ -154,26 +157,6 @@ def test_acquire_in_compiled_code_is_seen() -> None:
             compiled = torch.compile(layer.forward_modular, backend="aot_eager", fullgraph=True)
             assert torch.equal(compiled(X.clone()), right(0))
             assert sharing.unused() == ["layers.1", "layers.2"]
-
-
-def test_acquire_around_vllms_op_is_seen() -> None:
-    runners = tuple({f"layers.{layer}": SimpleNamespace() for layer in range(LAYERS)} for _ in range(2))
-    for of_rank in runners:
-        for runner in of_rank.values():
-            runner._forward_entry = lambda states, experts: experts.forward_modular(states)
-    with shared("contiguous", runners) as ranks:
-        for rank, sharing in enumerate(ranks):
-            layers = modules(sharing)
-            for layer in (1, 2):
-                found = runners[rank][f"layers.{layer}"]._forward_entry(X.clone(), layers[layer])
-                assert torch.equal(found, right(layer))
-            assert sharing.unused() == ["layers.0"]
-            sharing.seal_unused()
-            # vLLM's op, past acquire, which is around it.
-            assert layers[0].forward_modular(X).isnan().all()
-            for layer in (0, 1, 2):
-                found = runners[rank][f"layers.{layer}"]._forward_entry(X.clone(), layers[layer])
-                assert torch.equal(found, right(layer))
 
 
 def test_a_failed_first_acquire_leaves_the_layer_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,25 +191,39 @@ def test_nan_of_every_dtype_and_any_size(dtype: torch.dtype) -> None:
         assert found.is_contiguous() is dense and found.stride(-1) == 1
 
 
-def test_a_split_layer_that_was_left_out_raises_until_it_is_used() -> None:
+@pytest.mark.parametrize("tokens", [4, 5], ids=["direct", "pulled"])
+def test_a_split_layer_that_was_left_out_raises_until_it_is_used(tokens: int) -> None:
+    """Whichever way its first forward goes, and those after it."""
     from vllm_dwdp.kernels.experts import SplitExperts
 
     kernel = SplitExperts.__new__(SplitExperts)
-    tables: Any = ("w13", "w2")
-    kernel._tables = tables
-    attached = SimpleNamespace(attach_tables=lambda *given: setattr(kernel, "_tables", given))
-    attached.detach_tables = kernel.detach_tables
+    tables: Any = SplitTables(("w13", "w2"), ("w13 at owners", "w2 at owners"))  # type: ignore[arg-type]
+    kernel._tables, kernel._direct, kernel.direct = tables.pulled, tables.direct, False
+
+    def attach_tables(pulled: Any, direct: Any) -> None:  # without its checks, which need real tables
+        kernel._tables, kernel._direct = pulled, direct
+
+    kernel.attach_tables = attach_tables  # type: ignore[method-assign]
     module = Experts.__new__(Experts)
     nn.Module.__init__(module)
-    module.quant_method = SimpleNamespace(moe_kernel=SimpleNamespace(fused_experts=attached))
+    module.quant_method = SimpleNamespace(moe_kernel=SimpleNamespace(fused_experts=kernel))
     module.dwdp_tables = tables
     parameter = nn.Parameter(torch.zeros(1, 2), requires_grad=False)
     view = parameter.data
-    gate = SimpleNamespace(acquire=lambda layer: None, release=lambda layer: None)
-    module._dwdp_number = gates.register_gate(gate, 0)  # type: ignore[arg-type]
-    first = FirstUse(module, gate)  # type: ignore[arg-type]
+    pulls: list[int] = []
+    ring: Any = SimpleNamespace(acquire=pulls.append, release=lambda layer: None)
+    gate = DirectGate(ring, module, 4)
+    module._dwdp_number = gates.register_gate(gate, 0)
+    module.dwdp_gate = first = FirstUse(module, gate)
     first.seal([(ExpertTensor("w", parameter, (2,), 8, torch.float32), torch.full((1, 2), torch.nan))])
-    with pytest.raises(DwdpError, match="no weights"):
-        kernel._attached()
-    first.acquire(0)
-    assert kernel._attached() == tables and parameter.data.data_ptr() == view.data_ptr()
+    for kernel.direct in (False, True):
+        with pytest.raises(DwdpError, match="no weights"):
+            kernel._attached()
+    first.acquire(0, tokens)
+    assert kernel._attached() == (tables.direct if tokens == 4 else tables.pulled)
+    assert parameter.data.data_ptr() == view.data_ptr() and pulls == ([] if tokens == 4 else [0])
+    first.release(0, tokens)
+    for other in (5, 4, 5):
+        module.dwdp_gate.acquire(0, other)
+        assert kernel._attached() == (tables.direct if other == 4 else tables.pulled)
+    assert module.dwdp_gate is gate and gates._gates[module._dwdp_number][0] is gate

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +13,9 @@ pytest.importorskip("vllm")
 
 from tests.unit.whole_model import load, vllm_groups
 from vllm_dwdp.layers.build import ModelBuild
-from vllm_dwdp.layers.gates import between_ops, register_gate
+from vllm_dwdp.layers.gates import register_gate
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
+from vllm_dwdp.layers.split import SplitTables
 
 RANKS, EXPERTS = 2, 5
 
@@ -37,11 +37,11 @@ class Recorder:
     def __init__(self, events: list[str]) -> None:
         self.events = events
 
-    def acquire(self, layer: int) -> None:
-        self.events.append(f"acquire {layer}")
+    def acquire(self, layer: int, tokens: int) -> None:
+        self.events.append(f"acquire {layer} for {tokens}")
 
-    def release(self, layer: int) -> None:
-        self.events.append(f"release {layer}")
+    def release(self, layer: int, tokens: int) -> None:
+        self.events.append(f"release {layer} for {tokens}")
 
 
 class Computes:
@@ -51,7 +51,8 @@ class Computes:
         self.events = events
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
-        self.events.append("compute")
+        if self.events is not None:
+            self.events.append("compute")
         return x + 1
 
     forward_modular = forward_monolithic = _compute
@@ -62,7 +63,7 @@ class Layer(DwdpExpertsMixin, Computes):
 
     def __init__(self, events: list[str]) -> None:
         Computes.__init__(self, events)
-        self.dwdp_gate, self.dwdp_layer, self._dwdp_outside = Recorder(events), 3, False
+        self.dwdp_gate, self.dwdp_layer, self._dwdp_number = Recorder(events), 3, register_gate(Recorder(events), 3)
 
 
 @pytest.mark.parametrize("forward", ["forward_modular", "forward_monolithic"])
@@ -70,35 +71,29 @@ def test_compute_is_between_acquire_and_release(forward: str) -> None:
     events: list[str] = []
     layer = Layer(events)
     assert getattr(layer, forward)(torch.zeros(2)).tolist() == [1, 1]
-    assert events == ["acquire 3", "compute", "release 3"]
-    # Where vLLM's runner is behind the gate its experts are not.
-    layer._dwdp_outside = True
-    getattr(layer, forward)(torch.zeros(2))
-    assert events[3:] == ["compute"]
+    assert events == ["acquire 3 for 2", "compute", "release 3 for 2"]
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["routed", "with shared experts"])
-def test_a_runner_is_between_acquire_and_release(shared: bool) -> None:
+def test_compiled_experts_keep_the_order_and_tell_the_tokens() -> None:
+    """Code that torch.compile traces through: the ops stay on either side of the compute."""
     events: list[str] = []
-    number = register_gate(Recorder(events), 4)
+    layer = Layer(events)
+    kept: list[list[str]] = []
 
-    def forward(x: torch.Tensor) -> Any:
-        events.append("compute")
-        return (x, x + 1) if shared else x + 1
+    def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        kept.append([str(node.target) for node in module.graph.nodes if node.op == "call_function"])
+        return module
 
-    output = between_ops(forward, number)(torch.zeros(2))
-    assert (output[-1] if shared else output).tolist() == [1, 1]
-    assert events == ["acquire 4", "compute", "release 4"]
+    def model(states: torch.Tensor) -> torch.Tensor:
+        return layer.forward_modular(states * 2) * 3
 
-
-def test_a_runner_outside_takes_the_gate_along(model: Path) -> None:
-    loaded = load(model, 0, RANKS)
-    layer: Any = loaded.build.layers[1].module
-    events: list[str] = []
-    runner = SimpleNamespace(_forward_entry=lambda x: (events.append("op"), x)[1])
-    layer.dwdp_attach(Recorder(events), 1, runner)
-    runner._forward_entry(torch.zeros(2))
-    assert events == ["acquire 1", "op", "release 1"] and layer._dwdp_outside
+    layer.events = None  # type: ignore[assignment] # nothing is noted while tracing
+    output = torch.compile(model, backend=backend, fullgraph=True)(torch.ones(7, 2))
+    assert torch.equal(output, torch.full((7, 2), 9.0))
+    assert events == ["acquire 3 for 7", "release 3 for 7"]
+    (targets,) = kept
+    order = [next(i for i, name in enumerate(targets) if part in name) for part in ("acquire", "add", "release")]
+    assert order == sorted(order)
 
 
 def test_kernels_are_made_again_on_gpus(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +104,7 @@ def test_kernels_are_made_again_on_gpus(model: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ModelBuild.current(), "on_cpu", False)
     made: Any = type(kernel.fused_experts)
     monkeypatch.setattr(made, "attach_tables", lambda self, *given: tables.append(given), raising=False)
-    layer.dwdp_tables = ("w13", "w2")
+    layer.dwdp_tables = SplitTables(("w13", "w2"), ("w13 at owners", "w2 at owners"))  # type: ignore[arg-type]
     layer.dwdp_attach(Recorder([]), 0)
-    assert layer.quant_method.moe_kernel is not kernel and tables == [("w13", "w2")]
+    assert layer.quant_method.moe_kernel is not kernel and tables == [tuple(layer.dwdp_tables)]
     assert layer.quant_method.moe_kernel.fused_experts.moe_config.num_local_experts == EXPERTS

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.gpu_sharing import EXPERTS, LAYERS, SHAPES, share_on_gpus, weights
+from tests.unit.gpu_sharing import EXPERTS, LAYERS, MANY, SHAPES, share_on_gpus, weights
 from vllm_dwdp.errors import DwdpTimeout
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.transport.cuda_copy import CudaCopyEngine
@@ -42,6 +42,7 @@ def test_two_ranks_see_every_byte(view: str, transport: str, kind: type, monkeyp
         sharing.start()
     for _ in range(3):
         for rank in ranks:
+            rank.sharing.forwards.add(MANY)
             rank.forward()
             machine.wander(10)
     machine.drain()
@@ -49,6 +50,7 @@ def test_two_ranks_see_every_byte(view: str, transport: str, kind: type, monkeyp
         counted = rank.sharing.snapshot()
         assert rank.compared == 3 * LAYERS * len(SHAPES) and rank.wrong == 0
         assert (counted["forwards"], counted["layers"], counted["on_demand"]) == (3, 3 * LAYERS, 0)
+        assert (counted["direct_forwards"], counted["direct_bytes"]) == (0, 0)
         assert counted["view"] == rank.sharing.view
     for rank in ranks:
         rank.sharing.close()
@@ -60,8 +62,6 @@ def test_two_ranks_see_every_byte(view: str, transport: str, kind: type, monkeyp
 def test_kernels_are_made_again_for_all_experts(view: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, ranks = share_on_gpus(monkeypatch, view)
     for rank in ranks:
-        # The one with a runner acquires and releases around vLLM's op.
-        assert [module._dwdp_outside for module in rank.modules] == [False, True, False]
         for number, module in enumerate(rank.modules):
             kernel = module.quant_method.moe_kernel
             assert kernel.biases == EXPERTS and kernel.experts == (EXPERTS, "whole")

@@ -1,8 +1,7 @@
-"""What a launch on GPUs tells vLLM at its start: the expert kernels, the runners of compiled layers, the CUDA graphs."""
+"""What a launch on GPUs tells vLLM at its start: the expert kernels, the CUDA graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.offloader.base import NoopOffloader, get_offloader, set_offloader
+from vllm.model_executor.offloader.base import NoopOffloader, get_offloader
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import configure, options, worker
 from vllm_dwdp.engine.gpu_worker import DwdpGPUWorker
-from vllm_dwdp.engine.graphs import CopiesInGraphs
 from vllm_dwdp.engine.launch import DwdpLaunch
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.hold import MemoryFacts
 from vllm_dwdp.layers.build import ModelBuild
-from vllm_dwdp.patches import cuda_graph
 
 
 class Stop(Exception):
@@ -55,23 +52,10 @@ def test_expert_kernels_are_those_that_slots_were_tried_with(
     assert (found, args.moe_backend) == ([built], given)
 
 
-def compilation(mode: CUDAGraphMode) -> Any:
-    return SimpleNamespace(
-        mode=CompilationMode.VLLM_COMPILE,
-        cudagraph_mode=mode,
-        static_all_moe_layers=["layers.0.experts", "layers.1.experts"],
-        static_forward_context={"layers.0.experts": "runner 0", "layers.1.experts": "runner 1", "attention": "no"},
-        splitting_ops_contain_attention=lambda: True,
-    )
-
-
-@pytest.fixture
-def offloader() -> Iterator[None]:
-    """vLLM keeps one per process."""
-    before = get_offloader()
-    set_offloader(NoopOffloader())
-    yield
-    set_offloader(before)
+def compilation(mode: CUDAGraphMode) -> CompilationConfig:
+    made = CompilationConfig(cudagraph_mode=mode, cudagraph_capture_sizes=[1, 2, 4, 8])
+    made.max_cudagraph_capture_size = 8
+    return made
 
 
 class Model(torch.nn.Module):
@@ -81,8 +65,8 @@ class Model(torch.nn.Module):
 class Loaded:
     """Takes the place of vLLM's worker, and of the memory that ranks share."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, mode: CUDAGraphMode, prefetcher: Any) -> None:
-        self.outer_runners: dict[str, Any] | None = None
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, mode: CUDAGraphMode, direct: int) -> None:
+        self.compilation = compilation(mode)
         self.experts_per_rank: int | str | None = None
         self.started = 0
         store = SimpleNamespace(
@@ -95,21 +79,20 @@ class Loaded:
         monkeypatch.setattr(worker, "ExpertSharing", self.share)
         monkeypatch.setattr(ModelBuild, "_current", None)
         monkeypatch.setattr(Worker, "load_model", lambda self: None)
-        self._prefetcher = prefetcher
+        self._direct = direct
         self.worker = DwdpGPUWorker.__new__(DwdpGPUWorker)
         self.worker.dwdp_launch = DwdpLaunch(DwdpConfig(), 2, "/made/up", ())
         self.worker.dwdp_rank, self.worker.dwdp_place, self.worker.dwdp_sharing = 1, "a test", None
         self.worker.model_runner = SimpleNamespace(load_model=None, reload_weights=None, get_model=Model)  # type: ignore[assignment]
         self.worker.vllm_config = SimpleNamespace(  # type: ignore[assignment]
-            compilation_config=compilation(mode), scheduler_config=SimpleNamespace(max_num_batched_tokens=1)
+            compilation_config=self.compilation, scheduler_config=SimpleNamespace(max_num_batched_tokens=1)
         )
         monkeypatch.setattr(worker, "set_current_vllm_config", lambda config: nullcontext())
 
     def share(self, build: ModelBuild, *arguments: Any) -> Any:
-        self.outer_runners = dict(build.outer_runners)
         self.experts_per_rank = build.config.experts_per_rank
         return SimpleNamespace(
-            prefetcher=self._prefetcher,
+            direct_tokens=self._direct,
             describe=lambda place: "",
             window=lambda tokens: None,
             start=lambda: setattr(self, "started", self.started + 1),
@@ -118,37 +101,30 @@ class Loaded:
 
 
 @pytest.mark.parametrize(
-    ("mode", "runners"),
+    ("direct", "mode", "sizes"),
     [
-        (CUDAGraphMode.FULL_DECODE_ONLY, {}),
-        (CUDAGraphMode.PIECEWISE, {"layers.0.experts": "runner 0", "layers.1.experts": "runner 1"}),
+        (4, CUDAGraphMode.FULL_AND_PIECEWISE, [1, 2, 4]),
+        (100, CUDAGraphMode.FULL_AND_PIECEWISE, [1, 2, 4, 8]),
+        (0, CUDAGraphMode.NONE, [1, 2, 4, 8]),
     ],
 )
-def test_the_prefetcher_is_told_of_graphs_and_layers_of_the_runners_around_them(
-    mode: CUDAGraphMode, runners: dict[str, str], monkeypatch: pytest.MonkeyPatch, offloader: None
+def test_graphs_are_limited_to_direct_forwards_once_the_model_is_there(
+    direct: int, mode: CUDAGraphMode, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[str] = []
-    prefetcher = SimpleNamespace(
-        align=lambda: told.append("align"), end_capture=lambda: "counts", count_replay=object()
-    )
-    followed: list[Any] = []
-    monkeypatch.setattr(cuda_graph, "install", lambda count_replay: (followed.append(count_replay), told.append)[1])
-    loaded = Loaded(monkeypatch, mode, prefetcher)
+    loaded = Loaded(monkeypatch, CUDAGraphMode.FULL_AND_PIECEWISE, direct)
+    splitting = loaded.compilation.splitting_ops
     loaded.worker.load_model()
-    assert loaded.outer_runners == runners and loaded.started == 1
+    assert loaded.started == 1
+    assert (loaded.compilation.cudagraph_mode, loaded.compilation.cudagraph_capture_sizes) == (mode, sizes)
+    assert loaded.compilation.max_cudagraph_capture_size == sizes[-1]
+    # Compiled code is cut where plain vLLM cuts it, and vLLM's offloader is its own.
+    assert loaded.compilation.splitting_ops == splitting and isinstance(get_offloader(), NoopOffloader)
     with pytest.raises(DwdpError, match=r"model_runner\.reload_weights would replace weights"):
         loaded.worker.model_runner.reload_weights()
-    assert isinstance(get_offloader(), CopiesInGraphs)
-    get_offloader().sync_prev_onload()
-    get_offloader().join_after_forward()
-    assert told == ["align", "counts"] and followed == [prefetcher.count_replay]
-    # Code that is not cut gets no piecewise graphs.
-    cut = loaded.worker.vllm_config.compilation_config.splitting_ops_contain_attention()
-    assert cut is (mode == CUDAGraphMode.PIECEWISE)
 
 
 def test_layers_are_built_with_as_many_experts_as_memory_allows(
-    monkeypatch: pytest.MonkeyPatch, offloader: None
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     facts = MemoryFacts(
         experts=8, ranks=2, layers=5, limit=0, dense=80, peak=20, expert=50, slot_expert=20, slots_hold="missing",
@@ -163,7 +139,7 @@ def test_layers_are_built_with_as_many_experts_as_memory_allows(
     )
     loss: list[int | None] = []
     for ranks_per_device, held in ((2, 6), (1, 7)):
-        loaded = Loaded(monkeypatch, CUDAGraphMode.NONE, None)
+        loaded = Loaded(monkeypatch, CUDAGraphMode.NONE, 0)
         config = DwdpConfig(experts_per_rank="auto", ranks_per_device=ranks_per_device, require_win=True)
         loaded.worker.dwdp_launch = DwdpLaunch(config, 2, "/made/up", ())
         loaded.worker.requested_memory = 1500
@@ -176,6 +152,38 @@ def test_layers_are_built_with_as_many_experts_as_memory_allows(
         assert (loaded.experts_per_rank, loss.pop()) == (held, held)
 
 
-def test_without_a_ring_nobody_is_told(monkeypatch: pytest.MonkeyPatch, offloader: None) -> None:
-    Loaded(monkeypatch, CUDAGraphMode.FULL_DECODE_ONLY, None).worker.load_model()
-    assert isinstance(get_offloader(), NoopOffloader)
+@pytest.mark.parametrize(
+    ("settings", "mode"),
+    [
+        ({}, CUDAGraphMode.FULL),
+        ({"direct_tokens": 0}, CUDAGraphMode.NONE),
+        ({"weight_view": "contiguous"}, CUDAGraphMode.NONE),
+    ],
+)
+def test_a_launch_tells_its_workers_of_graphs(
+    settings: dict[str, Any], mode: CUDAGraphMode, on_gpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mode is settled in the config that all ranks get, and the largest size that the user named goes with it."""
+    args = EngineArgs(
+        model=str(tmp_path),
+        distributed_executor_backend="dwdp",
+        data_parallel_size=2,
+        cudagraph_capture_sizes=[1, 8],
+        additional_config={"dwdp": settings},
+        disable_log_stats=True,
+    )
+    given = SimpleNamespace(
+        compilation_config=compilation(CUDAGraphMode.FULL),
+        parallel_config=SimpleNamespace(worker_cls="vllm.v1.worker.gpu_worker.Worker", data_parallel_size=2),
+        speculative_config=None,
+    )
+    launches: list[DwdpLaunch] = []
+    monkeypatch.setattr(configure, "set_devices", lambda *arguments: None)
+    monkeypatch.setattr(configure, "_launch", lambda args, config, owner: DwdpLaunch(config, 2, "/made/up", ()))
+    monkeypatch.setattr(configure, "_environment", lambda *arguments: {})
+    monkeypatch.setattr(configure, "watch_ranks", lambda *arguments, **named: None)
+    monkeypatch.setattr(configure, "attach_launch", lambda config, launch: launches.append(launch))
+    found = configure.create_engine_config(lambda args: given, args)  # type: ignore[arg-type, return-value]
+    assert found.compilation_config.cudagraph_mode == mode
+    (launch,) = launches
+    assert launch.captured_tokens == 8 and launch.config == DwdpConfig(**settings)

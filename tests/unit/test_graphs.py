@@ -1,216 +1,128 @@
-"""How vLLM's CUDA graphs are fitted to acquire and release (engine/graphs.py), without a GPU."""
+"""Which CUDA graphs vLLM is left with (engine/graphs.py): those of forwards that read experts where they are."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-import vllm.forward_context
-from torch import nn
-from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
+from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.offloader import base
-from vllm.v1.attention.backend import AttentionCGSupport
 
-from vllm_dwdp.engine.graphs import CopiesInGraphs, fit_graphs, follow_graphs, graphs_chosen, refuse_piecewise, splits
-from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.layers.gates import OPS, between_ops, register_gate
-from vllm_dwdp.patches import cuda_graph
+from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.engine import graphs
+from vllm_dwdp.engine.configure import _named_tokens
+from vllm_dwdp.engine.graphs import fit_graphs, limit_graphs
 
-
-def config(graphs: CUDAGraphMode | None, compiled: bool = True, **more: Any) -> Any:
-    compilation = SimpleNamespace(
-        cudagraph_mode=graphs,
-        mode=CompilationMode.VLLM_COMPILE if compiled else CompilationMode.NONE,
-        use_inductor_graph_partition=False,
-        splitting_ops=["vllm::unified_attention_with_output"],
-    )
-    compilation.__dict__.update(more)
-    return SimpleNamespace(compilation_config=compilation)
+SIZES = [1, 2, 4, 8, 16, 24, 32]
+MODES = [CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.NONE]
 
 
-@pytest.mark.parametrize(
-    ("mode", "compiled", "split"),
-    [
-        (CUDAGraphMode.FULL_AND_PIECEWISE, True, True),
-        (CUDAGraphMode.PIECEWISE, True, True),
-        (CUDAGraphMode.FULL, True, True),
-        (CUDAGraphMode.FULL_DECODE_ONLY, True, False),
-        (CUDAGraphMode.FULL, False, False),
-        (CUDAGraphMode.NONE, True, False),
-        (None, False, False),
-    ],
-)
-def test_compiled_code_is_split_where_there_are_piecewise_graphs(
-    mode: CUDAGraphMode | None, compiled: bool, split: bool
-) -> None:
-    given = config(mode, compiled)
-    shared = given.compilation_config.splitting_ops
-    fit_graphs(given)
-    found = given.compilation_config.splitting_ops
-    assert found == ["vllm::unified_attention_with_output", *(OPS if split else ())]
-    assert splits(given.compilation_config) is split and len(shared) == 1
-    for name in OPS:  # vLLM looks operators up by these names
-        namespace, op = name.split("::")
-        assert getattr(getattr(torch.ops, namespace), op).default is not None
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is logged."""
+    found: list[str] = []
+    monkeypatch.setattr(graphs.logger, "info", lambda text, *values: found.append(text % values))
+    return found
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (config(CUDAGraphMode.PIECEWISE, use_inductor_graph_partition=True), "use_inductor_graph_partition"),
-        (config(CUDAGraphMode.FULL, splitting_ops=[]), "splitting_ops is empty"),
-        (config(CUDAGraphMode.PIECEWISE, mode=CompilationMode.STOCK_TORCH_COMPILE), "STOCK_TORCH_COMPILE"),
-    ],
-)
-def test_graphs_that_cannot_be_split_are_refused(given: Any, message: str) -> None:
-    with pytest.raises(DwdpError, match=message) as caught:
-        fit_graphs(given)
-    assert "\n" not in str(caught.value)
+def compilation(mode: CUDAGraphMode | None, sizes: list[int] | None = None) -> CompilationConfig:
+    given = SIZES if sizes is None else sizes
+    made = CompilationConfig(cudagraph_mode=mode, cudagraph_capture_sizes=list(given))
+    made.max_cudagraph_capture_size = given[-1]
+    return made
 
 
-@pytest.mark.parametrize(
-    ("mode", "left"),
-    [
-        (CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY),
-        (CUDAGraphMode.PIECEWISE, CUDAGraphMode.NONE),
-        (CUDAGraphMode.FULL, CUDAGraphMode.FULL),
-    ],
-)
-def test_breakable_graphs_are_whole_forwards_only(
-    mode: CUDAGraphMode, left: CUDAGraphMode, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
-    given = config(mode, compiled=False)
-    fit_graphs(given)
-    assert given.compilation_config.cudagraph_mode == left
-
-
-def test_vllm_tells_the_prefetcher_of_whole_forwards_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
-    prefetcher: Any = SimpleNamespace(align=lambda: told.append("align"), end_capture=lambda: told.append("end"))
-    prefetcher.count_replay = None
-    monkeypatch.setattr(base, "_instance", base.NoopOffloader())
-    monkeypatch.setattr(cuda_graph, "install", lambda count_replay: lambda counts: None)
-    follow_graphs(prefetcher, cut=True)
-    offloader = base.get_offloader()
-    assert isinstance(offloader, CopiesInGraphs)
-    layers = [nn.Linear(1, 1)]
-    assert offloader.wrap_modules(layer for layer in layers) == layers
-    for context, tells in ((None, True), ("FULL", True), ("PIECEWISE", False), ("NONE", False)):
-        told.clear()
-        found = None if context is None else SimpleNamespace(cudagraph_runtime_mode=CUDAGraphMode[context])
-        monkeypatch.setattr(vllm.forward_context, "_forward_context", found)
-        offloader.sync_prev_onload()
-        offloader.join_after_forward()
-        assert told == (["align", "end"] if tells else []), context
-    with pytest.raises(DwdpError, match="CopiesInGraphs moves weights"):
-        follow_graphs(prefetcher, cut=True)
-
-
-def test_a_piecewise_graph_that_would_hold_copies_is_refused_before_its_capture(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    told: list[str] = []
-    prefetcher: Any = SimpleNamespace(align=lambda: told.append("align"), end_capture=lambda: told.append("end"))
-    offloader = CopiesInGraphs(prefetcher, cut=False, give_counts=lambda counts: None)
-    monkeypatch.setattr(vllm.forward_context, "_forward_context", None)
-    offloader.sync_prev_onload()
-    for mode in ("FULL", "NONE", "PIECEWISE"):
-        context = SimpleNamespace(cudagraph_runtime_mode=CUDAGraphMode[mode])
-        monkeypatch.setattr(vllm.forward_context, "_forward_context", context)
-        if mode != "PIECEWISE":
-            offloader.sync_prev_onload()
-    with pytest.raises(DwdpError, match=r"-cc\.cudagraph_mode NONE"):
-        offloader.sync_prev_onload()
-    assert told == ["align", "align"]
-
-
-@pytest.mark.parametrize(
-    ("mode", "chosen", "left"),
-    [
-        (CUDAGraphMode.FULL_AND_PIECEWISE, False, CUDAGraphMode.FULL_DECODE_ONLY),
-        (CUDAGraphMode.FULL_AND_PIECEWISE, True, CUDAGraphMode.FULL_AND_PIECEWISE),
-        (CUDAGraphMode.FULL, False, CUDAGraphMode.FULL_DECODE_ONLY),
-        (CUDAGraphMode.FULL, True, CUDAGraphMode.FULL),
-        (CUDAGraphMode.PIECEWISE, False, CUDAGraphMode.PIECEWISE),
-        (CUDAGraphMode.NONE, False, CUDAGraphMode.NONE),
-        (None, False, None),
-    ],
-)
-def test_piecewise_graphs_are_made_where_they_are_asked_for(
-    mode: CUDAGraphMode | None, chosen: bool, left: CUDAGraphMode | None
-) -> None:
-    given = config(mode)
-    fit_graphs(given, chosen)
-    compilation = given.compilation_config
-    assert compilation.cudagraph_mode == left
-    assert (compilation.splitting_ops[-2:] == list(OPS)) is splits(compilation)
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_between_ops_acquires_first_and_releases_last(shared: bool) -> None:
-    seen: list[Any] = []
-    gate: Any = SimpleNamespace(
-        acquire=lambda layer: seen.append(("acquire", layer)), release=lambda layer: seen.append(("release", layer))
+def state(config: CompilationConfig) -> tuple[object, ...]:
+    return (
+        config.cudagraph_mode,
+        config.cudagraph_capture_sizes,
+        config.max_cudagraph_capture_size,
+        config.splitting_ops,
     )
 
-    def forward(states: torch.Tensor, more: int) -> Any:
-        seen.append(("forward", more))
-        return (states + 2, states + 1) if shared else states + 1
 
-    gated = between_ops(forward, register_gate(gate, 5))
-    states = torch.zeros(3)
-    output = gated(states, 4)
-    assert seen == [("acquire", 5), ("forward", 4), ("release", 5)]
-    assert torch.equal(output[1] if shared else output, states + 1)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({}, None),
+        ({"direct_tokens": 8}, None),
+        ({"weight_view": "split"}, None),
+        ({"direct_tokens": 0}, "dwdp.direct_tokens is 0"),
+        ({"weight_view": "contiguous"}, 'dwdp.weight_view is "contiguous"'),
+        ({"weight_view": "split", "direct_tokens": 0}, "dwdp.direct_tokens is 0"),
+    ],
+)
+def test_without_direct_reads_there_are_no_graphs(
+    mode: CUDAGraphMode, settings: dict[str, Any], why: str | None, lines: list[str]
+) -> None:
+    config = compilation(mode)
+    before = state(config)
+    fit_graphs(config, DwdpConfig(**settings))
+    if why is None or mode == CUDAGraphMode.NONE:
+        assert state(config) == before and lines == []
+    else:
+        assert state(config) == (CUDAGraphMode.NONE, *before[1:])
+        (line,) = lines
+        assert "\n" not in line and "without CUDA graphs" in line and why in line
 
 
-def test_a_compiled_layer_keeps_the_order() -> None:
-    seen: list[str] = []
-    gate: Any = SimpleNamespace(
-        acquire=lambda layer: seen.append("acquire"), release=lambda layer: seen.append("release")
-    )
-    gated = between_ops(lambda states: states * 2, register_gate(gate, 0))
+@pytest.mark.parametrize("mode", [None, *MODES])
+@pytest.mark.parametrize(
+    ("most", "left"), [(32, SIZES), (1000, SIZES), (31, SIZES[:-1]), (8, SIZES[:4]), (1, [1]), (0, None)]
+)
+def test_sizes_beyond_direct_forwards_are_left_out(
+    mode: CUDAGraphMode | None, most: int, left: list[int] | None, lines: list[str]
+) -> None:
+    config = compilation(mode)
+    before = state(config)
+    limit_graphs(config, most, rank=1)
+    if mode in (None, CUDAGraphMode.NONE):
+        assert state(config) == before and lines == []
+    elif left is None:
+        assert config.cudagraph_mode == CUDAGraphMode.NONE
+        (line,) = lines
+        assert "without CUDA graphs" in line and "rank 1" in line and "up to 0 tokens" in line
+    else:
+        assert state(config) == (before[0], left, left[-1], before[3])
+        told = f"dwdp rank 1: CUDA graphs up to {left[-1]} tokens, not 32: larger forwards pull experts"
+        assert lines == ([] if left == SIZES else [told])
+    # vLLM asserts that the limit is the last size.
+    config.post_init_cudagraph_sizes()
 
-    def model(states: torch.Tensor) -> torch.Tensor:
-        return gated(states + 1) + 1
 
-    kept: list[list[str]] = []
+def test_where_no_size_is_small_enough_there_are_no_graphs(lines: list[str]) -> None:
+    config = compilation(CUDAGraphMode.FULL_AND_PIECEWISE, [64, 128])
+    limit_graphs(config, 24, rank=0)
+    assert config.cudagraph_mode == CUDAGraphMode.NONE and len(lines) == 1
+    config.post_init_cudagraph_sizes()
 
-    def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
-        kept.append([str(node.target) for node in module.graph.nodes if node.op == "call_function"])
-        return module
 
-    output = torch.compile(model, backend=backend, fullgraph=True)(torch.ones(2))
-    assert torch.equal(output, torch.full((2,), 5.0)) and seen == ["acquire", "release"]
-    (targets,) = kept
-    order = [next(i for i, name in enumerate(targets) if part in name) for part in ("acquire", "mul", "release")]
-    assert order == sorted(order)
+def test_sizes_are_sorted_by_vllm_later_only(lines: list[str]) -> None:
+    config = CompilationConfig(cudagraph_mode=CUDAGraphMode.FULL, cudagraph_capture_sizes=[16, 2, 64, 8])
+    config.max_cudagraph_capture_size = 64
+    limit_graphs(config, 20, rank=0)
+    config.post_init_cudagraph_sizes()
+    assert (config.cudagraph_capture_sizes, config.max_cudagraph_capture_size) == ([2, 8, 16], 16)
 
 
 @pytest.mark.parametrize(
-    ("given", "chosen"),
-    [({}, False), ({"cudagraph_capture_sizes": [1]}, False), ({"cudagraph_mode": "PIECEWISE"}, True)],
+    ("given", "named"),
+    [
+        ({}, False),
+        ({"compilation_config": {"cudagraph_mode": "PIECEWISE"}}, False),
+        ({"cudagraph_capture_sizes": [8, 48]}, True),
+        ({"max_cudagraph_capture_size": 48}, True),
+        ({"compilation_config": {"cudagraph_capture_sizes": [8, 48]}}, True),
+        ({"compilation_config": {"max_cudagraph_capture_size": 48}}, True),
+    ],
 )
-def test_whether_a_mode_was_named(given: dict[str, Any], chosen: bool, tmp_path: Path) -> None:
+def test_sizes_that_the_user_named_are_told_from_vllms_own(given: dict[str, Any], named: bool, tmp_path: Path) -> None:
     # The model is a folder: vLLM looks any other name up.
-    args = EngineArgs(model=str(tmp_path), compilation_config=given)  # type: ignore[arg-type]
-    assert graphs_chosen(args) is chosen
-
-
-@pytest.mark.parametrize(
-    ("mode", "left"),
-    [(CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.NONE), (CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.PIECEWISE)],
-)
-def test_uncut_code_gets_no_piecewise_graphs_for_a_backend_without_whole_ones(
-    mode: CUDAGraphMode, left: CUDAGraphMode
-) -> None:
-    compilation = CompilationConfig(mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=mode)
-    compilation.set_splitting_ops_for_v1("none")
-    assert compilation.splitting_ops_contain_attention()
-    refuse_piecewise(compilation)
-    assert compilation.resolve_cudagraph_mode_and_sizes(AttentionCGSupport.NEVER, "SomeBackend") == left
+    args = EngineArgs(model=str(tmp_path), **given)
+    finished = compilation(CUDAGraphMode.FULL, [8, 48])
+    assert _named_tokens(args, finished) == (48 if named else 0)
+    # Where there are no graphs, vLLM has no limit.
+    finished.max_cudagraph_capture_size = None  # type: ignore[assignment]
+    assert _named_tokens(args, finished) == 0

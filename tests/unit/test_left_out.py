@@ -32,6 +32,8 @@ class Sharing:
         self.view, self.layers, self.sealed = view, ["a", "b", "c"], 0
         self.left: list[str] = list(self.layers)
         self.hits = Hits()
+        self.counted: list[int] = []
+        self.forwards = SimpleNamespace(add=self.counted.append)
 
     def unused(self) -> list[str]:
         return list(self.left)
@@ -55,12 +57,19 @@ class Base:
         self.use(self.warm)
         return "times"
 
-    def execute_model(self, *names: str) -> str:
+    def execute_model(self, scheduler_output: Any, *names: str) -> str:
         self.use(names)
+        self.seen = scheduler_output.total_num_scheduled_tokens  # counted by then
+        assert self.dwdp_sharing.counted[-1:] == [self.seen] or not self.seen  # type: ignore[attr-defined]
         return "output"
 
     def shutdown(self) -> None:
         self.ended = True
+
+
+def step(tokens: int) -> Any:
+    """Of vLLM's scheduler."""
+    return SimpleNamespace(total_num_scheduled_tokens=tokens)
 
 
 @pytest.mark.parametrize(("view", "words"), [("contiguous", "NaN"), ("inplace", "in place")])
@@ -82,7 +91,10 @@ def test_layers_that_were_left_out_are_named_once(
     assert len(warnings) == warm
     # What the warm-up hit is none of the requests' doing.
     assert made.dwdp_sharing.hits.resets == 1
-    assert [made.execute_model(), made.execute_model("a", "c"), made.execute_model()] == ["output"] * 3
+    # A step without tokens, as for transfers of KV blocks, is no forward.
+    steps = [(step(0),), (step(7), "a", "c"), (step(0),), (step(1),), (step(2),)]
+    assert [made.execute_model(*arguments) for arguments in steps] == ["output"] * 5
+    assert made.dwdp_sharing.counted == [7, 1, 2]
     assert len(warnings) == 1 and "execute_model" not in vars(made)
     assert all(part in warnings[0] for part in ("rank 3", "1 of 3", "forward: b;", words))
 

@@ -1,4 +1,4 @@
-"""What follows a forward that did not end as it should: slots are brought home, and nothing of it is taken for there."""
+"""What follows a pull that did not begin as it should: nothing of it is taken for there."""
 
 from __future__ import annotations
 
@@ -27,53 +27,30 @@ def slot(world: World, number: int) -> bytes:
     return bytes(world.memory[number * LAYER_BYTES :][:LAYER_BYTES])
 
 
-def test_slots_are_brought_home_behind_the_compute_that_reads_them() -> None:
-    """Every copy goes as far as it can before compute takes a step."""
-    world, prefetcher = start(queued=True)
-    prefetcher.acquire(0)
-    world.use(0, 0)
-    prefetcher.release(0)
-    prefetcher.acquire(2)
-    world.engine.drain()
-    world.use(2, 0)  # aborted here, not computed yet
-    prefetcher.align()
-    while world.engine.step_copies():
-        pass
-    assert slot(world, 0) == world.layers[2]
-    world.use(0, 0)
-    world.engine.drain()
-    assert (world.compared, world.wrong) == (24, 0)
-    assert [slot(world, number) for number in range(2)] == world.layers[:2]
+def state(prefetcher: Prefetcher) -> list[tuple[int | None, int | None, object]]:
+    return [(slot.holds, slot.used_by, slot.copied) for slot in prefetcher._slots]
 
 
-def test_what_follows_waits_until_slots_are_home() -> None:
-    """Compute goes as far as it can before a copy takes a step."""
-    world, prefetcher = start(queued=True)
-    prefetcher.acquire(0)
-    world.use(0, 0)
-    prefetcher.release(0)
-    world.engine.drain()
-    assert slot(world, 0) == world.layers[2]
-    prefetcher.align()
-    world.use(0, 0)
-    while world.engine.step_compute():
-        pass
-    world.engine.drain()
-    assert (world.compared, world.wrong) == (16, 0)
-
-
-def test_a_layer_in_use_before_slots_are_brought_home_is_not_there_after() -> None:
+@pytest.mark.parametrize("in_use", [False, True])
+def test_a_pull_in_a_capture_is_refused_and_changes_nothing(in_use: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a layer that is there: the next replay would read whatever is in the slot by then."""
     world, prefetcher = start()
-    for layer in (0, 1):
+    if in_use:
+        prefetcher.acquire(0)
+    before, counted = state(prefetcher), prefetcher._page.pulls
+    with monkeypatch.context() as captured:
+        captured.setattr(world.engine, "capturing", lambda: True)
+        for layer in range(4):
+            with pytest.raises(DwdpError, match=rf"layer {layer} would be pulled inside of a CUDA graph") as caught:
+                prefetcher.acquire(layer)
+            assert "\n" not in str(caught.value) and "dwdp.direct_tokens" in str(caught.value)
+    assert state(prefetcher) == before and prefetcher._page.pulls == counted
+    for layer in range(4):
         prefetcher.acquire(layer)
+        world.use(layer, prefetcher.slot_of(layer))
         prefetcher.release(layer)
-    prefetcher.acquire(2)  # aborted here
-    prefetcher.align()
-    assert slot(world, 0) == world.layers[0]
-    with pytest.raises(DwdpError, match="slot 0 is acquired by None"):
-        prefetcher.release(2)
-    prefetcher.acquire(2)
-    assert slot(world, 0) == world.layers[2]
+    world.engine.drain()
+    assert world.wrong == 0 and prefetcher._page.on_demand == 0
 
 
 def test_a_copy_that_began_before_submit_failed_leaves_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:

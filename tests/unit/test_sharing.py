@@ -109,14 +109,14 @@ def test_the_group_is_what_is_to_be_tested(group: Group) -> None:
 def test_every_byte_of_every_expert(group: Group) -> None:
     compared = 0
     for _, i, plain, shared in group.layers():
-        shared.dwdp_gate.acquire(i)
+        shared.dwdp_gate.acquire(i, TOKENS)
         for name, parameter in plain.named_parameters():
             found = shared.get_parameter(name)
             assert found.shape == parameter.shape and found.dtype == parameter.dtype, name
             for expert in range(EXPERTS):
                 assert torch.equal(as_bytes(found)[expert], as_bytes(parameter)[expert]), (name, expert)
                 compared += 1
-        shared.dwdp_gate.release(i)
+        shared.dwdp_gate.release(i, TOKENS)
     assert compared == RANKS * LAYERS * 4 * EXPERTS
     # Equal rows would compare equal in any order.
     rows = [row.numpy().tobytes() for layer in expert_layers(group.plain.model).values() for p in layer.parameters()
@@ -139,14 +139,16 @@ class OverwritingGate:
         self.gate: Any = sharing.layers[0].build.module.dwdp_gate
         self.released: int | None = None
 
-    def acquire(self, layer: int) -> None:
+    def acquire(self, layer: int, tokens: int) -> None:
+        assert tokens == TOKENS
         self.events.append(f"acquire {layer}")
         if self.released is not None:
-            self.gate.release(self.released)
+            self.gate.release(self.released, tokens)
             self.released = None
-        self.gate.acquire(layer)
+        self.gate.acquire(layer, tokens)
 
-    def release(self, layer: int) -> None:
+    def release(self, layer: int, tokens: int) -> None:
+        assert tokens == TOKENS
         self.events.append(f"release {layer}")
         prefetcher = self.sharing.prefetcher
         # A layer with a slot of its own stays there.
@@ -183,7 +185,7 @@ def test_layers_compute_from_their_own_weights(group: Group, monkeypatch: pytest
             assert torch.equal(found, results[-1]), (rank, i)
             assert gates[rank].events[-3:] == [f"acquire {i}", "compute", f"release {i}"]
     for gate in gates.values():
-        gate.gate.release(gate.released)
+        gate.gate.release(gate.released, TOKENS)
     assert not torch.equal(results[0], results[1]) and results[0].abs().max() > 0.01
 
 
@@ -191,11 +193,17 @@ def test_counters_say_what_was_done(group: Group) -> None:
     for sharing, loaded in zip(group.sharing, group.ranks, strict=True):
         before = sharing.snapshot()
         for _ in range(2):
+            sharing.forwards.add(TOKENS)
             for i, layer in enumerate(loaded.build.layers):
-                layer.module.dwdp_gate.acquire(i)  # type: ignore[union-attr]
-                layer.module.dwdp_gate.release(i)  # type: ignore[union-attr]
+                layer.module.dwdp_gate.acquire(i, TOKENS)  # type: ignore[union-attr]
+                layer.module.dwdp_gate.release(i, TOKENS)  # type: ignore[union-attr]
         after = sharing.snapshot()
         assert after["forwards"] == before["forwards"] + 2 and after["layers"] == before["layers"] + 2 * LAYERS
+        # In place every forward reads its experts where they are; from slots none does.
+        direct = 2 if group.view == "inplace" else 0
+        assert after["direct_forwards"] - before["direct_forwards"] == direct
+        assert (after["direct_bytes"] > before["direct_bytes"]) is bool(direct)
+        assert after["heartbeat_ns"] > before["heartbeat_ns"]
         held = sharing.experts_held
         row = sum(tensor.row_bytes for tensor in sharing.layers[0].fetched)
         assert sharing.slab_bytes == sum(layer.slab.nbytes for layer in sharing.layers) >= LAYERS * held * row
@@ -228,14 +236,14 @@ def test_nobody_goes_on_before_all_have_mapped(model: Path, monkeypatch: pytest.
     """An owner that left earlier would take its slabs along."""
     ranks, meeting, proceed = load_ranks(model, SETTINGS["inplace"]), Meeting(), threading.Event()
     made = [threading.Event() for _ in range(RANKS)]
-    attach = ExpertSharing._attach_views
+    attach = ExpertSharing._attach_pages
 
     def late(sharing: ExpertSharing) -> None:
         if sharing.build.rank == 1:
             assert proceed.wait(LIMIT_S)
         attach(sharing)
 
-    monkeypatch.setattr(ExpertSharing, "_attach_views", late)
+    monkeypatch.setattr(ExpertSharing, "_attach_pages", late)
 
     def share(rank: int) -> ExpertSharing:
         sharing = ExpertSharing(ranks[rank].build, meeting.of(rank), LAUNCH)

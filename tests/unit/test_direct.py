@@ -1,0 +1,273 @@
+"""Forwards that read missing experts from their owners, in any turns with those that pull, on simulated CUDA: no stale byte,
+whatever is captured, replayed, aborted, skipped or repeated."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("vllm")
+
+from tests.unit.fake_cuda import Machine
+from tests.unit.gpu_sharing import LAYERS, MANY, GpuRank, end_process, share_on_gpus
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers.split import SplitTables
+
+FEW = 16  # tokens of the largest direct forward
+
+
+@pytest.fixture(autouse=True)
+def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelBuild, "_current", None)
+
+
+def group(
+    monkeypatch: pytest.MonkeyPatch, num_ranks: int = 2, seed: int = 0, **more: Any
+) -> tuple[Machine, list[GpuRank]]:
+    """Ranks of a split view that have begun to prefetch."""
+    machine, ranks = share_on_gpus(monkeypatch, "split", num_ranks, seed, **{"direct_tokens": FEW, **more})
+    for rank in ranks:
+        assert rank.sharing.direct_tokens == FEW
+        rank.sharing.start()
+    return machine, ranks
+
+
+def ring_of(rank: GpuRank) -> tuple[object, ...]:
+    """All that a direct forward must leave alone."""
+    prefetcher: Any = rank.sharing.prefetcher
+    slots = [(slot.holds, slot.used_by, slot.copied) for slot in prefetcher._slots]
+    page = prefetcher._page
+    return (*slots, page.pulls, page.layers, page.on_demand, page.pulled_bytes)
+
+
+def some_order(rng: random.Random) -> list[int]:
+    """A whole forward, one that skips layers, one that repeats some, or any."""
+    kind, whole = rng.randrange(4), list(range(LAYERS))
+    if kind == 1:
+        return [layer for layer in whole if rng.random() < 0.6]
+    if kind == 2:
+        return [layer for layer in whole for _ in range(rng.choice((1, 1, 2)))]
+    return whole if kind == 0 else [rng.choice(whole) for _ in range(rng.randrange(5))]
+
+
+def direct_turn(rank: GpuRank, graphs: list[int], rng: random.Random) -> None:
+    """An eager direct forward, a replay of one, or the capture of another graph."""
+    before, tokens = ring_of(rank), rng.randrange(1, FEW + 1)
+    kind = rng.randrange(8)
+    if kind < 4 and graphs:
+        rank.device.launch(rng.choice(graphs), rank.device.current)
+    elif kind == 4:
+        graphs.append(rank.capture(tokens, some_order(rng)))
+        if len(graphs) > 6:
+            rank.device.destroy_graph(graphs.pop(0))
+    else:
+        rank.forward(tokens, some_order(rng), aborted=rng.random() < 0.3)
+    assert ring_of(rank) == before
+
+
+def pulled_turn(rank: GpuRank, rng: random.Random) -> None:
+    """An eager forward that pulls, or a try to capture one, which is refused and leaves the ring as it is."""
+    tokens = rng.choice((FEW + 1, MANY))
+    if rng.random() < 0.15:
+        before = ring_of(rank)
+        with pytest.raises(DwdpError, match="would be pulled inside of a CUDA graph"):
+            rank.capture(tokens, some_order(rng) or [0])
+        assert ring_of(rank) == before
+    else:
+        rank.forward(tokens, some_order(rng), aborted=rng.random() < 0.3)
+
+
+def play(machine: Machine, ranks: Sequence[GpuRank], rounds: int, direct: float) -> None:
+    """`rounds` forwards of any rank, this part of them direct, with the device going on at random in between."""
+    rng = machine.rng
+    graphs: dict[int, list[int]] = {id(rank): [] for rank in ranks}
+    for number in range(rounds):
+        rank = rng.choice(ranks)
+        if rng.random() < direct:
+            direct_turn(rank, graphs[id(rank)], rng)
+        else:
+            pulled_turn(rank, rng)
+        machine.wander(40)
+        if number % 25 == 24:
+            machine.drain()  # or the host would run away from the device
+    machine.drain()
+    for rank in ranks:
+        rank.forward(MANY)
+        rank.forward(FEW)
+        machine.drain()
+        for graph in graphs[id(rank)]:
+            rank.device.destroy_graph(graph)
+
+
+def close(ranks: Sequence[GpuRank]) -> None:
+    for rank in ranks:
+        rank.sharing.close()
+        assert len(rank.device.streams) == 1, "a stream is left"
+
+
+# A seed is not simpler than another: nothing to shrink.
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
+
+
+@settings(max_examples=8, deadline=None, phases=PHASES, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 2**32), st.integers(2, 3), st.integers(1, 2), st.floats(0.2, 0.9), st.booleans())
+def test_no_read_is_stale_in_any_turns(
+    monkeypatch: pytest.MonkeyPatch, seed: int, num_ranks: int, in_flight: int, direct: float, overlap: bool
+) -> None:
+    with monkeypatch.context() as patched:
+        held = 4 if overlap else None
+        machine, ranks = group(patched, num_ranks, seed, in_flight=in_flight, experts_per_rank=held)
+        play(machine, ranks, 40, direct)
+        for rank in ranks:
+            assert rank.wrong == 0 and rank.compared > rank.compared_direct > 0
+        close(ranks)
+
+
+@pytest.mark.parametrize("rounds", [2_000, pytest.param(10_000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_no_read_is_stale_in_many_rounds(num_ranks: int, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, ranks = group(monkeypatch, num_ranks, seed=rounds + num_ranks)
+    play(machine, ranks, rounds, direct=0.6)
+    assert sum(rank.wrong for rank in ranks) == 0
+    assert sum(rank.compared for rank in ranks) > 4 * rounds
+    close(ranks)
+
+
+def stale_table(rank: GpuRank) -> None:
+    """Direct forwards read slots, as a graph of copies would be replayed."""
+    for module in rank.modules:
+        tables = module.quant_method.moe_kernel.fused_experts.tables
+        module.dwdp_tables = SplitTables(tables.pulled, tables.pulled)
+        module.dwdp_attach_tables()
+
+
+def no_wait(rank: GpuRank) -> None:
+    """Pulled forwards do not wait for their copies."""
+    prefetcher: Any = rank.sharing.prefetcher
+    prefetcher._wait = lambda slot: None
+
+
+@pytest.mark.parametrize("fault", [stale_table, no_wait])
+def test_the_harness_catches(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, ranks = group(monkeypatch, seed=3)
+    play(machine, ranks, 20, direct=0.5)  # every layer is past its first use
+    assert sum(rank.wrong for rank in ranks) == 0
+    for rank in ranks:
+        fault(rank)
+    play(machine, ranks, 40, direct=0.5)
+    assert sum(rank.wrong for rank in ranks) > 0
+
+
+@pytest.mark.parametrize("tokens", [1, FEW, FEW + 1, MANY])
+def test_the_way_goes_by_the_tokens_of_each_forward(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, ranks = group(monkeypatch)
+    rank = ranks[0]
+    for other in (FEW, MANY, tokens):
+        compared, direct, layers = rank.compared, rank.compared_direct, rank.sharing.counters.fields.layers
+        rank.forward(other)
+        machine.drain()
+        assert rank.compared - compared == 3 * LAYERS
+        assert rank.compared_direct - direct == (3 * LAYERS if other <= FEW else 0)
+        assert rank.sharing.counters.fields.layers - layers == (0 if other <= FEW else LAYERS)
+    assert rank.wrong == 0
+    close(ranks)
+
+
+def test_a_direct_forward_unseals_a_layer_that_the_warm_up_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, ranks = group(monkeypatch)
+    rank = ranks[0]
+    rank.forward(MANY, (0, 2))
+    machine.drain()
+    assert rank.sharing.unused() == ["layer1"]
+    rank.sharing.seal_unused()
+    kernel = rank.modules[1].quant_method.moe_kernel.fused_experts
+    assert kernel.tables is None and rank.modules[1].w13_weight.isnan().all()
+    before = ring_of(rank)
+    for tokens in (FEW, FEW, MANY, FEW):
+        rank.forward(tokens, (1,))
+        machine.drain()
+        assert rank.wrong == 0 and rank.sharing.unused() == []
+        if tokens == FEW and rank.sharing.counters.fields.layers == 2:
+            assert ring_of(rank) == before
+    assert kernel.tables == rank.modules[1].dwdp_tables
+    close(ranks)
+
+
+@pytest.fixture
+def replaying(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Machine, list[GpuRank], list[int]]]:
+    """Three ranks of which the last has a graph of a direct forward and is in the middle of a replay of it."""
+    machine, ranks = group(monkeypatch, 3)
+    for rank in ranks:
+        rank.forward(MANY)
+    machine.drain()
+    graph = ranks[2].capture(FEW)
+    ranks[2].device.launch(graph, 0)
+    machine.wander(4)
+    yield machine, ranks, [graph]
+
+
+@pytest.mark.parametrize("ends", ["killed", "in order"])
+def test_an_owner_that_ended_is_read_on(ends: str, replaying: tuple[Machine, list[GpuRank], list[int]]) -> None:
+    """Its memory stays mapped: no illegal access (the simulated device would raise) and no other bytes, both ways."""
+    machine, ranks, (graph,) = replaying
+    reader = ranks[2]
+    for owner in ranks[:2]:
+        if ends == "killed":
+            end_process(owner.device)
+        else:
+            owner.sharing.close()
+        for _ in range(3):
+            reader.device.launch(graph, 0)
+            reader.forward(FEW)
+            reader.forward(MANY)
+            machine.wander(30)
+    machine.drain()
+    assert reader.wrong == 0 and reader.compared_direct > 0
+    assert machine.freed_while_mapped == (0 if ends == "killed" else 2 * LAYERS * 2 - LAYERS)
+    reader.device.destroy_graph(graph)
+    reader.sharing.close()
+
+
+def test_the_simulated_device_faults_where_an_owner_is_unmapped(
+    replaying: tuple[Machine, list[GpuRank], list[int]],
+) -> None:
+    machine, ranks, (graph,) = replaying
+    device = ranks[2].device
+    mapped = dict(device.mapped)
+    device.mapped.clear()
+    with pytest.raises(AssertionError, match="illegal address"):
+        machine.drain()
+    device.mapped.update(mapped)
+    machine.drain()
+    device.destroy_graph(graph)
+    close(ranks)
+
+
+@pytest.mark.parametrize(
+    ("told", "captured", "most"), [(0, 0, 0), (0, 512, 0), (24, 0, 24), (24, 512, 512), (600, 512, 600)]
+)
+def test_sizes_that_the_user_named_raise_the_limit(
+    told: int, captured: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, ranks = share_on_gpus(monkeypatch, "split", direct_tokens=told, captured_tokens=captured)
+    assert [rank.sharing.direct_tokens for rank in ranks] == [most, most]
+    line = ranks[0].sharing.describe("a test")
+    assert (f"at most {most} tokens (as told)" if most else "without CUDA graphs") in line
+    close(ranks)
+
+
+def test_measured_limits_are_those_of_the_slowest_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter((40, 24, 32))
+    monkeypatch.setattr("vllm_dwdp.layers.sharing.memory_rate", lambda device: 1e12)
+    monkeypatch.setattr("vllm_dwdp.layers.sharing.product_rate", lambda *device: 1e12)
+    monkeypatch.setattr("vllm_dwdp.layers.sharing.measured_tokens", lambda *measured: next(found))
+    _, ranks = share_on_gpus(monkeypatch, "split", 3)
+    assert [rank.sharing.direct_tokens for rank in ranks] == [24] * 3
+    assert "at most 24 tokens (as measured)" in ranks[0].sharing.describe("a test")
+    close(ranks)
