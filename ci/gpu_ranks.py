@@ -92,6 +92,8 @@ class Player:
         for layer, slab in enumerate(own):
             slab.tensor().copy_(weights(plan.slabs[rank], layer, placement.shares[rank]))
         self.on_gpu = setting.transport != "shm"
+        if not self.on_gpu:
+            torch.set_num_threads(1)  # threads of several ranks spin for each other's cores
         if self.on_gpu:
             torch.cuda.synchronize()
         pipe.send([self.transport.export_handle(slab) for slab in own])
