@@ -44,4 +44,4 @@ def order(single_routes: int, tiles: Tiles) -> dict[str, int]:
     """
     if single_routes == 0 or tiles.spread == 1:
         return {"SPREAD": tiles.spread, "JOIN": 0}
-    return {"SPREAD": 1, "JOIN": triton.next_power_of_2(single_routes)}
+    return {"SPREAD": 1, "JOIN": max(16, triton.next_power_of_2(single_routes))}
