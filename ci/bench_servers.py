@@ -151,6 +151,7 @@ class Server:
         self.system = system
         self.urls: list[str] = []
         self._logs: list[Path] = []
+        self._segments: set[Path] = set()
         self._processes: list[subprocess.Popen[bytes]] = []
         for number, place in enumerate(places_of(system, devices, cpu)):
             with socket.socket() as probe:
@@ -190,6 +191,8 @@ class Server:
         """Ask all to end; returns at once."""
         for process in self._processes:
             if process.poll() is None:
+                # vLLM's tensor parallelism leaves its segments behind.
+                self._segments.update(*map(_segments, session(process.pid)))
                 process.send_signal(signal.SIGTERM)
 
     def stop(self, limit_s: float = 20) -> None:
@@ -207,6 +210,8 @@ class Server:
                 process.poll()
                 time.sleep(0.1)
             process.poll()
+        for segment in self._segments:
+            segment.unlink(missing_ok=True)
 
 
 def session(leader: int) -> list[int]:
@@ -220,6 +225,15 @@ def session(leader: int) -> list[int]:
         if int(of) == leader and state != "Z":
             found.append(int(stat.parent.name))
     return found
+
+
+def _segments(pid: int) -> set[Path]:
+    """Shared memory under /dev/shm that a process maps."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:
+        return set()
+    return {Path(line[line.index("/dev/shm/") :]) for line in lines if "/dev/shm/" in line and "(deleted)" not in line}
 
 
 def _healthy(url: str) -> bool:

@@ -97,7 +97,11 @@ def test_models_are_written_as_transformers_reads_them(name: str, tmp_path: Path
 def test_a_server_ends_with_everything_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A program in place of vLLM: it ignores SIGTERM, and has a child that does.
     code = (
-        "import os, signal, time\n"
+        "import mmap, os, signal, time\n"
+        "name = f'/dev/shm/bench-test-{os.getpid()}'\n"
+        "with open(name, 'w+b') as file:\n"
+        "    file.truncate(4096)\n"
+        "    kept = mmap.mmap(file.fileno(), 4096)\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "os.fork()\n"
         "print('KV cache size: 1,000 tokens', flush=True)\n"
@@ -113,10 +117,12 @@ def test_a_server_ends_with_everything_that_it_started(tmp_path: Path, monkeypat
     assert server.facts().kv_tokens == 4000
     leaders = [process.pid for process in server._processes]
     assert [len(bench_servers.session(leader)) for leader in leaders] == [2, 2]
+    assert all(Path(f"/dev/shm/bench-test-{leader}").exists() for leader in leaders)
     with pytest.raises(bench_servers.ServerFailed, match="not up in time"):
         server.wait(time.monotonic() + 0.1)
     server.stop(limit_s=0.5)
     assert [bench_servers.session(leader) for leader in leaders] == [[], []]
+    assert not any(Path(f"/dev/shm/bench-test-{leader}").exists() for leader in leaders)
 
 
 def library(folder: Path, source: str) -> Path:
