@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 class Case(NamedTuple):
     """One model under one configuration, compared with plain vLLM under the same options.
 
-    plain: options of plain vLLM's engine where they are others.
     serve: `vllm serve` and HTTP requests instead of `LLM(...)`.
     """
 
@@ -17,7 +16,6 @@ class Case(NamedTuple):
     ranks: int
     dwdp: dict[str, Any]
     options: dict[str, Any] = MappingProxyType({})  # type: ignore[assignment]
-    plain: dict[str, Any] | None = None
     serve: bool = False
 
 
@@ -30,19 +28,15 @@ SIZES = [1, 2, 4, 8, 16, 24]
 EAGER = {"enforce_eager": True}
 #: Graphs of whole decode steps, without torch.compile.
 FULL = compiled(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=SIZES)
-#: With torch.compile: DWDP's own default, and the same in plain vLLM.
+#: With torch.compile, in vLLM's default mode of graphs, whole and piecewise; sizes are named, so that they read directly.
 DEFAULT = compiled(cudagraph_capture_sizes=SIZES)
-DECODE = compiled(cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=SIZES)
 NO_GRAPHS = compiled(cudagraph_mode="NONE")
 #: A graph for every number of tokens: padding would change which matrix products are taken.
 PIECEWISE = compiled(cudagraph_mode="PIECEWISE", cudagraph_capture_sizes=list(range(1, 25)))
-#: Plain vLLM's code cut where DWDP cuts it for piecewise graphs; without graphs, in which that op's output would be stale.
-CUT = compiled(
-    cudagraph_mode="NONE",
-    splitting_ops=["vllm::unified_attention_with_output", "vllm::unified_kv_cache_update", "vllm::moe_forward"],
-)
 
 SPLIT, CONTIGUOUS = {"weight_view": "split"}, {"weight_view": "contiguous"}
+#: Every forward pulls; and one token reads directly, more pull, so that ways take turns.
+PULLED, TURNS = {**SPLIT, "direct_tokens": 0}, {**SPLIT, "direct_tokens": 1}
 QWEN = {"family": "qwen3_moe", "num_experts": 16}
 QWEN_FP8 = {**QWEN, "fp8": True, "hidden": 256, "intermediate": 256, "head_dim": 64}
 DEEPSEEK = {"family": "deepseek_v3", "num_layers": 4, "hidden": 256, "intermediate": 256, "head_dim": 128}
@@ -65,16 +59,18 @@ CASES = {
     "qwen3-full-split": Case(QWEN, 2, SPLIT, FULL),
     "qwen3-full-contiguous": Case(QWEN, 2, CONTIGUOUS, FULL),
     "qwen3-serve": Case(QWEN, 2, {}, FULL, serve=True),
-    "qwen3-serve-default": Case(QWEN, 2, {}, DEFAULT, plain=DECODE, serve=True),
+    "qwen3-serve-default": Case(QWEN, 2, {}, DEFAULT, serve=True),
+    "qwen3-pulled": Case(QWEN, 2, PULLED, EAGER),
+    "qwen3-turns": Case(QWEN, 2, TURNS, EAGER),
     "qwen3-mp": Case(QWEN, 2, {"launcher": "mp"}, FULL),
     "qwen3-ray": Case(QWEN, 2, {"launcher": "ray"}, EAGER),
     "deepseek-fp8-split": Case({**DEEPSEEK, "fp8": True}, 2, SPLIT, EAGER),
     "deepseek-split": Case(DEEPSEEK, 2, SPLIT, EAGER),
-    "qwen3-default-split": Case(QWEN, 2, SPLIT, DEFAULT, plain=DECODE),
-    "qwen3-default-contiguous": Case(QWEN, 2, CONTIGUOUS, DEFAULT, plain=DECODE),
+    "qwen3-default-split": Case(QWEN, 2, SPLIT, DEFAULT),
+    "qwen3-default-contiguous": Case(QWEN, 2, CONTIGUOUS, NO_GRAPHS),
     "qwen3-compiled-split": Case(QWEN, 2, SPLIT, NO_GRAPHS),
-    "qwen3-piecewise-split": Case(QWEN, 2, SPLIT, PIECEWISE, plain=CUT),
-    "deepseek-default-split": Case(DEEPSEEK, 2, SPLIT, DEFAULT, plain=DECODE),
+    "qwen3-piecewise-split": Case(QWEN, 2, SPLIT, PIECEWISE),
+    "deepseek-default-split": Case(DEEPSEEK, 2, SPLIT, DEFAULT),
     "qwen3-fp8-split": Case(QWEN_FP8, 2, SPLIT, EAGER),
     "qwen3-fp8-contiguous": Case(QWEN_FP8, 2, CONTIGUOUS, EAGER),
     "gpt_oss-split": Case(GPT_OSS, 2, {**SPLIT, "experts_per_rank": 5, "num_slots": 3}, EAGER),

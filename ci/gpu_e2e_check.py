@@ -43,7 +43,7 @@ STEPS = ["digests", "tokens_each_rank", "batch", "counters"]
 BATCH_TOLERANCE = 0.1
 KV_BYTES = 256 << 20
 PROMPTS = ("The experts of a layer", "No rank waits", "Two slots")
-SHOWN = ("view", "experts_held", "slab_bytes", "slot_bytes", "pulled_bytes", "on_demand")
+SHOWN = ("view", "experts_held", "slab_bytes", "slot_bytes", "forwards", "direct_forwards", "pulled_bytes", "on_demand")
 
 
 class Plain:
@@ -111,15 +111,15 @@ def check(case: Case, folder: Path, plain: Plain, args: argparse.Namespace) -> d
     common: dict[str, Any] = {"kv_cache_memory_bytes": KV_BYTES}
     if not args.cpu:
         common["attention_backend"] = attention(case.model["family"])
-    options, theirs = {**common, **case.options}, {**common, **(case.plain or case.options)}
+    options = {**common, **case.options}
 
     def ask_plain(cache: str) -> dict[str, Any]:
-        return run_job(folder, model, ["digests", "tokens", "batch"], environ(folder / cache), args.job_s, **theirs)
+        return run_job(folder, model, ["digests", "tokens", "batch"], environ(folder / cache), args.job_s, **options)
 
-    words = key + json.dumps(theirs, sort_keys=True)
+    words = key + json.dumps(options, sort_keys=True)
     usual = plain.get(words, lambda: ask_plain("cache-plain"))
     plains = [usual]
-    if compiles(theirs):
+    if compiles(options):
         plains.append(plain.get(f"again {words}", lambda: ask_plain("cache-again")))
     started = time.monotonic()
     job = run_job(
@@ -186,12 +186,12 @@ def check_serve(case: Case, folder: Path, plain: Plain, args: argparse.Namespace
         finally:
             server.kill()
 
-    theirs = words(case.plain or case.options)
-    usual = plain.get(" ".join(["serve", key, *theirs]), lambda: ask(theirs, 1)[0][0])
+    given = words(case.options)
+    usual = plain.get(" ".join(["serve", key, *given]), lambda: ask(given, 1)[0][0])
     started = time.monotonic()
     config = json.dumps({"dwdp": settings(case, args.gpus)})
     backend = ["--distributed-executor-backend", "dwdp", "--data-parallel-size", str(case.ranks)]
-    found, metrics, left = ask([*words(case.options), *backend, "--additional-config", config], case.ranks)
+    found, metrics, left = ask([*given, *backend, "--additional-config", config], case.ranks)
     same_tokens = all(tokens == usual for tokens in found)
     wrong = [] if same_tokens else ["tokens"]
     forwards = [value for name, value in metrics.items() if name.startswith("dwdp:forwards_total")]

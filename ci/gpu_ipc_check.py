@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from gpu_ranks import Group, Setting, own_slab
+from gpu_ranks import LAYERS, Group, Setting, own_slab
 from gpu_rates import MIB, Layer, Row, exposed, launch_times, merge, overlap, rates, same_bytes
 from repo_path import ROOT
 from visible import visible_gpus
@@ -95,7 +95,7 @@ class Mapped:
 
 
 def ranks_part(settings: list[Setting], order: str, acquires: int) -> list[Row]:
-    """Byte equality over the layers that every rank acquires, or reads directly."""
+    """Byte equality over the acquires of every rank."""
     rows = []
     for setting in settings:
         name = f"{setting.transport}, {setting.num_ranks} ranks"
@@ -107,27 +107,35 @@ def ranks_part(settings: list[Setting], order: str, acquires: int) -> list[Row]:
             group.close()
         finally:
             group.abandon()
-        wrong, used = sum(one.wrong for one in played.values()), sum(one.used for one in played.values())
-        note = f"{used} layers in {took:.1f} s"
-        rows.append(Row(order, f"{name}: wrong bytes", wrong, "bytes", wrong == 0 and used >= acquires, note))
+        wrong, acquired = sum(one.wrong for one in played.values()), sum(one.acquired for one in played.values())
+        note = f"{acquired} acquires in {took:.1f} s"
+        # Of direct forwards none is acquired.
+        enough = acquired >= (acquires if order == "play" else 3 * LAYERS)
+        rows.append(Row(order, f"{name}: wrong bytes", wrong, "bytes", wrong == 0 and enough, note))
     return rows
 
 
-def killed_part(transport: str) -> list[Row]:
-    """SIGKILL of an owner between two plays: its readers go on, with the right bytes."""
+def ended_part(transport: str, how: str, order: str) -> list[Row]:
+    """An owner that is killed, or that leaves in order while others read: they go on, with the right bytes."""
     group = Group(Setting(transport, 3))
     try:
-        group.play("play", 200)
-        group.kill(0)
+        group.play(order, 200)
+        if how == "killed":
+            group.kill(0)
+        else:
+            group.play_while_one_leaves(order, 2000, 0)
         group.play("churn", 2048 if transport != "shm" else 1)
-        group.play("play", 300)
-        # Direct reads go on too: what a dead owner held stays mapped.
-        played = group.play("replay", 300)
+        played = group.play(order, 300)
         group.close()
     finally:
         group.abandon()
     wrong = sum(one.wrong for one in played.values())
-    return [Row("killed", f"{transport}: wrong bytes after the owner's end", wrong, "bytes", wrong == 0)]
+    return [Row(how, f"{transport}, {order}: wrong bytes after the owner's end", wrong, "bytes", wrong == 0)]
+
+
+def both_ways(transport: str, how: str) -> list[Row]:
+    """`ended_part` of readers that pull, and of ones that read directly."""
+    return [*ended_part(transport, how, "play"), *ended_part(transport, how, "direct")]
 
 
 def refuse(device: CupyDevice) -> tuple[list[str], bool]:
@@ -208,17 +216,19 @@ def parts(cpu: bool, acquires: int) -> dict[str, Callable[[], list[Row]]]:
     if cpu:
         return {
             "ranks": lambda: ranks_part([Setting("shm", 2)], "play", acquires),
-            "killed": lambda: killed_part("shm"),
-            # Direct reads in the orders of the graphs; there are none here.
-            "replay": lambda: ranks_part([Setting("shm", 2)], "replay", acquires),
+            "killed": lambda: ended_part("shm", "killed", "play"),
+            "left": lambda: ended_part("shm", "left", "direct"),
+            # Without graphs: there are none here.
+            "direct": lambda: ranks_part([Setting("shm", 2)], "direct", acquires),
         }
     ipc = [Setting("cupy_ipc", 2), Setting("cupy_ipc", 3, 1), Setting("cupy_ipc", 4, 4)]
     return {
         "refusals": refusals_part,
         "ranks": lambda: ranks_part([*ipc, Setting("cuda_pinned", 2)], "play", acquires),
-        "killed": lambda: killed_part("cupy_ipc"),
+        "killed": lambda: both_ways("cupy_ipc", "killed"),
+        "left": lambda: both_ways("cupy_ipc", "left"),
         "exposed": exposed_part,
-        "replay": lambda: ranks_part([Setting("cupy_ipc", 2), Setting("cuda_pinned", 2, 1)], "replay", acquires),
+        "direct": lambda: ranks_part([Setting("cupy_ipc", 2), Setting("cupy_ipc", 4, 4)], "direct", acquires),
         "launch": launch_part,
         "merge": merge_part,
         "overlap": lambda: overlap_part("cuda_pinned", 256 * MIB),

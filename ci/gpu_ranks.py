@@ -1,4 +1,4 @@
-"""Ranks in processes of their own, for gpu_ipc_check.py: they share slabs, prefetch, and compare every byte that they read.
+"""Ranks in processes of their own, for gpu_ipc_check.py: they share slabs, prefetch, and compare every acquired byte.
 
 With transport "shm" the same code runs on a machine without a GPU.
 """
@@ -31,7 +31,7 @@ from vllm_dwdp.transport.shm import ShmTransport
 
 LIMIT_S = 60.0
 EXPERTS, LAYERS, SLOTS = 8, 5, 2
-#: Forwards that read directly, as CUDA graphs hold them: whole, with layers skipped and repeated, and without a layer.
+#: Direct forwards: whole, with layers skipped and repeated, and none as of a dense drafter.
 ORDERS = (tuple(range(LAYERS)), (0, 1, 2), (0, 2, 4), (4, 1), (0, 1, 2, 0), (3, 3, 1), ())
 TENSORS = (TensorSpec("w13", 96 << 10), TensorSpec("w2", 48 << 10), TensorSpec("scale", 12))
 
@@ -45,7 +45,7 @@ class Setting(NamedTuple):
 
 class Played(NamedTuple):
     wrong: int  # bytes
-    used: int  # layers, of both ways
+    acquired: int
     exposed_s: float
 
 
@@ -92,6 +92,8 @@ class Player:
         for layer, slab in enumerate(own):
             slab.tensor().copy_(weights(plan.slabs[rank], layer, placement.shares[rank]))
         self.on_gpu = setting.transport != "shm"
+        if not self.on_gpu:
+            torch.set_num_threads(1)  # threads of several ranks spin for each other's cores
         if self.on_gpu:
             torch.cuda.synchronize()
         pipe.send([self.transport.export_handle(slab) for slab in own])
@@ -104,16 +106,24 @@ class Player:
         self.wrong = torch.zeros((), dtype=torch.int64, device=where)
         self.engine = self.transport.copy_engine()
         self.peers = []
-        self.remote: list[list[tuple[Any, Any]]] = []  # by layer: what is at a peer, and what should be
-        self.read_layers = 0
         programs = []
+        self.direct_rows: list[list[tuple[Any, Any]]] = []
         for layer in range(LAYERS):
             mapped = {peer: self.transport.map_peer(handles[peer][layer]) for peer in handles if peer != rank}
             self.peers += mapped.values()
-            rights = {peer: weights(plan.slabs[peer], layer, placement.shares[peer]).to(where) for peer in mapped}
-            self.remote.append([(slab.tensor()[: len(rights[peer])], rights[peer]) for peer, slab in mapped.items()])
             addresses = {peer: slab.address for peer, slab in mapped.items()} | {rank: own[layer].address}
             programs.append(bind_plan(self.engine, plan, addresses, slots[self.ring.slot_of(layer)].address))
+            slabs = {peer: slab.tensor() for peer, slab in mapped.items()} | {rank: own[layer].tensor()}
+            rows = []
+            for run in placement.runs(rank):
+                for number, spec in enumerate(TENSORS):
+                    begin = plan.slabs[run.owner].offsets[number] + run.local * spec.row_bytes
+                    right = plan.slot.offsets[number] + run.first * spec.row_bytes
+                    nbytes = run.length * spec.row_bytes
+                    rows.append(
+                        (slabs[run.owner][begin : begin + nbytes], self.expected[layer][right : right + nbytes])
+                    )
+            self.direct_rows.append(rows)
         self.page = CounterPage.create(rank)
         self.prefetcher = Prefetcher(self.ring, self.engine, programs, self.page, LIMIT_S)
         self.prefetcher.start()
@@ -125,11 +135,6 @@ class Player:
             self.wrong += (slot != right).sum()
             if self.on_gpu and self.rng.random() < 0.5 and not self.torch.cuda.is_current_stream_capturing():
                 self.torch.cuda._sleep(self.rng.randrange(1, 400_000))
-
-    def read(self, layer: int) -> None:
-        """Compare what peers hold of a layer, where it is."""
-        for seen, right in self.remote[layer]:
-            self.wrong += (seen != right).sum()
 
     def play(self, acquires: int, aborts: bool = True) -> None:
         """Whole forwards until at least `acquires` acquires, some aborted, with delays on the host too."""
@@ -146,56 +151,58 @@ class Player:
                 if self.rng.random() < 0.2:
                     time.sleep(self.rng.random() * 1e-3)
 
-    def replay(self, layers: int) -> None:
-        """Capture forwards that read directly, as torch captures; replay them in random turns, and eager pulls between."""
+    def read(self, layer: int) -> None:
+        """Compare every expert where it is, in the own slab or in its owner's, as a forward of few tokens reads it."""
+        for source, right in self.direct_rows[layer]:
+            self.wrong += (source != right).sum()
+
+    def direct(self, acquires: int) -> None:
+        """Forwards that read directly, from CUDA graphs or launched one by one, between ones that pull."""
         self.play(LAYERS, aborts=False)
         graphs = [self.capture(order) for order in ORDERS] if self.on_gpu else [None] * len(ORDERS)
         done, number = 0, 0
-        while done < layers:
-            chosen, before = self.rng.randrange(len(ORDERS)), self.page.fields.layers
-            if self.rng.random() < 0.2:  # an eager forward that pulls, or an aborted one
+        while done < acquires:
+            chosen, pulls = self.rng.randrange(len(ORDERS)), self.page.fields.pulls
+            if self.rng.random() < 0.2:  # pulls, and may be aborted
                 self.play(1)
-                done += self.page.fields.layers - before
             else:
-                pulls = self.page.fields.pulls
-                if (graph := graphs[chosen]) is None:
-                    self.read_directly(ORDERS[chosen])
+                if (graph := graphs[chosen]) is None or self.rng.random() < 0.3:
+                    self.read_all(ORDERS[chosen])
                 else:
                     graph.replay()
-                self.read_layers += len(ORDERS[chosen])
-                done += max(1, len(ORDERS[chosen]))
-                # A pull that nobody asked for is as wrong as a byte.
+                # A direct forward that moved the ring is as wrong as a byte.
                 self.wrong += self.page.fields.pulls - pulls
             number += 1
+            done += max(1, len(ORDERS[chosen]))
             if self.on_gpu and number % 50 == 0:
-                self.refuse_capture()
+                self.refused_capture()
         self.synchronize()
         self.play(2 * LAYERS, aborts=False)
 
-    def read_directly(self, order: Sequence[int]) -> None:
-        """A forward of these layers that leaves the ring alone."""
+    def read_all(self, order: Sequence[int]) -> None:
+        """A forward of these layers, directly."""
         for layer in order:
             self.read(layer)
 
     def capture(self, order: Sequence[int]) -> Any:
-        """The graph of a forward of these layers that reads directly."""
+        """The graph of a forward of these layers, directly."""
         self.synchronize()
         graph = self.torch.cuda.CUDAGraph()
         with self.torch.cuda.graph(graph):
             self.wrong += 0  # torch warns of a graph without nodes
-            self.read_directly(order)
+            self.read_all(order)
         return graph
 
-    def refuse_capture(self) -> None:
-        """A capture of a forward that pulls must raise, and leave all as it is."""
+    def refused_capture(self) -> None:
+        """Pulling in a capture is refused, and leaves everything as it is."""
         self.synchronize()
-        try:
-            with self.torch.cuda.graph(self.torch.cuda.CUDAGraph()):
-                self.wrong += 0
+        with self.torch.cuda.graph(self.torch.cuda.CUDAGraph()):
+            self.wrong += 0
+            try:
                 self.prefetcher.acquire(self.rng.randrange(LAYERS))
-        except DwdpError:
-            return
-        self.wrong += 1
+            except DwdpError:
+                return
+        raise AssertionError("a layer was acquired while a CUDA graph was captured")
 
     def synchronize(self) -> None:
         if self.on_gpu:
@@ -208,17 +215,18 @@ class Player:
 
     def result(self) -> Played:
         page = self.page.fields
-        return Played(int(self.wrong), page.layers + self.read_layers, page.exposed_wait_ns * 1e-9)
+        return Played(int(self.wrong), page.layers, page.exposed_wait_ns * 1e-9)
 
 
 def run_rank(pipe: Connection, rank: int, setting: Setting) -> None:
-    """A rank that does what it is sent: ("play", "replay" or "churn", a number), then "unmap", then "end"."""
+    """A rank that does what it is sent: ("play", "direct" or "churn", a number), then "unmap", then "end"."""
     player = Player(pipe, rank, setting)
     while (order := pipe.recv()) not in ("unmap", "end"):
         getattr(player, order[0])(order[1])
         pipe.send(player.result())
     player.prefetcher.close(LIMIT_S)
     player.engine.close(LIMIT_S)
+    player.direct_rows.clear()
     for peer in player.peers:
         player.transport.unmap_peer(peer)
     pipe.send("unmapped")
@@ -258,6 +266,15 @@ class Group:
     def play(self, order: str, acquires: int) -> dict[int, Played]:
         """All ranks at once; what each has seen since it began."""
         self.tell((order, acquires))
+        return {rank: self.answer(rank) for rank in self.pipes}
+
+    def play_while_one_leaves(self, order: str, acquires: int, rank: int) -> dict[int, Played]:
+        """As `play` of the others, while `rank` ends in order: unmaps, frees its slabs, exits."""
+        leaving = self.pipes.pop(rank)
+        self.tell((order, acquires))
+        for word in ("unmap", "end"):
+            leaving.send(word)
+        self.processes.pop(rank).join(LIMIT_S)
         return {rank: self.answer(rank) for rank in self.pipes}
 
     def kill(self, rank: int) -> None:

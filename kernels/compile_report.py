@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import persistent, split_gemm
+from .block_order import order
 from .split_gemm import Assignment, Launch, constants_of, prepare
 from .tiles import Tiles
 from .weight_table import PerExpert, Scales, WeightTable
@@ -99,6 +100,12 @@ CASES = (
     ),
     Case("pointer 128x256 halves", 8192, 8, 256, 4096, 7168, Tiles(128, 256, 64, 8, 8, 4)),
     Case("fp8 block halves", 8192, 8, 256, 4096, 7168, Tiles(128, 128, 128, 8, 8, 4), FP8, "block"),
+    Case("spread", 64, 8, 128, 1536, 2048, Tiles(16, 64, 128, 1, 4, 4, spread=16)),
+    Case("spread halves", 1024, 8, 128, 1536, 2048, Tiles(128, 128, 64, 1, 8, 4, spread=16)),
+    Case("spread fp8 block halves", 1024, 8, 128, 1536, 2048, Tiles(128, 128, 128, 1, 8, 4, spread=16), FP8, "block"),
+    Case("spread one route", 4, 8, 128, 1536, 2048, Tiles(16, 64, 128, 1, 4, 4, spread=16)),
+    Case("spread fp8 block one route", 4, 8, 128, 1536, 2048, Tiles(16, 128, 128, 1, 4, 4, spread=16), FP8, "block"),
+    Case("spread fp8 block", 64, 8, 128, 1536, 2048, Tiles(16, 128, 128, 1, 4, 4, spread=16), FP8, "block"),
     Case("fp8 block odd depth", 1024, 8, 16, 1536, 1472, Tiles(64, 128, 128, 8, 4, 3), FP8, "block"),
 )
 
@@ -195,6 +202,7 @@ def compile_case(case: Case, arch: int) -> Row:
         kernel = split_gemm.split_gemm_kernel
         flat = case.scales != "none" and case.tiles.block_m < 64 <= case.tiles.block_n
         constants.update(SINGLE=single, SWAP=flat and arch == 90, HALVES=halves)
+        constants |= order(case.tokens * case.top_k * single, case.tiles)
     made = triton.compile(source_of(kernel, arguments, constants), GPUTarget("cuda", arch, 32), options)
     ptx: str = made.asm["ptx"]
     counts = {name: len(re.findall(pattern, ptx)) for name, pattern in _PATTERNS.items()}

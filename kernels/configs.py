@@ -65,6 +65,16 @@ def default_tiles(dtype: str, num_tokens: int) -> Tiles:
     return Tiles(block_m, 64, 128 if dtype.startswith("fp8") else 64, 1, 4, 3)
 
 
+def forced_tiles(device: torch.device) -> Tiles | None:
+    """Those that a caller of vLLM's `override_config` asked for, if any."""
+    if device.type != "cuda":
+        return None
+    from . import vllm_ops
+
+    forced = vllm_ops.forced_config()
+    return Tiles.from_vllm(forced) if forced else None
+
+
 def tiles_for(
     shape: LayerShape,
     num_tokens: int,
@@ -81,20 +91,17 @@ def tiles_for(
         own: False for what vLLM itself would use.
         folder: of measured tables; rows that they lack come from the shipped ones.
     """
-    on_cuda = device.type == "cuda"
-    if on_cuda:
-        from . import vllm_ops
-
-        forced = vllm_ops.forced_config()
-        if forced:
-            return Tiles.from_vllm(forced)
+    if (forced := forced_tiles(device)) is not None:
+        return forced
     if own:
         entries = measured(folder, chip_of(device)).get(shape.key)
         tuned = nearest(entries, num_tokens) if entries else None
         if tuned is not None:
             return tuned
-    if not on_cuda:
+    if device.type != "cuda":
         return default_tiles(shape.dtype, num_tokens)
+    from . import vllm_ops
+
     # vLLM's names: nothing for 16 bits, one word for all FP8.
     dtype = {"fp32": "float32", "fp8": "fp8_w8a8", "fp8_block": "fp8_w8a8"}.get(shape.dtype)
     return Tiles.from_vllm(vllm_ops.best_config(shape[:4], shape.top_k, dtype, num_tokens, block))

@@ -59,6 +59,8 @@ CASES = (
     Case("flat, odd", 5, 3, 5, 72, 104, _tiles("pointer", 16, 32, 64), bias=True),
     Case("tall, odd", 70, 2, 3, 136, 104, _tiles("pointer", 64, 64, 64), bias=True),
     Case("half tiles", 150, 2, 3, 136, 136, _tiles("pointer", 128, 128, 64, 8), bias=True),
+    Case("spread", 70, 2, 5, 136, 104, Tiles(16, 64, 64, 4, spread=3), bias=True),
+    Case("single routes, joined", 3, 2, 32, 72, 136, Tiles(16, 64, 64, 4, spread=2)),
     Case("fp8 blocks, swapped", 9, 2, 4, 136, 192, _tiles("pointer", 16, 64, 64), "block"),
     Case("fp8 blocks, wide tiles", 70, 2, 3, 136, 192, _tiles("pointer", 64, 128, 64), "block"),
     Case("fp8 channels", 70, 2, 3, 136, 192, _tiles("pointer", 128, 64, 64), "channel"),

@@ -25,6 +25,7 @@ SAMPLED = 32
 def describe(tiles: Tiles) -> str:
     """Short: 128x128x64 g16 8w3s."""
     own = "" if tiles.kernel == "pointer" else f" {tiles.kernel}"
+    own += "" if tiles.spread == 1 else f" spread {tiles.spread}"
     return (
         f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} g{tiles.group_m} {tiles.num_warps}w{tiles.num_stages}s{own}"
     )

@@ -17,6 +17,7 @@ import triton.language as tl
 from vllm_dwdp.errors import DwdpError
 
 from . import launching
+from .block_order import joined_routes, order, spread_block
 from .tile_math import ABSENT, BLOCKS, DENSE, NO_SCALE, ROWS, TABLE, TENSOR, compute_tile, tile_place
 from .tiles import Tiles
 from .weight_table import WeightTable
@@ -54,19 +55,26 @@ def split_gemm_kernel(
     GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, TOP_K: tl.constexpr, MUL_ROUTER: tl.constexpr,
     EVEN_K: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    HALVES: tl.constexpr, SINGLE: tl.constexpr, SWAP: tl.constexpr,
+    HALVES: tl.constexpr, SINGLE: tl.constexpr, SWAP: tl.constexpr, SPREAD: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
     """One tile [BLOCK_M routes, BLOCK_N columns] per program.
 
     SINGLE: a block is one route. HALVES: a block of which half or less is filled is computed as a tile of half the height.
+    SPREAD: see `Tiles`. JOIN: 0, or the room for all single routes, of which the first of an expert computes the others too.
     """
     block_m, block_n = tile_place(tl.program_id(0), tl.cdiv(EM, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    if SPREAD > 1:
+        block_m = spread_block(block_m, tl.load(padded_ptr) // BLOCK_M, SPREAD)
     # The three loads do not wait for each other. A block past the padded ones holds rubbish, and no address is looked up
     # for it; with single routes every block is in use.
     expert = tl.load(experts_ptr + block_m).to(tl.int64)
     rows = tl.arange(0, BLOCK_M)
     begin = block_m * BLOCK_M
-    if SINGLE:
+    if JOIN > 0:
+        routes, before = joined_routes(experts_ptr, block_m, expert, num_routes, BLOCK_M, JOIN)
+        if before % BLOCK_M != 0:
+            return
+    elif SINGLE:
         routes = tl.where(rows == 0, block_m, num_routes)
     else:
         routes = tl.load(routes_ptr + begin + rows, mask=begin + rows < EM, other=num_routes)
@@ -296,7 +304,8 @@ def _planned(
         if persistent.describable(constants["EVEN_K"], weights, assignment):
             return persistent.planned(laid_out, constants, weights, tiles)
     grid = (laid_out.row_blocks * laid_out.column_blocks,)
-    constants |= variant(weights, assignment, tiles, device)
+    single_routes = assignment.experts.numel() if assignment.routes is None else 0
+    constants |= variant(weights, assignment, tiles, device) | order(single_routes, tiles)
     return launching.Planned(split_gemm_kernel, grid, constants, False)
 
 

@@ -29,6 +29,9 @@ class Tiles:
     Attributes:
         group_m: row blocks that share a column block before the next column block is begun.
         kernel: which kernel reads the weights.
+        spread: in how many runs the row blocks are cut that are computed side by side. 1 goes from expert to expert; more,
+            for the pointer kernel, are made for experts that lie over a link: own and far ones are in flight together, and
+            single routes of one expert become one block, so that its weights are read once.
     """
 
     block_m: int
@@ -38,6 +41,7 @@ class Tiles:
     num_warps: int = 4
     num_stages: int = 3
     kernel: KernelName = "pointer"
+    spread: int = 1
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k"):
@@ -46,6 +50,10 @@ class Tiles:
                 raise DwdpError(f"{name} is {size}: a tile has powers of two of at least 16")
         if self.kernel not in ("pointer", "persistent"):
             raise DwdpError(f"tiles name the kernel {self.kernel!r}; there are pointer and persistent")
+        if self.spread < 1 or (self.spread > 1 and self.kernel != "pointer"):
+            raise DwdpError(
+                f"tiles of the {self.kernel} kernel with a spread of {self.spread}: 1, or more with the pointer kernel"
+            )
 
     @classmethod
     def from_vllm(cls, config: Mapping[str, int]) -> Tiles:

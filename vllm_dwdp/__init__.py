@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm import LLM
 
+    from vllm_dwdp.hits_file import Hits
+
 __version__ = "0.1.0"
 
 #: The one vLLM release whose internals the patches were written against.
@@ -49,7 +51,8 @@ def register() -> None:
 def counters(llm: LLM) -> list[dict[str, Any]]:
     """Counters of every rank of an offline `LLM(distributed_executor_backend="dwdp")`, in rank order.
 
-    The fields are those of `vllm_dwdp.prefetch.counters.Counters`, plus `requests` (requests sent to that rank).
+    The fields are those of `vllm_dwdp.prefetch.counters.Counters`, plus `requests` (requests sent to that rank) and, where
+    hits are counted, `hits`: per layer how many there were (`total`) and how many of experts held there (`local`).
 
     Raises:
         DwdpError: `llm` does not run on the dwdp backend.
@@ -57,3 +60,14 @@ def counters(llm: LLM) -> list[dict[str, Any]]:
     from vllm_dwdp.engine.offline_client import client_of
 
     return client_of(llm).dwdp_counters()
+
+
+def hits(llm: LLM) -> Hits:
+    """How often each expert was hit on all ranks of an offline `LLM` with `dwdp.hits`; also writes that file.
+
+    Raises:
+        DwdpError: `llm` does not run on the dwdp backend.
+    """
+    from vllm_dwdp.engine.offline_client import client_of
+
+    return client_of(llm).dwdp_hits()

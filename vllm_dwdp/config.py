@@ -33,6 +33,9 @@ _LEAST: Final[dict[str, int]] = {
     "ranks_per_device": 1,
 }
 _OPTIONAL: Final = frozenset({"group_size", "experts_per_rank", "slice_bytes"})
+#: Counts that may also be left to dwdp, with this word.
+AUTO: Final = "auto"
+_AUTO_COUNTS: Final = frozenset({"experts_per_rank"})
 _RENDEZVOUS: Final = re.compile(r"(?P<host>\[[^\]]+\]|[^:/\s]+):(?P<port>\d{1,5})/(?P<group_id>[^/\s]+)")
 
 
@@ -71,7 +74,8 @@ class DwdpConfig:
     """The settings of one DWDP start, valid by construction (design, 'Configuration').
 
     group_size: ranks that share one copy of the experts; None means all ranks.
-    experts_per_rank: experts resident on a rank; None means a balanced partition, more than E/N means overlap.
+    experts_per_rank: experts resident on a rank; None means a balanced partition, more than E/N means overlap, "auto"
+        as many as the KV cache leaves room for (hold.py).
     num_slots: prefetch buffers per rank. slice_bytes: bytes of one copy; None means 1 MiB on CPU,
         by the layer on GPUs.
     in_flight: slices that a rank copies at a time, on GPUs.
@@ -80,10 +84,12 @@ class DwdpConfig:
     require_win: refuse to start where the planner predicts a loss, or cannot tell.
     direct_tokens: most tokens of a forward that reads missing experts where they are; 0 pulls always, "auto" is found from
         rates measured at start.
+    hits: file into which ranks write how often each expert was hit. popularity: such a file, by which experts beyond
+        E/N are chosen.
     """
 
     group_size: int | None = None
-    experts_per_rank: int | None = None
+    experts_per_rank: int | Literal["auto"] | None = None
     num_slots: int = 2
     slice_bytes: int | None = None
     in_flight: int = 1
@@ -94,6 +100,8 @@ class DwdpConfig:
     timeout_s: float = 300.0
     trace: bool = False
     require_win: bool = False
+    hits: str | None = None
+    popularity: str | None = None
     rendezvous: Rendezvous | None = None
     direct_tokens: int | Literal["auto"] = "auto"
 
@@ -123,6 +131,10 @@ class DwdpConfig:
         for key in ("trace", "require_win"):
             if not isinstance(getattr(self, key), bool):
                 raise DwdpError(f"dwdp.{key} is {getattr(self, key)!r}: it must be true or false")
+        for key in ("hits", "popularity"):
+            path: object = getattr(self, key)
+            if path is not None and (not isinstance(path, str) or not path):
+                raise DwdpError(f"dwdp.{key} is {path!r}: it must be the path of a file")
         if self.rendezvous is not None and not isinstance(self.rendezvous, Rendezvous):
             object.__setattr__(self, "rendezvous", Rendezvous.parse(self.rendezvous))
 
@@ -144,6 +156,11 @@ class DwdpConfig:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able mapping that `parse` turns back into an equal config."""
         return asdict(self)
+
+    @property
+    def held(self) -> int | None:
+        """`experts_per_rank` as far as it is a number: None for a partition, and for "auto" until a rank has chosen."""
+        return None if self.experts_per_rank == AUTO else self.experts_per_rank
 
     def resolve_slice_bytes(self, on_cpu: bool) -> int | None:
         """Bytes of one copy; None where the plan of each layer chooses."""
@@ -167,7 +184,7 @@ class DwdpConfig:
         """Check against the number of ranks and, where known, the routed experts of a layer; raises DwdpError."""
         size = self.resolve_group_size(num_ranks)
         if num_experts is not None:
-            check_share(num_experts, size, self.experts_per_rank)
+            check_share(num_experts, size, self.held)
 
 
 def _is_int(value: object) -> bool:
@@ -175,8 +192,12 @@ def _is_int(value: object) -> bool:
 
 
 def _check_count(key: str, value: object, least: int) -> None:
-    if value is None and key in _OPTIONAL:
+    if (value is None and key in _OPTIONAL) or (value == AUTO and key in _AUTO_COUNTS):
         return
+    if isinstance(value, str) and key in _AUTO_COUNTS:
+        close = difflib.get_close_matches(value.lower(), [AUTO], n=1)
+        hint = f"; did you mean {AUTO!r}?" if close else ""
+        raise DwdpError(f"dwdp.{key} is {value!r}: it must be {AUTO!r} or a whole number >= {least}{hint}")
     if not isinstance(value, int) or isinstance(value, bool):
         raise DwdpError(f"dwdp.{key} is {value!r} of type {type(value).__name__}: it must be a whole number >= {least}")
     if value < least:

@@ -99,6 +99,15 @@ def counters(llm: Any) -> list[dict[str, Any]]:
     return vllm_dwdp.counters(llm)
 
 
+def hits(llm: Any) -> dict[str, Any]:
+    """Hits of all ranks together."""
+    import dataclasses
+
+    import vllm_dwdp
+
+    return dataclasses.asdict(vllm_dwdp.hits(llm))
+
+
 def ways(llm: Any) -> dict[str, Any]:
     """Ways to write or save weights, tried in every worker; then those of `LLM`, each with what it raised."""
     dense = llm.collective_rpc("probe_dense")
@@ -136,6 +145,9 @@ STEPS: dict[str, Any] = {
     "features": features,
     "counters": counters,
     "counters_after": counters,
+    "hits": hits,
+    "watch_routing": _probe("probe_watch_routing"),
+    "routed": _probe("probe_routed"),
     "digests": _probe("probe_digests"),
     "memory": _probe("probe_memory"),
     "maps": _probe("probe_maps"),

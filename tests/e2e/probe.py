@@ -183,6 +183,30 @@ class Probe:
         engine._copy = copy
         return True
 
+    def probe_watch_routing(self) -> bool:
+        """From here on count which experts the layers are asked for, on the host, by eager code."""
+        import torch
+
+        self.routed: dict[str, list[int]] = {}
+
+        def watch(layer: Any, counts: list[int]) -> None:
+            forward = layer.forward_modular
+
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                for expert, n in enumerate(torch.bincount(kwargs["topk_ids"].flatten().long()).tolist()):
+                    counts[expert] += n
+                return forward(*args, **kwargs)
+
+            layer.forward_modular = watched
+
+        for _, layer in self._expert_layers():
+            watch(layer, self.routed.setdefault(layer.layer_name, [0] * layer.global_num_experts))
+        return True
+
+    def probe_routed(self) -> dict[str, list[int]]:
+        """Layer -> [expert] -> how often it was asked for since `probe_watch_routing`."""
+        return self.routed
+
     def probe_trace(self) -> list[tuple[int, str, int, int]]:
         """The event trace of this rank (`dwdp.trace`), in order of time."""
         return sorted((int(t), str(k), int(layer), int(s)) for t, k, layer, s in self.dwdp_sharing.trace)  # type: ignore[attr-defined]

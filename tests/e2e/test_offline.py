@@ -114,6 +114,20 @@ def test_workers_in_their_engines(model: Path, plain: dict[str, Any], tmp_path: 
     assert "dwdp rank 1 stops:" in shared["log"]
 
 
+@pytest.mark.full
+def test_as_many_experts_as_memory_allows(model: Path, plain: dict[str, Any], tmp_path: Path) -> None:
+    view = "split" if gpus() else "contiguous"
+    held = dwdp(2, weight_view=view, experts_per_rank="auto")
+    shared = run_job(tmp_path, model, ["tokens_each_rank", "digests", "counters"], **held)
+    assert shared["tokens_each_rank"] == [[tokens] * 2 for tokens in plain["tokens"]]
+    assert shared["digests"] == [plain["digests"][0]] * 2
+    # The experts are small: all but one fit, which is still pulled.
+    assert [counter["experts_held"] for counter in shared["counters"]] == [15, 15]
+    assert all(counter["pulled_bytes"] > 0 for counter in shared["counters"])
+    line = r'dwdp rank [01]: experts_per_rank "auto": 15 of 16 experts; .*\(as asked for\).* tokens; all 16 would fit'
+    assert len(re.findall(line, shared["log"])) == 2
+
+
 def test_ray_launches_workers(model: Path, plain: dict[str, Any], tmp_path: Path) -> None:
     shared = run_job(tmp_path, model, ["tokens", "digests", "counters", "affinity"], **dwdp(2, launcher="ray"))
     assert shared["tokens"] == plain["tokens"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import statistics
@@ -146,7 +147,7 @@ def test_three_ranks_one_api_server(sign: signal.Signals, checkpoint: Callable[.
     server = start_server(
         tmp_path,
         checkpoint(family="mixtral", num_experts=7),
-        *dwdp_arguments(3),
+        *dwdp_arguments(3, hits=str(tmp_path / "hits.json")),
         "--enforce-eager",
         "--api-server-count",
         "1",
@@ -158,5 +159,9 @@ def test_three_ranks_one_api_server(sign: signal.Signals, checkpoint: Callable[.
         # A terminal sends SIGINT to every process.
         assert server.stop(sign, everywhere=sign == signal.SIGINT) < 10
         assert server.left() == [] and "its engine was killed" not in server.log.read_text()
+        # Every rank that ends in order writes its part: a prompt and all tokens but the last.
+        parts = json.loads((tmp_path / "hits.json").read_text())["ranks"]
+        assert sorted(parts) == ["0", "1", "2"]
+        assert len({part["tokens"] for part in parts.values()}) == 1 and parts["0"]["tokens"] > 8
     finally:
         server.kill()

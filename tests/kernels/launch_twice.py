@@ -79,6 +79,7 @@ def main() -> None:
     fp8 = WeightTable.of(memory.to(torch.float8_e4m3fn)[:experts], scales=scales)
     tables = {"plain": plain, "other": other, "biased": WeightTable.of(memory[:experts], bias=bias), "fp8": fp8}
     pointer, persistent = Tiles(32, 32, 64), Tiles(32, 32, 64, kernel="persistent")
+    spread = Tiles(32, 32, 64, spread=4)
     wide = torch.zeros(64, cols + 8, dtype=torch.bfloat16)
     router = torch.zeros(64 * top_k)
     for words in sys.argv[1:]:
@@ -97,7 +98,7 @@ def main() -> None:
             tables[table],
             out,
             single if "single" in more else wider if "long" in more else assignment,
-            persistent if kernel == "persistent" else pointer,
+            persistent if kernel == "persistent" else spread if "spread" in more else pointer,
             top_k=top_k,
             router_weights=router if "router" in more else None,
             a_scale=torch.zeros(1, dtype=torch.bfloat16 if "half" in more else torch.float32)

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 #: Every kind of tile: flat and tall, sorted and single routes, 16 bits and FP8 with each kind of scales, both kernels.
-CASES = ["qwen3-30b w13 one route", "gpt-oss", "fp8 block", "fp8 channel", "persistent", "halves"]
+CASES = ["qwen3-30b w13 one route", "gpt-oss", "fp8 block", "fp8 channel", "persistent", "halves", "spread"]
 
 
 @pytest.mark.timeout(300)

@@ -30,7 +30,8 @@ def found() -> dict[str, list[dict[str, Any]]]:
              for tokens in (9, 16, 33)]  # fmt: skip
     words += ["biased,pointer,16", "plain,pointer,16,router", "plain,pointer,16,strided", "plain,pointer,16,float32",
               "plain,pointer,3,single", "plain,pointer,16,unaligned", "plain,persistent,16,router",
-              "fp8,pointer,16,half", "plain,pointer,16,long"]  # fmt: skip
+              "fp8,pointer,16,half", "plain,pointer,16,long", "plain,pointer,16,spread",
+              "plain,pointer,3,single,spread"]  # fmt: skip
     told = launches(*words, *reversed(words))
     return {word: [told[i], told[-1 - i]] for i, word in enumerate(words)}
 

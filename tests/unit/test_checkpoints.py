@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 import torch
 from safetensors import safe_open
 
-from vllm_dwdp.checkpoints import FAMILIES, CheckpointSpec, expert_tensors, write_checkpoint
+from vllm_dwdp.checkpoints import FAMILIES, CheckpointSpec, expert_tensors, hot_experts, write_checkpoint
 from vllm_dwdp.errors import DwdpError
 
 Checkpoint = Callable[..., Path]
@@ -213,6 +213,7 @@ def test_tokenizer_has_a_chat_template(checkpoint: Checkpoint) -> None:
         ({"intermediate": 48}, "intermediate is 48"),
         ({"top_k": 9}, "top_k is 9, but there are 8 experts"),
         ({"num_heads": 4, "num_kv_heads": 3}, "4 heads"),
+        ({"router_skew": -1}, "router_skew is -1"),
         ({"family": "deepseek_v3", "dense_layers": 4}, "leave 1 to 3"),
         ({"family": "deepseek_v3", "fused": True}, "no fused experts of family deepseek_v3"),
     ],
@@ -231,6 +232,25 @@ def test_command_line(tmp_path: Path) -> None:
     refused = subprocess.run([*command, "--hidden", "33"], capture_output=True, text=True)
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: hidden is 33")
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_a_skewed_router_sends_most_tokens_to_known_experts(checkpoint: Checkpoint, family: str) -> None:
+    sizes = {"family": family, "num_experts": 16, "num_layers": 2, "hidden": 64, "intermediate": 32}
+    plain, skewed = load(checkpoint(**sizes)), load(checkpoint(**sizes, router_skew=3.0))
+    spec = CheckpointSpec(**sizes, router_skew=3.0)  # type: ignore[arg-type]
+    changed = sorted(name for name in plain if not torch.equal(plain[name], skewed[name]))
+    assert len(changed) == spec.num_moe_layers
+    states = torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
+    for layer, name in enumerate(changed, spec.first_moe_layer):
+        hot = hot_experts(spec, layer)
+        assert len(hot) == 4 and f".layers.{layer}." in name
+        shares = []
+        for weights in (plain[name], skewed[name]):
+            hits = torch.bincount((states @ weights.float().T).topk(2).indices.flatten(), minlength=16)
+            shares.append(float(hits[list(hot)].sum() / hits.sum()))
+        assert shares[0] < 0.4 and shares[1] > 0.6
+    assert len({hot_experts(spec, layer) for layer in range(4)}) == 4
 
 
 def test_fp8_blocks_come_out_close_to_what_went_in() -> None:

@@ -24,7 +24,7 @@ def test_missing_and_empty_give_the_defaults() -> None:
         {},
         optional={
             "group_size": st.none() | st.integers(2, 72),
-            "experts_per_rank": st.none() | st.integers(1, 512),
+            "experts_per_rank": st.none() | st.just("auto") | st.integers(1, 512),
             "num_slots": st.integers(2, 8),
             "slice_bytes": st.none() | st.integers(16, 1 << 20).map(lambda n: n * 256),
             "in_flight": st.integers(1, 8),
@@ -60,6 +60,10 @@ def test_round_trip_through_json(raw: dict[str, Any]) -> None:
         ({"group_size": 1}, ["group_size is 1", ">= 2"]),
         ({"group_size": "4"}, ["'4'", "str"]),
         ({"experts_per_rank": 0}, ["experts_per_rank is 0", ">= 1"]),
+        ({"experts_per_rank": "atuo"}, ["'atuo'", "'auto' or a whole number >= 1", "did you mean 'auto'?"]),
+        ({"experts_per_rank": "64"}, ["'64'", "'auto' or a whole number >= 1"]),
+        ({"experts_per_rank": 64.0}, ["64.0", "float", "whole number"]),
+        ({"num_slots": "auto"}, ["num_slots is 'auto'", "str", "whole number >= 2"]),
         ({"ranks_per_device": 0}, ["ranks_per_device is 0", ">= 1"]),
         ({"slice_bytes": 2048}, ["slice_bytes is 2048", ">= 4096"]),
         ({"slice_bytes": 5000}, ["slice_bytes is 5000", "multiple of 256", "4864"]),
@@ -134,5 +138,8 @@ def test_check_refuses(config: DwdpConfig, num_ranks: int, num_experts: int | No
 def test_check_accepts_and_resolves_the_group() -> None:
     DwdpConfig(group_size=2, experts_per_rank=5).check(6, 8)
     DwdpConfig(group_size=2, experts_per_rank=5).check(6, None)
+    # What "auto" will be is not known yet.
+    DwdpConfig(group_size=2, experts_per_rank="auto").check(6, 8)
+    assert (DwdpConfig(experts_per_rank="auto").held, DwdpConfig(experts_per_rank=5).held) == (None, 5)
     assert DwdpConfig().resolve_group_size(6) == 6
     assert DwdpConfig(group_size=3).resolve_group_size(6) == 3

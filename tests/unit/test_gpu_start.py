@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from vllm_dwdp.engine import configure, options, worker
 from vllm_dwdp.engine.gpu_worker import DwdpGPUWorker
 from vllm_dwdp.engine.launch import DwdpLaunch
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.hold import MemoryFacts
 from vllm_dwdp.layers.build import ModelBuild
 
 
@@ -65,8 +67,13 @@ class Loaded:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, mode: CUDAGraphMode, direct: int) -> None:
         self.compilation = compilation(mode)
+        self.experts_per_rank: int | str | None = None
         self.started = 0
-        store = SimpleNamespace(check_identity=lambda identity, group: None, fail=lambda error: None)
+        store = SimpleNamespace(
+            check_identity=lambda identity, group: None,
+            fail=lambda error: None,
+            gather=lambda name, value, ranks: [value] * len(ranks),
+        )
         monkeypatch.setattr(worker, "Rendezvous", lambda *arguments: store)
         monkeypatch.setattr(worker, "identity_of", lambda *arguments: None)
         monkeypatch.setattr(worker, "ExpertSharing", self.share)
@@ -83,6 +90,7 @@ class Loaded:
         monkeypatch.setattr(worker, "set_current_vllm_config", lambda config: nullcontext())
 
     def share(self, build: ModelBuild, *arguments: Any) -> Any:
+        self.experts_per_rank = build.config.experts_per_rank
         return SimpleNamespace(
             direct_tokens=self._direct,
             describe=lambda place: "",
@@ -113,6 +121,35 @@ def test_graphs_are_limited_to_direct_forwards_once_the_model_is_there(
     assert loaded.compilation.splitting_ops == splitting and isinstance(get_offloader(), NoopOffloader)
     with pytest.raises(DwdpError, match=r"model_runner\.reload_weights would replace weights"):
         loaded.worker.model_runner.reload_weights()
+
+
+def test_layers_are_built_with_as_many_experts_as_memory_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    facts = MemoryFacts(
+        experts=8, ranks=2, layers=5, limit=0, dense=80, peak=20, expert=50, slot_expert=20, slots_hold="missing",
+        kv_token=2, kv_request=100, kv_asked=560,
+    )  # fmt: skip
+    monkeypatch.setattr(worker, "memory_of", lambda config, launch, on_cpu, limit: replace(facts, limit=limit))
+    # Of one GPU, 2000 are free, for two ranks; vLLM may use more.
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (2000, 3000))
+    monkeypatch.setattr(worker, "predicted_loss", lambda *positional, **named: loss.append(named["share"]))
+    monkeypatch.setattr(
+        worker, "current_platform", SimpleNamespace(is_cpu=lambda: False, get_device_name=lambda: "H100")
+    )
+    loss: list[int | None] = []
+    for ranks_per_device, held in ((2, 6), (1, 7)):
+        loaded = Loaded(monkeypatch, CUDAGraphMode.NONE, 0)
+        config = DwdpConfig(experts_per_rank="auto", ranks_per_device=ranks_per_device, require_win=True)
+        loaded.worker.dwdp_launch = DwdpLaunch(config, 2, "/made/up", ())
+        loaded.worker.requested_memory = 1500
+        loaded.worker.vllm_config.model_config = SimpleNamespace(  # type: ignore[assignment]
+            hf_config=SimpleNamespace(to_dict=dict), model="m", max_model_len=1
+        )
+        loaded.worker.vllm_config.cache_config = SimpleNamespace(gpu_memory_utilization=0.9, cache_dtype="auto")  # type: ignore[assignment]
+        loaded.worker.load_model()
+        # The planner is asked about the same share.
+        assert (loaded.experts_per_rank, loss.pop()) == (held, held)
 
 
 @pytest.mark.parametrize(

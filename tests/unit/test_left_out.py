@@ -9,7 +9,20 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import worker
+
+
+class Hits:
+    """What the worker asks of the counts of hits."""
+
+    resets = 0
+
+    def reset(self) -> None:
+        self.resets += 1
+
+    def read(self) -> None:
+        raise RuntimeError("the device is gone")
 
 
 class Sharing:
@@ -18,6 +31,7 @@ class Sharing:
     def __init__(self, view: str) -> None:
         self.view, self.layers, self.sealed = view, ["a", "b", "c"], 0
         self.left: list[str] = list(self.layers)
+        self.hits = Hits()
         self.counted: list[int] = []
         self.forwards = SimpleNamespace(add=self.counted.append)
 
@@ -26,6 +40,9 @@ class Sharing:
 
     def seal_unused(self) -> None:
         self.sealed += 1
+
+    def close(self) -> None:
+        self.closed = True
 
 
 class Base:
@@ -45,6 +62,9 @@ class Base:
         self.seen = scheduler_output.total_num_scheduled_tokens  # counted by then
         assert self.dwdp_sharing.counted[-1:] == [self.seen] or not self.seen  # type: ignore[attr-defined]
         return "output"
+
+    def shutdown(self) -> None:
+        self.ended = True
 
 
 def step(tokens: int) -> Any:
@@ -69,9 +89,28 @@ def test_layers_that_were_left_out_are_named_once(
     made: Any = Made()
     assert made.compile_or_warm_up_model() == "times" and made.dwdp_sharing.sealed == 1
     assert len(warnings) == warm
+    # What the warm-up hit is none of the requests' doing.
+    assert made.dwdp_sharing.hits.resets == 1
     # A step without tokens, as for transfers of KV blocks, is no forward.
     steps = [(step(0),), (step(7), "a", "c"), (step(0),), (step(1),), (step(2),)]
     assert [made.execute_model(*arguments) for arguments in steps] == ["output"] * 5
     assert made.dwdp_sharing.counted == [7, 1, 2]
     assert len(warnings) == 1 and "execute_model" not in vars(made)
     assert all(part in warnings[0] for part in ("rank 3", "1 of 3", "forward: b;", words))
+
+
+def test_hits_that_cannot_be_read_keep_no_worker_from_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(worker.logger, "warning", lambda text, *values: warnings.append(text % values))
+
+    class Made(worker.DwdpWorkerMixin, Base):
+        def __init__(self) -> None:
+            self.dwdp_rank = 3
+            self.dwdp_launch = SimpleNamespace(config=DwdpConfig(hits="hits.json"))  # type: ignore[assignment]
+            self.dwdp_sharing = Sharing("contiguous")  # type: ignore[assignment]
+
+    made: Any = Made()
+    sharing = made.dwdp_sharing
+    made.shutdown()
+    assert sharing.closed and made.ended
+    assert warnings == ["dwdp rank 3: hits are lost: the device is gone"]

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.hold import choose
 from vllm_dwdp.predict.cli import main
 from vllm_dwdp.predict.decode import decode_steps, expected_hit, popularity
 from vllm_dwdp.predict.hardware_file import FOLDER, load_hardware, shipped
@@ -96,6 +97,43 @@ def test_what_remains_for_the_cache_is_what_nothing_else_takes() -> None:
     half = memory_plan(model, hardware, 4, replicate_scales=True, utilisation=0.5)
     assert whole.kv - half.kv == pytest.approx(hardware.memory / 2)
     assert half.kv >= 0 or half.kv_tokens == 0
+
+
+@pytest.mark.parametrize("view", ["split", "contiguous"])
+def test_auto_counts_as_the_table_of_memory_does(view: str) -> None:
+    here = replace(case("Qwen3-30B-A3B", "h100", ranks=2, tokens=8192), view=view)
+    facts = here.facts()
+    for share in (64, 65, 100, 127):
+        plan = here.memory(2, share)
+        assert facts.kv(share) == pytest.approx(plan.kv) and facts.slots(share) == pytest.approx(plan.slots)
+    assert facts.kv_token == here.memory().kv_bytes_per_token
+
+
+def test_windows_of_attention_hold_a_step_more() -> None:
+    here = case("gpt-oss-120b", "h100", tokens=4096)
+    # 18 layers look back on 128 tokens, and a step of 4096 is there with them; 18 on all 9216.
+    values = 2 * here.model.groups[0].attention.kv_elements()
+    assert here.facts().kv_request == 18 * values * (9216 + 128 + 4096)
+    # No more than the request has, though.
+    assert replace(here, tokens=32768).facts().kv_request == 36 * values * 9216
+
+
+def test_plan_prints_and_takes_what_auto_would_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", "Qwen3-30B-A3B", "--hardware", "h100", "--ranks", "2"]
+    assert main([*asked, "--json"]) == 0
+    auto = json.loads(capsys.readouterr().out)["auto"]
+    here = case("Qwen3-30B-A3B", "h100", ranks=2, tokens=8192)
+    held = choose(replace(here, utilisation=0.92).facts())
+    assert auto == held.figures() and 64 < auto["experts_per_rank"] < 127
+    assert main(asked) == 0
+    assert held.describe() in " ".join(capsys.readouterr().out.split())
+    assert main([*asked, "--experts-per-rank", "auto", "--json"]) == 0
+    with_auto = json.loads(capsys.readouterr().out)
+    assert main([*asked, "--experts-per-rank", str(held.share), "--json"]) == 0
+    assert with_auto == json.loads(capsys.readouterr().out)
+    # Where nothing fits there is nothing to print.
+    assert main(["plan", "DeepSeek-R1", "--hardware", "h100", "--ranks", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["auto"] is None
 
 
 def test_dwdp_is_never_ahead_of_a_full_replica() -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from tests.unit.helpers import LIMIT_S
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine.loader import switch_loader
+from vllm_dwdp.hits_file import Hits
 from vllm_dwdp.layers.build import ModelBuild
 
 
@@ -71,13 +72,21 @@ def vllm_config(folder: Path, **arguments: Any) -> Any:
     return EngineArgs(model=str(folder), **arguments).create_engine_config()
 
 
-def load(folder: Path, rank: int, ranks: int, settings: dict[str, Any] | None = None, **arguments: Any) -> Loaded:
+def load(
+    folder: Path,
+    rank: int,
+    ranks: int,
+    settings: dict[str, Any] | None = None,
+    popularity: Hits | None = None,
+    **arguments: Any,
+) -> Loaded:
     """The model of `folder` with the share of `rank`; with `ranks` 1 all of it, from plain vLLM."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
 
     config = vllm_config(folder, **arguments)
-    build = ModelBuild(DwdpConfig.parse({"timeout_s": LIMIT_S, **(settings or {})}), rank, ranks, on_cpu=True)
+    made = DwdpConfig.parse({"timeout_s": LIMIT_S, **(settings or {})})
+    build = ModelBuild(made, rank, ranks, on_cpu=True, popularity=popularity)
     with _registries_kept(), set_current_vllm_config(config):
         if ranks > 1:
             build.open()

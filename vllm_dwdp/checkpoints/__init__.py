@@ -7,6 +7,7 @@
 
 from vllm_dwdp.checkpoints.read import Expert, expert_tensors
 from vllm_dwdp.checkpoints.spec import FAMILIES, CheckpointSpec
+from vllm_dwdp.checkpoints.weights import hot_experts
 from vllm_dwdp.checkpoints.write import write_checkpoint
 
-__all__ = ["FAMILIES", "CheckpointSpec", "Expert", "expert_tensors", "write_checkpoint"]
+__all__ = ["FAMILIES", "CheckpointSpec", "Expert", "expert_tensors", "hot_experts", "write_checkpoint"]

@@ -36,6 +36,9 @@ def main() -> None:
     parser.add_argument("--fused", action="store_true", help="all experts of a layer in one tensor")
     parser.add_argument("--fp8", action="store_true", help="weights in FP8 with scales per block")
     parser.add_argument("--shard-mib", type=float, help="split the weights into files of this size")
+    parser.add_argument(
+        "--router-skew", type=float, default=default.router_skew, help="hit a quarter of the experts most (%(default)s)"
+    )
     args = vars(parser.parse_args())
     out: Path = args.pop("out")
     try:

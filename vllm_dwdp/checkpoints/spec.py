@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -69,6 +70,8 @@ class CheckpointSpec:
     fp8: bool = False
     # Split the file when it exceeds this; None keeps vLLM's usual one file per few GB.
     shard_mib: float | None = None
+    # Rows of each router's `weights.hot_experts` are 1 + this times as large, so that these experts are hit most.
+    router_skew: float = 0.0
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -92,6 +95,8 @@ class CheckpointSpec:
             )
         if self.num_heads % self.num_kv_heads:
             raise DwdpError(f"{self.num_heads} heads do not divide among {self.num_kv_heads} key/value heads")
+        if not 0 <= self.router_skew < math.inf:
+            raise DwdpError(f"router_skew is {self.router_skew}: choose a number from 0 on, such as 3")
         if self.family == "deepseek_v3" and not 1 <= self.dense_layers < self.num_layers:
             raise DwdpError(
                 f"dense_layers is {self.dense_layers}: leave 1 to {self.num_layers - 1} of the layers dense"

@@ -22,6 +22,9 @@ CORRECTION_STD = 0.2
 BIAS_STD = 0.1
 NORM_STD = 0.1
 
+#: transformers' names of routers' weights, [experts, hidden].
+_ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight")
+
 
 def random_weights(config: PretrainedConfig, spec: CheckpointSpec) -> tuple[str, dict[str, torch.Tensor]]:
     """The model class's name, and every tensor under transformers' own names."""
@@ -44,8 +47,21 @@ def _fill(name: str, like: torch.Tensor, dtype: torch.dtype, spec: CheckpointSpe
     values = torch.empty(like.shape, dtype=torch.float32).normal_(generator=generator)
     mean, std = _distribution(name, values.dim(), spec)
     values.mul_(std).add_(mean)
+    if spec.router_skew and name.endswith(_ROUTERS) and like.shape[0] == spec.num_experts:
+        layer = int(next(part for part in name.split(".") if part.isdecimal()))
+        values[list(hot_experts(spec, layer))] *= 1 + spec.router_skew
     # Routers score with a correction in float32 whatever the model's type is.
     return values if name.endswith("e_score_correction_bias") else values.to(dtype)
+
+
+def hot_experts(spec: CheckpointSpec, layer: int) -> tuple[int, ...]:
+    """A quarter of the experts, at least one, ascending: those that a skewed router sends most tokens to, others in each
+    layer (of the model, counted with dense layers)."""
+    import torch
+
+    generator = torch.Generator().manual_seed(zlib.crc32(f"hot {layer}".encode()) ^ spec.seed)
+    order = torch.randperm(spec.num_experts, generator=generator).tolist()
+    return tuple(sorted(order[: max(1, spec.num_experts // 4)]))
 
 
 def _distribution(name: str, dims: int, spec: CheckpointSpec) -> tuple[float, float]:

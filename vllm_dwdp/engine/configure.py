@@ -22,6 +22,7 @@ from vllm_dwdp.engine.launch import RENDEZVOUS_ENV, DwdpLaunch, attach_launch
 from vllm_dwdp.engine.launch_folder import make_folder
 from vllm_dwdp.engine.model_config import hide_moe
 from vllm_dwdp.engine.orphans import value_of_parent, watch_forked
+from vllm_dwdp.engine.popularity import check_popularity, popularity_of, with_hits_file
 from vllm_dwdp.engine.rank_pages import watch_ranks
 from vllm_dwdp.errors import DwdpError
 
@@ -119,13 +120,19 @@ def create_engine_config(
             f"dwdp runs on vLLM's CPU and CUDA platforms, not on {current_platform.device_name}: leave it out"
         )
     options.check_settings(config, on_cpu)
+    config = with_hits_file(config)
+    # API servers place nothing, and the file may be another one by now.
+    popularity = None if _is_api_server_of_many(args) else popularity_of(config, on_cpu)
     group_size = config.resolve_group_size(args.data_parallel_size)
     launcher = resolve_launcher(config.launcher, on_cpu)
 
     @functools.wraps(args.create_model_config)
     def create_model_config() -> ModelConfig:
         model_config = type(args).create_model_config(args)
-        config.check(args.data_parallel_size, options.check_model(model_config, on_cpu))
+        experts = options.check_model(model_config, on_cpu)
+        config.check(args.data_parallel_size, experts)
+        if popularity is not None:
+            check_popularity(popularity, config, args.data_parallel_size, experts, model_config)
         hide_moe(model_config)
         return model_config
 
@@ -156,7 +163,9 @@ def create_engine_config(
 
         fit_graphs(vllm_config.compilation_config, config)
     launch = dataclasses.replace(
-        _launch(args, config, vllm_config), captured_tokens=_named_tokens(args, vllm_config.compilation_config)
+        _launch(args, config, vllm_config),
+        captured_tokens=_named_tokens(args, vllm_config.compilation_config),
+        popularity=popularity,
     )
     if not _is_api_server_of_many(args):
         launch = dataclasses.replace(launch, environment=_environment(vllm_config, launch.folder, launcher, on_cpu))

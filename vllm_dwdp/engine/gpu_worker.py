@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -21,6 +22,11 @@ class DwdpGPUWorker(DwdpWorkerMixin, Worker):
             # chosen this worker's already. The config is this process's own copy.
             vllm_config.parallel_config.distributed_executor_backend = "ray"
         super().__init__(vllm_config, *args, **kwargs)
+
+    def dwdp_memory_limit(self) -> float:
+        """See DwdpWorkerMixin: vLLM's own limit (--gpu-memory-utilization), or what the device has left if that is less."""
+        free, _ = torch.accelerator.get_memory_info()
+        return min(self.requested_memory, free / self.dwdp_launch.config.ranks_per_device)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """See DwdpWorkerMixin; from then on CUDA graphs are those of forwards that read experts directly."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.hits_file import Hits
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -25,6 +26,7 @@ class DwdpLaunch:
     vLLM's own number of ranks is reset to 1 in each of them (`reconfigure_for_independent_dp_rank`). `cores` are those
     the launch may use: a worker is bound to its own, and its copy thread should not be. `environment` is set in engines.
     `captured_tokens` is the largest size of CUDA graphs that the user named, or 0.
+    `popularity` is what the front end read of the file of that name: the same on all ranks, whatever becomes of it.
     """
 
     config: DwdpConfig
@@ -33,6 +35,7 @@ class DwdpLaunch:
     cores: tuple[int, ...]
     environment: dict[str, str] = field(default_factory=dict)
     captured_tokens: int = 0
+    popularity: Hits | None = None
 
     @property
     def group_size(self) -> int:

@@ -1,6 +1,7 @@
 """Reads the replicated weights and this rank's share of the experts, and nothing else, from a checkpoint in safetensors.
 
-vLLM's own filter skips experts that are stored one by one. Fused tensors [E, ...] are read by rows of the share through
+vLLM's own filter skips experts that are stored one by one; it knows experts only, so that where layers have other shares
+than each other ours asks for the layer too. Fused tensors [E, ...] are read by rows of the share through
 safetensors' `get_slice` and shown to the model's loader in the shape that it expects: as [E, ...] whose other rows are
 memory that is never touched, or expert by expert where the loader would copy all rows at once.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,7 @@ from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 from vllm.model_executor.model_loader.weight_utils import enable_tqdm, filter_safetensors_files_by_weight_name
 
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers.build import ModelBuild, numbers_in
 from vllm_dwdp.layers.coverage import check_coverage, check_memory
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.routed_experts import cover_subclasses
@@ -85,7 +86,9 @@ class ShareOnlyLoader(_ShareOnlyMixin, DefaultModelLoader):
     """vLLM's default loader for this rank's share; `READ` counts what was asked of the files."""
 
     def _init_ep_weight_filter(self, model_config: ModelConfig) -> None:
-        self.local_expert_ids = ModelBuild.current().local_experts()
+        build = ModelBuild.current()
+        self.local_expert_ids = build.local_experts()
+        self._built_by_layer = build.experts_by_layer()
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         experts = {cls.__name__ for layer in ModelBuild.current().layers for cls in type(layer.module).__mro__}
@@ -103,7 +106,8 @@ class ShareOnlyLoader(_ShareOnlyMixin, DefaultModelLoader):
             source.allow_patterns_overrides,
         )
         experts = {layer.placement.num_experts for layer in ModelBuild.current().layers}
-        if use_safetensors and any(_fused_names(path, experts) for path in files):
+        self._by_layer = self._built_by_layer if use_safetensors and _layers_in(files, self._built_by_layer) else {}
+        if use_safetensors and (self._by_layer or any(_fused_names(path, experts) for path in files)):
             if source.is_unused_weight is not None:
                 files = filter_safetensors_files_by_weight_name(files, source.is_unused_weight)
             self.counter_before_loading_weights = time.perf_counter()
@@ -115,10 +119,14 @@ class ShareOnlyLoader(_ShareOnlyMixin, DefaultModelLoader):
         for name, tensor in super()._get_weights_iterator(source):
             READ.add(tensor, ".experts." in name)
             if self._expert_by_expert and not use_safetensors and _is_fused(name, tensor.shape, experts):
-                for expert in sorted(self.local_expert_ids or ()):
+                for expert in sorted(self._share(name)):
                     yield name.replace(".experts.", f".experts.{expert}."), tensor[expert]
             else:
                 yield name, tensor
+
+    def _share(self, name: str) -> set[int]:
+        """Experts to read of the layer that a tensor belongs to; those of any layer where its name does not tell."""
+        return self._by_layer.get(numbers_in(name), self.local_expert_ids or set())
 
     def _share_of(self, files: list[str], experts: set[int]) -> Generator[tuple[str, torch.Tensor], None, None]:
         """All tensors of `files`, fused experts by rows of the share; in the order of the files."""
@@ -129,13 +137,13 @@ class ShareOnlyLoader(_ShareOnlyMixin, DefaultModelLoader):
                 for name in file.keys():  # noqa: SIM118
                     if name in fused:
                         yield from self._fused(file.get_slice(name), name)
-                    elif not should_skip_weight(name, self.local_expert_ids):
+                    elif not should_skip_weight(name, self._share(name)):
                         tensor = file.get_tensor(name)
                         READ.add(tensor, ".experts." in name)
                         yield name, tensor
 
     def _fused(self, rows: Any, name: str) -> Generator[tuple[str, torch.Tensor], None, None]:
-        share = sorted(expert for expert in self.local_expert_ids or () if expert < rows.get_shape()[0])
+        share = sorted(expert for expert in self._share(name) if expert < rows.get_shape()[0])
         if self._expert_by_expert:
             for expert in share:
                 part = rows[expert : expert + 1]
@@ -172,6 +180,17 @@ def _fused_names(path: str, experts: set[int]) -> set[str]:
             for name in file.keys()  # noqa: SIM118
             if _is_fused(name, file.get_slice(name).get_shape(), experts)
         }
+
+
+def _layers_in(files: list[str], layers: Collection[tuple[int, ...]]) -> bool:
+    """Whether `files` have experts for each of `layers` by its numbers; else the checkpoint may number layers otherwise."""
+    if not layers:
+        return False
+    found: set[tuple[int, ...]] = set()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            found.update(numbers_in(name) for name in file.keys() if ".experts." in name)  # noqa: SIM118
+    return found.issuperset(layers)
 
 
 def _is_fused(name: str, shape: Sequence[int], experts: set[int]) -> bool:

@@ -17,6 +17,7 @@ from vllm.v1.engine.core_client import SyncMPClient
 
 from vllm_dwdp.engine.launch import launch_of
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
+from vllm_dwdp.hits_file import Hits, add_hits
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -132,12 +133,23 @@ class DwdpSyncClient(SyncMPClient):
 
     def dwdp_counters(self) -> list[dict[str, Any]]:
         """Counters of every rank, in rank order, with the requests sent to it; raises DwdpTimeout."""
+        counters = self._ask_ranks("dwdp_counters")
+        return [{**counter, "requests": served} for counter, served in zip(counters, self._served, strict=True)]
+
+    def dwdp_hits(self) -> Hits:
+        """Hits of all ranks together, which each has written by then; raises DwdpTimeout."""
+        parts = self._ask_ranks("dwdp_hits")
+        return add_hits(
+            [Hits(part["tokens"], {name: tuple(counts) for name, counts in part["layers"].items()}) for part in parts]
+        )
+
+    def _ask_ranks(self, method: str) -> list[dict[str, Any]]:
+        """What `method` of every worker returns, in rank order; raises DwdpTimeout."""
         launch = launch_of(self.vllm_config)
         timeout_s = None if launch is None else launch.config.timeout_s
         # The limit is ours, not the call's: an engine that gives up on an answer takes it for that of its next call.
-        results = self.call_utility_all("collective_rpc", "dwdp_counters", None, (), None, timeout_s=timeout_s)
-        counters = [counter for result in results for counter in result]
-        return [{**counter, "requests": served} for counter, served in zip(counters, self._served, strict=True)]
+        results = self.call_utility_all("collective_rpc", method, None, (), None, timeout_s=timeout_s)
+        return [answer for result in results for answer in result]
 
 
 def client_of(llm: LLM) -> DwdpSyncClient:

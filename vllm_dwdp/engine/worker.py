@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -16,6 +17,8 @@ from vllm.ray.lazy_utils import is_in_ray_actor
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_dwdp import __version__
+from vllm_dwdp.config import AUTO
+from vllm_dwdp.engine.auto_share import memory_of, settle
 from vllm_dwdp.engine.frozen import WRITES, freeze, refuse_methods
 from vllm_dwdp.engine.heap import freed_memory_is_returned
 from vllm_dwdp.engine.launch import DwdpLaunch, launch_of
@@ -24,6 +27,8 @@ from vllm_dwdp.engine.model_config import restore_moe
 from vllm_dwdp.engine.orphans import orphaned
 from vllm_dwdp.engine.rendezvous import Identity, Rendezvous, identity_hash
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.hits_file import Hits, write_hits
+from vllm_dwdp.hold import Held
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.sharing import ExpertSharing
 from vllm_dwdp.patches import vllm_version
@@ -73,6 +78,8 @@ class DwdpWorkerMixin:
 
     vllm_config: VllmConfig
     model_runner: Any
+    #: What `experts_per_rank: "auto"` came to.
+    dwdp_held: Held | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -106,6 +113,8 @@ class DwdpWorkerMixin:
         group = launch.group_of(rank)
         try:
             rendezvous.check_identity(identity_of(self.vllm_config, launch), group)
+            if launch.config.experts_per_rank == AUTO:
+                launch = self._dwdp_settle(rendezvous)
             if loss := self._predicted_loss(len(group)):
                 logger.warning("dwdp rank %d: %s", rank, loss)
             build = ModelBuild(
@@ -114,6 +123,7 @@ class DwdpWorkerMixin:
                 len(group),
                 current_platform.is_cpu(),
                 meet=lambda name: rendezvous.gather(name, True, group),
+                popularity=launch.popularity,
             ).open()
             with freed_memory_is_returned() if build.on_cpu else nullcontext():
                 super().load_model(*args, **kwargs)  # type: ignore[misc]
@@ -130,6 +140,25 @@ class DwdpWorkerMixin:
         except BaseException as error:
             rendezvous.fail(error)
             raise
+
+    def dwdp_memory_limit(self) -> float:
+        """Bytes that this rank may use in all from now on."""
+        raise NotImplementedError
+
+    def _dwdp_settle(self, rendezvous: Rendezvous) -> DwdpLaunch:
+        """The launch with a number of experts in place of "auto"; one line says which."""
+        limit = self.dwdp_memory_limit()
+        facts = memory_of(self.vllm_config, self.dwdp_launch, current_platform.is_cpu(), limit)
+        self.dwdp_launch, self.dwdp_held = settle(self.dwdp_launch, facts, rendezvous)
+        logger.info("dwdp rank %d: %s", self.dwdp_rank, self.dwdp_held.describe())
+        return self.dwdp_launch
+
+    def determine_available_memory(self) -> int:
+        """vLLM's; a KV cache that "auto" promised and that is not there is a WARNING."""
+        nbytes = int(super().determine_available_memory())  # type: ignore[misc]
+        if self.dwdp_held is not None and (shortfall := self.dwdp_held.shortfall(nbytes)):
+            logger.warning("dwdp rank %d: %s", self.dwdp_rank, shortfall)
+        return nbytes
 
     def _predicted_loss(self, ranks: int) -> str | None:
         """What the planner says against this launch; on the first rank only, and nothing on CPU.
@@ -148,7 +177,7 @@ class DwdpWorkerMixin:
             model.model,
             device,
             ranks=ranks,
-            share=config.experts_per_rank,
+            share=config.held,
             tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             max_model_len=model.max_model_len,
             view=config.weight_view,
@@ -171,6 +200,8 @@ class DwdpWorkerMixin:
             # vLLM's CPU platform does not warm eager models up: the first forward shows.
             vars(self)["execute_model"] = self._dwdp_first_forward
         self.dwdp_sharing.seal_unused()
+        if self.dwdp_sharing.hits is not None:
+            self.dwdp_sharing.hits.reset()
         return times
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -210,9 +241,27 @@ class DwdpWorkerMixin:
         assert self.dwdp_sharing is not None
         return self.dwdp_sharing.snapshot()
 
+    def dwdp_hits(self) -> dict[str, Any]:
+        """Write this rank's part of the file `dwdp.hits` and return it, as `Hits` by field; for `collective_rpc`.
+
+        Raises DwdpError where nothing is counted, or the file cannot be written.
+        """
+        path = self.dwdp_launch.config.hits
+        if path is None or self.dwdp_sharing is None or self.dwdp_sharing.hits is None:
+            raise DwdpError('no hits are counted: start with additional_config {"dwdp": {"hits": FILE}}')
+        hits: Hits = self.dwdp_sharing.hits.read()
+        model = self.vllm_config.model_config.model
+        write_hits(path, os.path.basename(self.dwdp_launch.folder), model, self.dwdp_rank, hits)
+        return asdict(hits)
+
     def shutdown(self) -> None:
-        """Let go of peers' memory, then of the own. What this rank did is logged by the front end."""
+        """Write hits; let go of peers' memory, then of the own. What this rank did is logged by the front end."""
         if self.dwdp_sharing is not None:
+            if self.dwdp_sharing.hits is not None:
+                try:
+                    self.dwdp_hits()
+                except Exception as error:
+                    logger.warning("dwdp rank %d: hits are lost: %s", self.dwdp_rank, error)
             self.dwdp_sharing.close()
             self.dwdp_sharing = None
         super().shutdown()  # type: ignore[misc]

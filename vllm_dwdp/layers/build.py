@@ -12,6 +12,8 @@ import torch
 
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.hits_file import Hits
+from vllm_dwdp.hot_placement import place_hot
 from vllm_dwdp.placement import Placement, boundary_shift, place
 
 if TYPE_CHECKING:
@@ -20,7 +22,13 @@ if TYPE_CHECKING:
     from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 
 #: vLLM's CPU kernels pad the intermediate size to this (fused_moe/experts/cpu_moe.py `output_alignment`).
-_CPU_PADDING = 32
+CPU_PADDING = 32
+
+
+def numbers_in(name: str) -> tuple[int, ...]:
+    """The numbers in the name of a layer, or of a tensor in front of `.experts.`: which layer it is, whatever a model calls
+    its parts."""
+    return tuple(int(part) for part in name.partition(".experts.")[0].split(".") if part.isdecimal())
 
 
 def page_granularity(row_bytes: int, page: int = mmap.PAGESIZE) -> int:
@@ -48,6 +56,7 @@ class ModelBuild:
         on_cpu: whether kernels read host memory, so that peers' pages can be used in place.
         meet: returns when all ranks of the group have called it with this name.
         shared: whether parameters are views, which nobody may write.
+        popularity: hits by which experts beyond E/N are chosen; None where shares overlap instead.
     """
 
     config: DwdpConfig
@@ -58,6 +67,7 @@ class ModelBuild:
     layers: list[LayerBuild] = field(default_factory=list)
     memory_checked: bool = False
     shared: bool = False
+    popularity: Hits | None = None
 
     _current: ClassVar[ModelBuild | None] = None
 
@@ -87,17 +97,29 @@ class ModelBuild:
         """Experts of any layer that this rank loads."""
         return {expert for layer in self.layers for expert in layer.placement.shares[self.rank]}
 
+    def experts_by_layer(self) -> dict[tuple[int, ...], set[int]]:
+        """Numbers in a layer's name (`numbers_in`) -> experts of it that this rank loads.
+
+        Empty where all layers have the same, or names do not tell layers apart: `local_experts` then says what to load.
+        """
+        shares = {numbers_in(layer.name): set(layer.placement.shares[self.rank]) for layer in self.layers}
+        same = all(share == self.local_experts() for share in shares.values())
+        return {} if same or len(shares) < len(self.layers) else shares
+
     def _rows(self, dtype: torch.dtype, moe_config: FusedMoEConfig) -> tuple[int, int]:
         """Bytes of one expert in w13 and in w2, as far as they are known before weights are created."""
         inner = moe_config.intermediate_size_per_partition
         if self.on_cpu:
-            inner = -(-inner // _CPU_PADDING) * _CPU_PADDING
+            inner = -(-inner // CPU_PADDING) * CPU_PADDING
         row = inner * moe_config.hidden_dim * dtype.itemsize
         return row * (2 if moe_config.is_act_and_mul else 1), row
 
     def _place(self, experts: int, rows: tuple[int, ...], name: str) -> tuple[Placement, bool]:
-        held = self.config.experts_per_rank
+        held = self.config.held
         view = self.config.weight_view
+        if self.popularity is not None and held is not None:
+            # Scattered experts end on no pages.
+            return place_hot(experts, self.group_size, held, self.popularity.of(name, experts)), False
         if self.on_cpu and view in ("auto", "inplace"):
             granularity = math.lcm(*map(page_granularity, rows))
             try:

@@ -21,6 +21,7 @@ from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.first_use import FirstUse
 from vllm_dwdp.layers.gates import LayerGate, register_gate, replace_gate
+from vllm_dwdp.layers.hits import count, ids_of
 
 if TYPE_CHECKING:
     from vllm_dwdp.layers.split import SplitTables
@@ -50,6 +51,8 @@ class DwdpExpertsMixin:
     dwdp_layer: int
     dwdp_gate: LayerGate | None
     dwdp_tables: SplitTables | None
+    #: Where hits of this layer are counted (hits.py); None where they are not.
+    dwdp_hits: int | None = None
     _dwdp_whole_map: ExpertMapManager
 
     def __init__(
@@ -121,6 +124,7 @@ class DwdpExpertsMixin:
     def forward_modular(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """`RoutedExperts.forward_modular` between acquire and release; not released where it raises (the ring
         re-aligns at the next acquire)."""
+        self._dwdp_count(args, kwargs)
         self._dwdp_acquire(x)
         output = super().forward_modular(x, *args, **kwargs)  # type: ignore[misc]
         self._dwdp_release(output)
@@ -132,6 +136,14 @@ class DwdpExpertsMixin:
         output = super().forward_monolithic(x, *args, **kwargs)  # type: ignore[misc]
         self._dwdp_release(output)
         return output
+
+    def _dwdp_count(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.dwdp_hits is None:
+            return
+        if torch.compiler.is_compiling():
+            torch.ops.dwdp.count_hits(ids_of(args, kwargs), self.dwdp_hits)
+        else:
+            count(ids_of(args, kwargs), self.dwdp_hits)
 
     def _dwdp_acquire(self, states: torch.Tensor) -> None:
         if torch.compiler.is_compiling():

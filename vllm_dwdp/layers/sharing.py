@@ -10,6 +10,7 @@ from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.direct import DirectGate, ForwardCounts, measured_tokens, memory_rate
 from vllm_dwdp.layers.first_use import seal, unused
+from vllm_dwdp.layers.hits import HitCounts
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.slabs import map_peers, move_to_slabs, replicate_small
 from vllm_dwdp.layers.split import attach_split, why_not_split
@@ -94,6 +95,8 @@ class ExpertSharing:
                     self.direct_tokens = min(rendezvous.gather("direct_tokens", self._most_direct(launch), group))
                 self._attach_ring()
             self.forwards = ForwardCounts(self.counters, self.layers, build.rank, self.direct_tokens)
+            device = self.layers[0].fetched[0].parameter.device
+            self.hits = HitCounts(build.layers, build.rank, device) if build.config.hits else None
             slots = sum(slot.nbytes for slot in self.slots)
             self.counters.describe(self.view, self.experts_held, self.slab_bytes, slots)
             rendezvous.put("counters", handle_to_json(self.counters.handle()))
@@ -234,6 +237,7 @@ class ExpertSharing:
         """The counters, with what was read of the checkpoint and what small tensors cost."""
         return {
             **self.counters.snapshot().to_dict(),
+            **({} if self.hits is None else {"hits": self.hits.summary()}),
             "replicated_bytes": self.replicated_bytes,
             "bytes_per_forward": self.bytes_per_forward,
             "read_expert_bytes": READ.expert_bytes,

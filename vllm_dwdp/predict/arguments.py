@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from vllm_dwdp.config import AUTO
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.formats import FORMATS, KV_BYTES
 from vllm_dwdp.predict.memory_plan import UTILISATION
@@ -62,6 +63,16 @@ def count(what: str, least: int = 1, most: int | None = None) -> Any:
             raise argparse.ArgumentTypeError(str(e)) from None
 
     return read
+
+
+def share(text: str) -> int | str:
+    """An argparse type for `experts_per_rank`: a whole number, or "auto"."""
+    if text == AUTO:
+        return AUTO
+    try:
+        return parse_count(text, "--experts-per-rank", 1)
+    except DwdpError as e:
+        raise argparse.ArgumentTypeError(f"{e}, or auto") from None
 
 
 def number(what: str, low: float, high: float) -> Any:
@@ -147,9 +158,7 @@ def _plan(commands: Any) -> None:
         "--skew", type=number("--skew", 0, 10), default=0.0, help="Zipf exponent of the experts' popularity"
     )
     how = plan.add_argument_group("dwdp")
-    how.add_argument(
-        "--experts-per-rank", type=count("--experts-per-rank"), help="experts of a layer on a rank (default: E/N)"
-    )
+    how.add_argument("--experts-per-rank", type=share, help="experts of a layer on a rank, or auto (default: E/N)")
     how.add_argument("--num-slots", type=count("--num-slots", 2, 1024), default=2, help="prefetch buffers")
     how.add_argument(
         "--weight-view", choices=("split", "contiguous"), default="split", help="how kernels see the experts"

@@ -1,4 +1,4 @@
-"""Decode: what a step of B tokens costs if all missing experts are pulled, only those that are hit, or with a cache."""
+"""Decode: a step of B tokens if all missing experts are pulled, are read where they are, or only those hit are pulled."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_dwdp.direct import LayerCosts, direct_tokens
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.hardware_file import Hardware
 from vllm_dwdp.predict.model import MoeModel
@@ -39,6 +40,30 @@ def popularity(experts: int, top_k: int, skew: float) -> Any:
 def expected_hit(chance: Any, tokens: int) -> float:
     """Expected distinct experts that `tokens` independent tokens hit, of those whose chances are given."""
     return float(np.sum(1 - (1 - np.asarray(chance)) ** tokens))
+
+
+def layer_costs(model: MoeModel, hardware: Hardware, ranks: int, held: int, other_s: float = 0.0) -> LayerCosts:
+    """One MoE layer of a rank that holds `held` experts, at the rates of `hardware`; as a rank measures it at start."""
+    efficiency, missing = hardware.efficiency, model.experts - held
+    link = hardware.pull_rate(ranks)
+    return LayerCosts(
+        experts=model.experts,
+        missing=missing,
+        top_k=model.top_k,
+        expert_bytes=model.expert_bytes,
+        pull_s=missing * model.expert_bytes / link,
+        link=link,
+        memory=hardware.memory_bandwidth * efficiency.memory,
+        flops=hardware.rate(model.expert_format.compute) * efficiency.grouped,
+        flop=2.0 * model.top_k * model.expert_params,
+        other_s=other_s,
+    )
+
+
+def predicted_tokens(model: MoeModel, hardware: Hardware, ranks: int, share: int | None = None) -> int:
+    """`direct_tokens` that a rank is expected to find."""
+    held = balanced_share(model.experts, ranks) if share is None else share
+    return direct_tokens(layer_costs(model, hardware, ranks, held))
 
 
 @dataclass(frozen=True)
@@ -74,7 +99,8 @@ def decode_steps(
             f"a cache of {cached} experts: a rank that owns {held} of {model.experts} misses {model.experts - held}"
         )
     work = decoding(sequences, context)
-    compute = float(local_time(model, hardware, work, **vars(options)).total.mean())
+    local = local_time(model, hardware, work, **vars(options))
+    compute = float(local.total.mean())
     rate, layers, latency = hardware.pull_rate(ranks), model.moe_layers, hardware.link_latency
     chance = popularity(model.experts, model.top_k, skew)
     # Owners hold every `ranks`-th expert by popularity: the missing ones are as popular as all.
@@ -87,8 +113,13 @@ def decode_steps(
         seconds = layers * (max(layer, wire) if hidden else layer + wire)
         return Decode(way, seconds, moved * layers, sequences / seconds)
 
+    other = compute - float(local.grouped.mean())
+    costs = layer_costs(model, hardware, ranks, held, other / layers)
+    direct = expected_hit(missing, sequences) * model.expert_bytes * layers
+    seconds = layers * costs.direct_s(sequences)
     steps = [
         pulled_step("DWDP, all experts", model.experts - held, hidden=True),
+        Decode("DWDP, direct reads", seconds, direct, sequences / seconds),
         pulled_step("DWDP, on demand", expected_hit(missing, sequences), hidden=False),
     ]
     if cached:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.hold import MemoryFacts, SlotsHold
 from vllm_dwdp.predict.hardware_file import Hardware
 from vllm_dwdp.predict.model import MoeModel
 from vllm_dwdp.predict.strategies import balanced_share, pull_bytes
@@ -15,6 +16,8 @@ UTILISATION: Final = 0.92
 #: Runtime, kernels and graphs, bytes.
 RUNTIME: Final = 2.5e9
 VIEWS: Final = ("split", "contiguous")
+#: By view, which experts of a layer a slot holds.
+SLOTS_HOLD: Final[dict[str, SlotsHold]] = {"split": "missing", "contiguous": "all", "inplace": "nothing"}
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,17 @@ class MemoryPlan:
 
 
 def working_bytes(model: MoeModel, tokens: int) -> float:
+    """All but weights and KV cache: activations, runtime, kernels and graphs."""
+    return RUNTIME + activation_bytes(model, tokens)
+
+
+def activation_bytes(model: MoeModel, tokens: int) -> float:
     """Activations of a step: hidden states, and the routed experts' inputs and outputs, chunked as vLLM does at 32K."""
     rows = min(tokens, 32768)
     width = model.expert_params / (3 * model.hidden)
     hidden = 8 * tokens * model.hidden * 2.0
     experts = rows * model.top_k * (model.hidden + 3 * width) * 2.0
-    return RUNTIME + hidden + experts
+    return hidden + experts
 
 
 def memory_plan(
@@ -99,6 +107,42 @@ def memory_plan(
         working=working_bytes(model, tokens),
         limit=hardware.memory * utilisation,
         kv_bytes_per_token=model.kv_bytes(context, kv_element) / context,
+    )
+
+
+def memory_facts(
+    model: MoeModel,
+    ranks: int,
+    *,
+    limit: float,
+    dense: float,
+    peak: float,
+    view: str,
+    num_slots: int,
+    tokens: int,
+    context: int,
+    kv_element: float,
+    kv_asked: float | None = None,
+) -> MemoryFacts:
+    """What `hold.choose` has to know. `tokens`: of a step, by which vLLM's KV cache exceeds the windows of attention;
+    `context`: of the longest request; `kv_asked`: bytes of KV cache, where they are given."""
+    request = sum(
+        g.count * g.attention.kv_elements() * min(context, (g.attention.window or context) + tokens)
+        for g in model.groups
+    )
+    return MemoryFacts(
+        experts=model.experts,
+        ranks=ranks,
+        layers=model.moe_layers,
+        limit=limit,
+        dense=dense,
+        peak=peak,
+        expert=model.expert_bytes * model.moe_layers,
+        slot_expert=model.expert_bytes * min(num_slots, model.moe_layers),
+        slots_hold=SLOTS_HOLD[view],
+        kv_token=model.kv_bytes(context, kv_element) / context,
+        kv_request=request * kv_element,
+        kv_asked=kv_asked,
     )
 
 

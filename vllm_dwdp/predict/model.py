@@ -80,7 +80,8 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class MoeModel:
-    """Sizes in parameters unless said otherwise; `*_params` of one layer (one expert for `expert_params`).
+    """Sizes in parameters unless said otherwise; `*_params` of one layer (one expert for `expert_params`, with
+    `expert_width` values between its two products).
 
     Formats: of the routed experts, of the attention's projections, of other products; embeddings and router are BF16.
     """
@@ -94,6 +95,7 @@ class MoeModel:
     experts: int
     top_k: int
     expert_params: int
+    expert_width: int
     shared_params: int
     dense_params: int
     router_params: int

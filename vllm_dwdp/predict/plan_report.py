@@ -6,7 +6,9 @@ import math
 import textwrap
 from typing import Any
 
-from vllm_dwdp.predict.decode import decode_steps
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.hold import Held, choose
+from vllm_dwdp.predict.decode import decode_steps, predicted_tokens
 from vllm_dwdp.predict.hardware_file import Hardware
 from vllm_dwdp.predict.memory_plan import MemoryPlan, largest_kv, smallest_group
 from vllm_dwdp.predict.plan_request import PlanRequest
@@ -93,6 +95,7 @@ def plan_text(request: PlanRequest) -> str:
         "",
         f"Decode, {request.decode_sequences} requests a rank at {show_count(case.lengths.isl)} tokens of context",
         _decode_table(request),
+        f"  DWDP reads directly in steps of at most {_direct_tokens(request):,} tokens a rank, and pulls in larger ones.",
     ]
     return "\n".join(parts)
 
@@ -136,15 +139,17 @@ def _memory_summary(case: Case) -> str:
     small = "A full replica fits" if least.ranks == 1 else f"The smallest group that fits has {least.ranks} ranks"
     text = f"  {small} (one request of {show_count(need)} tokens); the largest KV cache is {show_bytes(most.kv)} at "
     text += f"{most.ranks} ranks." if most.ranks > 1 else "a full replica."
-    plan = case.memory()
-    if plan.kv_tokens >= need:
-        extra = case.model.expert_bytes * (case.model.moe_layers - (case.num_slots if case.view == "split" else 0))
-        more = min(
-            int((plan.kv - 8 * need * plan.kv_bytes_per_token) / extra), case.model.experts - 1 - plan.share_experts
-        )
-        if more > 0:
-            text += f" With room for 8 requests, experts_per_rank can be raised to {plan.share_experts + more}."
+    if (held := held_by_auto(case)) is not None:
+        text += f" With {held.describe()}."
     return text
+
+
+def held_by_auto(case: Case) -> Held | None:
+    """What `experts_per_rank: "auto"` would hold; None where not even a partition fits."""
+    try:
+        return choose(case.facts())
+    except DwdpError:
+        return None
 
 
 def _step_table(case: Case) -> str:
@@ -231,6 +236,11 @@ def _decode(request: PlanRequest) -> Any:
     )  # fmt: skip
 
 
+def _direct_tokens(request: PlanRequest) -> int:
+    case = request.case
+    return predicted_tokens(case.model, case.hardware, case.ranks, case.share)
+
+
 def plan_json(request: PlanRequest) -> dict[str, Any]:
     """The same as numbers; seconds, bytes, tokens."""
     case, v = request.case, judge(request.case)
@@ -241,6 +251,7 @@ def plan_json(request: PlanRequest) -> dict[str, Any]:
         "tokens_per_step": case.tokens,
         "verdict": {k: (None if isinstance(x, float) and math.isnan(x) else x) for k, x in v._asdict().items()},
         "parameters": {"total": case.model.total_params, "active": case.model.active_params},
+        "auto": None if (held := held_by_auto(case)) is None else held.figures(),
         "memory": [{**vars(p), "kv": p.kv, "kv_tokens": p.kv_tokens} for p in _plans(case)],
         "steps": {
             w: {**vars(s), "seconds": s.seconds, "tokens_per_gpu": s.tokens_per_gpu}
@@ -251,6 +262,7 @@ def plan_json(request: PlanRequest) -> dict[str, Any]:
             o: {"tokens": crossover_tokens(case, o), "experts_per_rank": crossover_share(case, o)} for o in WAYS[1:]
         },
         "decode": [vars(d) for d in _decode(request)],
+        "direct_tokens": _direct_tokens(request),
     }
 
 

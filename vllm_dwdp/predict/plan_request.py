@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from vllm_dwdp.config import AUTO
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.hold import choose
 from vllm_dwdp.predict.formats import KV_BYTES
 from vllm_dwdp.predict.hardware_file import load_hardware
 from vllm_dwdp.predict.read_config import load_model
@@ -37,7 +39,7 @@ def case_of(args: argparse.Namespace) -> PlanRequest:
         ranks=args.ranks,
         lengths=Lengths(args.isl, args.length_ratio, args.isl_std),
         tokens=args.tokens_per_step,
-        share=args.experts_per_rank,
+        share=None if args.experts_per_rank == AUTO else args.experts_per_rank,
         view=args.weight_view,
         num_slots=args.num_slots,
         sliced=not args.no_slices,
@@ -47,4 +49,6 @@ def case_of(args: argparse.Namespace) -> PlanRequest:
         utilisation=args.gpu_memory_utilization,
     )
     check_case(case)
+    if args.experts_per_rank == AUTO:
+        case = replace(case, share=choose(case.facts()).share)
     return PlanRequest(case, args.decode_sequences, args.cached_experts, args.skew)

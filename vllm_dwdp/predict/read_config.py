@@ -171,6 +171,7 @@ def _model(raw: dict[str, Any], name: str, expert_format: str | None, linear_for
         experts=experts,
         top_k=top_k,
         expert_params=3 * hidden * width + ((2 * width + hidden) if biased_experts else 0),
+        expert_width=width,
         shared_params=shared,
         dense_params=3 * hidden * f.count("intermediate_size_mlp", "intermediate_size", default=width),
         router_params=hidden * experts + (experts if biased_experts or f.kind in ("deepseek_v3", "glm4_moe") else 0),

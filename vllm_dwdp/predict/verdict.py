@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.hold import MemoryFacts
 from vllm_dwdp.predict.hardware_file import Hardware
-from vllm_dwdp.predict.memory_plan import UTILISATION, MemoryPlan, memory_plan
+from vllm_dwdp.predict.memory_plan import UTILISATION, MemoryPlan, memory_facts, memory_plan, working_bytes
 from vllm_dwdp.predict.model import MoeModel
 from vllm_dwdp.predict.strategies import (
     PLAIN,
@@ -81,6 +82,14 @@ class Case:
             self.model, self.hardware, n, share if ranks is not None else self.share, view=self.view,
             num_slots=self.num_slots, tokens=self.tokens, kv_element=self.options.kv_element,
             context=self.lengths.isl + self.osl, utilisation=self.utilisation,
+        )  # fmt: skip
+
+    def facts(self) -> MemoryFacts:
+        """What `experts_per_rank: "auto"` would choose by here; one request of prompt and answer has to fit."""
+        return memory_facts(
+            self.model, self.ranks, limit=self.hardware.memory * self.utilisation, dense=self.model.replicated_bytes,
+            peak=working_bytes(self.model, self.tokens), view=self.view, num_slots=self.num_slots, tokens=self.tokens,
+            context=self.lengths.isl + self.osl, kv_element=self.options.kv_element,
         )  # fmt: skip
 
 

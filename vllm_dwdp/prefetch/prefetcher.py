@@ -81,6 +81,7 @@ class Prefetcher:
         self._of_layer = [self._slots[ring.slot_of(layer)] for layer in range(ring.num_layers)]
         self._next = [ring.next_layer(layer) for layer in range(ring.num_layers)]
         self._closed = False
+        self._computed: Event | None = None  # the end of all compute, once closed
         self._trace = trace
         self._clock = clock
         self._untraced: list[tuple[Event, int, int]] = []  # copies whose times are not known yet: event, layer, slot
@@ -146,22 +147,32 @@ class Prefetcher:
             self._pull(following, self._engine.record())
 
     def close(self, timeout_s: float) -> None:
-        """Wait for the copies in flight, after which slots and slabs may be freed; idempotent.
+        """Wait for the copies in flight and for compute, after which slots and slabs may be freed; idempotent.
 
         Raises DwdpTimeout, and can then be called again. A failed copy is over, and no error here.
         """
-        self._closed = True
         deadline = time.monotonic() + timeout_s
+        if not self._closed:
+            self._closed = True
+            # Kernels may read slots, and slabs of peers.
+            self._computed = self._engine.record()
+        if self._computed is not None:
+            self._finish(self._computed, deadline)
+            self._computed = None
         for slot in self._slots:
             if slot.copied is not None and not self._engine.ready(slot.copied):
-                try:
-                    self._engine.finish(slot.copied, max(0.0, deadline - time.monotonic()))
-                except DwdpTimeout:
-                    raise
-                except DwdpError:
-                    pass
+                self._finish(slot.copied, deadline)
         if self._trace is not None:
             self._note_copies()
+
+    def _finish(self, event: Event, deadline: float) -> None:
+        """Raises DwdpTimeout; a failed copy is over."""
+        try:
+            self._engine.finish(event, max(0.0, deadline - time.monotonic()))
+        except DwdpTimeout:
+            raise
+        except DwdpError:
+            pass
 
     def _pull(self, layer: int, after: Event | None) -> None:
         slot, program, page = self._of_layer[layer], self._programs[layer], self._page

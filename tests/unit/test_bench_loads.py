@@ -1,0 +1,288 @@
+"""ci/bench_loads.py: what is asked for, what a window counts, turns and their ratios, systems that fail."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "ci"))
+
+import bench_client
+import bench_loads
+import bench_picture
+import bench_results
+import bench_run
+import bench_servers
+from bench_client import Event, Load
+from bench_models import write_model
+
+
+def test_a_load_is_read() -> None:
+    assert bench_client.parse_load("mixed=8192/128/16") == Load("mixed", 8192, 128, 16)
+
+
+@pytest.mark.parametrize("text", ["8192/128/16", "mixed=8192/128", "mixed=8192/0/16", "mixed=a/b/c", ""])
+def test_what_is_no_load_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="NAME=INPUT/OUTPUT/CONCURRENCY"):
+        bench_client.parse_load(text)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_systems_take_turns_in_changing_order(count: int) -> None:
+    names = ["a", "b", "c"][:count]
+    orders = [bench_results.order(names, turn) for turn in range(6 * count)]
+    assert all(sorted(order) == names for order in orders)
+    if count > 1:
+        assert all(one != other for one, other in itertools.pairwise(orders))
+    firsts = Counter(order[0] for order in orders)
+    assert len(set(firsts.values())) == 1 and len(firsts) == count
+    before = Counter((x, y) for order in orders for x in order for y in order[order.index(x) + 1 :])
+    assert len(set(before.values())) <= 1
+
+
+def test_warm_ups_end_when_two_in_a_row_agree() -> None:
+    assert not bench_results.settled([100.0])
+    assert not bench_results.settled([100.0, 50.0, 89.0])
+    assert bench_results.settled([10.0, 100.0, 91.0])
+
+
+def test_a_turn_is_as_long_as_the_time_left_allows_within_bounds() -> None:
+    assert bench_results.turn_length(1000, 2, 3, 5, most_s=5, least_s=2, more_s=2) == 5
+    assert bench_results.turn_length(180, 2, 3, 5, most_s=5, least_s=2, more_s=2) == 4
+    assert bench_results.turn_length(60, 2, 3, 5, most_s=5, least_s=2, more_s=2) == 2
+
+
+def turn(rate: float) -> dict[str, Any]:
+    return {"tokens_per_s": rate, "output_per_s": rate / 2, "ttft_s": [0.1, rate / 1000], "itl_s": []}
+
+
+def test_ratios_compare_what_two_systems_did_in_one_turn() -> None:
+    # Both slow down alike: medians of each would say 20 / 20, turn by turn it is always half or more.
+    turns = {"mixed": {"dpep": [turn(40), turn(20), turn(10)], "dwdp": [turn(20), turn(10), turn(20)]}}
+    found = bench_results.summary(turns, "dpep")["mixed"]
+    assert (found["dwdp"]["ratio"], found["dwdp"]["ratio_low"], found["dwdp"]["ratio_high"]) == (0.5, 0.5, 2.0)
+    assert (found["dpep"]["tokens_per_s"], found["dpep"]["tokens_per_s_low"]) == (20, 10)
+    assert found["dwdp"]["ttft_p50_s"] == 0.1 and found["dwdp"]["itl_p50_s"] is None
+    text = bench_results.table({"mixed": found}, "dpep")
+    assert "0.500 (0.500 to 2.000)" in text and "20 (10 to 20)" in text and text.count("\n") == 2
+    assert "ratio" not in bench_results.summary(turns, None)["mixed"]["dwdp"]
+
+
+def test_a_base_that_became_slower_is_told() -> None:
+    now, earlier = ({"mixed": {"dpep": {"tokens_per_s": rate}}} for rate in (89.0, 100.0))
+    assert len(bench_results.slower_bases(now, earlier, "dpep")) == 1
+    assert bench_results.slower_bases(earlier, now, "dpep") == []
+    assert bench_results.slower_bases(now, {}, "dpep") == []
+
+
+def test_lengths_and_prompts_are_the_same_for_all_and_spread_as_asked() -> None:
+    load = Load("decode", 100, 20, 4)
+    made = bench_client.requests(load, 512, 0.2, 0.0)
+    assert made == bench_client.requests(load, 512, 0.2, 0.0) and len(made) == 64
+    assert {request.input for request in made} != {100} and all(80 <= request.input <= 120 for request in made)
+    assert all(16 <= request.output <= 24 for request in made)
+    assert all(request.input + request.output <= bench_client.longest(load, 0.2) for request in made)
+    body = json.loads(made[0].body + b"}")
+    assert len(body["prompt"]) == made[0].input and max(body["prompt"]) < 512 and body["stream"]
+    assert {request.input for request in bench_client.requests(load, 512, 0.0, 0.0)} == {100}
+
+
+def test_first_requests_end_evenly_spread() -> None:
+    assert [bench_client.first_output(i, 4, 100) for i in range(4)] == [25, 50, 75, 100]
+    assert bench_client.first_output(0, 16, 1) == 1
+
+
+def steady(clients: int, seconds: float, tokens: int, until: float) -> tuple[list[Event], list[tuple[float, float]]]:
+    """Requests of `seconds` each in a closed loop, with ten tokens of input."""
+    events: list[Event] = []
+    for client in range(clients):
+        at = seconds * client / clients - seconds
+        while at < until:
+            events += [Event(at + seconds * (i + 1) / tokens, 0 if i else 10, 1) for i in range(tokens)]
+            at += seconds
+    events = sorted(event for event in events if 0 <= event.at <= until)
+    return events, [(event.at, 0.1) for event in events if event.input]
+
+
+@pytest.mark.parametrize(("clients", "seconds"), [(1, 0.9), (1, 4.3), (16, 1.1), (16, 7.7)])
+def test_a_window_counts_whole_requests_however_long_they_are(clients: int, seconds: float) -> None:
+    tokens = 8
+    for begin in (random.Random(0).uniform(2, 8) for _ in range(20)):
+        events, ttft = steady(clients, seconds, tokens, begin + 12)
+        found = bench_client.window(events, ttft, [], begin, 5.0)
+        assert found.tokens_per_s == pytest.approx(clients * (10 + tokens) / seconds, rel=0.01)
+        assert found.output_per_s == pytest.approx(clients * tokens / seconds, rel=0.01)
+        assert found.seconds >= 5 and found.requests == len(found.ttft_s) > 0
+
+
+def test_a_window_without_tokens_fails() -> None:
+    with pytest.raises(bench_client.LoadFailed):
+        bench_client.window([], [], [], 1.0, 5.0)
+
+
+class Service:
+    """An HTTP server that streams as vLLM's does; `wrong` adds to the tokens of every request, `ended` counts."""
+
+    def __init__(self, wrong: int = 0) -> None:
+        self.wrong = wrong
+        self.inside, self.most = 0, 0
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        stream = web.StreamResponse()
+        await stream.prepare(request)
+        try:
+            for i in range(0, body["max_tokens"] + self.wrong, 2):  # two tokens in a piece
+                told = min(i + 2, body["max_tokens"] + self.wrong)
+                text = b'data: {"choices": [], "usage": {"completion_tokens": %d}}\n\n' % told
+                await stream.write(text[:20])
+                await asyncio.sleep(0.005)
+                await stream.write(text[20:])
+            await stream.write(b"data: [DONE]\n\n")
+        finally:
+            self.inside -= 1
+        return stream
+
+
+def play(service: Service, load: Load) -> bench_client.Window:
+    """A short turn on `service`."""
+
+    async def go() -> bench_client.Window:
+        app = web.Application(client_max_size=1 << 26)
+        app.router.add_post("/v1/completions", service.complete)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        try:
+            return await bench_client.turn([url], load, bench_client.requests(load, 512, 0.2, 0.0), 3, 0.1, 0.5, 10)
+        finally:
+            await runner.cleanup()
+
+    return asyncio.run(go())
+
+
+def test_a_turn_keeps_as_many_requests_in_flight_as_asked_and_counts_every_token() -> None:
+    service = Service()
+    found = play(service, Load("small", 50, 20, 4))
+    assert service.most == 4
+    # Every request makes 20 and takes 50 on the average; both ends of the window are first tokens.
+    assert found.tokens_per_s / found.output_per_s == pytest.approx(70 / 20, rel=0.25)
+    assert found.seconds >= 0.5 and found.ttft_s and found.itl_s
+
+
+def test_a_request_with_other_tokens_than_asked_fails_the_turn() -> None:
+    with pytest.raises(bench_client.LoadFailed, match="tokens"):
+        play(Service(wrong=1), Load("small", 10, 4, 2))
+
+
+class Up:
+    """A server that is up; its only address is its name."""
+
+    def __init__(self, system: bench_servers.System, *_: Any) -> None:
+        self.urls = [system.name]
+        self.stopped = 0
+
+    def wait(self, deadline: float) -> None:
+        if self.urls == ["late"]:
+            raise bench_servers.ServerFailed("late was not up in time")
+
+    def facts(self) -> bench_servers.LogFacts:
+        return bench_servers.LogFacts(245744, 2, ["Using default MoE config"], [])
+
+    def trouble(self) -> str:
+        return "what its log says"
+
+    def leave(self) -> None: ...
+
+    def stop(self, limit_s: float = 1) -> None:
+        self.stopped += 1
+
+
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, systems: list[str], *more: str) -> bench_run.Bench:
+    """Two loads of one request at a time without warm-ups that fail, on servers that are up at once."""
+    words = ["--systems", *systems, "--loads", "one=4/1/1", "two=4/1/1", "--json", str(tmp_path / "r.json"), *more]
+    monkeypatch.setattr(sys, "argv", ["bench_loads.py", "--cpu", *words])
+    monkeypatch.setattr(bench_run, "Server", Up)
+    monkeypatch.setattr(bench_run.time, "sleep", lambda _: None)
+    made = bench_run.Bench(bench_loads.arguments())
+    made.start(tmp_path, [], ["0", "1"], tmp_path)
+    return made
+
+
+def test_a_system_that_fails_is_left_out_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    async def play(urls: list[str], load: Load, *_: Any) -> bench_client.Window:
+        asked.append(urls[0])
+        if urls == ["weak"] and asked.count("weak") > 3 and load.name == "one":
+            raise bench_client.LoadFailed("status 500")
+        return bench_client.Window(5.0, 100.0 if urls == ["replicas"] else 50.0, 1.0, 5, [0.1], [])
+
+    monkeypatch.setattr(bench_run, "turn", play)
+    made = bench(tmp_path, monkeypatch, ["replicas", "dwdp:weak", "dwdp:late"], "--turns", "4")
+    write_model("tiny", 1, tmp_path)
+    weak = made.servers["weak"]
+    made.run(tmp_path)
+    made.tell()
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert set(found["failed"]) == {"weak", "late"} and "status 500; what its log says" in found["failed"]["weak"]
+    assert weak.stopped == 1 and list(made.servers) == ["replicas"]  # type: ignore[attr-defined]
+    assert {load: list(rows) for load, rows in found["turns"].items()} == {"one": ["replicas"], "two": ["replicas"]}
+    assert [turn["turn"] for turn in found["turns"]["one"]["replicas"]] == [0, 1, 2, 3]
+    assert found["starts"]["replicas"]["kv_tokens"] == 245744
+    assert "Using default MoE config" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_into_the_time_left_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = bench(tmp_path, monkeypatch, ["replicas", "dwdp"], "--turns", "4")
+    write_model("tiny", 1, tmp_path)
+    now = time.monotonic()
+    # A turn of both may take 14 s, and 30 s with its warm-ups.
+    made.deadline = now + 48
+    monkeypatch.setattr(bench_run.time, "monotonic", lambda: now)
+
+    async def play(urls: list[str], load: Load, pool: Any, first: int, ramp: float, length: float, limit: float) -> Any:
+        nonlocal now
+        now += length
+        return bench_client.Window(length, 50.0, 1.0, 5, [0.1], [])
+
+    monkeypatch.setattr(bench_run, "turn", play)
+    made.run(tmp_path)
+    # 8 s of warm-ups and three turns of 10 s; a fourth could end too late, and so could the second load's first.
+    assert {load: {n: len(rows) for n, rows in of.items()} for load, of in made.turns.items()} == {
+        "one": {"replicas": 3, "dwdp": 3}
+    }
+
+
+FOUND = {
+    "base": "dpep",
+    "machine": "2 x GPU",
+    "model": "qwen3",
+    "systems": [{"name": n, "kind": n.rstrip("64")} for n in ("dpep", "dwdp64", "dwdp")],
+    "loads": [{"name": "decode1", "input": 512, "output": 128, "concurrency": 1}],
+}
+
+
+def test_a_picture_is_drawn_where_there_is_a_ratio(tmp_path: Path) -> None:
+    turns = {"decode1": {"dpep": [turn(40)], "dwdp64": [turn(20)], "dwdp": [turn(60)]}}
+    results = tmp_path / "r.json"
+    results.write_text(json.dumps({**FOUND, "summary": bench_results.summary(turns, "dpep")}))
+    assert bench_picture.draw(results, tmp_path / "r.png") and (tmp_path / "r.png").stat().st_size > 1000
+    results.write_text(json.dumps({**FOUND, "summary": {}}))
+    assert not bench_picture.draw(results, tmp_path / "none.png")

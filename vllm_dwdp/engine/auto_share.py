@@ -1,0 +1,92 @@
+"""`experts_per_rank: "auto"` in a rank that starts: what it knows of its memory, and the share on which all ranks agree."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.hold import Held, MemoryFacts, choose
+from vllm_dwdp.layers.build import CPU_PADDING, page_granularity
+from vllm_dwdp.placement import boundary_shift
+from vllm_dwdp.predict.memory_plan import RUNTIME, activation_bytes, memory_facts
+from vllm_dwdp.predict.model import MoeModel
+from vllm_dwdp.predict.read_config import parse_model
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_dwdp.engine.launch import DwdpLaunch
+    from vllm_dwdp.engine.rendezvous import Rendezvous
+
+
+def settle(launch: DwdpLaunch, facts: MemoryFacts, rendezvous: Rendezvous) -> tuple[DwdpLaunch, Held]:
+    """`launch` with the number of experts that fits every rank of it, and what that means for this one.
+
+    No rank goes on, and takes memory, before all have looked. Raises DwdpError where not even a partition fits.
+    """
+    shares = rendezvous.gather("share", choose(facts).share, list(range(launch.num_ranks)))
+    held = Held(facts, min(shares))
+    config = dataclasses.replace(launch.config, experts_per_rank=held.experts_per_rank)
+    return dataclasses.replace(launch, config=config), held
+
+
+def memory_of(vllm_config: VllmConfig, launch: DwdpLaunch, on_cpu: bool, limit: float) -> MemoryFacts:
+    """What is known before layers are built. `limit`: bytes that this rank may use in all.
+
+    Raises DwdpError where the model's config does not tell its sizes.
+    """
+    config, model_config = launch.config, vllm_config.model_config
+    quantised = model_config.quantization is not None
+    # vLLM may have chosen another type than the checkpoint's.
+    plain = None if quantised else "fp32" if model_config.dtype.itemsize == 4 else "bf16"
+    try:
+        model = parse_model(model_config.hf_config.to_dict(), model_config.model, plain, plain)
+    except DwdpError as error:
+        raise DwdpError(f'experts_per_rank "auto": the sizes are unknown ({error}); give a number of experts') from None
+    element = model_config.dtype.itemsize
+    tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    # What a process on CPU needs beside activations is there by now.
+    peak = activation_bytes(model, tokens) * element / 2 + (0 if on_cpu else RUNTIME)
+    replicated = (model.replicated_params + model.embedding_params) * element
+    cache_dtype = STR_DTYPE_TO_TORCH_DTYPE.get(str(vllm_config.cache_config.cache_dtype), model_config.dtype)
+    facts = memory_facts(
+        model,
+        launch.group_size,
+        limit=limit,
+        dense=model.replicated_bytes if quantised else replicated,
+        peak=peak,
+        view=_view(model, launch, on_cpu, model_config.dtype),
+        num_slots=config.num_slots,
+        tokens=tokens,
+        context=model_config.max_model_len,
+        kv_element=cache_dtype.itemsize,
+    )
+    return dataclasses.replace(facts, kv_asked=_kv_asked(vllm_config, facts))
+
+
+def _kv_asked(vllm_config: VllmConfig, facts: MemoryFacts) -> float | None:
+    cache = vllm_config.cache_config
+    if cache.num_gpu_blocks_override is not None:
+        return cache.num_gpu_blocks_override * cache.block_size * facts.kv_token
+    return cache.kv_cache_memory_bytes or None
+
+
+def _view(model: MoeModel, launch: DwdpLaunch, on_cpu: bool, dtype: torch.dtype) -> str:
+    """The view that the layers will have, as far as sizes tell."""
+    view = launch.config.weight_view
+    if not on_cpu:
+        return "split" if view == "auto" else view
+    if view == "auto":
+        row = -(-model.expert_width // CPU_PADDING) * CPU_PADDING * model.hidden * dtype.itemsize
+        granularity = math.lcm(page_granularity(2 * row), page_granularity(row))
+        try:
+            fits = boundary_shift(model.experts, launch.group_size, granularity) <= 1
+        except DwdpError:
+            fits = False
+        return "inplace" if fits else "contiguous"
+    return view
