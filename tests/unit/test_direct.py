@@ -234,6 +234,19 @@ def test_an_owner_that_ended_is_read_on(ends: str, replaying: tuple[Machine, lis
     reader.sharing.close()
 
 
+def test_close_waits_for_kernels_that_read_peers(replaying: tuple[Machine, list[GpuRank], list[int]]) -> None:
+    machine, ranks, (graph,) = replaying
+    reader = ranks[2]
+    reader.forward(FEW)
+    assert reader.device.streams[0].work, "nothing is under way"
+    reader.sharing.close()
+    assert not reader.device.streams[0].work
+    machine.drain()
+    assert reader.wrong == 0 and reader.compared_direct > 0
+    reader.device.destroy_graph(graph)
+    close(ranks)
+
+
 def test_the_simulated_device_faults_where_an_owner_is_unmapped(
     replaying: tuple[Machine, list[GpuRank], list[int]],
 ) -> None:

@@ -26,6 +26,7 @@ from vllm_dwdp.errors import DwdpTimeout
 from vllm_dwdp.hits_file import Hits, add_hits, read_hits, write_hits
 from vllm_dwdp.layers import hits as counting
 from vllm_dwdp.layers.build import LayerBuild
+from vllm_dwdp.layers.gates import register_gate
 from vllm_dwdp.layers.hits import HitCounts, count
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 from vllm_dwdp.placement import place
@@ -51,11 +52,16 @@ class Computes:
         return x + topk_ids.sum()
 
 
+def nothing(layer: int, tokens: int) -> None:
+    """In place of a gate's acquire and release."""
+
+
 class Layer(DwdpExpertsMixin, Computes):
-    """A layer without weights, whose gate is elsewhere."""
+    """A layer without weights, whose gate waits for nothing."""
 
     def __init__(self) -> None:
-        self._dwdp_outside = True
+        self.dwdp_layer, self.dwdp_gate = 0, SimpleNamespace(acquire=nothing, release=nothing)
+        self._dwdp_number = register_gate(self.dwdp_gate, self.dwdp_layer)
 
 
 def layers(*experts: int) -> list[LayerBuild]:

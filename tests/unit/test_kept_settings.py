@@ -36,7 +36,7 @@ def test_log_statistics(disabled: bool, tiny_moe: Path, monkeypatch: pytest.Monk
 def test_progress_bar_of_fused_experts(shown: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"layers.0.mlp.experts.gate_up_proj": zeros(4, 2, 2)}, tmp_path / "model.safetensors")
     loader = ShareOnlyLoader(LoadConfig(load_format="auto", use_tqdm_on_load=shown))
-    loader.local_expert_ids, loader._expert_by_expert = {0, 1}, False
+    loader.local_expert_ids, loader._expert_by_expert, loader._by_layer = {0, 1}, False, {}
     assert len(list(loader._share_of([str(tmp_path / "model.safetensors")], {4}))) == 1
     assert ("this rank's share" in capsys.readouterr().err) is shown
 

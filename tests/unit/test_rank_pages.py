@@ -102,7 +102,10 @@ def test_without_publishing_the_thread_ends_once_all_are_up_and_leaves_a_line_ea
     monkeypatch.setattr(rank_pages.logger, "info", lambda text, *values: lines.append(text % values))
     group.pages[1].fields.forwards = 12
     pages.stop(summarise=True)
-    assert [line.split(",")[0] for line in lines] == ["dwdp rank 0 stops: 0 forwards", "dwdp rank 1 stops: 12 forwards"]
+    assert [line.split(",")[0] for line in lines] == [
+        "dwdp rank 0 stops: 0 forwards (0 direct)",
+        "dwdp rank 1 stops: 12 forwards (0 direct)",
+    ]
 
 
 def test_a_rank_that_is_gone_at_once_is_no_error(group: Group, published: Published) -> None:
