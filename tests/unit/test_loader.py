@@ -45,7 +45,6 @@ def loader(monkeypatch: pytest.MonkeyPatch) -> ShareOnlyLoader:
     loader = ShareOnlyLoader(LoadConfig(load_format="auto", use_tqdm_on_load=False))
     loader.local_expert_ids = {0, 1, 2, 3, 7}
     loader._expert_by_expert = False
-    loader._by_layer = loader._built_by_layer = {}
     return loader
 
 

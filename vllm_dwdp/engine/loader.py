@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -84,6 +85,10 @@ class _ShareOnlyMixin:
 
 class ShareOnlyLoader(_ShareOnlyMixin, DefaultModelLoader):
     """vLLM's default loader for this rank's share; `READ` counts what was asked of the files."""
+
+    #: See ModelBuild.experts_by_layer: what was built, and as much of it as the names in the files tell.
+    _built_by_layer: Mapping[tuple[int, ...], set[int]] = MappingProxyType({})
+    _by_layer: Mapping[tuple[int, ...], set[int]] = MappingProxyType({})
 
     def _init_ep_weight_filter(self, model_config: ModelConfig) -> None:
         build = ModelBuild.current()
