@@ -1,7 +1,7 @@
 """Up to how many tokens a forward reads missing experts where they are, instead of pulling them (pure).
 
     direct   other + max(missing experts that are hit / link, experts that are hit / memory, compute)
-    pulled   max(pull of the layer, other + max(experts that are hit / memory, compute), launches)
+    pulled   max(gap + pull of the layer, other + max(experts that are hit / memory, compute), launches)
 
 A pull moves every missing expert, however few tokens there are, and hides behind the compute of the layer before; a direct
 read moves what is hit, and hides behind nothing but the own experts of the same kernel. So few tokens read and many pull.
@@ -11,14 +11,19 @@ Distinct experts that tokens hit are expected ones, of a router that hits all eq
 from dataclasses import dataclass
 from typing import Final
 
-#: Part of the rate of large copies that kernels reach when they read over the same link.
-KERNEL_PART: Final = 0.9
+#: Part of the rate of large copies that kernels reach when they read over the same link: 0.93 from 16 to 1024 tokens over
+#: NVLink (docs/benchmarks/two-h100.md).
+KERNEL_PART: Final = 0.92
 
 #: Rows of an expert up to which one block of the kernel takes them all, so that a weight crosses the link once.
 ROWS_IN_A_BLOCK: Final = 64
 
-#: What the host needs to launch one layer that is not in a CUDA graph.
-LAUNCH_S: Final = 200e-6
+#: What the host needs to launch one layer that is not in a CUDA graph; as a server of 12 layers on an H100 behaved, and not
+#: measured apart.
+LAUNCH_S: Final = 500e-6
+
+#: Between the release of a slot and the first byte of the next pull into it: the launch of a graph of copies.
+GAP_S: Final = 50e-6
 
 
 def expected_hits(experts: int, top_k: int, tokens: int, of: int | None = None) -> float:
@@ -59,7 +64,7 @@ class LayerCosts:
 
     def pulled_s(self, tokens: int) -> float:
         """The layer in a row of layers that are pulled."""
-        return max(self.pull_s, self.other_s + self.local_s(tokens), self.launch_s)
+        return max(self.pull_s + GAP_S, self.other_s + self.local_s(tokens), self.launch_s)
 
     def most_tokens(self) -> int:
         """The most tokens at which a weight is read once: the rows of an expert fit one block."""

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_dwdp.direct import LayerCosts, _sizes, direct_tokens, expected_hits
+from vllm_dwdp.direct import GAP_S, KERNEL_PART, LayerCosts, _sizes, direct_tokens, expected_hits
 from vllm_dwdp.layers.direct import ForwardCounts, measured_tokens
 from vllm_dwdp.placement import place
 from vllm_dwdp.prefetch.counters import CounterPage
@@ -77,10 +77,12 @@ def test_a_faster_link_for_pulls_and_reads_never_lowers_the_limit(layer: LayerCo
 def test_figures_of_a_real_layer() -> None:
     """Qwen3-30B-A3B over NVLink: 64 of 128 experts of 9.4 MB missing, 8 of them hit by a token."""
     layer = LayerCosts(128, 64, 8, 9.4e6, 64 * 9.4e6 / 350e9, 350e9, 3.3e12, 800e12, 8 * 2 * 4.7e6)
-    assert layer.direct_s(1) == pytest.approx(4 * 9.4e6 / (0.9 * 350e9), rel=1e-6)
-    assert layer.pulled_s(1) == layer.pull_s == pytest.approx(1.72e-3, rel=1e-2)
-    # Nine tenths of the missing experts, at nine tenths of the rate of copies.
-    assert 0.85 < expected_hits(128, 8, direct_tokens(layer)) / 128 <= 0.9
+    assert layer.direct_s(1) == pytest.approx(4 * 9.4e6 / (KERNEL_PART * 350e9), rel=1e-6)
+    assert layer.pulled_s(1) == layer.pull_s + GAP_S == pytest.approx(1.77e-3, rel=1e-2)
+    # As many of the missing experts as the kernel reads while all of them are pulled.
+    assert 0.9 < expected_hits(128, 8, direct_tokens(layer)) / 128 <= KERNEL_PART * (1 + GAP_S / layer.pull_s)
+    # An eighth missing: reading takes as long as the own experts, and a graph spares the launches.
+    assert direct_tokens(replace(layer, missing=16, pull_s=16 * 9.4e6 / 350e9)) == 1024
     assert layer.most_tokens() == 1024
     # Where a pull is cheap, or hides behind much else, nothing is read directly.
     assert direct_tokens(replace(layer, other_s=2e-3, pull_s=1e-3)) == 0

@@ -173,9 +173,9 @@ def test_distinct_experts_against_drawing() -> None:
 
 def test_decode_on_demand_and_cache_pull_less() -> None:
     model, hardware = load_model("DeepSeek-R1-FP4"), load_hardware("gb200")
-    everything, demand, cache, *_ = decode_steps(model, hardware, 4, 4, 4096, cached=32, skew=1.0)
-    assert everything.pulled > demand.pulled > cache.pulled > 0
-    assert demand.seconds < everything.seconds
+    everything, direct, demand, cache, *_ = decode_steps(model, hardware, 4, 4, 4096, cached=32, skew=1.0)
+    assert everything.pulled > direct.pulled == demand.pulled > cache.pulled > 0
+    assert demand.seconds < everything.seconds and direct.seconds < everything.seconds
     with pytest.raises(DwdpError, match="misses 192"):
         decode_steps(model, hardware, 4, 4, 4096, cached=193)
 
