@@ -39,6 +39,8 @@ CACHE = REPO / ".cache" / "gpu"
 ENV = {"VLLM_USE_DEEP_GEMM": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_HOST_IP": "127.0.0.1"}
 #: Otherwise two runs of plain vLLM may differ: Inductor takes the tiles that were faster while it compiled.
 ENV["TORCHINDUCTOR_DETERMINISTIC"] = "1"
+# Images may allow one, with which an engine compiles for minutes.
+ENV["TORCHINDUCTOR_COMPILE_THREADS"] = "8"
 STEPS = ["digests", "tokens_each_rank", "batch", "counters"]
 BATCH_TOLERANCE = 0.1
 KV_BYTES = 256 << 20
