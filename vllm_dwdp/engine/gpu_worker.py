@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_dwdp.engine.graphs import limit_graphs
+from vllm_dwdp.engine.graphs import captured_tokens, limit_graphs
 from vllm_dwdp.engine.launch import launch_of
 from vllm_dwdp.engine.worker import DwdpWorkerMixin, in_engine, in_ray
+from vllm_dwdp.layers.warm_up import warm_up_sizes
+
+logger = init_logger("vllm.dwdp")
 
 
 class DwdpGPUWorker(DwdpWorkerMixin, Worker):
@@ -33,6 +37,22 @@ class DwdpGPUWorker(DwdpWorkerMixin, Worker):
         super().load_model(*args, **kwargs)
         assert self.dwdp_sharing is not None
         limit_graphs(self.vllm_config.compilation_config, self.dwdp_sharing.direct_tokens or 0, self.dwdp_rank)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """See DwdpWorkerMixin; first come forwards that have every kernel of the split view compiled."""
+        sharing, config = self.dwdp_sharing, self.vllm_config
+        assert sharing is not None
+        largest = config.scheduler_config.max_num_batched_tokens
+        first = captured_tokens(config.compilation_config) + 1
+        sizes = warm_up_sizes(sharing.layers, sharing.direct_tokens or 0, first, largest)
+        if sizes:
+            logger.info("dwdp rank %d: compiling kernels at %d sizes of steps", self.dwdp_rank, len(sizes))
+        for size in reversed(sizes):
+            # As vLLM warms up sizes of its own.
+            self.model_runner._dummy_run(
+                size, skip_eplb=True, remove_lora=False, randomize_inputs=self.randomize_dummy_inputs
+            )
+        return super().compile_or_warm_up_model()
 
     def determine_available_memory(self) -> int:
         """vLLM's profiling run; ranks that share a GPU take turns, so that their peaks do not add up."""

@@ -48,6 +48,14 @@ def limit_graphs(compilation: CompilationConfig, direct_tokens: int, rank: int) 
     compilation.max_cudagraph_capture_size = max(sizes)
 
 
+def captured_tokens(compilation: CompilationConfig) -> int:
+    """The most tokens at which any step, mixed ones too, is in a CUDA graph; 0 where there is none."""
+    mode = compilation.cudagraph_mode
+    if mode is None or mode.mixed_mode() == CUDAGraphMode.NONE:
+        return 0
+    return compilation.max_cudagraph_capture_size or 0
+
+
 def _without_graphs(compilation: CompilationConfig, why: str) -> None:
     if compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE):
         compilation.cudagraph_mode = CUDAGraphMode.NONE

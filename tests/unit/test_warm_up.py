@@ -1,0 +1,100 @@
+"""Which sizes of forwards have every kernel of a split view compiled before the first request."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.config import CompilationConfig, CUDAGraphMode
+from vllm.v1.worker.gpu_worker import Worker
+
+from tests.unit.gpu_sharing import LAYERS, share_on_gpus
+from vllm_dwdp.engine import gpu_worker
+from vllm_dwdp.engine.graphs import captured_tokens
+from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers.warm_up import distinct_sizes, warm_up_sizes
+
+
+@given(st.lists(st.lists(st.integers(0, 4), min_size=20, max_size=20), max_size=3), st.integers(1, 12))
+def test_every_answer_is_among_those_of_the_sizes(answers: list[list[int]], first: int) -> None:
+    functions = [lambda size, given=given: given[size - 1] for given in answers]
+    sizes = distinct_sizes(functions, first, 20)
+    assert sizes == sorted(set(sizes)) and all(first <= size <= 20 for size in sizes)
+    for function in functions:
+        assert {function(size) for size in sizes} == {function(size) for size in range(first, 21)}
+    # None is there for nothing.
+    for size in sizes:
+        assert any(function(size) not in {function(other) for other in range(first, size)} for function in functions)
+
+
+def test_sizes_of_a_split_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tiles from 8 and from 30 tokens on, pulled; one for all direct forwards; two routes a token."""
+    monkeypatch.setattr(ModelBuild, "_current", None)
+    _, ranks = share_on_gpus(monkeypatch, "split")
+    rank = ranks[0]
+    for module in rank.modules:
+        kernel: Any = module.quant_method.moe_kernel.fused_experts
+        kernel.tiles = lambda tokens, top_k, kernel=kernel: "direct" if kernel.direct else (tokens >= 8, tokens >= 30)
+    layers = rank.sharing.layers
+    assert len(layers) == LAYERS
+    # A multiple of 16 routes is apart: 8, 16, 32 tokens.
+    assert warm_up_sizes(layers, 0, 1, 40) == [1, 8, 9, 30, 32]
+    assert warm_up_sizes(layers, 8, 1, 40) == [1, 8, 9, 16, 30, 32]
+    assert warm_up_sizes(layers, 100, 1, 40) == [1, 8]
+    assert warm_up_sizes(layers, 0, 41, 40) == []
+    for one in ranks:
+        one.sharing.close()
+
+
+def test_the_contiguous_view_has_vllms_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelBuild, "_current", None)
+    _, ranks = share_on_gpus(monkeypatch, "contiguous")
+    assert warm_up_sizes(ranks[0].sharing.layers, 0, 1, 100) == []
+    for one in ranks:
+        one.sharing.close()
+
+
+@pytest.mark.parametrize(
+    ("mode", "tokens"),
+    [
+        (None, 0),
+        (CUDAGraphMode.NONE, 0),
+        (CUDAGraphMode.FULL_DECODE_ONLY, 0),
+        (CUDAGraphMode.PIECEWISE, 8),
+        (CUDAGraphMode.FULL, 8),
+        (CUDAGraphMode.FULL_AND_PIECEWISE, 8),
+    ],
+)
+def test_what_is_captured_is_compiled_by_that(mode: CUDAGraphMode | None, tokens: int) -> None:
+    made = CompilationConfig(cudagraph_mode=mode, cudagraph_capture_sizes=[1, 8])
+    made.max_cudagraph_capture_size = 8
+    assert captured_tokens(made) == tokens
+
+
+def test_they_run_before_vllms_own_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Any] = []
+    monkeypatch.setattr(Worker, "compile_or_warm_up_model", lambda self: ran.append("vLLM") or "times")
+    monkeypatch.setattr(Worker, "randomize_dummy_inputs", property(lambda self: True))
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(
+        gpu_worker, "warm_up_sizes", lambda layers, direct, first, last: asked.append((direct, first, last)) or [9, 12]
+    )
+    made: Any = gpu_worker.DwdpGPUWorker.__new__(gpu_worker.DwdpGPUWorker)
+    made.dwdp_rank = 0
+    made.dwdp_sharing = SimpleNamespace(
+        layers=[], direct_tokens=4, hits=None, unused=list, seal_unused=lambda: ran.append("seal"), view="split"
+    )
+    compilation = CompilationConfig(cudagraph_mode=CUDAGraphMode.PIECEWISE, cudagraph_capture_sizes=[1, 8])
+    compilation.max_cudagraph_capture_size = 8
+    made.vllm_config = SimpleNamespace(
+        compilation_config=compilation, scheduler_config=SimpleNamespace(max_num_batched_tokens=100)
+    )
+    made.model_runner = SimpleNamespace(
+        _dummy_run=lambda size, skip_eplb, remove_lora, randomize_inputs: ran.append((size, randomize_inputs))
+    )
+    assert made.compile_or_warm_up_model() == "times"
+    assert asked == [(4, 9, 100)]
+    assert ran == [(12, True), (9, True), "vLLM", "seal"]

@@ -1,0 +1,50 @@
+"""Sizes of forwards that between them use every kernel that a split view will need, so that no request waits for a compiler.
+
+Triton compiles a kernel at its first launch, which takes seconds, once for each configuration of tiles, and again where a
+number of routes is no multiple of 16. Sizes that vLLM captures as CUDA graphs are compiled by that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_dwdp.layers.slabs import LayerSlab
+
+#: Triton compiles apart what is and what is not a multiple of it.
+_MULTIPLE = 16
+
+
+def distinct_sizes(kernels_of: Iterable[Callable[[int], Hashable]], first: int, last: int) -> list[int]:
+    """The fewest of `first`..`last`, ascending, at which every function has given each of its answers there."""
+    sizes: dict[int, None] = {}
+    for kernel_of in kernels_of:
+        seen: set[Hashable] = set()
+        for size in range(first, last + 1):
+            kernel = kernel_of(size)
+            if kernel not in seen:
+                seen.add(kernel)
+                sizes[size] = None
+    return sorted(sizes)
+
+
+def warm_up_sizes(layers: Sequence[LayerSlab], direct_tokens: int, first: int, last: int) -> list[int]:
+    """`distinct_sizes` of the split view's kernels, pulled and direct, between `first` and `last` tokens."""
+
+    def kernel_of(layer: LayerSlab) -> Callable[[int], Hashable]:
+        module = layer.build.module
+
+        def at(tokens: int) -> Hashable:
+            module.dwdp_compute_direct(tokens <= direct_tokens)
+            tiles = module.quant_method.moe_kernel.fused_experts.tiles(tokens, module.top_k)
+            return tiles, tokens * module.top_k % _MULTIPLE == 0
+
+        return at
+
+    kinds = {
+        (layer.build.module.top_k, *(table.kind for table in layer.build.module.dwdp_tables.pulled)): layer
+        for layer in layers
+        if layer.build.module.dwdp_tables is not None
+    }
+    return distinct_sizes(map(kernel_of, kinds.values()), first, last)
