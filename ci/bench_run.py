@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import repo_path  # noqa: F401
 from bench_client import Load, LoadFailed, Request, different, requests, turn
 from bench_models import vocabulary
@@ -74,7 +75,9 @@ class Bench:
             self.drop(name, str(error))
             return
         facts, seconds = self.servers[name].facts(), time.monotonic() - begun
-        self.found["starts"][name] = {"seconds": round(seconds, 1), "kv_tokens": facts.kv_tokens}
+        # Servers that start at once are waited for in turn, which tells no time of their own.
+        own = {"seconds": round(seconds, 1)} if self._args.one_by_one else {}
+        self.found["starts"][name] = {**own, "kv_tokens": facts.kv_tokens, "engines": facts.engines}
         say(f"{name} is up after {seconds:.0f} s; KV cache: {facts.kv_tokens} tokens in {facts.engines} engines")
 
     def stop(self) -> None:
@@ -149,7 +152,7 @@ class Bench:
             return None
         try:
             return do(name, *words)
-        except (LoadFailed, TimeoutError, OSError) as error:
+        except (LoadFailed, TimeoutError, OSError, aiohttp.ClientError) as error:
             self.drop(name, f"{type(error).__name__}: {error}; {self.servers[name].trouble()}")
             return None
 

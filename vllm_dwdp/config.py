@@ -31,11 +31,12 @@ _LEAST: Final[dict[str, int]] = {
     "slice_bytes": MIN_SLICE_BYTES,
     "in_flight": 1,
     "ranks_per_device": 1,
+    "direct_tokens": 0,
 }
 _OPTIONAL: Final = frozenset({"group_size", "experts_per_rank", "slice_bytes"})
 #: Counts that may also be left to dwdp, with this word.
 AUTO: Final = "auto"
-_AUTO_COUNTS: Final = frozenset({"experts_per_rank"})
+_AUTO_COUNTS: Final = frozenset({"experts_per_rank", "direct_tokens"})
 _RENDEZVOUS: Final = re.compile(r"(?P<host>\[[^\]]+\]|[^:/\s]+):(?P<port>\d{1,5})/(?P<group_id>[^/\s]+)")
 
 
@@ -119,12 +120,6 @@ class DwdpConfig:
                 f"dwdp.slice_bytes is {self.slice_bytes}: it must be a multiple of {SLICE_MULTIPLE}; "
                 f"{self.slice_bytes // SLICE_MULTIPLE * SLICE_MULTIPLE} is the nearest below"
             )
-        if self.direct_tokens != "auto":
-            if isinstance(self.direct_tokens, str):
-                raise DwdpError(
-                    f'dwdp.direct_tokens is {self.direct_tokens!r}: it must be "auto" or a whole number >= 0'
-                )
-            _check_count("direct_tokens", self.direct_tokens, 0)
         limit: object = self.timeout_s
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not (0 < limit < math.inf):
             raise DwdpError(f"dwdp.timeout_s is {limit!r}: it must be a finite number of seconds above 0, such as 300")

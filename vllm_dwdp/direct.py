@@ -1,28 +1,25 @@
 """Up to how many tokens a forward reads missing experts where they are, instead of pulling them (pure).
 
-    direct   other + max(missing experts that are hit / link, experts that are hit / memory, compute)
-    pulled   max(gap + pull of the layer, other + max(experts that are hit / memory, compute), launches)
+    direct   max(missing experts that are hit / link, experts that are hit / memory, compute)
+    pulled   max(gap + pull of the layer, experts that are hit / memory, compute)
 
 A pull moves every missing expert, however few tokens there are, and hides behind the compute of the layer before; a direct
 read moves what is hit, and hides behind nothing but the own experts of the same kernel. So few tokens read and many pull.
-Distinct experts that tokens hit are expected ones, of a router that hits all equally: E * (1 - (1 - k/E)^tokens).
+Distinct experts that tokens hit are expected ones, of a router that hits all equally: E * (1 - (1 - k/E)^tokens). What is
+left out on both sides: the rest of the layer, behind which a pull hides too, and the launches that a CUDA graph spares.
 """
 
 from dataclasses import dataclass
 from typing import Final
 
-#: Part of the rate of large copies that kernels reach when they read over the same link: 0.93 from 16 to 1024 tokens over
-#: NVLink (docs/benchmarks/two-h100.md).
-KERNEL_PART: Final = 0.92
+#: Part of the rate of large copies that kernels reach when they read over the same link: 0.93 in BF16 and 0.91 in FP8 from
+#: 32 to 512 tokens over NVLink (docs/benchmarks/two-h100.md).
+KERNEL_PART: Final = 0.9
 
 #: Rows of an expert up to which one block of the kernel takes them all, so that a weight crosses the link once.
 ROWS_IN_A_BLOCK: Final = 64
 
-#: What the host needs to launch one layer that is not in a CUDA graph; as a server of 12 layers on an H100 behaved, and not
-#: measured apart.
-LAUNCH_S: Final = 500e-6
-
-#: Between the release of a slot and the first byte of the next pull into it: the launch of a graph of copies.
+#: Between the release of a slot and the first byte of the next pull into it, the launch of a graph of copies: an estimate.
 GAP_S: Final = 50e-6
 
 
@@ -37,7 +34,7 @@ class LayerCosts:
 
     experts, missing: E, and those of them that are not resident. expert_bytes: of one expert.
     pull_s: of all missing experts. link, memory: bytes/s of copies from peers, and of own memory. flops: FLOP/s.
-    flop: of one token in the layer's experts. other_s: of the rest of the layer.
+    flop: of one token in the layer's experts. other_s: of the rest of the layer, where it is known.
     """
 
     experts: int
@@ -50,21 +47,21 @@ class LayerCosts:
     flops: float
     flop: float
     other_s: float = 0.0
-    launch_s: float = LAUNCH_S
 
     def local_s(self, tokens: int) -> float:
         """The experts' compute where all are resident."""
         read = expected_hits(self.experts, self.top_k, tokens) * self.expert_bytes / self.memory
         return max(read, tokens * self.flop / self.flops)
 
-    def direct_s(self, tokens: int) -> float:
-        """The layer where missing experts are read from their owners."""
-        remote = expected_hits(self.experts, self.top_k, tokens, self.missing) * self.expert_bytes
-        return self.other_s + max(remote / (KERNEL_PART * self.link), self.local_s(tokens))
+    def direct_s(self, tokens: int, hits: float | None = None) -> float:
+        """The layer where missing experts are read from their owners. hits: those that are hit, of an uneven router."""
+        if hits is None:
+            hits = expected_hits(self.experts, self.top_k, tokens, self.missing)
+        return self.other_s + max(hits * self.expert_bytes / (KERNEL_PART * self.link), self.local_s(tokens))
 
     def pulled_s(self, tokens: int) -> float:
         """The layer in a row of layers that are pulled."""
-        return max(self.pull_s + GAP_S, self.other_s + self.local_s(tokens), self.launch_s)
+        return max(self.pull_s + GAP_S, self.other_s + self.local_s(tokens))
 
     def most_tokens(self) -> int:
         """The most tokens at which a weight is read once: the rows of an expert fit one block."""

@@ -36,7 +36,6 @@ def costs(draw: st.DrawFn, other: float = 1e-3) -> LayerCosts:
         flops=draw(st.floats(1e12, 1e15)),
         flop=draw(st.floats(1e5, 1e10)),
         other_s=draw(st.floats(0, other)),
-        launch_s=draw(st.floats(0, 1e-3)),
     )
 
 
@@ -59,7 +58,6 @@ def test_what_never_lowers_the_limit(layer: LayerCosts, times: float) -> None:
     before = direct_tokens(layer)
     assert direct_tokens(replace(layer, link=layer.link * times)) >= before
     assert direct_tokens(replace(layer, pull_s=layer.pull_s * times)) >= before
-    assert direct_tokens(replace(layer, launch_s=layer.launch_s * times)) >= before
     assert direct_tokens(replace(layer, flops=layer.flops / times)) >= before
     assert direct_tokens(replace(layer, memory=layer.memory / times)) >= before
     assert direct_tokens(replace(layer, other_s=layer.other_s / times)) >= before
@@ -81,7 +79,7 @@ def test_figures_of_a_real_layer() -> None:
     assert layer.pulled_s(1) == layer.pull_s + GAP_S == pytest.approx(1.77e-3, rel=1e-2)
     # As many of the missing experts as the kernel reads while all of them are pulled.
     assert 0.9 < expected_hits(128, 8, direct_tokens(layer)) / 128 <= KERNEL_PART * (1 + GAP_S / layer.pull_s)
-    # An eighth missing: reading takes as long as the own experts, and a graph spares the launches.
+    # An eighth missing: reading takes as long as the own experts.
     assert direct_tokens(replace(layer, missing=16, pull_s=16 * 9.4e6 / 350e9)) == 1024
     assert layer.most_tokens() == 1024
     # Where a pull is cheap, or hides behind much else, nothing is read directly.

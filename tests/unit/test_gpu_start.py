@@ -85,7 +85,9 @@ class Loaded:
         self.worker.dwdp_rank, self.worker.dwdp_place, self.worker.dwdp_sharing = 1, "a test", None
         self.worker.model_runner = SimpleNamespace(load_model=None, reload_weights=None, get_model=Model)  # type: ignore[assignment]
         self.worker.vllm_config = SimpleNamespace(  # type: ignore[assignment]
-            compilation_config=self.compilation, scheduler_config=SimpleNamespace(max_num_batched_tokens=1)
+            compilation_config=self.compilation,
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=1),
+            uniform_decode_query_len=1,
         )
         monkeypatch.setattr(worker, "set_current_vllm_config", lambda config: nullcontext())
 

@@ -33,7 +33,7 @@ class Sharing:
         self.left: list[str] = list(self.layers)
         self.hits = Hits()
         self.counted: list[int] = []
-        self.forwards = SimpleNamespace(add=self.counted.append)
+        self.forwards = SimpleNamespace(add=self.counted.append, reset=self.counted.clear)
 
     def unused(self) -> list[str]:
         return list(self.left)

@@ -85,7 +85,13 @@ def test_they_run_before_vllms_own_warm_up(monkeypatch: pytest.MonkeyPatch) -> N
     made: Any = gpu_worker.DwdpGPUWorker.__new__(gpu_worker.DwdpGPUWorker)
     made.dwdp_rank = 0
     made.dwdp_sharing = SimpleNamespace(
-        layers=[], direct_tokens=4, hits=None, unused=list, seal_unused=lambda: ran.append("seal"), view="split"
+        layers=[],
+        direct_tokens=4,
+        hits=None,
+        unused=list,
+        seal_unused=lambda: ran.append("seal"),
+        view="split",
+        forwards=SimpleNamespace(reset=lambda: ran.append("reset")),
     )
     compilation = CompilationConfig(cudagraph_mode=CUDAGraphMode.PIECEWISE, cudagraph_capture_sizes=[1, 8])
     compilation.max_cudagraph_capture_size = 8
@@ -97,4 +103,4 @@ def test_they_run_before_vllms_own_warm_up(monkeypatch: pytest.MonkeyPatch) -> N
     )
     assert made.compile_or_warm_up_model() == "times"
     assert asked == [(4, 9, 100)]
-    assert ran == [(12, True), (9, True), "vLLM", "seal"]
+    assert ran == [(12, True), (9, True), "vLLM", "seal", "reset"]

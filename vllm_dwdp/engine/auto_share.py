@@ -81,6 +81,8 @@ def _view(model: MoeModel, launch: DwdpLaunch, on_cpu: bool, dtype: torch.dtype)
     view = launch.config.weight_view
     if not on_cpu:
         return "split" if view == "auto" else view
+    if view == "auto" and launch.popularity is not None:
+        return "contiguous"
     if view == "auto":
         row = -(-model.expert_width // CPU_PADDING) * CPU_PADDING * model.hidden * dtype.itemsize
         granularity = math.lcm(page_granularity(2 * row), page_granularity(row))

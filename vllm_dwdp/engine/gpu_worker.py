@@ -36,7 +36,12 @@ class DwdpGPUWorker(DwdpWorkerMixin, Worker):
         """See DwdpWorkerMixin; from then on CUDA graphs are those of forwards that read experts directly."""
         super().load_model(*args, **kwargs)
         assert self.dwdp_sharing is not None
-        limit_graphs(self.vllm_config.compilation_config, self.dwdp_sharing.direct_tokens or 0, self.dwdp_rank)
+        limit_graphs(
+            self.vllm_config.compilation_config,
+            self.dwdp_sharing.direct_tokens or 0,
+            self.dwdp_rank,
+            self.vllm_config.uniform_decode_query_len,
+        )
 
     def compile_or_warm_up_model(self) -> Any:
         """See DwdpWorkerMixin; first come forwards that have every kernel of the split view compiled."""

@@ -25,16 +25,21 @@ def fit_graphs(compilation: CompilationConfig, config: DwdpConfig) -> None:
     """Have vLLM capture nothing where no forward will read directly, as far as settings tell; says so in one line."""
     if config.direct_tokens == 0:
         _without_graphs(compilation, "dwdp.direct_tokens is 0")
+    elif config.transport == "cuda_pinned":
+        _without_graphs(compilation, 'dwdp.transport is "cuda_pinned", over which nothing is read directly')
     elif config.weight_view == "contiguous":
         _without_graphs(compilation, 'dwdp.weight_view is "contiguous", which pulls in every forward')
 
 
-def limit_graphs(compilation: CompilationConfig, direct_tokens: int, rank: int) -> None:
-    """Leave out the sizes of graphs beyond `direct_tokens`; on this worker's config, before anything is captured."""
+def limit_graphs(compilation: CompilationConfig, direct_tokens: int, rank: int, query_tokens: int = 1) -> None:
+    """Leave out the sizes of graphs beyond `direct_tokens`; on this worker's config, before anything is captured.
+
+    query_tokens: of one request in a decode step; with speculation more than one, and vLLM needs a size for them.
+    """
     if compilation.cudagraph_mode in (None, CUDAGraphMode.NONE):
         return
     sizes = [size for size in compilation.cudagraph_capture_sizes or () if size <= direct_tokens]
-    if not sizes:
+    if not sizes or max(sizes) < query_tokens:
         _without_graphs(compilation, f"rank {rank} reads experts directly up to {direct_tokens} tokens")
         return
     if len(sizes) < len(compilation.cudagraph_capture_sizes):

@@ -188,6 +188,11 @@ def _on_gpu(config: DwdpConfig) -> Iterator[str]:
             f'dwdp.direct_tokens is {config.direct_tokens} with weight_view "contiguous", which pulls in every forward: use '
             "weight_view split or auto, or leave direct_tokens out"
         )
+    if config.direct_tokens not in ("auto", 0) and config.transport == "cuda_pinned":
+        yield (
+            f'dwdp.direct_tokens is {config.direct_tokens} with transport "cuda_pinned", over which every forward pulls: '
+            "leave one of them out"
+        )
     if importlib.util.find_spec("cupy") is None:
         yield 'dwdp needs CuPy on GPUs: pip install "vllm-dwdp[cuda13]" (or [cuda12], as your vLLM is built)'
 

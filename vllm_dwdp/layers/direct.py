@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vllm_dwdp.prefetch.prefetcher import Prefetcher
 
 #: Bytes that are copied within the device to measure its memory: past any cache.
-_MEMORY_BYTES = 1 << 27
+_MEMORY_BYTES = 1 << 26
 
 
 class DirectGate:
@@ -64,6 +64,11 @@ class ForwardCounts:
             kind = (placement.num_experts, layer.build.module.top_k)
             kinds[kind] = kinds.get(kind, 0) + nbytes
         self._missing_bytes = [(experts, top_k, nbytes) for (experts, top_k), nbytes in kinds.items()]
+
+    def reset(self) -> None:
+        """Forget vLLM's warm-up."""
+        page = self._counters.fields
+        page.forwards = page.direct_forwards = page.direct_bytes = 0
 
     def add(self, tokens: int) -> None:
         """A forward of `tokens` tokens begins. Padding does not matter: graphs pad to sizes that are read directly."""

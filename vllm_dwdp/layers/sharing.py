@@ -77,6 +77,7 @@ class ExpertSharing:
         self.prefetcher: Prefetcher | None = None
         self.refilled: list[Program] = []
         self.direct_tokens: int | None = 0
+        self._captured = 0
         self._closing = contextlib.ExitStack()
         self._closing.callback(self.transport.close)
         try:
@@ -164,13 +165,14 @@ class ExpertSharing:
     def _most_direct(self, launch: DwdpLaunch) -> int:
         """As the user says, or as this rank measures; more where the user named larger sizes of CUDA graphs."""
         given = self.build.config.direct_tokens
-        if given == 0:
+        if given == 0 or self.transport.name == "cuda_pinned":
             return 0
+        self._captured = launch.captured_tokens
         if given == "auto":
             fetched = self.layers[0].fetched[0]
             memory = memory_rate(fetched.parameter.device)
             given = measured_tokens(self.layers, self.build.rank, self._link_rate, memory, self._flop_rate)
-        return max(given, launch.captured_tokens)
+        return max(given, self._captured)
 
     def _attach_ring(self) -> None:
         config, ring, programs = self.build.config, self.ring, self.programs
@@ -216,7 +218,8 @@ class ExpertSharing:
             return None
         tensors = [(layer.build.module, tensor) for layer in self.layers for tensor in layer.fetched]
         flop = sum(2 * module.top_k * tensor.row_bytes // tensor.dtype.itemsize for module, tensor in tensors)
-        return estimate(self.refilled, flop, tokens, self._link_rate, self._flop_rate)
+        more = ", or the view inplace" if self.build.on_cpu else ""
+        return estimate(self.refilled, flop, tokens, self._link_rate, self._flop_rate, more)
 
     @property
     def bytes_per_forward(self) -> int:
@@ -261,7 +264,10 @@ class ExpertSharing:
             return ""
         if not self.direct_tokens:
             return "" if self.build.on_cpu else ", without CUDA graphs"
-        how = {"auto": "as measured"}.get(str(self.build.config.direct_tokens), "as told")
+        told = self.build.config.direct_tokens
+        how = "as measured" if told == "auto" else "as told"
+        if self.direct_tokens == self._captured and told != self.direct_tokens:
+            how = "as the sizes of CUDA graphs ask"
         return f", one of at most {self.direct_tokens} tokens ({how}) reads missing experts where they are"
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """Sizes of forwards that between them use every kernel that a split view will need, so that no request waits for a compiler.
 
-Triton compiles a kernel at its first launch, which takes seconds, once for each configuration of tiles, and again where a
-number of routes is no multiple of 16. Sizes that vLLM captures as CUDA graphs are compiled by that.
+Triton compiles a kernel at its first launch, which takes seconds: once for each configuration of tiles, again where a number
+of routes is no multiple of 16, and for few routes, each of which is a block. What vLLM captures as a CUDA graph is
+compiled by that.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ def warm_up_sizes(layers: Sequence[LayerSlab], direct_tokens: int, first: int, l
         def at(tokens: int) -> Hashable:
             module.dwdp_compute_direct(tokens <= direct_tokens)
             tiles = module.quant_method.moe_kernel.fused_experts.tiles(tokens, module.top_k)
-            return tiles, tokens * module.top_k % _MULTIPLE == 0
+            routes = tokens * module.top_k
+            # vLLM sorts fewer routes than a quarter of the experts into no blocks (torch_ops.py, vllm_ops.py).
+            single = routes * 4 <= layer.build.placement.num_experts and routes.bit_length()
+            return tiles, routes % _MULTIPLE == 0, single
 
         return at
 

@@ -27,6 +27,7 @@ class Window:
     pulled_bytes: int
     pull_s: float
     compute_s: float
+    more: str = ""  # what else can be done here
 
     @property
     def hides(self) -> bool:
@@ -39,7 +40,7 @@ class Window:
         return (
             f"a forward pulls {self.pulled_bytes / 1e6:.1f} MB, about {self.pull_s * 1e3:.1f} ms, but "
             f"max_num_batched_tokens={self.tokens} gives at most about {self.compute_s * 1e3:.1f} ms of expert compute to "
-            f"hide it: compute will wait; use about {needed} tokens per step, more experts_per_rank, or the view inplace"
+            f"hide it: compute will wait; use about {needed} tokens per step, more experts_per_rank{self.more}"
         )
 
 
@@ -71,8 +72,10 @@ def product_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> floa
     return 2 * size**3 / best
 
 
-def estimate(programs: Sequence[Program], flop_per_token: int, tokens: int, rate: float, flop_rate: float) -> Window:
+def estimate(
+    programs: Sequence[Program], flop_per_token: int, tokens: int, rate: float, flop_rate: float, more: str = ""
+) -> Window:
     """The window of a forward: `flop_per_token` over all MoE layers, `rate` in bytes/s, `flop_rate` in FLOP/s."""
     pulled = sum(program.pulled_bytes for program in programs)
     copied = pulled + sum(program.local_bytes for program in programs)
-    return Window(tokens, pulled, copied / rate, flop_per_token * tokens / flop_rate)
+    return Window(tokens, pulled, copied / rate, flop_per_token * tokens / flop_rate, more)

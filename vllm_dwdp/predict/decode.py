@@ -115,8 +115,8 @@ def decode_steps(
 
     other = compute - float(local.grouped.mean())
     costs = layer_costs(model, hardware, ranks, held, other / layers)
-    direct = expected_hit(missing, sequences) * model.expert_bytes * layers
-    seconds = layers * costs.direct_s(sequences)
+    hits = expected_hit(missing, sequences)
+    direct, seconds = hits * model.expert_bytes * layers, layers * costs.direct_s(sequences, hits)
     steps = [
         pulled_step("DWDP, all experts", model.experts - held, hidden=True),
         Decode("DWDP, direct reads", seconds, direct, sequences / seconds),

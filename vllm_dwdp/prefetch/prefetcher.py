@@ -153,9 +153,9 @@ class Prefetcher:
         """
         deadline = time.monotonic() + timeout_s
         if not self._closed:
-            self._closed = True
             # Kernels may read slots, and slabs of peers.
             self._computed = self._engine.record()
+            self._closed = True
         if self._computed is not None:
             self._finish(self._computed, deadline)
             self._computed = None
