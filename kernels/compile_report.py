@@ -23,8 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import persistent, split_gemm
+from .arguments import Assignment, Launch, prepare
 from .block_order import order
-from .split_gemm import Assignment, Launch, constants_of, prepare
+from .split_gemm import constants_of
 from .tiles import Tiles
 from .weight_table import PerExpert, Scales, WeightTable
 

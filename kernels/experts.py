@@ -16,9 +16,9 @@ from vllm.model_executor.layers.quantization.utils.fp8_utils import is_deep_gemm
 from vllm_dwdp.errors import DwdpError
 
 from . import vllm_ops
+from .arguments import Assignment
 from .configs import layer_shape, tiles_for
 from .direct_tiles import direct_tiles_for
-from .split_gemm import Assignment
 from .split_moe import Workspace, check_layer, split_experts
 from .tiles import Tiles
 from .torch_ops import QuantKind

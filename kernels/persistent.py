@@ -16,8 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .arguments import Assignment, Launch
 from .launching import Planned
-from .split_gemm import Assignment, Launch, halves
+from .split_gemm import halves
 from .tile_math import compute_tile, tile_place
 from .tiles import Tiles
 from .weight_table import WeightTable

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from .split_gemm import INTERPRETED, Assignment, split_gemm
+from .arguments import Assignment
+from .split_gemm import INTERPRETED, split_gemm
 from .tiles import KernelName, Tiles
 from .torch_ops import FP8_MAX, assign
 from .weight_table import PerExpert, ScaleKind, Scales, WeightTable

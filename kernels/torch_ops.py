@@ -9,7 +9,7 @@ import torch
 
 from vllm_dwdp.errors import DwdpError
 
-from .split_gemm import Assignment
+from .arguments import Assignment
 
 #: silu, gelu, gelu_tanh: act(gate) * up, halves side by side. swigluoai: gpt-oss, gate and up interleaved.
 ActivationKind = Literal["silu", "gelu", "gelu_tanh", "swigluoai"]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .split_gemm import Assignment
+from .arguments import Assignment
 from .torch_ops import Activation, QuantKind
 
 Result = TypeVar("Result")

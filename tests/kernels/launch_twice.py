@@ -12,7 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from vllm_dwdp.kernels.split_gemm import Assignment, split_gemm
+from vllm_dwdp.kernels.arguments import Assignment
+from vllm_dwdp.kernels.split_gemm import split_gemm
 from vllm_dwdp.kernels.tiles import Tiles
 from vllm_dwdp.kernels.weight_table import PerExpert, Scales, WeightTable
 

@@ -14,7 +14,8 @@ import torch
 import triton.language as tl
 
 from tests.kernels.layers import Layer
-from vllm_dwdp.kernels.split_gemm import Assignment, split_gemm
+from vllm_dwdp.kernels.arguments import Assignment
+from vllm_dwdp.kernels.split_gemm import split_gemm
 from vllm_dwdp.kernels.tiles import Tiles
 from vllm_dwdp.kernels.torch_ops import assign
 

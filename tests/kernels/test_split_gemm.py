@@ -8,8 +8,9 @@ import torch
 
 from tests.kernels.layers import TILES, Layer, quantized, scatter
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.kernels.arguments import Assignment
 from vllm_dwdp.kernels.reference import dequantize
-from vllm_dwdp.kernels.split_gemm import Assignment, split_gemm
+from vllm_dwdp.kernels.split_gemm import split_gemm
 from vllm_dwdp.kernels.tiles import Tiles
 from vllm_dwdp.kernels.torch_ops import assign
 from vllm_dwdp.kernels.weight_table import PerExpert, Scales, WeightTable
