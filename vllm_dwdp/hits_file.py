@@ -86,7 +86,7 @@ def _ranks_of(path: str, launch: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
         return dict(found["ranks"]) if found["launch"] == launch else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 
@@ -120,7 +120,7 @@ def read_hits(path: str) -> Hits:
         raise DwdpError(
             f"dwdp.popularity is {path}, which cannot be read ({error.strerror}): name a file that dwdp.hits wrote"
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise DwdpError(f"dwdp.popularity is {path}, which is no file of dwdp.hits: name one that dwdp.hits wrote")

@@ -204,6 +204,15 @@ def test_files_that_say_nothing(change: dict[str, Any], words: list[str], tmp_pa
     check_message(refusal(lambda: read_hits(str(path))), [str(path), *words])
 
 
+def test_a_file_that_is_too_deep(tmp_path: Path) -> None:
+    """Python's parser gives up with a RecursionError; the file is no file of hits, and is written over."""
+    path = tmp_path / "hits.json"
+    path.write_text("[" * 200_000)
+    check_message(refusal(lambda: read_hits(str(path))), [str(path), "is no file of dwdp.hits"])
+    write_hits(str(path), "dwdp-a", "model", 0, ONE)
+    assert read_hits(str(path)) == ONE
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     check_message(refusal(lambda: read_hits(str(tmp_path / "gone"))), ["cannot be read", "No such file", "dwdp.hits"])
     check_message(refusal(lambda: read_hits(str(tmp_path))), ["cannot be read", "directory"])

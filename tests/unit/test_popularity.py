@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +15,10 @@ pytest.importorskip("vllm")
 
 from tests.unit.leftovers import TINY, build, check_message, refusal
 from tests.unit.whole_model import as_bytes, edited, expert_layers, load, vllm_groups
+from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import popularity
 from vllm_dwdp.engine.launch import launch_of
+from vllm_dwdp.engine.popularity import with_hits_file
 from vllm_dwdp.hits_file import Hits, read_hits, write_hits
 from vllm_dwdp.layers.build import ModelBuild, numbers_in
 from vllm_dwdp.layers.read_stats import READ, ReadStats
@@ -77,6 +80,16 @@ def test_a_file_of_hits_that_cannot_be_written(moe: Path, tmp_path: Path) -> Non
     for path in (tmp_path, tmp_path / "gone" / "hits.json"):
         message = refusal(lambda path=path: build(moe, additional_config={"dwdp": {"hits": str(path)}}))  # type: ignore[misc]
         check_message(message, [f"dwdp.hits is {path}", "folder of yours"])
+
+
+def test_a_device_or_a_pipe_is_not_replaced_and_a_link_is_followed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "hits.json")
+    for path in ("/dev/null", str(tmp_path / "pipe")):
+        message = refusal(lambda path=path: with_hits_file(DwdpConfig(hits=path)))  # type: ignore[misc]
+        check_message(message, [f"dwdp.hits is {path}", "folder of yours"])
+    for name in ("link", "hits.json"):
+        assert with_hits_file(DwdpConfig(hits=str(tmp_path / name))).hits == str(tmp_path / "hits.json")
 
 
 @pytest.mark.usefixtures("nothing_left")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,6 +46,24 @@ def test_sizes_of_a_split_view(monkeypatch: pytest.MonkeyPatch) -> None:
     assert warm_up_sizes(layers, 8, 1, 40) == [1, 8, 9, 16, 30, 32]
     assert warm_up_sizes(layers, 100, 1, 40) == [1, 8]
     assert warm_up_sizes(layers, 0, 41, 40) == []
+    for one in ranks:
+        one.sharing.close()
+
+
+def test_layers_of_another_shape_have_kernels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As models have them whose layers were pruned apart; tables of one kind, dtype and device are there for any shape."""
+    monkeypatch.setattr(ModelBuild, "_current", None)
+    _, ranks = share_on_gpus(monkeypatch, "split")
+    modules: list[Any] = ranks[0].modules
+    asked = []
+    for number, module in enumerate(modules):
+        kernel: Any = module.quant_method.moe_kernel.fused_experts
+        kernel.tiles = lambda tokens, top_k, number=number: asked.append(number)
+    tables = modules[0].dwdp_tables
+    narrow = tuple(replace(table, rows=table.rows // 2) for table in tables.pulled)
+    modules[0].dwdp_tables = tables._replace(pulled=narrow)
+    warm_up_sizes(ranks[0].sharing.layers, 0, 1, 2)
+    assert 0 in asked and len(set(asked)) == 2
     for one in ranks:
         one.sharing.close()
 

@@ -24,9 +24,11 @@ def with_hits_file(config: DwdpConfig) -> DwdpConfig:
     be written there."""
     if config.hits is None:
         return config
-    path = os.path.abspath(config.hits)
+    # The file is renamed into place: a link would be replaced, and so would a device.
+    path = os.path.realpath(config.hits)
     folder = os.path.dirname(path)
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+    other = os.path.exists(path) and not os.path.isfile(path)
+    if other or not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise DwdpError(f"dwdp.hits is {config.hits}, where no file can be written: name a file in a folder of yours")
     return replace(config, hits=path)
 

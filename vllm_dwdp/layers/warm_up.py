@@ -47,7 +47,13 @@ def warm_up_sizes(layers: Sequence[LayerSlab], direct_tokens: int, first: int, l
         return at
 
     kinds = {
-        (layer.build.module.top_k, *(table.kind for table in layer.build.module.dwdp_tables.pulled)): layer
+        (
+            layer.build.module.top_k,
+            *(
+                (table.kind, table.num_experts, table.rows, table.cols)
+                for table in layer.build.module.dwdp_tables.pulled
+            ),
+        ): layer
         for layer in layers
         if layer.build.module.dwdp_tables is not None
     }
