@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import repo_path
+from sessions import session
 
 KINDS: Final = ("dwdp", "dpep", "tp", "replicas")
 #: The first of these that is there is what the others are compared with.
@@ -212,19 +213,6 @@ class Server:
             process.poll()
         for segment in self._segments:
             segment.unlink(missing_ok=True)
-
-
-def session(leader: int) -> list[int]:
-    """Live processes of the session that `leader` began."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, of = stat.read_text().rsplit(")", 1)[1].split()[:4]
-        except OSError:
-            continue
-        if int(of) == leader and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
 
 
 def _segments(pid: int) -> set[Path]:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import repo_path
+from sessions import session
 from soak_processes import COLUMNS, Sample, role, sample, segments
 from soak_requests import Outcome, asks, send
 
@@ -122,26 +123,13 @@ class Server:
         except subprocess.TimeoutExpired:
             say(f"the server did not end within {STOP_LIMIT_S} s")
         time.sleep(2)
-        left = [f"process {pid}" for pid in _session(self.process.pid)]
-        for pid in _session(self.process.pid):
+        left = [f"process {pid}" for pid in session(self.process.pid)]
+        for pid in session(self.process.pid):
             os.kill(pid, signal.SIGKILL)
         left += sorted(segments() - self.shm_before)
         left += sorted(name for name in os.listdir(self.temporary) if not name.startswith(CACHES))
         shutil.rmtree(self.temporary, ignore_errors=True)
         return left
-
-
-def _session(leader: int) -> list[int]:
-    """Live processes of the session that `leader` began."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, session = stat.read_text().rsplit(")", 1)[1].split()[:4]
-        except OSError:
-            continue
-        if int(session) == leader and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
 
 
 def run(server: Server, args: argparse.Namespace, outcome: Outcome) -> tuple[list[Sample], float]:

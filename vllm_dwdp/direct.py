@@ -10,7 +10,7 @@ left out on both sides: the rest of the layer, behind which a pull hides too, an
 """
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 #: Part of the rate of large copies that kernels reach when they read over the same link: 0.93 in BF16 and 0.91 in FP8 from
 #: 32 to 512 tokens over NVLink (docs/benchmarks/two-h100.md).
@@ -23,8 +23,11 @@ ROWS_IN_A_BLOCK: Final = 64
 GAP_S: Final = 50e-6
 
 
-def expected_hits(experts: int, top_k: int, tokens: int, of: int | None = None) -> float:
-    """Distinct ones of `of` experts (all, if not given) that `tokens` tokens are expected to hit, of `experts` in all."""
+def expected_hits(experts: int, top_k: int, tokens: Any, of: float | None = None) -> Any:
+    """Distinct ones of `of` experts (all, if not given) that `tokens` tokens are expected to hit, of `experts` in all.
+
+    tokens: a number, or an array of them, which gives an array.
+    """
     return (experts if of is None else of) * (1.0 - (1.0 - top_k / experts) ** tokens)
 
 
@@ -51,13 +54,14 @@ class LayerCosts:
     def local_s(self, tokens: int) -> float:
         """The experts' compute where all are resident."""
         read = expected_hits(self.experts, self.top_k, tokens) * self.expert_bytes / self.memory
-        return max(read, tokens * self.flop / self.flops)
+        return float(max(read, tokens * self.flop / self.flops))
 
     def direct_s(self, tokens: int, hits: float | None = None) -> float:
         """The layer where missing experts are read from their owners. hits: those that are hit, of an uneven router."""
         if hits is None:
             hits = expected_hits(self.experts, self.top_k, tokens, self.missing)
-        return self.other_s + max(hits * self.expert_bytes / (KERNEL_PART * self.link), self.local_s(tokens))
+        remote = float(hits * self.expert_bytes / (KERNEL_PART * self.link))
+        return self.other_s + max(remote, self.local_s(tokens))
 
     def pulled_s(self, tokens: int) -> float:
         """The layer in a row of layers that are pulled."""

@@ -113,6 +113,9 @@ def _locked(folder: str) -> Iterator[None]:
 
 def read_hits(path: str) -> Hits:
     """The hits of all ranks in the file at `path`; raises DwdpError where there is none, or it is not one."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        # Of a pipe that nobody writes to, the end never comes.
+        raise DwdpError(f"dwdp.popularity is {path}, which is no plain file: name one that dwdp.hits wrote")
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)

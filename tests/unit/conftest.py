@@ -71,9 +71,11 @@ def tiny_moe(checkpoint: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nothing_left(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The test fails if it leaves something on the machine; the environment is put back."""
     from tests.unit import leftovers
+
+    tmp_path_factory.getbasetemp()  # else the first test with a folder makes pytest's own, which would count as left
 
     variables = dict(os.environ)
     # Not pytest's: a launch puts its sockets elsewhere where their paths would be too long.

@@ -213,6 +213,27 @@ def test_a_file_that_is_too_deep(tmp_path: Path) -> None:
     assert read_hits(str(path)) == ONE
 
 
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    """Nobody writes to it, so that reading would never end."""
+    os.mkfifo(tmp_path / "pipe")
+    check_message(refusal(lambda: read_hits(str(tmp_path / "pipe"))), ["is no plain file", "dwdp.hits wrote"])
+
+
+def test_a_write_that_fails_leaves_the_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "hits.json"
+    write_hits(str(path), "dwdp-a", "model", 0, ONE)
+
+    def fail(whole: Any, file: Any) -> None:
+        file.write("half of ")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vllm_dwdp.hits_file.json.dump", fail)
+    check_message(
+        refusal(lambda: write_hits(str(path), "dwdp-b", "model", 1, ONE)), [str(path), "No space left on device"]
+    )
+    assert read_hits(str(path)) == ONE and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     check_message(refusal(lambda: read_hits(str(tmp_path / "gone"))), ["cannot be read", "No such file", "dwdp.hits"])
     check_message(refusal(lambda: read_hits(str(tmp_path))), ["cannot be read", "directory"])

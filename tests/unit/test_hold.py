@@ -165,6 +165,8 @@ def test_a_kv_cache_below_nine_tenths_of_the_promise_is_told_with_both_figures()
     assert words is not None and "\n" not in words
     # 4 GiB are missing, and an expert less gives 0.8.
     assert "profiling left 32.00 GiB" in words and "36.00 GiB were promised" in words and "experts_per_rank 46" in words
+    # 4.5 are more than five experts give.
+    assert "experts_per_rank 45" in str(held.shortfall(31.5 * gib))
     # The smallest share promised what it leaves, not what it could not.
     small = Held(replace(held.facts, limit=55 * gib), 32)
     assert small.promised == small.kv < small.facts.goal and small.shortfall(small.kv) is None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.hold import choose
 from vllm_dwdp.predict.cli import main
-from vllm_dwdp.predict.decode import decode_steps, expected_hit, popularity
+from vllm_dwdp.predict.decode import decode_steps, expected_hit, layer_costs, popularity
 from vllm_dwdp.predict.hardware_file import FOLDER, load_hardware, shipped
 from vllm_dwdp.predict.memory_plan import memory_plan
 from vllm_dwdp.predict.read_config import load_model
@@ -169,6 +169,13 @@ def test_distinct_experts_against_drawing() -> None:
     rng = np.random.default_rng(1)
     drawn = [len(np.unique([rng.choice(64, 4, replace=False) for _ in range(16)])) for _ in range(400)]
     assert expected_hit(popularity(64, 4, 0), 16) == pytest.approx(np.mean(drawn), rel=0.01)
+
+
+def test_costs_of_a_layer_are_the_models() -> None:
+    model, hardware = load_model("qwen3-30b-a3b"), load_hardware("h100")
+    costs = layer_costs(model, hardware, 2, 64)
+    # Gate, up and down of eight experts: two FLOP for each of 3 * 2048 * 768 weights.
+    assert costs.flop == 8 * 2 * 3 * 2048 * 768 and costs.missing == 64 and costs.expert_bytes == 2 * 3 * 2048 * 768
 
 
 def test_decode_on_demand_and_cache_pull_less() -> None:

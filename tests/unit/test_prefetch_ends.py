@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.unit.fake_engine import LAYER_BYTES, FakeEvent, World
-from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.errors import DwdpError, DwdpTimeout
 from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.prefetch.prefetcher import Prefetcher
 from vllm_dwdp.prefetch.ring import Ring
@@ -70,3 +70,25 @@ def test_a_copy_that_began_before_submit_failed_leaves_no_layer(monkeypatch: pyt
     assert slot(world, 0) == world.layers[2]
     prefetcher.acquire(0)
     assert slot(world, 0) == world.layers[0] and prefetcher._page.on_demand == 1
+
+
+def test_a_device_that_failed_keeps_nothing_from_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, prefetcher = start()
+
+    def fail() -> FakeEvent:
+        raise DwdpError("record failed (cudaErrorIllegalAddress)")
+
+    monkeypatch.setattr(world.engine, "record", fail)
+    prefetcher.close(1.0)
+    with pytest.raises(DwdpError, match="the prefetcher is closed"):
+        prefetcher.acquire(0)
+
+    def overdue() -> FakeEvent:
+        raise DwdpTimeout("a copy is not done after 1 s")
+
+    world, prefetcher = start()
+    monkeypatch.setattr(world.engine, "record", overdue)
+    with pytest.raises(DwdpTimeout):
+        prefetcher.close(1.0)
+    monkeypatch.undo()
+    prefetcher.close(1.0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_dwdp.direct import expected_hits
 from vllm_dwdp.predict.hardware_file import Hardware
 from vllm_dwdp.predict.model import MoeModel
 from vllm_dwdp.predict.work import Work
@@ -36,11 +37,6 @@ def roof(flop: Any, moved: Any, rate: float, bandwidth: float) -> Any:
     return np.maximum(np.asarray(flop) / rate, np.asarray(moved) / bandwidth)
 
 
-def experts_hit(experts: float, top_k: int, of: int, tokens: Any) -> Any:
-    """Expected distinct experts among `experts` that `tokens` tokens of top-k of `of` hit, uniform popularity."""
-    return experts * (1 - (1 - top_k / of) ** np.asarray(tokens, dtype=float))
-
-
 def local_time(
     model: MoeModel,
     hardware: Hardware,
@@ -62,7 +58,7 @@ def local_time(
     held = model.experts if resident is None else resident
     # With experts spread over ranks, each rank's experts see the tokens of all of them.
     arriving = tokens * model.experts / held if held else tokens
-    hit = experts_hit(held, model.top_k, model.experts, arriving)
+    hit = expected_hits(model.experts, model.top_k, arriving, of=held)
 
     def product(params: float, per_token: Any, fmt_bytes: float, compute: str, efficiency: float) -> Any:
         flop = 2.0 * params * per_token

@@ -154,7 +154,7 @@ class Prefetcher:
         deadline = time.monotonic() + timeout_s
         if not self._closed:
             # Kernels may read slots, and slabs of peers.
-            self._computed = self._engine.record()
+            self._computed = self._end_of_compute()
             self._closed = True
         if self._computed is not None:
             self._finish(self._computed, deadline)
@@ -164,6 +164,15 @@ class Prefetcher:
                 self._finish(slot.copied, deadline)
         if self._trace is not None:
             self._note_copies()
+
+    def _end_of_compute(self) -> Event | None:
+        """None on a device that failed, where nothing computes. Raises DwdpTimeout where a copy is overdue."""
+        try:
+            return self._engine.record()
+        except DwdpTimeout:
+            raise
+        except DwdpError:
+            return None
 
     def _finish(self, event: Event, deadline: float) -> None:
         """Raises DwdpTimeout; a failed copy is over."""
