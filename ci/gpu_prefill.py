@@ -115,7 +115,7 @@ def options_of(job: Job, model: Path, cpu: bool, chunk: int | None) -> dict[str,
         made.update(
             distributed_executor_backend="dwdp",
             data_parallel_size=2,
-            additional_config={"dwdp": {**job.dwdp, "timeout_s": 60}},
+            additional_config={"dwdp": {"experts_per_rank": "partition", **job.dwdp, "timeout_s": 60}},
         )
     return made
 

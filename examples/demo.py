@@ -127,6 +127,8 @@ def main() -> int:
         os.environ.pop("VLLM_CPU_OMP_THREADS_BIND", None)
         rows: list[list[str]] = []
         different = 0
+        # GPUs would hold all experts but one of a model this small.
+        settings = {"experts_per_rank": "partition", **dwdp_settings(args.ranks)}
         for view in views:
             say(f"DWDP, {args.ranks} ranks, weight view {view}")
             tokens, counters, seconds = generate(
@@ -134,7 +136,7 @@ def main() -> int:
                 args.tokens,
                 distributed_executor_backend="dwdp",
                 data_parallel_size=args.ranks,
-                additional_config={"dwdp": {"weight_view": view, **dwdp_settings(args.ranks)}},
+                additional_config={"dwdp": {"weight_view": view, **settings}},
                 **options,
             )
             same = sum(a == b for a, b in zip(tokens, expected, strict=True))

@@ -36,7 +36,9 @@ _LEAST: Final[dict[str, int]] = {
 _OPTIONAL: Final = frozenset({"group_size", "experts_per_rank", "slice_bytes"})
 #: Counts that may also be left to dwdp, with this word.
 AUTO: Final = "auto"
-_AUTO_COUNTS: Final = frozenset({"experts_per_rank", "direct_tokens"})
+#: E/N experts, also where the default would be more.
+PARTITION: Final = "partition"
+_WORDS: Final[dict[str, tuple[str, ...]]] = {"experts_per_rank": (AUTO, PARTITION), "direct_tokens": (AUTO,)}
 _RENDEZVOUS: Final = re.compile(r"(?P<host>\[[^\]]+\]|[^:/\s]+):(?P<port>\d{1,5})/(?P<group_id>[^/\s]+)")
 
 
@@ -75,8 +77,9 @@ class DwdpConfig:
     """The settings of one DWDP start, valid by construction (design, 'Configuration').
 
     group_size: ranks that share one copy of the experts; None means all ranks.
-    experts_per_rank: experts resident on a rank; None means a balanced partition, more than E/N means overlap, "auto"
-        as many as the KV cache leaves room for (hold.py).
+    experts_per_rank: experts resident on a rank; more than E/N means overlap, "auto" as many as the KV cache leaves room
+        for (hold.py), "partition" E/N. None means "partition" on CPU; on GPUs "auto", or a partition where memory cannot be
+        foreseen.
     num_slots: prefetch buffers per rank. slice_bytes: bytes of one copy; None means 1 MiB on CPU,
         by the layer on GPUs.
     in_flight: slices that a rank copies at a time, on GPUs.
@@ -90,7 +93,7 @@ class DwdpConfig:
     """
 
     group_size: int | None = None
-    experts_per_rank: int | Literal["auto"] | None = None
+    experts_per_rank: int | Literal["auto", "partition"] | None = None
     num_slots: int = 2
     slice_bytes: int | None = None
     in_flight: int = 1
@@ -154,8 +157,14 @@ class DwdpConfig:
 
     @property
     def held(self) -> int | None:
-        """`experts_per_rank` as far as it is a number: None for a partition, and for "auto" until a rank has chosen."""
-        return None if self.experts_per_rank == AUTO else self.experts_per_rank
+        """`experts_per_rank` as far as it is a number: None for a partition, and until ranks have chosen."""
+        return None if isinstance(self.experts_per_rank, str) else self.experts_per_rank
+
+    def goes_by_memory(self, on_cpu: bool) -> bool:
+        """Whether ranks choose their number of experts; without a setting on GPUs of their own, where more is faster."""
+        if self.experts_per_rank is None:
+            return not on_cpu and self.ranks_per_device == 1
+        return self.experts_per_rank == AUTO
 
     def resolve_slice_bytes(self, on_cpu: bool) -> int | None:
         """Bytes of one copy; None where the plan of each layer chooses."""
@@ -187,12 +196,14 @@ def _is_int(value: object) -> bool:
 
 
 def _check_count(key: str, value: object, least: int) -> None:
-    if (value is None and key in _OPTIONAL) or (value == AUTO and key in _AUTO_COUNTS):
+    words = _WORDS.get(key, ())
+    if (value is None and key in _OPTIONAL) or value in words:
         return
-    if isinstance(value, str) and key in _AUTO_COUNTS:
-        close = difflib.get_close_matches(value.lower(), [AUTO], n=1)
-        hint = f"; did you mean {AUTO!r}?" if close else ""
-        raise DwdpError(f"dwdp.{key} is {value!r}: it must be {AUTO!r} or a whole number >= {least}{hint}")
+    if isinstance(value, str) and words:
+        close = difflib.get_close_matches(value.lower(), words, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        listed = ", ".join(map(repr, words))
+        raise DwdpError(f"dwdp.{key} is {value!r}: it must be {listed} or a whole number >= {least}{hint}")
     if not isinstance(value, int) or isinstance(value, bool):
         raise DwdpError(f"dwdp.{key} is {value!r} of type {type(value).__name__}: it must be a whole number >= {least}")
     if value < least:

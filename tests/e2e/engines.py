@@ -165,8 +165,10 @@ def engine_options() -> dict[str, Any]:
 
 def dwdp_settings(ranks: int, **config: Any) -> dict[str, Any]:
     """`config` for ranks on as many GPUs as there are: several share one where there are fewer."""
-    shared = -(-ranks // gpus()) if gpus() else 1
-    return {**({"ranks_per_device": shared} if shared > 1 else {}), **config}
+    if not gpus():
+        return config
+    # Of models this small, memory would have a rank hold all experts but one.
+    return {"ranks_per_device": -(-ranks // gpus()), "experts_per_rank": "partition", **config}
 
 
 def dwdp(ranks: int = 2, **config: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,7 +125,7 @@ FACTS = MemoryFacts(
 )  # fmt: skip
 
 
-def on_each_rank(folder: str, facts: list[MemoryFacts], **settings: Any) -> list[Any]:
+def on_each_rank(folder: str, facts: Sequence[MemoryFacts | None], **settings: Any) -> list[Any]:
     """What `settle` gave or raised on every rank of a launch."""
     made = launch(len(facts), folder, timeout_s=LIMIT_S, **settings)
     results: list[Any] = [None] * len(facts)
@@ -164,6 +164,52 @@ def test_a_rank_without_room_ends_the_start_of_all(folder: str) -> None:
     first, second = on_each_rank(folder, [FACTS, replace(FACTS, limit=900)])
     assert isinstance(first, PeerLost) and "even 4 of 8 experts" in str(first)
     assert str(second).startswith('experts_per_rank "auto": of ')
+
+
+def test_a_rank_that_cannot_tell_has_all_hold_a_partition(folder: str) -> None:
+    results = on_each_rank(folder, [FACTS, None])
+    assert [(made.config.experts_per_rank, held) for made, held in results] == [("partition", None)] * 2
+
+
+class Alone(DwdpWorkerMixin):
+    """The only rank of a launch, on a GPU, up to the choice of its share."""
+
+    def __init__(self, folder: str, limit: float, **settings: Any) -> None:
+        self.dwdp_rank, self.limit = 0, limit
+        self.vllm_config = SimpleNamespace()  # type: ignore[assignment]
+        self.dwdp_launch = replace(launch(1, folder, timeout_s=LIMIT_S), config=DwdpConfig.parse(settings))
+
+    def dwdp_memory_limit(self) -> float:
+        return self.limit
+
+    def settle(self) -> Any:
+        return self._dwdp_settle(Rendezvous(self.dwdp_launch.folder, 0, LIMIT_S)).config.experts_per_rank
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit", "share"),
+    [
+        ({}, 1000, 6),
+        ({"experts_per_rank": "auto"}, 1000, 6),
+        ({}, 900, "partition"),
+        ({"experts_per_rank": "auto"}, 900, None),
+    ],
+)
+def test_the_default_refuses_nothing_that_a_partition_may_do(
+    settings: dict[str, Any], limit: float, share: Any, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(worker.logger, "info", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(worker, "memory_of", lambda _config, _launch, _cpu, limit: replace(FACTS, limit=limit))
+    rank = Alone(folder, limit, **settings)
+    if share is None:
+        with pytest.raises(DwdpError, match="even 4 of 8 experts"):
+            rank.settle()
+        return
+    assert rank.settle() == share
+    assert said[0].startswith(
+        "dwdp rank 0: a partition, since " if share == "partition" else "dwdp rank 0: experts_per"
+    )
 
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM's CPU worker")

@@ -104,6 +104,12 @@ WHOLE = ["reads the whole checkpoint on every rank", "leave it out"]
             id="quantised-while-loading",
         ),
         pytest.param({"additional_config": "num_slots=2"}, ["str", '{"dwdp": {"num_slots": 2}}'], id="config-as-text"),
+        pytest.param(
+            {"additional_config": {"dwpd": {"num_slots": 3}}}, ["'dwpd'", 'did you mean "dwdp"?'], id="misspelt"
+        ),
+        pytest.param(
+            {"additional_config": {"num_slots": 3}}, ["'num_slots'", '{"dwdp": {"num_slots": ...}}'], id="outside"
+        ),
     ],
 )
 def test_options(tiny_moe: Path, arguments: dict[str, Any], words: list[str]) -> None:

@@ -24,7 +24,7 @@ def test_missing_and_empty_give_the_defaults() -> None:
         {},
         optional={
             "group_size": st.none() | st.integers(2, 72),
-            "experts_per_rank": st.none() | st.just("auto") | st.integers(1, 512),
+            "experts_per_rank": st.none() | st.sampled_from(["auto", "partition"]) | st.integers(1, 512),
             "num_slots": st.integers(2, 8),
             "slice_bytes": st.none() | st.integers(16, 1 << 20).map(lambda n: n * 256),
             "in_flight": st.integers(1, 8),
@@ -60,8 +60,12 @@ def test_round_trip_through_json(raw: dict[str, Any]) -> None:
         ({"group_size": 1}, ["group_size is 1", ">= 2"]),
         ({"group_size": "4"}, ["'4'", "str"]),
         ({"experts_per_rank": 0}, ["experts_per_rank is 0", ">= 1"]),
-        ({"experts_per_rank": "atuo"}, ["'atuo'", "'auto' or a whole number >= 1", "did you mean 'auto'?"]),
-        ({"experts_per_rank": "64"}, ["'64'", "'auto' or a whole number >= 1"]),
+        (
+            {"experts_per_rank": "atuo"},
+            ["'atuo'", "'auto', 'partition' or a whole number >= 1", "did you mean 'auto'?"],
+        ),
+        ({"experts_per_rank": "64"}, ["'64'", "'auto', 'partition' or a whole number >= 1"]),
+        ({"experts_per_rank": "Partiton"}, ["'Partiton'", "did you mean 'partition'?"]),
         ({"experts_per_rank": 64.0}, ["64.0", "float", "whole number"]),
         ({"num_slots": "auto"}, ["num_slots is 'auto'", "str", "whole number >= 2"]),
         ({"ranks_per_device": 0}, ["ranks_per_device is 0", ">= 1"]),
@@ -141,5 +145,24 @@ def test_check_accepts_and_resolves_the_group() -> None:
     # What "auto" will be is not known yet.
     DwdpConfig(group_size=2, experts_per_rank="auto").check(6, 8)
     assert (DwdpConfig(experts_per_rank="auto").held, DwdpConfig(experts_per_rank=5).held) == (None, 5)
+    assert DwdpConfig(experts_per_rank="partition").held is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "on_cpu", "on_gpus"),
+    [
+        ({}, False, True),
+        ({"ranks_per_device": 2}, False, False),
+        ({"experts_per_rank": "auto"}, True, True),
+        ({"experts_per_rank": "auto", "ranks_per_device": 2}, True, True),
+        ({"experts_per_rank": "partition"}, False, False),
+        ({"experts_per_rank": 5}, False, False),
+    ],
+)
+def test_memory_decides_where_asked_and_on_gpus_of_ones_own(
+    settings: dict[str, Any], on_cpu: bool, on_gpus: bool
+) -> None:
+    config = DwdpConfig.parse(settings)
+    assert (config.goes_by_memory(on_cpu=True), config.goes_by_memory(on_cpu=False)) == (on_cpu, on_gpus)
     assert DwdpConfig().resolve_group_size(6) == 6
     assert DwdpConfig(group_size=3).resolve_group_size(6) == 3

@@ -1,4 +1,4 @@
-"""`experts_per_rank: "auto"` in a rank that starts: what it knows of its memory, and the share on which all ranks agree."""
+"""How many experts a rank holds by its memory: what it knows when it starts, and the share on which all ranks agree."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
+from vllm_dwdp.config import PARTITION
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.hold import Held, MemoryFacts, choose
 from vllm_dwdp.layers.build import CPU_PADDING, page_granularity
@@ -24,13 +25,17 @@ if TYPE_CHECKING:
     from vllm_dwdp.engine.rendezvous import Rendezvous
 
 
-def settle(launch: DwdpLaunch, facts: MemoryFacts, rendezvous: Rendezvous) -> tuple[DwdpLaunch, Held]:
+def settle(launch: DwdpLaunch, facts: MemoryFacts | None, rendezvous: Rendezvous) -> tuple[DwdpLaunch, Held | None]:
     """`launch` with the number of experts that fits every rank of it, and what that means for this one.
 
-    No rank goes on, and takes memory, before all have looked. Raises DwdpError where not even a partition fits.
+    facts: None where a rank cannot tell, so that all hold a partition. No rank goes on, and takes memory, before all have
+    looked. Raises DwdpError where not even a partition fits.
     """
-    shares = rendezvous.gather("share", choose(facts).share, list(range(launch.num_ranks)))
-    held = Held(facts, min(shares))
+    own = 0 if facts is None else choose(facts).share
+    share = min(rendezvous.gather("share", own, list(range(launch.num_ranks))))
+    if facts is None or share == 0:
+        return dataclasses.replace(launch, config=dataclasses.replace(launch.config, experts_per_rank=PARTITION)), None
+    held = Held(facts, share)
     config = dataclasses.replace(launch.config, experts_per_rank=held.experts_per_rank)
     return dataclasses.replace(launch, config=config), held
 

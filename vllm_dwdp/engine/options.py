@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import importlib.util
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from vllm_dwdp import BACKEND
+from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpError
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_dwdp.config import DwdpConfig
-
 #: Load formats read through vLLM's default loader, which can be asked for single experts, and random weights. With `auto`
 #: and `hf` it also takes files of torch.save where a checkpoint has nothing else, and every rank reads them whole.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
+
+_SETTINGS: Final = frozenset(field.name for field in dataclasses.fields(DwdpConfig))
 
 #: Quantisations of a checkpoint that GPUs compute with; which kernels is checked when the layers exist.
 GPU_QUANTISATIONS = ("fp8",)
@@ -149,6 +152,11 @@ def check_arguments(args: EngineArgs, headless: bool) -> None:
             f"--additional-config is a {type(args.additional_config).__name__}; dwdp needs a JSON object, such as "
             '{"dwdp": {"num_slots": 2}}'
         )
+    for key in set(args.additional_config or {}) - {BACKEND}:
+        # Other plugins may have keys of their own.
+        if str(key) in _SETTINGS or difflib.get_close_matches(str(key).lower(), [BACKEND], n=1, cutoff=0.7):
+            meant = f'{{"{BACKEND}": {{"{key}": ...}}}}' if str(key) in _SETTINGS else f'"{BACKEND}"'
+            raise DwdpError(f"--additional-config has the key {key!r}, which nothing reads: did you mean {meant}?")
 
 
 def check_settings(config: DwdpConfig, on_cpu: bool) -> None:

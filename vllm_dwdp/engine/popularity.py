@@ -42,7 +42,7 @@ def popularity_of(config: DwdpConfig, on_cpu: bool) -> Hits | None:
             'dwdp.popularity scatters experts, which weight_view "inplace" cannot map by pages: use weight_view auto or '
             "contiguous"
         )
-    if config.experts_per_rank is None:
+    if config.held is None and not config.goes_by_memory(on_cpu):
         raise DwdpError(
             "dwdp.popularity chooses the experts that a rank holds beyond E/N, and there are none: raise "
             "dwdp.experts_per_rank, or leave popularity out"

@@ -21,6 +21,7 @@ from vllm_dwdp.config import AUTO
 from vllm_dwdp.engine.auto_share import memory_of, settle
 from vllm_dwdp.engine.frozen import WRITES, freeze, refuse_methods
 from vllm_dwdp.engine.heap import freed_memory_is_returned
+from vllm_dwdp.engine.hits_writer import HitsWriter
 from vllm_dwdp.engine.launch import DwdpLaunch, launch_of
 from vllm_dwdp.engine.loader import switch_loader
 from vllm_dwdp.engine.model_config import restore_moe
@@ -28,7 +29,7 @@ from vllm_dwdp.engine.orphans import orphaned
 from vllm_dwdp.engine.rendezvous import Identity, Rendezvous, identity_hash
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.hits_file import Hits, write_hits
-from vllm_dwdp.hold import Held
+from vllm_dwdp.hold import Held, choose
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.sharing import ExpertSharing
 from vllm_dwdp.patches import vllm_version
@@ -78,8 +79,10 @@ class DwdpWorkerMixin:
 
     vllm_config: VllmConfig
     model_runner: Any
-    #: What `experts_per_rank: "auto"` came to.
+    #: What memory let this rank hold, where that decides.
     dwdp_held: Held | None = None
+    #: With `hits`, once the model is warm.
+    dwdp_hits_writer: HitsWriter | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -113,7 +116,7 @@ class DwdpWorkerMixin:
         group = launch.group_of(rank)
         try:
             rendezvous.check_identity(identity_of(self.vllm_config, launch), group)
-            if launch.config.experts_per_rank == AUTO:
+            if launch.config.goes_by_memory(current_platform.is_cpu()):
                 launch = self._dwdp_settle(rendezvous)
             if loss := self._predicted_loss(len(group)):
                 logger.warning("dwdp rank %d: %s", rank, loss)
@@ -146,11 +149,22 @@ class DwdpWorkerMixin:
         raise NotImplementedError
 
     def _dwdp_settle(self, rendezvous: Rendezvous) -> DwdpLaunch:
-        """The launch with a number of experts in place of "auto"; one line says which."""
-        limit = self.dwdp_memory_limit()
-        facts = memory_of(self.vllm_config, self.dwdp_launch, current_platform.is_cpu(), limit)
+        """The launch with the number of experts that all ranks agree on; one line says which.
+
+        Raises DwdpError where "auto" was asked for and memory cannot be foreseen; the default is a partition then.
+        """
+        said, facts = "a partition, as another rank has to", None
+        try:
+            limit = self.dwdp_memory_limit()
+            facts = memory_of(self.vllm_config, self.dwdp_launch, current_platform.is_cpu(), limit)
+            choose(facts)
+        except DwdpError as error:
+            if self.dwdp_launch.config.experts_per_rank == AUTO:
+                raise
+            said, facts = f"a partition, since {error}", None
         self.dwdp_launch, self.dwdp_held = settle(self.dwdp_launch, facts, rendezvous)
-        logger.info("dwdp rank %d: %s", self.dwdp_rank, self.dwdp_held.describe())
+        said = self.dwdp_held.describe() if self.dwdp_held else said
+        logger.info("dwdp rank %d: %s", self.dwdp_rank, said)
         return self.dwdp_launch
 
     def determine_available_memory(self) -> int:
@@ -203,6 +217,8 @@ class DwdpWorkerMixin:
         self.dwdp_sharing.forwards.reset()
         if self.dwdp_sharing.hits is not None:
             self.dwdp_sharing.hits.reset()
+            self.dwdp_hits_writer = HitsWriter(self.dwdp_sharing.hits.read, self._dwdp_write_hits, self.dwdp_rank)
+            self.dwdp_hits_writer.start()
         return times
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -247,22 +263,20 @@ class DwdpWorkerMixin:
 
         Raises DwdpError where nothing is counted, or the file cannot be written.
         """
-        path = self.dwdp_launch.config.hits
-        if path is None or self.dwdp_sharing is None or self.dwdp_sharing.hits is None:
+        if self.dwdp_hits_writer is None:
             raise DwdpError('no hits are counted: start with additional_config {"dwdp": {"hits": FILE}}')
-        hits: Hits = self.dwdp_sharing.hits.read()
-        model = self.vllm_config.model_config.model
+        return asdict(self.dwdp_hits_writer.now())
+
+    def _dwdp_write_hits(self, hits: Hits) -> None:
+        path, model = self.dwdp_launch.config.hits, self.vllm_config.model_config.model
+        assert path is not None
         write_hits(path, os.path.basename(self.dwdp_launch.folder), model, self.dwdp_rank, hits)
-        return asdict(hits)
 
     def shutdown(self) -> None:
         """Write hits; let go of peers' memory, then of the own. What this rank did is logged by the front end."""
         if self.dwdp_sharing is not None:
-            if self.dwdp_sharing.hits is not None:
-                try:
-                    self.dwdp_hits()
-                except Exception as error:
-                    logger.warning("dwdp rank %d: hits are lost: %s", self.dwdp_rank, error)
+            if self.dwdp_hits_writer is not None:
+                self.dwdp_hits_writer.close()
             self.dwdp_sharing.close()
             self.dwdp_sharing = None
         super().shutdown()  # type: ignore[misc]
