@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 plugin = find_packages(include=["vllm_dwdp", "vllm_dwdp.*"])
-kernels = [f"vllm_dwdp.{name}" for name in find_packages(include=["kernels", "kernels.*"])]
+kernels = [f"vllm_dwdp.{name}" for name in find_packages(include=["kernels", "kernels.*"], exclude=["kernels.bench"])]
 
 setup(
     packages=plugin + kernels,

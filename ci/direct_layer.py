@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import repo_path  # noqa: F401
 import torch
 
+from vllm_dwdp.kernels.bench.precompile import compile_all, gemms
+from vllm_dwdp.kernels.bench.shapes import BLOCK, Batch, Problem
+from vllm_dwdp.kernels.bench.timing import captured, seconds
 from vllm_dwdp.kernels.configs import layer_shape
-from vllm_dwdp.kernels.precompile import compile_all, gemms
-from vllm_dwdp.kernels.shapes import BLOCK, Batch, Problem
 from vllm_dwdp.kernels.split_gemm import INTERPRETED
 from vllm_dwdp.kernels.split_moe import Workspace, split_experts
 from vllm_dwdp.kernels.tiles import Tiles
-from vllm_dwdp.kernels.timing import captured, seconds
 from vllm_dwdp.kernels.weight_table import WeightTable
 
 Tabled = tuple[WeightTable, WeightTable]

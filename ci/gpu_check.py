@@ -61,7 +61,7 @@ def _script(name: str, *more: str) -> tuple[str, ...]:
 
 
 def _kernels(name: str, *more: str) -> tuple[str, ...]:
-    return ("python", "-m", f"vllm_dwdp.kernels.{name}", *more)
+    return ("python", "-m", "vllm_dwdp.kernels.bench" + (f".{name}" if name else ""), *more)
 
 
 def _checked(tool: str, *cases: str) -> tuple[str, ...]:
@@ -94,9 +94,9 @@ STAGES: dict[str, tuple[Step, ...]] = {
         Step("tune", _kernels("tune", "--folder", "{out}/tables", "--limit-s", "150"), 180),
         Step(
             "bench",
-            _kernels("bench", "--goal", *BENCH, "--tables", "{out}/tables", "--json", "{out}/kernels.json"),
+            _kernels("", "--goal", *BENCH, "--tables", "{out}/tables", "--json", "{out}/kernels.json"),
             460,
-            ("env", "TRITON_INTERPRET=1", *_kernels("bench", *TINY, "--tokens", "3", "--json", "{out}/kernels.json")),
+            ("env", "TRITON_INTERPRET=1", *_kernels("", *TINY, "--tokens", "3", "--json", "{out}/kernels.json")),
         ),
     ),
     "e2e": (

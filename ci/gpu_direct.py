@@ -29,14 +29,14 @@ import torch
 from direct_layer import Layer, Link, open_peer, us
 
 from vllm_dwdp.kernels import tables
-from vllm_dwdp.kernels.candidates import SHARED
+from vllm_dwdp.kernels.bench.candidates import SHARED
+from vllm_dwdp.kernels.bench.shapes import MODELS, TINY_MODELS, Batch, Problem
+from vllm_dwdp.kernels.bench.sides import LOST, describe
+from vllm_dwdp.kernels.bench.tune import TOLERANCE
 from vllm_dwdp.kernels.configs import tiles_for
 from vllm_dwdp.kernels.direct_tiles import HEIGHTS, direct_key, direct_tiles_for, height
-from vllm_dwdp.kernels.shapes import MODELS, TINY_MODELS, Batch, Problem
-from vllm_dwdp.kernels.sides import LOST, describe
 from vllm_dwdp.kernels.split_moe import Workspace
 from vllm_dwdp.kernels.tiles import Tiles
-from vllm_dwdp.kernels.tune import TOLERANCE
 
 CONFIGS = "configs"
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

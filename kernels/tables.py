@@ -76,7 +76,7 @@ def _parsed(path: Path) -> tuple[Chip, Table]:
         major, minor = about["capability"]
         return Chip(path.stem, (int(major), int(minor)), int(about["multiprocessors"])), table
     except (KeyError, TypeError, ValueError) as error:
-        raise DwdpError(f"{path} is no table of tiles ({error}): write it with vllm_dwdp.kernels.tune") from error
+        raise DwdpError(f"{path} is no table of tiles ({error}): write it with vllm_dwdp.kernels.bench.tune") from error
 
 
 def read_table(path: Path) -> Table:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_dwdp.kernels.reference import dequantize, reference_experts
+from vllm_dwdp.kernels.bench.reference import dequantize, reference_experts
 from vllm_dwdp.kernels.split_moe import RouterWeight, split_experts
 from vllm_dwdp.kernels.tiles import Tiles
 from vllm_dwdp.kernels.torch_ops import FP8_MAX, Activation, QuantKind, TorchOps, quantize_fp8

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_dwdp.kernels import accuracy, exact, precompile, shapes, tables
+from vllm_dwdp.kernels import tables
+from vllm_dwdp.kernels.bench import accuracy, exact, precompile, shapes
 from vllm_dwdp.kernels.tiles import Tiles
 
 

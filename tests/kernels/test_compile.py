@@ -21,7 +21,7 @@ def test_compiles_for_hopper_and_blackwell(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "vllm_dwdp.kernels.compile_report", "--json", str(path), "--case", *CASES]
+    command = [sys.executable, "-m", "vllm_dwdp.kernels.bench.compile_report", "--json", str(path), "--case", *CASES]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(path.read_text())["rows"]

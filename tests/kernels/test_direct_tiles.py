@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from tests.kernels.layers import TILES, Layer, scatter
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.kernels import compile_report, configs, split_gemm, tables
+from vllm_dwdp.kernels import configs, split_gemm, tables
+from vllm_dwdp.kernels.bench import compile_report
+from vllm_dwdp.kernels.bench.candidates import fits
 from vllm_dwdp.kernels.block_order import spread_block
-from vllm_dwdp.kernels.candidates import fits
 from vllm_dwdp.kernels.direct_tiles import (
     COVERED,
     HEIGHTS,

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.kernels import bench, candidates, configs, sanitize, tables, tune
+from vllm_dwdp.kernels import configs, tables
+from vllm_dwdp.kernels.bench import candidates, sanitize, tune
+from vllm_dwdp.kernels.bench import compare as bench
+from vllm_dwdp.kernels.bench.timing import lower_bound
 from vllm_dwdp.kernels.tiles import Tiles
-from vllm_dwdp.kernels.timing import lower_bound
 from vllm_dwdp.kernels.torch_ops import Activation, activate, assign, quantize_fp8, room_for_routes
 
 CPU = torch.device("cpu")
@@ -79,7 +81,7 @@ def test_the_nearest_measured_batch_decides(tmp_path: Path) -> None:
 
 def test_a_broken_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "cpu.json").write_text(json.dumps({"shapes": {SHAPE.key: {"1": {"tiles": {"block": 3}}}}}))
-    with pytest.raises(DwdpError, match=r"cpu\.json is no table of tiles .*: write it with vllm_dwdp\.kernels\.tune"):
+    with pytest.raises(DwdpError, match=r"cpu\.json is no table of tiles .*: write it with vllm_dwdp\.kernels\.bench\.tune"):
         configs.tiles_for(SHAPE, 1, CPU, folder=tmp_path)
 
 

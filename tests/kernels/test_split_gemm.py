@@ -9,7 +9,7 @@ import torch
 from tests.kernels.layers import TILES, Layer, quantized, scatter
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.kernels.arguments import Assignment
-from vllm_dwdp.kernels.reference import dequantize
+from vllm_dwdp.kernels.bench.reference import dequantize
 from vllm_dwdp.kernels.split_gemm import split_gemm
 from vllm_dwdp.kernels.tiles import Tiles
 from vllm_dwdp.kernels.torch_ops import assign

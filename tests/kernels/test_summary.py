@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_dwdp.kernels import bench, tables
-from vllm_dwdp.kernels.summary import NO_MODEL, Cell, beside_fastest, summarise
+from vllm_dwdp.kernels import tables
+from vllm_dwdp.kernels.bench import compare as bench
+from vllm_dwdp.kernels.bench.summary import NO_MODEL, Cell, beside_fastest, summarise
 from vllm_dwdp.kernels.tiles import Tiles
 
 CELL = Cell("m", "E=1", 128, "own", "t", "v", 100.0, 80.0, 1.25, 1.25, 5.0, 4.0, 0.5, 0.4, False, 0.0, 0.0, [1.25] * 5)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.kernels import configs, tables, tune
-from vllm_dwdp.kernels.shapes import MODELS
+from vllm_dwdp.kernels import configs, tables
+from vllm_dwdp.kernels.bench import tune
+from vllm_dwdp.kernels.bench.shapes import MODELS
 from vllm_dwdp.kernels.tables import Chip
 from vllm_dwdp.kernels.tiles import Tiles
 

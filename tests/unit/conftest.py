@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.helpers import LIMIT_S, LaunchOwner, descriptors, slab_maps
-from vllm_dwdp.engine.launch_folder import make_folder
+from vllm_dwdp.group.launch_folder import make_folder
 from vllm_dwdp.transport.shm import ShmTransport
 
 HERE = Path(__file__).parent
@@ -88,7 +88,7 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
 
 #: A front end that makes the folder of a launch, says where, and waits.
 FRONT_END = (
-    "import sys\nfrom vllm_dwdp.engine.launch_folder import make_folder\n"
+    "import sys\nfrom vllm_dwdp.group.launch_folder import make_folder\n"
     "class Owner: pass\nowner = Owner()\nprint(make_folder(owner), flush=True)\nsys.stdin.read()\n"
 )
 

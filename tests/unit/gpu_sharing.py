@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.unit.cuda_rank import LIMIT_S, process_id
 from tests.unit.fake_cuda import FakeCuda, Machine
 from vllm_dwdp.config import DwdpConfig
-from vllm_dwdp.engine.launch import DwdpLaunch
+from vllm_dwdp.group.launch import DwdpLaunch
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 from vllm_dwdp.layers.sharing import ExpertSharing

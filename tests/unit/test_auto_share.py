@@ -22,10 +22,10 @@ from tests.unit.whole_model import expert_layers, load, vllm_config, vllm_groups
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import worker
 from vllm_dwdp.engine.auto_share import memory_of, settle
-from vllm_dwdp.engine.launch import DwdpLaunch
-from vllm_dwdp.engine.rendezvous import Rendezvous
 from vllm_dwdp.engine.worker import DwdpWorkerMixin
 from vllm_dwdp.errors import DwdpError, PeerLost
+from vllm_dwdp.group.launch import DwdpLaunch
+from vllm_dwdp.group.rendezvous import Rendezvous
 from vllm_dwdp.hold import MemoryFacts
 from vllm_dwdp.predict.memory_plan import RUNTIME, activation_bytes
 from vllm_dwdp.predict.read_config import parse_model

@@ -22,11 +22,11 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from tests.unit import leftovers
 from tests.unit.helpers import LIMIT_S, LaunchOwner
 from tests.unit.leftovers import build, check_message, refusal
-from vllm_dwdp.engine.launch import launch_of
-from vllm_dwdp.engine.launch_folder import make_folder
-from vllm_dwdp.engine.rendezvous import Identity, Rendezvous
 from vllm_dwdp.engine.worker import DwdpWorkerMixin, identity_of
 from vllm_dwdp.errors import DwdpError, DwdpTimeout, PeerLost
+from vllm_dwdp.group.launch import launch_of
+from vllm_dwdp.group.launch_folder import make_folder
+from vllm_dwdp.group.rendezvous import Identity, Rendezvous
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

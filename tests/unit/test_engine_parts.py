@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from tests.unit.helpers import LaunchOwner
 from vllm_dwdp.config import DwdpConfig
-from vllm_dwdp.engine import environment
 from vllm_dwdp.engine.cores import split_cores
-from vllm_dwdp.engine.launch import DwdpLaunch
-from vllm_dwdp.engine.launch_folder import make_folder
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
+from vllm_dwdp.group import environment
+from vllm_dwdp.group.launch import DwdpLaunch
+from vllm_dwdp.group.launch_folder import make_folder
 from vllm_dwdp.layers.build import ModelBuild, page_granularity
 from vllm_dwdp.layers.window import estimate
 from vllm_dwdp.patches.engine_liveness import killed

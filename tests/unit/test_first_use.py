@@ -18,8 +18,8 @@ pytest.importorskip("vllm")
 from tests.unit.helpers import LIMIT_S, slab_maps
 from tests.unit.meeting import Meeting
 from vllm_dwdp.config import DwdpConfig, Rendezvous
-from vllm_dwdp.engine.launch import DwdpLaunch
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.group.launch import DwdpLaunch
 from vllm_dwdp.layers import gates
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.direct import DirectGate

@@ -35,7 +35,7 @@ def test_stages_fit_their_limit_and_name_scripts_that_exist(stage: str, tmp_path
         assert not any("{" in word for word in words)
         scripts = [gpu_check.REPO / word for word in words if word.endswith(".py")]
         scripts += [
-            gpu_check.REPO / "kernels" / f"{word.rsplit('.', 1)[1]}.py"
+            gpu_check.REPO / "kernels" / "bench" / f"{word.partition('.bench')[2].lstrip('.') or '__main__'}.py"
             for word in words
             if word.startswith("vllm_dwdp.kernels.")
         ]

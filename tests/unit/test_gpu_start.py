@@ -18,8 +18,8 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import configure, options, worker
 from vllm_dwdp.engine.gpu_worker import DwdpGPUWorker
-from vllm_dwdp.engine.launch import DwdpLaunch
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.group.launch import DwdpLaunch
 from vllm_dwdp.hold import MemoryFacts
 from vllm_dwdp.layers.build import ModelBuild
 

@@ -17,8 +17,8 @@ from vllm.config.load import LoadConfig
 from tests.unit.leftovers import build
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import configure
-from vllm_dwdp.engine.launch import DwdpLaunch, attach_launch
 from vllm_dwdp.engine.loader import ShareOnlyLoader
+from vllm_dwdp.group.launch import DwdpLaunch, attach_launch
 
 
 @pytest.mark.usefixtures("nothing_left")

@@ -18,10 +18,10 @@ import pytest
 from tests.unit.helpers import LIMIT_S, LaunchOwner
 from tests.unit.leftovers import check_message, refusal
 from vllm_dwdp.config import DwdpConfig
-from vllm_dwdp.engine.launch import DwdpLaunch
-from vllm_dwdp.engine.launch_folder import make_folder, remove_orphaned
-from vllm_dwdp.engine.rendezvous import Rendezvous
 from vllm_dwdp.errors import DwdpTimeout, PeerLost
+from vllm_dwdp.group.launch import DwdpLaunch
+from vllm_dwdp.group.launch_folder import make_folder, remove_orphaned
+from vllm_dwdp.group.rendezvous import Rendezvous
 
 #: An ordinary user's id; `nobody` on most systems.
 ANOTHER_USER = 65534
@@ -217,8 +217,8 @@ def test_the_next_launch_removes_folders_that_nobody_was_left_to_remove(
 
 def test_a_process_that_outlives_its_front_end_removes_the_folder(public: Path) -> None:
     code = (
-        "import multiprocessing, os, sys, time\nfrom vllm_dwdp.engine.launch import RENDEZVOUS_ENV\n"
-        "from vllm_dwdp.engine.launch_folder import make_folder\n"
+        "import multiprocessing, os, sys, time\nfrom vllm_dwdp.group.launch import RENDEZVOUS_ENV\n"
+        "from vllm_dwdp.group.launch_folder import make_folder\n"
         "from vllm_dwdp.engine.orphans import end_with_parent\nclass Owner: pass\nowner = Owner()\n"
         "def engine(pipe):\n    end_with_parent()\n    pipe.send(os.getpid())\n    time.sleep(60)\n"
         "folder = make_folder(owner)\nos.environ[RENDEZVOUS_ENV] = f'{os.getpid()}:{folder}'\n"
@@ -265,7 +265,7 @@ def test_a_launch_travels(folder: str) -> None:
 
 def test_nothing_heavy_is_imported() -> None:
     code = (
-        "import sys; import vllm_dwdp.engine.rendezvous; "
+        "import sys; import vllm_dwdp.group.rendezvous; "
         "print([name for name in ('torch', 'numpy', 'vllm', 'socket') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=LIMIT_S, text=True, check=True)

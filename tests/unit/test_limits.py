@@ -20,9 +20,9 @@ from types import SimpleNamespace
 import pytest
 
 from tests.unit.helpers import LIMIT_S, PAGE, LaunchOwner
-from vllm_dwdp.engine import environment
-from vllm_dwdp.engine.launch_folder import make_folder
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.group import environment
+from vllm_dwdp.group.launch_folder import make_folder
 from vllm_dwdp.transport import limits, memfd
 from vllm_dwdp.transport.shm import ShmTransport
 

@@ -17,8 +17,8 @@ from tests.unit.leftovers import TINY, build, check_message, refusal
 from tests.unit.whole_model import as_bytes, edited, expert_layers, load, vllm_groups
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import popularity
-from vllm_dwdp.engine.launch import launch_of
 from vllm_dwdp.engine.popularity import with_hits_file
+from vllm_dwdp.group.launch import launch_of
 from vllm_dwdp.hits_file import Hits, read_hits, write_hits
 from vllm_dwdp.layers.build import ModelBuild, numbers_in
 from vllm_dwdp.layers.read_stats import READ, ReadStats

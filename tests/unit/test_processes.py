@@ -19,9 +19,10 @@ from vllm.utils.cpu_resource_utils import LogicalCPUInfo
 
 from tests.unit.helpers import LaunchOwner
 from tests.unit.leftovers import build
-from vllm_dwdp.engine import cores, environment, orphans
-from vllm_dwdp.engine.launch import RENDEZVOUS_ENV, launch_of
+from vllm_dwdp.engine import cores, orphans
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.group import environment
+from vllm_dwdp.group.launch import RENDEZVOUS_ENV, launch_of
 
 REPO = Path(__file__).resolve().parents[2]
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
@@ -187,8 +188,8 @@ ENDING = """
 import time
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import rank_pages
-from vllm_dwdp.engine.launch import DwdpLaunch
-from vllm_dwdp.engine.launch_folder import make_folder
+from vllm_dwdp.group.launch import DwdpLaunch
+from vllm_dwdp.group.launch_folder import make_folder
 class Owner: pass
 class Config(Owner): pass
 rank_pages.PERIOD_S = 0

@@ -11,10 +11,10 @@ import pytest
 from tests.unit.helpers import LaunchOwner
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import rank_pages
-from vllm_dwdp.engine.launch import DwdpLaunch
-from vllm_dwdp.engine.launch_folder import make_folder
 from vllm_dwdp.engine.rank_pages import RankPages
-from vllm_dwdp.engine.rendezvous import Rendezvous
+from vllm_dwdp.group.launch import DwdpLaunch
+from vllm_dwdp.group.launch_folder import make_folder
+from vllm_dwdp.group.rendezvous import Rendezvous
 from vllm_dwdp.prefetch.counters import CounterPage, Counters
 from vllm_dwdp.transport.handles_json import handle_to_json
 

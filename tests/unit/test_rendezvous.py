@@ -16,10 +16,10 @@ import pytest
 
 from tests.unit.helpers import LIMIT_S, LaunchOwner
 from tests.unit.leftovers import check_message, refusal
-from vllm_dwdp.engine import launch_folder
-from vllm_dwdp.engine.launch_folder import make_folder
-from vllm_dwdp.engine.rendezvous import Rendezvous
 from vllm_dwdp.errors import DwdpTimeout
+from vllm_dwdp.group import launch_folder
+from vllm_dwdp.group.launch_folder import make_folder
+from vllm_dwdp.group.rendezvous import Rendezvous
 
 pytestmark = pytest.mark.usefixtures("public")
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
@@ -116,8 +116,8 @@ def test_a_full_file_system(public: Path) -> None:
     """A real one, in a mount namespace of its own."""
     code = """
 import os, sys, tempfile
-from vllm_dwdp.engine.launch_folder import make_folder
-from vllm_dwdp.engine.rendezvous import Rendezvous
+from vllm_dwdp.group.launch_folder import make_folder
+from vllm_dwdp.group.rendezvous import Rendezvous
 class Owner: pass
 owner, tempfile.tempdir = Owner(), sys.argv[1]
 folder = make_folder(owner)

@@ -21,8 +21,8 @@ from vllm_dwdp.predict.read_config import parse_model
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vllm_dwdp.engine.launch import DwdpLaunch
-    from vllm_dwdp.engine.rendezvous import Rendezvous
+    from vllm_dwdp.group.launch import DwdpLaunch
+    from vllm_dwdp.group.rendezvous import Rendezvous
 
 
 def settle(launch: DwdpLaunch, facts: MemoryFacts | None, rendezvous: Rendezvous) -> tuple[DwdpLaunch, Held | None]:

@@ -17,14 +17,14 @@ from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import options
 from vllm_dwdp.engine.cores import bind_ranks
 from vllm_dwdp.engine.devices import set_devices
-from vllm_dwdp.engine.environment import set_for_children, sockets_in
-from vllm_dwdp.engine.launch import RENDEZVOUS_ENV, DwdpLaunch, attach_launch
-from vllm_dwdp.engine.launch_folder import make_folder
 from vllm_dwdp.engine.model_config import hide_moe
 from vllm_dwdp.engine.orphans import value_of_parent, watch_forked
 from vllm_dwdp.engine.popularity import check_popularity, popularity_of, with_hits_file
 from vllm_dwdp.engine.rank_pages import watch_ranks
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.group.environment import set_for_children, sockets_in
+from vllm_dwdp.group.launch import RENDEZVOUS_ENV, DwdpLaunch, attach_launch
+from vllm_dwdp.group.launch_folder import make_folder
 
 if TYPE_CHECKING:
     from vllm.config import CompilationConfig, ModelConfig, VllmConfig

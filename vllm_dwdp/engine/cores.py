@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 
-from vllm_dwdp.engine.environment import is_users
+from vllm_dwdp.group.environment import is_users
 
 logger = logging.getLogger("vllm.dwdp")
 

@@ -8,9 +8,9 @@ from vllm.config import VllmConfig
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from vllm_dwdp.engine.environment import temporary_files_in
-from vllm_dwdp.engine.launch import RENDEZVOUS_ENV, DwdpLaunch, launch_of
 from vllm_dwdp.engine.orphans import end_with_parent
+from vllm_dwdp.group.environment import temporary_files_in
+from vllm_dwdp.group.launch import RENDEZVOUS_ENV, DwdpLaunch, launch_of
 
 
 def enter_engine(vllm_config: VllmConfig) -> DwdpLaunch:

@@ -10,8 +10,8 @@ from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_dwdp.engine.graphs import captured_tokens, limit_graphs
-from vllm_dwdp.engine.launch import launch_of
 from vllm_dwdp.engine.worker import DwdpWorkerMixin, in_engine, in_ray
+from vllm_dwdp.group.launch import launch_of
 from vllm_dwdp.layers.warm_up import warm_up_sizes
 
 logger = init_logger("vllm.dwdp")

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
 from vllm.v1.engine.core_client import SyncMPClient
 
-from vllm_dwdp.engine.launch import launch_of
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
+from vllm_dwdp.group.launch import launch_of
 from vllm_dwdp.hits_file import Hits, add_hits
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ import threading
 import time
 from multiprocessing import util
 
-from vllm_dwdp.engine.environment import of_parent
-from vllm_dwdp.engine.launch import RENDEZVOUS_ENV
-from vllm_dwdp.engine.launch_folder import remove_orphaned
+from vllm_dwdp.group.environment import of_parent
+from vllm_dwdp.group.launch import RENDEZVOUS_ENV
+from vllm_dwdp.group.launch_folder import remove_orphaned
 
 #: Short: vLLM's coordinator fails by itself once it tells a dead front end its addresses, and leaves the folder.
 _PERIOD_S = 0.1

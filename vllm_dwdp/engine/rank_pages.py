@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
-from vllm_dwdp.engine.launch import DwdpLaunch
 from vllm_dwdp.engine.metrics import publish
-from vllm_dwdp.engine.rendezvous import Rendezvous
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.group.launch import DwdpLaunch
+from vllm_dwdp.group.rendezvous import Rendezvous
 from vllm_dwdp.prefetch.counters import CounterPage, CounterReader, Counters
 from vllm_dwdp.transport.handles_json import handle_from_json
 

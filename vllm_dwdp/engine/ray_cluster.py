@@ -6,8 +6,8 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from vllm_dwdp.engine.environment import is_users, set_for_start
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.group.environment import is_users, set_for_start
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -12,9 +12,9 @@ from vllm.platforms import current_platform
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 
 from vllm_dwdp.engine.executor import enter_engine
-from vllm_dwdp.engine.launch import launch_of
 from vllm_dwdp.engine.ray_cluster import OBJECT_STORE_BYTES
 from vllm_dwdp.errors import DwdpTimeout
+from vllm_dwdp.group.launch import launch_of
 from vllm_dwdp.patches import ray_worker
 
 #: What a CPU worker asks of Ray: enough to be placed, little enough that ranks may outnumber cores.

@@ -22,12 +22,12 @@ from vllm_dwdp.engine.auto_share import memory_of, settle
 from vllm_dwdp.engine.frozen import WRITES, freeze, refuse_methods
 from vllm_dwdp.engine.heap import freed_memory_is_returned
 from vllm_dwdp.engine.hits_writer import HitsWriter
-from vllm_dwdp.engine.launch import DwdpLaunch, launch_of
 from vllm_dwdp.engine.loader import switch_loader
 from vllm_dwdp.engine.model_config import restore_moe
 from vllm_dwdp.engine.orphans import orphaned
-from vllm_dwdp.engine.rendezvous import Identity, Rendezvous, identity_hash
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.group.launch import DwdpLaunch, launch_of
+from vllm_dwdp.group.rendezvous import Identity, Rendezvous, identity_hash
 from vllm_dwdp.hits_file import Hits, write_hits
 from vllm_dwdp.hold import Held, choose
 from vllm_dwdp.layers.build import ModelBuild

@@ -32,8 +32,8 @@ from vllm_dwdp.transport.handles_json import handle_to_json
 from vllm_dwdp.transport.shm import ShmTransport
 
 if TYPE_CHECKING:
-    from vllm_dwdp.engine.launch import DwdpLaunch
-    from vllm_dwdp.engine.rendezvous import Rendezvous
+    from vllm_dwdp.group.launch import DwdpLaunch
+    from vllm_dwdp.group.rendezvous import Rendezvous
 
 _CLOSE_TIMEOUT_S = 5.0
 

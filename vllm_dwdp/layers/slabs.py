@@ -17,7 +17,7 @@ from vllm_dwdp.transport.base import Memory, PeerSlab, Slab, Transport
 from vllm_dwdp.transport.handles_json import handle_from_json, handle_to_json
 
 if TYPE_CHECKING:
-    from vllm_dwdp.engine.rendezvous import Rendezvous
+    from vllm_dwdp.group.rendezvous import Rendezvous
 
 #: Tensors of at most this part of an expert (biases, scales) are replicated at start instead of fetched per forward.
 REPLICATED_PART = 0.01

@@ -32,7 +32,7 @@ def install() -> None:
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
         attempt(llm_init.wait_for_llm)
         if self.distributed_executor_backend != BACKEND:
-            if (environment := sys.modules.get("vllm_dwdp.engine.environment")) is not None:
+            if (environment := sys.modules.get("vllm_dwdp.group.environment")) is not None:
                 environment.forget_launches()
             return original(self, *args, **kwargs)
         return _configure()(original, self, *args, **kwargs)

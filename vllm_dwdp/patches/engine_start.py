@@ -28,7 +28,7 @@ def install() -> None:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        from vllm_dwdp.engine.environment import started
+        from vllm_dwdp.group.environment import started
 
         try:
             original(self, *args, **kwargs)

@@ -32,7 +32,7 @@ def install() -> None:
         log_stats: bool,
         renderer: Any = None,
     ) -> Any:
-        from vllm_dwdp.engine.launch import launch_of
+        from vllm_dwdp.group.launch import launch_of
 
         if asyncio_mode or not multiprocess_mode or launch_of(vllm_config) is None:
             return original(multiprocess_mode, asyncio_mode, vllm_config, executor_class, log_stats, renderer)

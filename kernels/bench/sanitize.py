@@ -1,9 +1,9 @@
-"""Launches every kind of the kernels on tiny odd shapes and checks every value: `python -m vllm_dwdp.kernels.sanitize`.
+"""Launches every kind of the kernels on tiny odd shapes, checks every value: `python -m vllm_dwdp.kernels.bench.sanitize`.
 
 Made to run under a checker of device memory, where a launch takes seconds:
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck  python -m vllm_dwdp.kernels.sanitize
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck python -m vllm_dwdp.kernels.sanitize
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck  python -m vllm_dwdp.kernels.bench.sanitize
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck python -m vllm_dwdp.kernels.bench.sanitize
 
 Each expert's matrix ends where its own allocation ends (with caching off, an allocation of torch's is one of the driver's),
 and so do the inputs, so that a read past the end is seen. Outputs are poisoned with NaN and have guards around them, which
@@ -23,11 +23,11 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from .arguments import Assignment
-from .split_gemm import INTERPRETED, split_gemm
-from .tiles import KernelName, Tiles
-from .torch_ops import FP8_MAX, assign
-from .weight_table import PerExpert, ScaleKind, Scales, WeightTable
+from ..arguments import Assignment
+from ..split_gemm import INTERPRETED, split_gemm
+from ..tiles import KernelName, Tiles
+from ..torch_ops import FP8_MAX, assign
+from ..weight_table import PerExpert, ScaleKind, Scales, WeightTable
 
 #: Elements before and after an output that must not change.
 GUARD = 512

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 
+from ..tiles import Tiles
 from .reference import Rounding, reference_experts
 from .shapes import BLOCK, Batch, Problem
 from .sides import describe, own_experts, poisoned, problem_tiles, vllm_experts
-from .tiles import Tiles
 
 #: Tokens of a batch whose result is compared with float64.
 SAMPLED = 128

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from .configs import layer_shape, tiles_for
+from ..configs import layer_shape, tiles_for
+from ..split_moe import Workspace, split_experts
+from ..tables import FOLDER
+from ..tiles import Tiles
+from ..torch_ops import quantize_fp8
 from .reference import reference_experts
 from .shapes import BLOCK, Batch, Problem
-from .split_moe import Workspace, split_experts
-from .tables import FOLDER
-from .tiles import Tiles
-from .torch_ops import quantize_fp8
 
 #: Words of errors after which a process can launch nothing more.
 LOST = ("illegal", "misaligned", "unspecified launch failure")
@@ -53,7 +53,7 @@ def vllm_experts(problem: Problem, batch: Batch, tiles: Tiles | None = None) -> 
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
-    from .vllm_ops import under_config
+    from ..vllm_ops import under_config
 
     w13, w2 = problem.dense
     config = quant_config(problem)

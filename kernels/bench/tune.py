@@ -1,4 +1,4 @@
-"""Searches tiles for this GPU and writes them beside this file: `python -m vllm_dwdp.kernels.tune [--limit-s S]`.
+"""Searches tiles for this GPU and writes them to kernels/configs: `python -m vllm_dwdp.kernels.bench.tune [--limit-s S]`.
 
 For each layer and number of tokens: vLLM's choice first, then a short list (candidates.py), then changes of the winner's
 stages and grouping. All kernels of a list are compiled beforehand in parallel threads; each candidate's result is compared
@@ -25,14 +25,14 @@ import torch
 
 from vllm_dwdp.errors import DwdpError
 
+from ..configs import default_tiles, layer_shape, tiles_for
+from ..split_gemm import INTERPRETED
+from ..tables import FOLDER, Table, chip_of, measured, read, write
+from ..tiles import Tiles
 from .candidates import CHOICES, fits, listed, neighbours
-from .configs import default_tiles, layer_shape, tiles_for
 from .precompile import compile_all, gemms
 from .shapes import BLOCK, MODELS, TINY_MODELS, Batch, ModelShape, Problem
 from .sides import LOST, describe, errors, own_experts, poisoned
-from .split_gemm import INTERPRETED
-from .tables import FOLDER, Table, chip_of, measured, read, write
-from .tiles import Tiles
 from .timing import Call, captured, in_turns, seconds
 
 TOKENS = (8192, 1, 128, 1024, 16, 32768)

@@ -19,8 +19,8 @@ import time
 import weakref
 from typing import Any
 
-from vllm_dwdp.engine.environment import FOLDER_PREFIX, fits_sockets
 from vllm_dwdp.errors import DwdpError, PeerLost
+from vllm_dwdp.group.environment import FOLDER_PREFIX, fits_sockets
 from vllm_dwdp.transport.process import ProcessId, is_gone, this_process
 
 _FRONT_END = "front-end.json"

@@ -33,13 +33,13 @@ from typing import Any
 import torch
 import triton
 
+from ..tables import FOLDER, chip_of
+from ..tiles import Tiles
 from .precompile import compile_shape
 from .rates import matrix_rates
 from .shapes import MODELS, TINY_MODELS, ModelShape, Problem
 from .sides import LOST, describe, errors, own_experts, poisoned, problem_tiles, vllm_experts
 from .summary import NO_MODEL, Cell, beside_fastest, summarise
-from .tables import FOLDER, chip_of
-from .tiles import Tiles
 from .timing import Pairs, captured, in_turns, lower_bound
 
 TOKENS = (1, 16, 128, 1024, 8192, 32768)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .torch_ops import Activation, activate
-from .weight_table import Scales
+from ..torch_ops import Activation, activate
+from ..weight_table import Scales
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 

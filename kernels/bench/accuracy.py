@@ -1,4 +1,4 @@
-"""How far our kernels and vLLM's are from float64: `python -m vllm_dwdp.kernels.accuracy [--json FILE] [--limit-s S]`.
+"""How far our kernels and vLLM's are from float64: `python -m vllm_dwdp.kernels.bench.accuracy [--json FILE] [--limit-s S]`.
 
 For every shape and number of tokens, three ways of computing a layer's routed experts, on fresh random weights and inputs:
 
@@ -36,12 +36,12 @@ from typing import Any
 import torch
 import triton
 
-from .bench import ROUNDS
+from ..tables import FOLDER, chip_of
+from .compare import ROUNDS
 from .exact import FACTOR, LIMITS, SAMPLED, Row, case
 from .precompile import compile_shape
 from .shapes import MODELS, TINY_MODELS, ModelShape, Problem
 from .sides import LOST
-from .tables import FOLDER, chip_of
 
 TINY_ROUNDS = ((24, 1),)
 #: Layers in order of value: every kind of kernel first.

@@ -1,4 +1,4 @@
-"""Compiles the kernels without a GPU and says what came out: `python -m vllm_dwdp.kernels.compile_report`.
+"""Compiles the kernels without a GPU and says what came out: `python -m vllm_dwdp.kernels.bench.compile_report`.
 
 Prints one row per case and architecture: matrix instructions in the PTX, registers, spilled bytes, shared memory. Fails
 where a kernel spills, where a tile with 64 rows does without wgmma on sm_90, and where weights are not loaded 16 bytes at
@@ -22,12 +22,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import persistent, split_gemm
-from .arguments import Assignment, Launch, prepare
-from .block_order import order
-from .split_gemm import constants_of
-from .tiles import Tiles
-from .weight_table import PerExpert, Scales, WeightTable
+from .. import persistent, split_gemm
+from ..arguments import Assignment, Launch, prepare
+from ..block_order import order
+from ..split_gemm import constants_of
+from ..tiles import Tiles
+from ..weight_table import PerExpert, Scales, WeightTable
 
 META = torch.device("meta")
 FP8 = torch.float8_e4m3fn

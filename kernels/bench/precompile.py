@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
+from ..split_gemm import compile_gemm
+from ..split_moe import Workspace
+from ..tiles import Tiles
 from .shapes import Batch, Problem
 from .sides import poisoned, problem_tiles, vllm_experts
-from .split_gemm import compile_gemm
-from .split_moe import Workspace
-from .tiles import Tiles
 
 
 def compile_all(jobs: Sequence[Callable[[], object]], workers: int) -> None:

@@ -1,4 +1,4 @@
-"""Which of vLLM's MoE backends load on this machine, and how fast they are: `python -m vllm_dwdp.kernels.backends`.
+"""Which of vLLM's MoE backends load on this machine, and how fast they are: `python -m vllm_dwdp.kernels.bench.backends`.
 
 The bench's base is vLLM's function `fused_experts` (Triton). This asks every other backend of vLLM 0.32.0 that computes such
 layers, by name: those that cannot be imported or refuse the device or the quantisation are printed with their reason; the

@@ -13,8 +13,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vllm_dwdp.engine.launch_folder import LaunchFolder
 from vllm_dwdp.errors import DwdpError, DwdpTimeout, PeerLost
+from vllm_dwdp.group.launch_folder import LaunchFolder
 
 _FIRST_PAUSE_S = 0.001
 _LAST_PAUSE_S = 0.05

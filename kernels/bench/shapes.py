@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from .configs import LayerShape
-from .torch_ops import FP8_MAX, Activation, MoeOps, TorchOps
-from .weight_table import PerExpert, Scales, WeightTable
+from ..configs import LayerShape
+from ..torch_ops import FP8_MAX, Activation, MoeOps, TorchOps
+from ..weight_table import PerExpert, Scales, WeightTable
 
 BLOCK = 128
 
@@ -156,6 +156,6 @@ class Problem:
         """vLLM's on a GPU, plain torch elsewhere."""
         if self.device.type != "cuda":
             return TorchOps(self.model.activation, self.model.quant, BLOCK)
-        from .vllm_ops import VllmOps
+        from ..vllm_ops import VllmOps
 
         return VllmOps(self.model.activation, self.model.quant, BLOCK)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from .tiles import Tiles
+from ..tiles import Tiles
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "kernel": ("pointer", "persistent"),

@@ -1,0 +1,1 @@
+"""Who the ranks of a launch are, and where they meet."""
