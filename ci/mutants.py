@@ -106,6 +106,8 @@ def misfits(mutants: Iterable[Mutant], root: Path) -> list[str]:
 def copied(root: Path, files: Sequence[str], mutant: Mutant | None = None) -> Iterator[Path]:
     """A folder with `files` of `root`, one of them changed; gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        # Tests with another user have to get through.
+        os.chmod(folder, 0o711)
         tree = Path(folder) / "tree"
         for name in files:
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
