@@ -46,6 +46,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
         pytest.param(2, {"ranks_per_device": 2}, ["is 2", "GPUs", "leave it out"], id="ranks-per-device-on-cpu"),
         pytest.param(2, {"direct_tokens": 8}, ["is 8", "GPUs", "inplace", "leave it out"], id="direct-tokens-on-cpu"),
         pytest.param(2, {"direct_tokens": "8"}, ["'8'", "'auto'", "whole number"], id="direct-tokens-as-text"),
+        pytest.param(2, {"require_win": True}, ["cannot tell", "'a CPU'", "leave require_win out"], id="win-on-cpu"),
         pytest.param(2, {"rendezvous": "h:1/g"}, ["h:1", "started apart", "leave it out"], id="ranks-started-apart"),
     ],
 )

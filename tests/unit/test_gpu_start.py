@@ -16,12 +16,13 @@ from vllm.model_executor.offloader.base import NoopOffloader, get_offloader
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_dwdp.config import DwdpConfig
-from vllm_dwdp.engine import configure, options, worker
+from vllm_dwdp.engine import configure, options, planner, worker
 from vllm_dwdp.engine.gpu_worker import DwdpGPUWorker
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.group.launch import DwdpLaunch
 from vllm_dwdp.hold import MemoryFacts
 from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.predict.startup import PlannedLaunch
 
 
 class Stop(Exception):
@@ -135,23 +136,14 @@ def test_layers_are_built_with_as_many_experts_as_memory_allows(
     monkeypatch.setattr(worker, "memory_of", lambda config, launch, on_cpu, limit: replace(facts, limit=limit))
     # Of one GPU, 2000 are free, for two ranks; vLLM may use more.
     monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (2000, 3000))
-    monkeypatch.setattr(worker, "predicted_loss", lambda *positional, **named: loss.append(named["share"]))
-    monkeypatch.setattr(
-        worker, "current_platform", SimpleNamespace(is_cpu=lambda: False, get_device_name=lambda: "H100")
-    )
-    loss: list[int | None] = []
+    monkeypatch.setattr(worker, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     for ranks_per_device, held in ((2, 6), (1, 7)):
         loaded = Loaded(monkeypatch, CUDAGraphMode.NONE, 0)
-        config = DwdpConfig(experts_per_rank="auto", ranks_per_device=ranks_per_device, require_win=True)
+        config = DwdpConfig(experts_per_rank="auto", ranks_per_device=ranks_per_device)
         loaded.worker.dwdp_launch = DwdpLaunch(config, 2, "/made/up", ())
         loaded.worker.requested_memory = 1500
-        loaded.worker.vllm_config.model_config = SimpleNamespace(  # type: ignore[assignment]
-            hf_config=SimpleNamespace(to_dict=dict), model="m", max_model_len=1
-        )
-        loaded.worker.vllm_config.cache_config = SimpleNamespace(gpu_memory_utilization=0.9, cache_dtype="auto")  # type: ignore[assignment]
         loaded.worker.load_model()
-        # The planner is asked about the same share.
-        assert (loaded.experts_per_rank, loss.pop()) == (held, held)
+        assert loaded.experts_per_rank == held
 
 
 @pytest.mark.parametrize(
@@ -180,12 +172,40 @@ def test_a_launch_tells_its_workers_of_graphs(
         speculative_config=None,
     )
     launches: list[DwdpLaunch] = []
+    asked: list[object] = []
+    monkeypatch.setattr(configure, "ask_planner", lambda *arguments: asked.append(arguments[0]))
     monkeypatch.setattr(configure, "set_devices", lambda *arguments: None)
     monkeypatch.setattr(configure, "_launch", lambda args, config, owner: DwdpLaunch(config, 2, "/made/up", ()))
     monkeypatch.setattr(configure, "_environment", lambda *arguments: {})
     monkeypatch.setattr(configure, "watch_ranks", lambda *arguments, **named: None)
     monkeypatch.setattr(configure, "attach_launch", lambda config, launch: launches.append(launch))
     found = configure.create_engine_config(lambda args: given, args)  # type: ignore[arg-type, return-value]
-    assert found.compilation_config.cudagraph_mode == mode
+    assert found.compilation_config.cudagraph_mode == mode and asked == [given]
     (launch,) = launches
     assert launch.captured_tokens == 8 and launch.config == DwdpConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "share", "by_memory", "asked"),
+    [({}, None, True, True), ({"experts_per_rank": 5}, 5, False, True), ({"ranks_per_device": 2}, None, False, False)],
+)
+def test_the_front_end_asks_the_planner(
+    settings: dict[str, Any], share: int | None, by_memory: bool, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches: list[PlannedLaunch] = []
+    said: list[str] = []
+    monkeypatch.setattr(
+        planner, "predicted_loss", lambda launch: launches.append(launch) or "DWDP is predicted to lose"
+    )
+    monkeypatch.setattr(planner, "current_platform", SimpleNamespace(get_device_name=lambda: "NVIDIA H100 80GB HBM3"))
+    monkeypatch.setattr(planner.logger, "warning", lambda text, *values: said.append(text % values))
+    given: Any = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(to_dict=dict), model="m", max_model_len=4096),
+        cache_config=SimpleNamespace(gpu_memory_utilization=0.8, cache_dtype="fp8_e4m3"),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=2048),
+    )
+    planner.ask_planner(given, DwdpConfig.parse(settings), 4, on_cpu=False)
+    expected = PlannedLaunch(
+        {}, "m", "NVIDIA H100 80GB HBM3", 4, 2048, 4096, share, by_memory, utilisation=0.8, kv_element=1.0
+    )
+    assert (launches, said) == (([expected], ["dwdp: DWDP is predicted to lose"]) if asked else ([], []))

@@ -10,7 +10,7 @@ import pytest
 
 from vllm_dwdp.predict.cli import main
 from vllm_dwdp.predict.read_config import parse_model
-from vllm_dwdp.predict.startup import hardware_of, predicted_loss
+from vllm_dwdp.predict.startup import PlannedLaunch, hardware_of, predicted_loss
 
 MODEL = "Qwen/Qwen3-30B-A3B"
 CONFIG = json.loads((Path(__file__).parents[2] / "vllm_dwdp/predict/models/Qwen3-30B-A3B.json").read_text())
@@ -76,9 +76,7 @@ def test_what_does_not_fit_names_what_makes_room(capsys: pytest.CaptureFixture[s
 
 def test_a_launch_is_never_stopped_by_the_planner() -> None:
     def ask(config: dict[str, object], device: str) -> str | None:
-        return predicted_loss(
-            config, "m", device, ranks=4, share=None, tokens=2048, max_model_len=4096, view="auto", num_slots=2
-        )
+        return predicted_loss(PlannedLaunch(config, "m", device, ranks=4, tokens=2048, max_model_len=4096))
 
     assert ask({"num_experts": object(), "layer_types": 3}, "NVIDIA H200") is None
     assert hardware_of("NVIDIA H100 PCIe") is None and hardware_of("NVIDIA H200 NVL") is None

@@ -1,5 +1,6 @@
 """What a launch hears from the planner: one line with a number and a knob, or an error where a win is required."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -8,14 +9,13 @@ import pytest
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.read_config import MODELS
-from vllm_dwdp.predict.startup import hardware_of, predicted_loss
+from vllm_dwdp.predict.startup import PlannedLaunch, hardware_of, predicted_loss
 
 
 def ask(**changed: Any) -> str | None:
     config = json.loads((MODELS / "Qwen3-235B-A22B.json").read_text())
-    settings: dict[str, Any] = {"ranks": 8, "share": None, "tokens": 2048, "max_model_len": 32768, "view": "split"}
-    device = changed.pop("device", "NVIDIA H200")
-    return predicted_loss(config, "m", device, **{**settings, **changed})
+    settings: dict[str, Any] = {"device": "NVIDIA H200", "ranks": 8, "tokens": 2048, "max_model_len": 32768}
+    return predicted_loss(PlannedLaunch(config, "m", **{**settings, **changed}))
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,17 @@ def test_a_predicted_loss_is_one_line_with_number_and_knob() -> None:
     assert "\n" not in line
     assert "predicted to lose" in line and "tokens/s/GPU against" in line
     assert "--max-num-batched-tokens" in line
+
+
+def test_where_memory_decides_the_planner_takes_what_it_foresees() -> None:
+    settings: dict[str, Any] = {
+        "config": json.loads((MODELS / "Qwen3-30B-A3B.json").read_text()),
+        "max_model_len": 8192,
+    }
+    launch = PlannedLaunch(name="m", device="NVIDIA H100 80GB HBM3", ranks=2, tokens=8192, by_memory=True, **settings)
+    assert 64 < (launch.case().share or 0) < 128
+    # Nothing fits: the verdict says so, not the choice.
+    assert dataclasses.replace(launch, utilisation=0.05).case().share is None
 
 
 def test_silence_where_it_wins_or_nothing_is_known() -> None:

@@ -254,3 +254,16 @@ def test_torch_and_its_kin_are_the_builds_without_suffix() -> None:
     lines = CUDA_LOCK.read_text().splitlines()
     named = [line for line in lines if re.match(r"torch(vision|audio|codec)?=", line)]
     assert len(named) == 4 and all("===" in line for line in named)
+
+
+def test_set_up_is_done_again_for_its_own_files_only() -> None:
+    """Those that it imports or runs, and no benchmark's."""
+    folder = Path(setup_env.__file__).parent
+    own, left = set(), ["setup_env"]
+    while left:
+        name = left.pop()
+        own.add(name)
+        text = (folder / f"{name}.py").read_text()
+        named = re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE) + re.findall(r'"(\w+)\.py"', text)
+        left += [other for other in named if (folder / f"{other}.py").exists() and other not in own]
+    assert {path.stem for path in setup_env.INPUTS if path.parent == folder} == own

@@ -19,6 +19,7 @@ from vllm_dwdp.engine.cores import bind_ranks
 from vllm_dwdp.engine.devices import set_devices
 from vllm_dwdp.engine.model_config import hide_moe
 from vllm_dwdp.engine.orphans import value_of_parent, watch_forked
+from vllm_dwdp.engine.planner import ask_planner
 from vllm_dwdp.engine.popularity import check_popularity, popularity_of, with_hits_file
 from vllm_dwdp.engine.rank_pages import watch_ranks
 from vllm_dwdp.errors import DwdpError
@@ -162,6 +163,8 @@ def create_engine_config(
         from vllm_dwdp.engine.graphs import fit_graphs
 
         fit_graphs(vllm_config.compilation_config, config)
+    if not _is_api_server_of_many(args):
+        ask_planner(vllm_config, config, group_size, on_cpu)
     launch = dataclasses.replace(
         _launch(args, config, vllm_config),
         captured_tokens=_named_tokens(args, vllm_config.compilation_config),

@@ -33,7 +33,6 @@ from vllm_dwdp.hold import Held, choose
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.sharing import ExpertSharing
 from vllm_dwdp.patches import vllm_version
-from vllm_dwdp.predict.startup import predicted_loss
 
 logger = init_logger("vllm.dwdp")
 
@@ -118,8 +117,6 @@ class DwdpWorkerMixin:
             rendezvous.check_identity(identity_of(self.vllm_config, launch), group)
             if launch.config.goes_by_memory(current_platform.is_cpu()):
                 launch = self._dwdp_settle(rendezvous)
-            if loss := self._predicted_loss(len(group)):
-                logger.warning("dwdp rank %d: %s", rank, loss)
             build = ModelBuild(
                 launch.config,
                 group.index(rank),
@@ -173,33 +170,6 @@ class DwdpWorkerMixin:
         if self.dwdp_held is not None and (shortfall := self.dwdp_held.shortfall(nbytes)):
             logger.warning("dwdp rank %d: %s", self.dwdp_rank, shortfall)
         return nbytes
-
-    def _predicted_loss(self, ranks: int) -> str | None:
-        """What the planner says against this launch; on the first rank only, and nothing on CPU.
-
-        Raises DwdpError where `require_win` is set and DWDP is not predicted to win.
-        """
-        config, vllm_config = self.dwdp_launch.config, self.vllm_config
-        if self.dwdp_rank > 0 and not config.require_win:
-            return None
-        if (current_platform.is_cpu() or config.ranks_per_device > 1) and not config.require_win:
-            return None
-        device = "a CPU" if current_platform.is_cpu() else current_platform.get_device_name()
-        model = vllm_config.model_config
-        return predicted_loss(
-            model.hf_config.to_dict(),
-            model.model,
-            device,
-            ranks=ranks,
-            share=config.held,
-            tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-            max_model_len=model.max_model_len,
-            view=config.weight_view,
-            num_slots=config.num_slots,
-            utilisation=vllm_config.cache_config.gpu_memory_utilization,
-            kv_element=1.0 if str(vllm_config.cache_config.cache_dtype).startswith("fp8") else 2.0,
-            require_win=config.require_win,
-        )
 
     def profile(self, is_start: bool = True, profile_prefix: str | None = None, **bounds: Any) -> None:
         """vLLM's `profile`, which names files by ranks within the engine: those of a launch would overwrite each other."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.hold import choose
 from vllm_dwdp.predict.hardware_file import load_hardware, shipped
 from vllm_dwdp.predict.memory_plan import UTILISATION
 from vllm_dwdp.predict.read_config import parse_model
@@ -25,38 +29,55 @@ def hardware_of(device: str) -> str | None:
     return next((name for name in shipped() if name in words), None)
 
 
-def predicted_loss(
-    config: dict[str, Any],
-    name: str,
-    device: str,
-    *,
-    ranks: int,
-    share: int | None,
-    tokens: int,
-    max_model_len: int,
-    view: str,
-    num_slots: int = 2,
-    utilisation: float = UTILISATION,
-    kv_element: float = 2.0,
-    require_win: bool = False,
-) -> str | None:
-    """One line if DWDP is predicted to lose, with the number and the knob; None if not, or if nothing can be told.
+@dataclass(frozen=True)
+class PlannedLaunch:
+    """What a front end knows of a launch before anything is started.
 
-    config: the model's config.json as a mapping. Raises DwdpError with that line where `require_win` is set, and also
-    where nothing can be told then.
+    config: the model's config.json as a mapping. device: the GPU's name. share: experts per rank; None for a partition, or
+    where memory decides (by_memory), of which the planner makes its own estimate. tokens: of a step at most. kv_element:
+    bytes of an element of the KV cache. require_win: refuse where DWDP is not predicted to win, or nothing can be told.
     """
-    try:
-        hardware = hardware_of(device)
+
+    config: Mapping[str, Any]
+    name: str
+    device: str
+    ranks: int
+    tokens: int
+    max_model_len: int
+    share: int | None = None
+    by_memory: bool = False
+    view: str = "auto"
+    num_slots: int = 2
+    utilisation: float = UTILISATION
+    kv_element: float = 2.0
+    require_win: bool = False
+
+    def case(self) -> Case:
+        """For the planner; raises DwdpError, or what a config that nobody foresaw makes of it."""
+        hardware = hardware_of(self.device)
         if hardware is None:
-            raise DwdpError(f"there is no hardware file for {device!r} (shipped: {', '.join(shipped())})")
-        prompt = max(1, min(TYPICAL_PROMPT, tokens, max_model_len - 1))
+            raise DwdpError(f"there is no hardware file for {self.device!r} (shipped: {', '.join(shipped())})")
+        prompt = max(1, min(TYPICAL_PROMPT, self.tokens, self.max_model_len - 1))
         case = Case(
-            parse_model(config, name), load_hardware(hardware), ranks, Lengths(prompt), tokens, share=share,
-            view="contiguous" if view == "contiguous" else "split", num_slots=num_slots, utilisation=utilisation,
-            options=Options(kv_element=kv_element),
+            parse_model(dict(self.config), self.name), load_hardware(hardware), self.ranks, Lengths(prompt), self.tokens,
+            share=self.share, view="contiguous" if self.view == "contiguous" else "split", num_slots=self.num_slots,
+            utilisation=self.utilisation, options=Options(kv_element=self.kv_element),
         )  # fmt: skip
         check_case(case)
-        verdict = judge(case)
+        if self.by_memory:
+            with contextlib.suppress(DwdpError):  # not even a partition is foreseen to fit: the verdict says so
+                case = replace(case, share=choose(case.facts()).share)
+        return case
+
+
+def predicted_loss(launch: PlannedLaunch) -> str | None:
+    """One line if DWDP is predicted to lose, with the number and the knob; None if not, or if nothing can be told.
+
+    Raises DwdpError with that line where `require_win` is set, and also where nothing can be told then.
+    """
+    require_win = launch.require_win
+    try:
+        verdict = judge(launch.case())
     except Exception as e:
         # A model whose config nobody foresaw must not keep a launch from starting.
         if require_win:
@@ -75,7 +96,8 @@ def predicted_loss(
     how = "to lose" if loses else "not to win for sure"
     line = (
         f"DWDP is predicted {how} here: {(verdict.gain - 1) * 100:+.0f} % +- {verdict.error * 100:.0f} tokens/s/GPU "
-        f"against {verdict.best} in prefill of {tokens} tokens per step ({verdict.reason}); better: {_as_vllm(verdict.knob)}"
+        f"against {verdict.best} in prefill of {launch.tokens} tokens per step ({verdict.reason}); "
+        f"better: {_as_vllm(verdict.knob)}"
     )
     if require_win:
         raise DwdpError(f"{line}; or leave require_win out")

@@ -1,0 +1,44 @@
+"""In the front end: what the planner says of a launch, before anything is started."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_dwdp.predict.startup import PlannedLaunch, predicted_loss
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_dwdp.config import DwdpConfig
+
+logger = init_logger("vllm.dwdp")
+
+
+def ask_planner(vllm_config: VllmConfig, config: DwdpConfig, group_size: int, on_cpu: bool) -> None:
+    """Log one WARNING where DWDP is predicted to lose; on CPU and with GPUs that ranks share only `require_win` asks.
+
+    Raises DwdpError where `require_win` is set and DWDP is not predicted to win.
+    """
+    if (on_cpu or config.ranks_per_device > 1) and not config.require_win:
+        return
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    launch = PlannedLaunch(
+        config=model.hf_config.to_dict(),
+        name=model.model,
+        device="a CPU" if on_cpu else current_platform.get_device_name(),
+        ranks=group_size,
+        tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        max_model_len=model.max_model_len,
+        share=config.held,
+        by_memory=config.goes_by_memory(on_cpu),
+        view=config.weight_view,
+        num_slots=config.num_slots,
+        utilisation=cache.gpu_memory_utilization,
+        kv_element=1.0 if str(cache.cache_dtype).startswith("fp8") else 2.0,
+        require_win=config.require_win,
+    )
+    if loss := predicted_loss(launch):
+        logger.warning("dwdp: %s", loss)
