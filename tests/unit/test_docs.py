@@ -1,4 +1,4 @@
-"""The documents, and the list of mutants, name tests that exist."""
+"""The documents, and the list of mutants, name tests that exist; links lead somewhere."""
 
 from __future__ import annotations
 
@@ -31,3 +31,25 @@ def test_every_test_that_is_cited_exists() -> None:
             if name not in every and f"{name}.py" not in tests:
                 wrong.append(f"{document.relative_to(ROOT)}: {name}")
     assert cited > 150 and wrong == []
+
+
+def anchors(path: Path) -> set[str]:
+    """Of the headings of a document, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_every_link_between_documents_leads_somewhere() -> None:
+    followed, wrong = 0, []
+    for document in DOCUMENTS:
+        if document.suffix != ".md":
+            continue
+        for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+            if "://" in target:
+                continue
+            file, _, anchor = target.partition("#")
+            path = (document.parent / file).resolve() if file else document
+            followed += 1
+            if not path.exists() or (anchor and anchor not in anchors(path)):
+                wrong.append(f"{document.relative_to(ROOT)}: {target}")
+    assert followed > 100 and wrong == []
