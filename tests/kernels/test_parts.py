@@ -81,7 +81,9 @@ def test_the_nearest_measured_batch_decides(tmp_path: Path) -> None:
 
 def test_a_broken_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "cpu.json").write_text(json.dumps({"shapes": {SHAPE.key: {"1": {"tiles": {"block": 3}}}}}))
-    with pytest.raises(DwdpError, match=r"cpu\.json is no table of tiles .*: write it with vllm_dwdp\.kernels\.bench\.tune"):
+    with pytest.raises(
+        DwdpError, match=r"cpu\.json is no table of tiles .*: write it with vllm_dwdp\.kernels\.bench\.tune"
+    ):
         configs.tiles_for(SHAPE, 1, CPU, folder=tmp_path)
 
 
