@@ -36,8 +36,8 @@ format: setup ## put the code into the style that `make lint` asks for
 	$(BIN)/ruff format .
 
 bench: setup ## the copy path, then throughput of DWDP beside vLLM's own ways, on this machine (about 10 minutes)
-	$(BIN)/python ci/bench_copy.py
-	$(BIN)/python ci/bench_serve.py
+	$(BIN)/python -m ci.bench.data_path
+	$(BIN)/python -m ci.bench.two_cores
 
 clean: ## remove caches and made checkpoints; keeps .venv
 	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -14,4 +14,4 @@ if [ -z "${PYTHON:-}" ]; then
         exit 1
     fi
 fi
-exec "$PYTHON" ci/setup_env.py "$@"
+exec "$PYTHON" -m ci.setup.environment "$@"

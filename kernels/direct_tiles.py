@@ -2,7 +2,7 @@
 
 This device's L2 cache keeps nothing of what comes over a link, so every row block of an expert reads its weights over it
 once more. Here a block is as tall as the rows of an expert need, each tile of weights is read once, and blocks are computed
-in an order in which own experts and peers' are in flight together. What else a tile has is measured (`ci/gpu_direct.py
+in an order in which own experts and peers' are in flight together. What else a tile has is measured (`ci/bench/direct.py
 --search`) and kept in the tables of tables.py, under the shape's key with ",direct" behind it.
 """
 

@@ -60,7 +60,7 @@ class _Layout:
 
 #: Copies of a layer from several peers where no size is given, beside one more for the end of each range, and the size that
 #: ranges are not cut below. Over NVLink (two H100s) a copy costs the device some 3 microseconds and the host 2, so that
-#: 1 MiB at a time reaches 206 GB/s, 4 MiB 322 and 64 MiB 388 (ci/gpu_copy_calls.py).
+#: 1 MiB at a time reaches 206 GB/s, 4 MiB 322 and 64 MiB 388 (ci/bench/copy_calls.py).
 SLICES: Final = 32
 LEAST_SLICE_BYTES: Final = 4 << 20
 _SLICE_MULTIPLE: Final = 1 << 20

@@ -36,7 +36,6 @@ from vllm_dwdp.kernels.weight_table import WeightTable
 CPU = torch.device("cpu")
 QWEN = configs.LayerShape(128, 1536, 2048, 768, "bf16", 8)
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1, "fp8_block": 1}
-SCRIPTS = Path(__file__).resolve().parent.parent.parent / "ci"
 
 
 @triton.jit
@@ -218,10 +217,9 @@ def test_the_script_for_gpus_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Search and measurement on a tiny layer; times mean nothing here."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import gpu_direct
+    from ci.bench import direct as gpu_direct
 
-    command = ["gpu_direct.py", "--trial", "--search", "--dtype", "bf16", "--tokens", "3", "--out", str(tmp_path)]
+    command = ["ci/bench/direct.py", "--trial", "--search", "--dtype", "bf16", "--tokens", "3", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
     assert gpu_direct.main() == 0
     said, written = capsys.readouterr().out, json.loads((tmp_path / "direct.json").read_text())

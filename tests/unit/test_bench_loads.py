@@ -1,4 +1,4 @@
-"""ci/bench_loads.py: what is asked for, what a window counts, turns and their ratios, systems that fail."""
+"""ci/bench/loads.py: what is asked for, what a window counts, turns and their ratios, systems that fail."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "ci"))
-
-import bench_client
-import bench_loads
-import bench_picture
-import bench_results
-import bench_run
-import bench_servers
-from bench_client import Event, Load
-from bench_models import write_model
+from ci.bench import client as bench_client
+from ci.bench import loads as bench_loads
+from ci.bench import results as bench_results
+from ci.bench import run as bench_run
+from ci.bench import servers as bench_servers
+from ci.bench.client import Event, Load
+from ci.bench.models import write_model
+from ci.report import loads_picture as bench_picture
 
 
 def test_a_load_is_read() -> None:
@@ -215,7 +213,7 @@ class Up:
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, systems: list[str], *more: str) -> bench_run.Bench:
     """Two loads of one request at a time without warm-ups that fail, on servers that are up at once."""
     words = ["--systems", *systems, "--loads", "one=4/1/1", "two=4/1/1", "--json", str(tmp_path / "r.json"), *more]
-    monkeypatch.setattr(sys, "argv", ["bench_loads.py", "--cpu", *words])
+    monkeypatch.setattr(sys, "argv", ["ci/bench/loads.py", "--cpu", *words])
     monkeypatch.setattr(bench_run, "Server", Up)
     monkeypatch.setattr(bench_run.time, "sleep", lambda _: None)
     made = bench_run.Bench(bench_loads.arguments())

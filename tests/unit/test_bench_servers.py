@@ -1,4 +1,4 @@
-"""ci/bench_servers.py: which systems, how they are started, what their logs say, how they end; ci/bench_models.py."""
+"""ci/bench/servers.py: which systems, how they are started, what their logs say, how they end; ci/bench/models.py."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "ci"))
+from ci.bench import servers as bench_servers
+from ci.bench.models import MODELS, vocabulary, write_model
 
-import bench_servers
-from bench_models import MODELS, vocabulary, write_model
-
-SITE = Path(bench_servers.__file__).parent / "bench_site"
+SITE = Path(bench_servers.__file__).parent / "site"
 LOG = """\
 \x1b[36m(EngineCore_DP0 pid=7)\x1b[0m INFO 11-25 20:13:53 [kv_cache_utils.py:2328] GPU KV cache size: 122,880 tokens, Maximum
 \x1b[36m(EngineCore_DP1 pid=8)\x1b[0m INFO 11-25 20:13:53 [kv_cache_utils.py:2328] GPU KV cache size: 122,864 tokens, Maximum

@@ -1,19 +1,16 @@
-"""ci/gpu_calibrate.py: known efficiencies are found again, and the error of the held-out half is told."""
+"""ci/report/calibrate.py: known efficiencies are found again, and the error of the held-out half is told."""
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "ci"))
-import gpu_calibrate
-import gpu_planner
-
+from ci.report import calibrate as gpu_calibrate
+from ci.report import planner as gpu_planner
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.hardware_file import load_hardware
 from vllm_dwdp.predict.strategies import data_parallel, dwdp

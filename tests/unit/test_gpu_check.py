@@ -1,16 +1,16 @@
-"""ci/gpu_check.py: its steps, what it keeps, and what it does with steps that fail or take too long."""
+"""ci/checks/gpu.py: its steps, what it keeps, and what it does with steps that fail or take too long."""
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "ci"))
-import gpu_check
-import gpu_e2e_check
-from visible import wanted
+from ci.checks import gpu as gpu_check
+from ci.checks import gpu_e2e as gpu_e2e_check
+from ci.checks.visible import wanted
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(out), *arguments])
+    monkeypatch.setattr(sys, "argv", ["ci/checks/gpu.py", "--out", str(out), *arguments])
     return gpu_check.main()
 
 
@@ -33,12 +33,9 @@ def test_stages_fit_their_limit_and_name_scripts_that_exist(stage: str, tmp_path
         assert item.limit_s <= gpu_check.STAGE_LIMIT_S
         words = gpu_check.command(item, tmp_path, cpu=False)
         assert not any("{" in word for word in words)
-        scripts = [gpu_check.REPO / word for word in words if word.endswith(".py")]
-        scripts += [
-            gpu_check.REPO / "kernels" / "bench" / f"{word.partition('.bench')[2].lstrip('.') or '__main__'}.py"
-            for word in words
-            if word.startswith("vllm_dwdp.kernels.")
-        ]
+        modules = [word.removeprefix("vllm_dwdp.") for word in words if re.match(r"(ci|vllm_dwdp\.kernels)\.", word)]
+        files = [gpu_check.ROOT / module.replace(".", "/") for module in modules]
+        scripts = [file / "__main__.py" if file.is_dir() else file.with_suffix(".py") for file in files]
         assert scripts and all(script.exists() for script in scripts)
 
 
@@ -123,7 +120,7 @@ def test_tokens_of_either_plain_engine_do_but_no_mixture() -> None:
 
 
 def test_only_engines_that_compile_run_twice() -> None:
-    from gpu_cases import CASES
+    from ci.checks.gpu_cases import CASES
 
     twice = {name for name, case in CASES.items() if gpu_e2e_check.compiles(case.options)}
     assert {"qwen3-default-split", "qwen3-compiled-split", "qwen3-piecewise-split"} <= twice
@@ -139,6 +136,6 @@ def test_a_whole_name_means_that_case_alone_and_a_part_all_that_have_it() -> Non
 
 
 def test_the_cases_of_the_link_exist() -> None:
-    from gpu_cases import CASES
+    from ci.checks.gpu_cases import CASES
 
     assert set(gpu_check.LINK_CASES.split(",")) <= set(CASES)

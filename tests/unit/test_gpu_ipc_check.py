@@ -1,4 +1,4 @@
-"""ci/gpu_ipc_check.py as far as a machine without a GPU can run it: its measurements on simulated CUDA, its processes
+"""ci/checks/gpu_ipc.py as far as a machine without a GPU can run it: its measurements on simulated CUDA, its processes
 over shared memory."""
 
 import gc
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from ci.root import ROOT
 from tests.unit.cuda_rank import process_id, start_ranks
 from tests.unit.fake_cuda import FakeCuda, Machine
 from vllm_dwdp.prefetch.ring import Ring
@@ -20,17 +21,14 @@ from vllm_dwdp.transport.cuda_copy import CopyOptions
 from vllm_dwdp.transport.cuda_pinned import PinnedTransport
 from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
 
-CI = Path(__file__).resolve().parents[2] / "ci"
-SCRIPT = CI / "gpu_ipc_check.py"
+SCRIPT = "ci.checks.gpu_ipc"
 MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
 def measures() -> Any:
-    sys.path.insert(0, str(CI))
-    import gpu_rates
+    from ci.bench import rates as gpu_rates
 
-    sys.path.remove(str(CI))
     return gpu_rates
 
 
@@ -135,10 +133,8 @@ def test_pinned_source(measures: Any) -> None:
 @pytest.mark.parametrize("broken", [False, True])
 def test_graphs_that_skip_and_repeat_layers(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the part "direct" does on a GPU, over the simulated one; graphs that read slots are noticed."""
+    from ci.checks import gpu_ranks
     from tests.unit.vllm_graphs import use_simulated_graphs
-
-    monkeypatch.syspath_prepend(str(CI))
-    import gpu_ranks
 
     machine = Machine(5)
     ranks = start_ranks(machine, 2, 5, Ring(gpu_ranks.LAYERS, gpu_ranks.SLOTS), CopyOptions())
@@ -168,8 +164,8 @@ def test_graphs_that_skip_and_repeat_layers(broken: bool, monkeypatch: pytest.Mo
 
 def test_processes_and_report_over_shared_memory(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
-    command = [sys.executable, str(SCRIPT), "--cpu", "--acquires", "60", "--json", str(out), "--limit", "300"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=320, cwd=tmp_path)
+    command = [sys.executable, "-m", SCRIPT, "--cpu", "--acquires", "60", "--json", str(out), "--limit", "300"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=320, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 failed of 4 checks" in done.stdout
     rows = json.loads(out.read_text())["rows"]
@@ -184,8 +180,8 @@ def test_processes_and_report_over_shared_memory(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU these parts do not fail")
 def test_a_part_that_fails_hides_no_other(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
-    command = [sys.executable, str(SCRIPT), "--only", "refusals,exposed", "--json", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    command = [sys.executable, "-m", SCRIPT, "--only", "refusals,exposed", "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert done.returncode == 1, done.stdout + done.stderr
     rows = json.loads(out.read_text())["rows"]
     assert {row["part"] for row in rows if row["ok"] is False} == {"refusals", "exposed"}

@@ -1,4 +1,4 @@
-"""ci/gpu_prefill.py: engines take turns, one that fails leaves the others alone, ratios compare turns; ci/step_times.py."""
+"""ci/bench/prefill.py: engines take turns, one that fails leaves the others alone, ratios compare turns; step_times.py."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "ci"))
-import gpu_prefill
-import gpu_turns
-import step_times
-from gpu_engine import EngineFailed
+from ci.bench import prefill as gpu_prefill
+from ci.bench import step_times
+from ci.bench import turns as gpu_turns
+from ci.bench.engine import EngineFailed
 
 JOBS = [
     gpu_turns.Job("plain", None, {}, ("prefill", "pairs", "decode")),
@@ -130,7 +129,7 @@ def test_bounds_hold_the_median_of_turns() -> None:
 
 @pytest.mark.parametrize("words", [["--only", "splt 64"], ["--only", "plain"], ["--steps", "prefil"]])
 def test_a_wrong_word_is_refused(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu_prefill.py", "--cpu", *words])
+    monkeypatch.setattr(sys, "argv", ["ci/bench/prefill.py", "--cpu", *words])
     with pytest.raises(SystemExit) as ended:
         gpu_prefill.main()
     assert ended.value.code == 2

@@ -1,9 +1,8 @@
-"""ci/gpu_report.py draws what GPU scripts wrote."""
+"""ci/report/gpu_figures.py draws what GPU scripts wrote."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "ci"))
-import gpu_engine_pictures
-import gpu_pictures
-import gpu_report
 from PIL import Image
+
+from ci.report import engine_pictures as gpu_engine_pictures
+from ci.report import gpu_figures as gpu_report
+from ci.report import pictures as gpu_pictures
 
 MOST_BYTES = 120_000
 

@@ -1,17 +1,14 @@
-"""ci/mutants.py: the list fits this tree, and what a test catches is told from what none does, or what could not run."""
+"""ci/checks/mutants.py: the list fits this tree, and what a test catches is told from what none does."""
 
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "ci"))
-
-import mutants
-from mutants import Mutant
+from ci.checks import mutants
+from ci.checks.mutants import Mutant
 
 CODE = "def double(x):\n    return 2 * x\n\n\ndef half(x):\n    return x / 2\n"
 TESTS = """

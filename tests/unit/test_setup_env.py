@@ -1,19 +1,17 @@
-"""ci/setup_env.py: which build of vLLM it takes, from which lock, and what it refuses. Nothing is installed."""
+"""ci/setup/environment.py: which build of vLLM it takes, from which lock, and what it refuses. Nothing is installed."""
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tomllib
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "ci"))
-import setup_build
-import setup_env
-from setup_build import CPU_LOCK, CUDA_LOCK, Choice, SetupFailed, choose, install_cupy
+from ci.setup import build as setup_build
+from ci.setup import environment as setup_env
+from ci.setup.build import CPU_LOCK, CUDA_LOCK, Choice, SetupFailed, choose, install_cupy
 
 GPUS = "GPU 0: NVIDIA H200 (UUID: GPU-1)\n  MIG 1g.18gb Device 0: (UUID: MIG-1)\nGPU 1: NVIDIA H200 (UUID: GPU-2)\n"
 HEAD = "| NVIDIA-SMI 580.65.06    Driver Version: 580.65.06    {} |\n"
@@ -257,13 +255,10 @@ def test_torch_and_its_kin_are_the_builds_without_suffix() -> None:
 
 
 def test_set_up_is_done_again_for_its_own_files_only() -> None:
-    """Those that it imports or runs, and no benchmark's."""
+    """All that it imports or runs is among them, and no benchmark."""
     folder = Path(setup_env.__file__).parent
-    own, left = set(), ["setup_env"]
-    while left:
-        name = left.pop()
-        own.add(name)
-        text = (folder / f"{name}.py").read_text()
-        named = re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE) + re.findall(r'"(\w+)\.py"', text)
-        left += [other for other in named if (folder / f"{other}.py").exists() and other not in own]
-    assert {path.stem for path in setup_env.INPUTS if path.parent == folder} == own
+    inputs = {path.relative_to(setup_env.ROOT) for path in setup_env.INPUTS}
+    scripts = {path for path in inputs if path.parts[0] == "ci"}
+    assert {path.parent.as_posix() for path in scripts} == {"ci", "ci/setup"}
+    named = {name for path in folder.glob("*.py") for name in re.findall(r"from (ci\.[\w.]+) import", path.read_text())}
+    assert len(named) > 2 and {Path(*name.split(".")).with_suffix(".py") for name in named} <= scripts

@@ -1,4 +1,4 @@
-"""ci/soak.py: requests that go wrong are told, growth is told, and both from what is expected."""
+"""ci/checks/soak.py: requests that go wrong are told, growth is told, and both from what is expected."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import psutil
 import pytest
 from aiohttp import web
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "ci"))
-
-import soak
-from soak_processes import COLUMNS, Sample, measure, names_of, role
-from soak_requests import Ask, Outcome, asks, send
+from ci.checks import soak
+from ci.checks.soak_processes import COLUMNS, Sample, measure, names_of, role
+from ci.checks.soak_requests import Ask, Outcome, asks, send
 
 MAX_LEN = 64
 

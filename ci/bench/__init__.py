@@ -1,0 +1,1 @@
+"""What is fast or slow: ratios within one run."""

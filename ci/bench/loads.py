@@ -1,0 +1,132 @@
+"""DWDP beside vLLM's own ways under load: real `vllm serve` processes, one client. `python -m ci.bench.loads --json FILE`.
+
+    dpep        data parallel attention with expert parallelism, vLLM's default all-to-all; what ratios are to
+    dwdp        this project, `dwdp:NAME:{"experts_per_rank": 112}` for settings of its own
+    tp          tensor parallel
+    replicas    a server of its own on each device, half of the requests each; ratios are to these where there is no dpep
+
+At most three systems are up side by side on the same devices and are measured in turns, in changing order, the others being
+idle. Every load is warmed up on every system first. A turn is a steady load, measured for at least --turn-s seconds; ratios
+compare what two systems did in one turn. Results are written after each load, so that a run that is cut off still says
+something. With --cpu: a tiny model on two cores, to try the program; figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from ci.bench.client import Load, longest, parse_load
+from ci.bench.models import MODELS, write_model
+from ci.bench.results import slower_bases
+from ci.bench.run import Bench, say
+from ci.bench.servers import parse_systems
+from ci.report.loads_picture import draw
+from vllm_dwdp.errors import DwdpError
+
+#: In order of value.
+LOADS = (
+    "decode1=512/128/1 decode8=512/128/8 mixed=8192/128/16 decode64=512/256/64 prefill8k=8192/1/16 prefill2k=2048/1/32"
+)
+CPU_LOADS = "decode1=64/32/1 mixed=256/16/4"
+SYSTEMS = ["dpep", 'dwdp:dwdp64:{"experts_per_rank": 64}', 'dwdp:dwdp112:{"experts_per_rank": 112}']
+CPU_SYSTEMS = ["replicas", 'dwdp:contiguous:{"weight_view": "contiguous"}', 'dwdp:inplace:{"weight_view": "inplace"}']
+
+
+def devices_of(cpu: bool) -> list[str]:
+    """Two cores, or the GPUs that this process sees."""
+    if cpu:
+        return [str(core) for core in sorted(os.sched_getaffinity(0))[:2]]
+    from ci.checks.visible import visible_gpus
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(i) for i in range(visible_gpus())]
+
+
+def common_words(args: argparse.Namespace, loads: list[Load]) -> list[str]:
+    """Of every `vllm serve`."""
+    length = max(longest(load, args.spread) for load in loads) + 8
+    words = ["--load-format", args.load_format, "--max-model-len", str(length), "--no-enable-prefix-caching"]
+    words += ["--max-num-batched-tokens", str(args.batched_tokens), "--uvicorn-log-level", "warning"]
+    words += ["--kv-cache-memory-bytes", str(int(args.kv_gib * 2**30))]
+    # Only looked at to see that so much is free.
+    words += ["--gpu-memory-utilization", "0.1"]
+    return words + (["--enforce-eager"] if args.cpu else []) + args.more
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--systems", nargs="+", metavar="KIND[:NAME[:JSON]]", help=f"at most three; default: {' '.join(SYSTEMS)}")
+    add("--loads", nargs="+", metavar="NAME=IN/OUT/AT_A_TIME", help=f"default: {LOADS}")
+    add("--model", default="", help=f"{', '.join(MODELS)}, or a folder; default: qwen3")
+    add("--layers", type=int, help="of a model that is named, instead of its own number")
+    add("--load-format", default="dummy", help="of vLLM; weights are made by the servers unless this says otherwise")
+    add("--kv-gib", type=float, default=3.0, help="KV cache of an engine and device")
+    add("--batched-tokens", type=int, default=16384, help="tokens of a step")
+    add("--spread", type=float, default=0.2, help="lengths differ by this part of the mean (%(default)s)")
+    add("--temperature", type=float, default=0.0)
+    add("--turns", type=int, default=5)
+    add("--turn-s", type=float, default=5.0, help="seconds measured in a turn")
+    add("--least-turn-s", type=float, default=5.0, help="a turn may be this short where time is short (%(default)s)")
+    add("--ramp-s", type=float, default=0.5, help="after every client's first token, before it is measured")
+    add("--limit-s", type=float, default=560.0, help="of everything; loads that do not fit are left out")
+    add("--start-s", type=float, default=240.0, help="a server that takes longer is left out")
+    add("--answer-s", type=float, default=60.0, help="a system that gives no token for so long is left out")
+    add("--one-by-one", action="store_true", help="start servers one after the other")
+    add("--cpu", action="store_true", help="try this on two cores with a tiny model")
+    add("--logs", type=Path, help="keep the servers' logs here")
+    add("--json", type=Path, help="write the results here, and a picture beside it")
+    add("--earlier", type=Path, help="results of an earlier run: is the base as fast as it was?")
+    add("--more", nargs=argparse.REMAINDER, default=[], help="last: words for every `vllm serve`")
+    args = parser.parse_args()
+    try:
+        args.systems = parse_systems(args.systems or (CPU_SYSTEMS if args.cpu else SYSTEMS))
+        args.loads = [parse_load(text) for text in args.loads or (CPU_LOADS if args.cpu else LOADS).split()]
+    except ValueError as error:
+        parser.error(str(error))
+    args.model = args.model or ("tiny" if args.cpu else "qwen3")
+    if args.cpu:
+        args.kv_gib, args.batched_tokens = min(args.kv_gib, 0.0625), min(args.batched_tokens, 1024)
+        args.one_by_one, args.start_s = True, 2 * args.start_s
+    return args
+
+
+def main() -> int:
+    """Serve, measure, tell; 1 where a system failed or nothing was measured."""
+    args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers go with this program
+    bench = Bench(args)
+    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+        logs = args.logs or Path(scratch)
+        logs.mkdir(parents=True, exist_ok=True)
+        model = Path(args.model)
+        if args.model in MODELS:
+            model = write_model(args.model, args.layers, Path(scratch) / "model")
+        try:
+            bench.start(model, common_words(args, args.loads), devices_of(args.cpu), logs)
+            bench.run(model)
+            bench.tell()
+        finally:
+            bench.stop()
+    if args.earlier and bench.found["base"]:
+        earlier = json.loads(args.earlier.read_text())["summary"]
+        for line in slower_bases(bench.found["summary"], earlier, bench.found["base"]):
+            say(line)
+    if args.json:
+        say(f"results in {args.json}")
+        try:
+            draw(args.json, args.json.with_suffix(".png"))
+        except DwdpError as error:
+            say(f"no picture: {error}")
+    return int(bool(bench.failed) or not bench.found["summary"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""A run of loads.py: servers side by side, turns, and what is told of them."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from ci.bench.client import Load, LoadFailed, Request, different, requests, turn
+from ci.bench.models import vocabulary
+from ci.bench.results import Turns, order, settled, summary, table, turn_length
+from ci.bench.servers import Server, ServerFailed, System, base_of
+
+WARM_UPS = 6
+WARM_UP_S = 2.0
+#: Of a turn besides what is measured: its ramp, and the last request of the window.
+TURN_MORE_S = 2.0
+#: Of ending all servers.
+STOP_S = 20.0
+
+
+def say(text: str) -> None:
+    """One line of progress, at once."""
+    print(f"bench: {text}", flush=True)
+
+
+class Bench:
+    """Servers that are up, and what was measured."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """args: of loads.py."""
+        self._args = args
+        self._loads: list[Load] = args.loads
+        systems: list[System] = args.systems
+        self.deadline = time.monotonic() + args.limit_s - STOP_S
+        self.servers: dict[str, Server] = {}
+        self.turns: Turns = {}
+        self.failed: dict[str, str] = {}
+        self.found: dict[str, Any] = {
+            "machine": machine(args.cpu),
+            "model": f"{args.model}{f', {args.layers} layers' if args.layers else ''}",
+            "command": sys.argv,
+            "versions": versions(),
+            "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(("VLLM_", "NCCL_", "TORCH"))},
+            "systems": [system._asdict() for system in systems],
+            "loads": [load._asdict() for load in self._loads],
+            "base": base_of(systems),
+            "starts": {},
+            "different": {},
+        }
+
+    def start(self, model: Path, common: list[str], devices: list[str], logs: Path) -> None:
+        """All at once, or one after the other; those that fail are left out."""
+        begun = time.monotonic()
+        for system in self._args.systems:
+            self.servers[system.name] = Server(system, model, common, devices, self._args.cpu, logs)
+            if self._args.one_by_one:
+                self._await(system.name, time.monotonic())
+        if not self._args.one_by_one:
+            for system in self._args.systems:
+                self._await(system.name, begun)
+
+    def _await(self, name: str, begun: float) -> None:
+        try:
+            self.servers[name].wait(min(begun + self._args.start_s, self.deadline))
+        except ServerFailed as error:
+            self.drop(name, str(error))
+            return
+        facts, seconds = self.servers[name].facts(), time.monotonic() - begun
+        # Servers that start at once are waited for in turn, which tells no time of their own.
+        own = {"seconds": round(seconds, 1)} if self._args.one_by_one else {}
+        self.found["starts"][name] = {**own, "kv_tokens": facts.kv_tokens, "engines": facts.engines}
+        say(f"{name} is up after {seconds:.0f} s; KV cache: {facts.kv_tokens} tokens in {facts.engines} engines")
+
+    def stop(self) -> None:
+        """End all servers."""
+        end = time.monotonic() + STOP_S
+        for server in self.servers.values():
+            server.leave()
+        for server in self.servers.values():
+            server.stop(max(1.0, end - time.monotonic()))
+
+    def drop(self, name: str, why: str) -> None:
+        """Go on without a system."""
+        say(f"{name} failed: {why}")
+        self.failed[name] = why
+        self.servers.pop(name).stop()
+
+    def run(self, model: Path) -> None:
+        """All loads, one after the other; what was found is written after each."""
+        for load in self._loads if self.servers else []:
+            least = 2 * (WARM_UP_S + TURN_MORE_S) + self._args.least_turn_s + TURN_MORE_S
+            if time.monotonic() + len(self.servers) * least > self.deadline:
+                say(f"{load.name} was not run: out of time")
+                continue
+            self._measure(load, requests(load, vocabulary(model), self._args.spread, self._args.temperature))
+            self.write()
+
+    def _measure(self, load: Load, pool: list[Request]) -> None:
+        """Warm-ups and all turns of a load, as far as the time left allows."""
+        rows = self.turns[load.name] = {name: [] for name in self.servers}
+        for name in list(self.servers):
+            self._attempt(name, self._warm_up, load, pool)
+        left = [one for one in self._loads if one.name not in self.turns] + [load]
+        length = turn_length(
+            self.deadline - time.monotonic(), len(left), max(1, len(self.servers)), self._args.turns,
+            self._args.turn_s, self._args.least_turn_s, TURN_MORE_S,
+        )  # fmt: skip
+        for number in range(self._args.turns):
+            if time.monotonic() + len(self.servers) * (length + TURN_MORE_S) > self.deadline:
+                say(f"{load.name}: {number} of {self._args.turns} turns: out of time")
+                break
+            for name in order(list(self.servers), number):
+                found = self._attempt(name, self._turn, load, pool, number, length)
+                if found is not None:
+                    rows[name].append({"turn": number, **found})
+        # A turn that not all systems had is compared with nothing.
+        for name in self.failed:
+            rows.pop(name, None)
+        whole = min((len(mine) for mine in rows.values()), default=0)
+        self.turns[load.name] = {name: mine[:whole] for name, mine in rows.items()}
+
+    def _turn(self, name: str, load: Load, pool: list[Request], number: int, length: float) -> dict[str, Any]:
+        server, limit_s = self.servers[name], min(self._args.answer_s, max(5.0, self.deadline - time.monotonic()))
+        first = number * load.concurrency
+        found = asyncio.run(turn(server.urls, load, pool, first, self._args.ramp_s, length, limit_s))
+        say(f"{load.name}: {name} {found.tokens_per_s:.0f} tokens/s in {found.seconds:.1f} s")
+        time.sleep(0.3)  # what was still in flight is given up
+        return found._asdict()
+
+    def _warm_up(self, name: str, load: Load, pool: list[Request]) -> None:
+        rates: list[float] = []
+        while len(rates) < WARM_UPS and not settled(rates) and time.monotonic() < self.deadline:
+            rates.append(self._turn(name, load, pool, len(rates), WARM_UP_S)["tokens_per_s"])
+        if not settled(rates):
+            say(f"{load.name}: {name} has not settled in {len(rates)} warm-ups")
+        if load.output > 1 and load.concurrency > 1:
+            part = asyncio.run(different(self.servers[name].urls, load, pool, self._args.answer_s))
+            self.found["different"].setdefault(load.name, {})[name] = part
+
+    def _attempt(self, name: str, do: Any, *words: Any) -> Any:
+        """None, and on without the system, where it fails."""
+        if name not in self.servers:
+            return None
+        try:
+            return do(name, *words)
+        except (LoadFailed, TimeoutError, OSError, aiohttp.ClientError) as error:
+            self.drop(name, f"{type(error).__name__}: {error}; {self.servers[name].trouble()}")
+            return None
+
+    def write(self) -> None:
+        """Everything so far."""
+        rows = {load: systems for load, systems in self.turns.items() if any(systems.values())}
+        self.found |= {"failed": self.failed, "turns": rows, "summary": summary(rows, self.found["base"])}
+        if self._args.json:
+            scratch = self._args.json.with_suffix(".tmp")
+            scratch.write_text(json.dumps(self.found, indent=1) + "\n")
+            scratch.rename(self._args.json)
+
+    def tell(self) -> None:
+        """What the logs say, and the table."""
+        for name, server in self.servers.items():
+            facts = server.facts()
+            self.found["starts"][name] |= {"tiles": facts.tiles, "dwdp": facts.dwdp}
+            print(
+                f"\n{name}: KV cache {facts.kv_tokens} tokens; MoE tiles of vLLM: {' | '.join(facts.tiles) or 'none told'}"
+            )
+            print("".join(f"  {line}\n" for line in facts.dwdp[:40]), end="")
+        self.write()
+        for load, parts in self.found["different"].items():
+            print(f"{load}: tokens that differ between requests: {', '.join(f'{n} {p:.0%}' for n, p in parts.items())}")
+        print(f"\n{table(self.found['summary'], self.found['base'])}", flush=True)
+
+
+def machine(cpu: bool) -> str:
+    """Names of the devices."""
+    if cpu:
+        return f"CPU, {platform.machine()}"
+    import torch
+
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{len(names)} x {names[0]}" if names else "no GPU"
+
+
+def versions() -> dict[str, str]:
+    """Of what matters for speed."""
+    import torch
+    import vllm
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "vllm": vllm.__version__}

@@ -1,0 +1,1 @@
+"""What is right or wrong: exit status 1 says so."""

@@ -1,0 +1,85 @@
+"""What ci/checks/gpu_e2e.py runs: small random checkpoints under configurations of dwdp and of vLLM."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+
+class Case(NamedTuple):
+    """One model under one configuration, compared with plain vLLM under the same options.
+
+    serve: `vllm serve` and HTTP requests instead of `LLM(...)`.
+    """
+
+    model: dict[str, Any]
+    ranks: int
+    dwdp: dict[str, Any]
+    options: dict[str, Any] = MappingProxyType({})  # type: ignore[assignment]
+    serve: bool = False
+
+
+def compiled(**more: Any) -> dict[str, Any]:
+    """vLLM's default, torch.compile, with these words of its compilation config."""
+    return {"enforce_eager": False, "compilation_config": more}
+
+
+SIZES = [1, 2, 4, 8, 16, 24]
+EAGER = {"enforce_eager": True}
+#: Graphs of whole decode steps, without torch.compile.
+FULL = compiled(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=SIZES)
+#: With torch.compile, in vLLM's default mode of graphs, whole and piecewise; sizes are named, so that they read directly.
+DEFAULT = compiled(cudagraph_capture_sizes=SIZES)
+NO_GRAPHS = compiled(cudagraph_mode="NONE")
+#: A graph for every number of tokens: padding would change which matrix products are taken.
+PIECEWISE = compiled(cudagraph_mode="PIECEWISE", cudagraph_capture_sizes=list(range(1, 25)))
+
+SPLIT, CONTIGUOUS = {"weight_view": "split"}, {"weight_view": "contiguous"}
+#: Every forward pulls; and one token reads directly, more pull, so that ways take turns.
+PULLED, TURNS = {**SPLIT, "direct_tokens": 0}, {**SPLIT, "direct_tokens": 1}
+QWEN = {"family": "qwen3_moe", "num_experts": 16}
+QWEN_FP8 = {**QWEN, "fp8": True, "hidden": 256, "intermediate": 256, "head_dim": 64}
+DEEPSEEK = {"family": "deepseek_v3", "num_layers": 4, "hidden": 256, "intermediate": 256, "head_dim": 128}
+GPT_OSS = {"family": "gpt_oss", "num_experts": 8}
+MIXTRAL = {"family": "mixtral", "num_experts": 7}
+#: 4.8 GB and 3.4 GB on disk.
+QWEN_BIG = {
+    "family": "qwen3_moe", "num_experts": 128, "num_layers": 4, "hidden": 2048, "intermediate": 768, "top_k": 8,
+    "num_heads": 32, "num_kv_heads": 4, "head_dim": 128,
+}  # fmt: skip
+DEEPSEEK_BIG = {
+    "family": "deepseek_v3", "fp8": True, "num_experts": 128, "num_layers": 5, "hidden": 2048, "intermediate": 1024,
+    "top_k": 8, "num_heads": 16, "head_dim": 128,
+}  # fmt: skip
+
+#: In order of value.
+CASES = {
+    "qwen3-split": Case(QWEN, 2, SPLIT, EAGER),
+    "qwen3-contiguous": Case(QWEN, 2, CONTIGUOUS, EAGER),
+    "qwen3-full-split": Case(QWEN, 2, SPLIT, FULL),
+    "qwen3-serve": Case(QWEN, 2, {}, FULL, serve=True),
+    "qwen3-serve-default": Case(QWEN, 2, {}, DEFAULT, serve=True),
+    "qwen3-pulled": Case(QWEN, 2, PULLED, EAGER),
+    "qwen3-turns": Case(QWEN, 2, TURNS, EAGER),
+    "qwen3-mp": Case(QWEN, 2, {"launcher": "mp"}, FULL),
+    "qwen3-ray": Case(QWEN, 2, {"launcher": "ray"}, EAGER),
+    "deepseek-fp8-split": Case({**DEEPSEEK, "fp8": True}, 2, SPLIT, EAGER),
+    "deepseek-split": Case(DEEPSEEK, 2, SPLIT, EAGER),
+    "qwen3-default-split": Case(QWEN, 2, SPLIT, DEFAULT),
+    "qwen3-default-contiguous": Case(QWEN, 2, CONTIGUOUS, NO_GRAPHS),
+    "qwen3-compiled-split": Case(QWEN, 2, SPLIT, NO_GRAPHS),
+    "qwen3-piecewise-split": Case(QWEN, 2, SPLIT, PIECEWISE),
+    "deepseek-default-split": Case(DEEPSEEK, 2, SPLIT, DEFAULT),
+    "qwen3-fp8-split": Case(QWEN_FP8, 2, SPLIT, EAGER),
+    "qwen3-fp8-contiguous": Case(QWEN_FP8, 2, CONTIGUOUS, EAGER),
+    "gpt_oss-split": Case(GPT_OSS, 2, {**SPLIT, "experts_per_rank": 5, "num_slots": 3}, EAGER),
+    "mixtral-split-3": Case(MIXTRAL, 3, SPLIT, EAGER),
+    "deepseek-full-split": Case(DEEPSEEK, 2, SPLIT, FULL),
+    "qwen3-full-split-4": Case(QWEN, 4, SPLIT, FULL),
+    "qwen3-contiguous-4": Case(QWEN, 4, CONTIGUOUS, EAGER),
+    "big-qwen3-split-4": Case(QWEN_BIG, 4, SPLIT, FULL),
+    "big-qwen3-contiguous": Case(QWEN_BIG, 2, CONTIGUOUS, EAGER),
+    "big-deepseek-fp8-split": Case(DEEPSEEK_BIG, 2, SPLIT, EAGER),
+    "big-deepseek-fp8-serve-4": Case(DEEPSEEK_BIG, 4, {}, FULL, serve=True),
+    "qwen3-pinned-split": Case(QWEN, 2, {**SPLIT, "transport": "cuda_pinned"}, EAGER),
+}

@@ -1,0 +1,242 @@
+"""Does a server grow? Many short requests through `vllm serve`: `python -m ci.checks.soak [--plain] [--json FILE]`.
+
+Two dwdp ranks on this machine's CPU, or with `--plain` one engine of plain vLLM, get the same requests: completions of 1 to
+8 tokens, a quarter streamed, 3 % aborted by closing the connection, 2 % refused, 10 % pinned to a rank. After every 1,000
+requests all connections are closed and every process of the server is measured. A table says what each held at the start
+(once the server was healthy), after the first 1,000 requests and at the end.
+
+Exit status 1: a request failed that should not, requests were not sent within `--limit-s`, something of the server was left
+after its end, or a process grew after the first 1,000 requests: by a descriptor or a thread, or in private memory by more
+than `--memory-mib` per 1,000 requests. With `--against PLAIN.json`, written by a run with `--plain`, what plain vLLM's
+process of that kind grew by is allowed for in addition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from ci.checks.sessions import session
+from ci.checks.soak_processes import COLUMNS, Sample, role, sample, segments
+from ci.checks.soak_requests import Outcome, asks, send
+from ci.root import ROOT
+from vllm_dwdp.checkpoints import CheckpointSpec, write_checkpoint
+
+CACHE = ROOT / ".cache" / "soak"
+SPEC = CheckpointSpec(num_layers=2)
+PART = 1000
+MAX_MODEL_LEN = 256
+#: Blocks of the KV cache, all of which the first 1,000 requests touch: before its first use a block takes no memory.
+KV_BLOCKS = 128
+START_LIMIT_S = 300
+STOP_LIMIT_S = 60
+#: Private memory a process may grow by per 1,000 requests. Heaps, and caches of requests that vLLM keeps, grow slowly.
+MEMORY_MIB = 2.0
+#: Temporary files that vLLM and torch keep on purpose.
+CACHES = ("torchinductor", "torch_", "vllm_cache")
+
+
+def say(text: str) -> None:
+    """One line of progress, at once."""
+    print(f"soak: {text}", flush=True)
+
+
+def command(plain: bool, ranks: int, port: int) -> list[str]:
+    """`vllm serve` of the small model."""
+    words = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(write_checkpoint(SPEC, CACHE))]
+    words += ["--served-model-name", "soak", "--port", str(port), "--enforce-eager", "--max-num-seqs", "32"]
+    words += ["--num-gpu-blocks-override", str(KV_BLOCKS)]
+    words += [
+        "--max-model-len",
+        str(MAX_MODEL_LEN),
+        "--gpu-memory-utilization",
+        "0.2",
+        "--uvicorn-log-level",
+        "warning",
+    ]
+    if not plain:
+        words += ["--distributed-executor-backend", "dwdp", "--data-parallel-size", str(ranks)]
+    return words
+
+
+class Server:
+    """`vllm serve` in a session and with a temporary folder of its own."""
+
+    def __init__(self, plain: bool, ranks: int, log: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.shm_before = segments()
+        self.temporary = Path(tempfile.mkdtemp(prefix="soak-"))
+        env = {**os.environ, "TMPDIR": str(self.temporary), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        # oneDNN keeps up to 1,024 kernels, one or more per shape of a batch: on CPU that alone is hundreds of MiB, which new
+        # shapes would take long after the first 1,000 requests, with dwdp and without.
+        env.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1")
+        # Longer than clients keep a connection: a server that closes one which is just used again fails a request.
+        env["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "300"
+        self._log = log
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                command(plain, ranks, port), env=env, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def wait_for_health(self) -> None:
+        """Return once it answers; raises RuntimeError with the end of its log."""
+        deadline = time.monotonic() + START_LIMIT_S
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+                return
+            except (urllib.error.URLError, OSError):
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    end = self._log.read_text()[-3000:]
+                    raise RuntimeError(f"no server (exit {self.process.poll()}):\n{end}") from None
+                time.sleep(0.5)
+
+    def sample(self, requests: int) -> Sample:
+        """See soak_processes; waits for closed connections to be seen first."""
+        time.sleep(3)
+        return sample(self.process.pid, requests, self.shm_before, self.temporary)
+
+    def stop(self) -> list[str]:
+        """End it; what was left: processes by id, segments and temporary files by name."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            say(f"the server did not end within {STOP_LIMIT_S} s")
+        time.sleep(2)
+        left = [f"process {pid}" for pid in session(self.process.pid)]
+        for pid in session(self.process.pid):
+            os.kill(pid, signal.SIGKILL)
+        left += sorted(segments() - self.shm_before)
+        left += sorted(name for name in os.listdir(self.temporary) if not name.startswith(CACHES))
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        return left
+
+
+def run(server: Server, args: argparse.Namespace, outcome: Outcome) -> tuple[list[Sample], float]:
+    """Samples at the start and after every part, and the seconds that requests took."""
+    server.wait_for_health()
+    samples, took = [server.sample(0)], 0.0
+    ranks, wanted = (1 if args.plain else args.ranks), asks(args.requests, "soak", MAX_MODEL_LEN)
+    while samples[-1].requests < args.requests and took < args.limit_s:
+        part = wanted[samples[-1].requests :][:PART]
+        started = time.monotonic()
+        sent = asyncio.run(send(server.url, part, ranks, args.concurrency, args.limit_s - took, outcome))
+        took += time.monotonic() - started
+        samples.append(server.sample(samples[-1].requests + sent))
+        if not args.quiet:
+            say(f"{samples[-1].requests} requests, {samples[-1].requests / took:.1f}/s, {len(outcome.wrong)} wrong")
+        if server.process.poll() is not None:
+            raise RuntimeError(f"the server ended with {server.process.poll()}")
+    return samples, took
+
+
+def table(samples: list[Sample]) -> str:
+    """Per process and figure: at the start, after the first part, at the end, growth after the first part."""
+    start, first, last = samples[0], samples[min(1, len(samples) - 1)], samples[-1]
+    columns = (f"{start.requests}", f"{first.requests}", f"{last.requests}", "growth")
+    lines = [f"{'process':<34}{'':<14}" + "".join(f"{head:>10}" for head in columns)]
+    for name, end in last.processes.items():
+        for column in COLUMNS:
+            begin, middle = (part.processes.get(name, {}).get(column, 0.0) for part in (start, first))
+            digits = 0 if column in ("descriptors", "threads") else 1
+            values = (begin, middle, end[column], end[column] - middle)
+            unit = "" if digits == 0 else " MiB"
+            lines.append(f"{name:<34}{column + unit:<14}" + "".join(f"{value:>10.{digits}f}" for value in values))
+    for what in ("segments", "files"):
+        counts = [getattr(part, what) for part in (start, first, last)]
+        lines.append(f"{what:<48}" + "".join(f"{count:>10}" for count in (*counts, counts[2] - counts[1])))
+    return "\n".join(lines)
+
+
+def growth(samples: list[Sample]) -> dict[str, dict[str, float]]:
+    """By process, what its private memory (MiB per 1,000 requests), descriptors and threads grew by after the first part."""
+    first, last = samples[min(1, len(samples) - 1)], samples[-1]
+    parts = max(1.0, (last.requests - first.requests) / PART)
+    found = {}
+    for name, end in last.processes.items():
+        before = first.processes.get(name, dict.fromkeys(COLUMNS, 0.0))
+        per = {"private": parts, "descriptors": 1, "threads": 1}
+        found[name] = {column: (end[column] - before[column]) / over for column, over in per.items()}
+    return found
+
+
+def too_much(
+    mine: dict[str, dict[str, float]], plain: dict[str, dict[str, float]], memory_mib: float = MEMORY_MIB
+) -> list[str]:
+    """One line per figure that grew beyond its bound; `plain`: `growth` of plain vLLM, empty where it was not run.
+
+    What plain vLLM has no process for (it needs no coordinator) is compared with nothing.
+    """
+    bounds = {"private": memory_mib, "descriptors": 0.0, "threads": 0.0}
+    lines = []
+    for name, grown in mine.items():
+        like = [grew for other, grew in plain.items() if role(other) == role(name)]
+        for column, bound in bounds.items():
+            allowed = bound + max([0.0, *(grew[column] for grew in like)])
+            if grown[column] > allowed:
+                lines.append(f"{name}: {column} grew by {grown[column]:.1f}, more than {allowed:.1f}")
+    return lines
+
+
+def main() -> None:
+    """Serve, send, measure, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--plain", action="store_true", help="plain vLLM, one engine")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--limit-s", type=float, default=3600, help="of sending requests")
+    parser.add_argument("--memory-mib", type=float, default=MEMORY_MIB, help="private memory per process and 1,000")
+    parser.add_argument("--against", type=Path, help="JSON of a run with --plain")
+    parser.add_argument("--json", type=Path, help="write the samples here")
+    parser.add_argument("--quiet", action="store_true", help="no line per 1,000 requests")
+    args = parser.parse_args()
+
+    outcome = Outcome()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server goes with this script
+    with tempfile.TemporaryDirectory(prefix="soak-log-") as folder:
+        server = Server(args.plain, args.ranks, Path(folder) / "serve.log")
+        try:
+            samples, took = run(server, args, outcome)
+        finally:
+            left = server.stop()
+    trouble = [f"wrong: {text}" for text in outcome.wrong[:10]]
+    # Plain vLLM leaves the files of its sockets.
+    trouble += [f"left behind: {name}" for name in left if not args.plain or name.startswith("process")]
+    if samples[-1].requests < args.requests:
+        trouble.append(f"{samples[-1].requests} of {args.requests} requests within {args.limit_s:.0f} s")
+    plain: dict[str, Any] = json.loads(args.against.read_text())["growth"] if args.against else {}
+    grown = growth(samples)
+    trouble += too_much(grown, plain, args.memory_mib)
+    if args.json:
+        data = {"samples": [part._asdict() for part in samples], "growth": grown, "seconds": took}
+        args.json.write_text(json.dumps({**data, "done": outcome.done, "wrong": outcome.wrong, "left": left}, indent=1))
+    print(table(samples))
+    say(f"{'plain vLLM' if args.plain else f'{args.ranks} dwdp ranks'}: {samples[-1].requests / took:.1f} requests/s")
+    say(", ".join(f"{count} {kind}" for kind, count in sorted(outcome.done.items())) + f", {len(outcome.wrong)} wrong")
+    for line in trouble:
+        say(line)
+    sys.exit(1 if trouble else 0)
+
+
+if __name__ == "__main__":
+    main()
