@@ -2,7 +2,7 @@
 
 Think of the E experts as a ring. Rank r holds the interval of S experts that starts at floor(r*E/N); with S = E/N the
 intervals tile the ring, with more they overlap. (TensorRT-LLM's placement is the same but clipped at E, so that the
-last experts are held less often, and it demands (N-1)*D + S == E; paper notes, 'Placement'.)
+last experts are held less often, and it demands (N-1)*D + S == E.)
 
 Reader r misses an arc of E - S experts, which begins where its own interval ends. It cuts the arc into N-1 runs, the
 j-th of which is served by rank r+j; c_0 <= ... <= c_{N-1} are the cuts, counted from the begin of the arc. Rank r+j
