@@ -58,20 +58,30 @@ def test_a_program_without_copies_is_an_event(bench: Bench) -> None:
     bench.engine.finish(bench.engine.submit(program, bench.engine.record()), LIMIT_S)
 
 
-def test_wait_does_not_block_and_tells_earlier_waits_once(bench: Bench) -> None:
+def test_wait_does_not_block_and_what_was_exposed_is_told_once(bench: Bench) -> None:
     engine, device, machine = bench.engine, bench.device, bench.machine
     program, told = bench.program(), []
     for delay in (0.25, 0.5):
         machine.frozen = True
         device.delay(engine._streams[0], delay)
-        told.append(engine.wait(engine.submit(program, engine.record()), LIMIT_S))
+        engine.wait(engine.submit(program, engine.record()), LIMIT_S)
+        told.append(engine.take_exposed())
         machine.frozen = False
         machine.drain()
-    assert told == [0.0, pytest.approx(0.25, abs=1e-4)]
-    done = engine.record()
-    machine.drain()
-    assert engine.wait(done, LIMIT_S) == pytest.approx(0.5, abs=1e-4)
-    assert engine.wait(done, LIMIT_S) == 0.0
+    assert told == [(0, 0.0), (1, pytest.approx(0.25, abs=1e-4))]
+    assert engine.take_exposed() == (1, pytest.approx(0.5, abs=1e-4))
+    assert engine.take_exposed() == (0, 0.0)
+
+
+def test_waits_nobody_asked_about_are_told_together(bench: Bench) -> None:
+    engine, device, machine = bench.engine, bench.device, bench.machine
+    for delay in (0.25, 0.5):
+        machine.frozen = True
+        device.delay(engine._streams[0], delay)
+        engine.wait(engine.submit(bench.program(), engine.record()), LIMIT_S)
+        machine.frozen = False
+        machine.drain()
+    assert engine.take_exposed() == (2, pytest.approx(0.75, abs=1e-4))
 
 
 def test_noise_counts_as_no_wait(bench: Bench) -> None:
@@ -81,9 +91,7 @@ def test_noise_counts_as_no_wait(bench: Bench) -> None:
         bench.engine.wait(bench.engine.submit(bench.engine.bind([]), bench.engine.record()), LIMIT_S)
         bench.machine.frozen = False
         bench.machine.drain()
-        done = bench.engine.record()
-        bench.machine.drain()
-        assert bench.engine.wait(done, LIMIT_S) == pytest.approx(expected)
+        assert bench.engine.take_exposed() == (expected > 0, pytest.approx(expected))
 
 
 def test_a_hidden_copy_exposes_nothing(bench: Bench) -> None:
@@ -92,9 +100,10 @@ def test_a_hidden_copy_exposes_nothing(bench: Bench) -> None:
         bench.machine.frozen = True
         event = bench.engine.submit(program, bench.engine.record())
         bench.device.kernel([lambda: None], seconds=1.0)  # compute that hides the copy
-        assert bench.engine.wait(event, LIMIT_S) == 0.0
+        bench.engine.wait(event, LIMIT_S)
         bench.machine.frozen = False
         bench.machine.drain()
+        assert bench.engine.take_exposed() == (0, 0.0)
 
 
 def test_events_are_pooled(bench: Bench) -> None:

@@ -147,7 +147,7 @@ def test_the_harness_catches_copies_that_do_not_wait_for_the_release() -> None:
 def test_the_harness_catches_compute_that_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     ring = Ring(6, 2)
     world = World(6, 2, 0)
-    monkeypatch.setattr(world.engine, "wait", lambda event, timeout_s: 0.0)
+    monkeypatch.setattr(world.engine, "wait", lambda event, timeout_s: None)
     play(world, ring, make(world, ring), in_order, 100)
     assert world.wrong > 0
 

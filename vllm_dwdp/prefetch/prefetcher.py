@@ -198,15 +198,15 @@ class Prefetcher:
     def _wait(self, slot: _Slot) -> None:
         assert slot.copied is not None
         try:
-            exposed_s = self._engine.wait(slot.copied, self._timeout_s)
+            self._engine.wait(slot.copied, self._timeout_s)
         except DwdpTimeout:
             raise  # the copy may still end
         except DwdpError:
             slot.holds = None  # what is there is no layer
             raise
-        if exposed_s:
-            self._page.slot_waits += 1
-            self._page.exposed_wait_ns += int(exposed_s * 1e9)
+        waits, seconds = self._engine.take_exposed()
+        self._page.slot_waits += waits
+        self._page.exposed_wait_ns += int(seconds * 1e9)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -7,6 +7,7 @@
                                             bind(copies)           -> Program, once per layer at start
                                             submit(program, after) -> Event,   per layer and forward
                                             record() -> Event; wait(event)     on the compute side
+                                            take_exposed() -> Exposed          whoever counts waits
     free_slab, last of all    <-------   unmap_peer
 
 Written for CUDA IPC as much as for shared memory: events may stand for points in a stream, and waiting for one may mean
@@ -107,6 +108,13 @@ class Span(NamedTuple):
     end_ns: int
 
 
+class Exposed(NamedTuple):
+    """Waits of compute for copies: how many, and their seconds in all."""
+
+    waits: int
+    seconds: float
+
+
 class Event(ABC):
     """A point on the compute side, or the end of a submitted program."""
 
@@ -131,17 +139,19 @@ class CopyEngine(ABC):
         """An event that is complete when all compute issued so far by the calling thread is done."""
 
     @abstractmethod
-    def wait(self, event: Event, timeout_s: float) -> float:
-        """Let compute wait for `event`; returns the seconds it stood still, 0.0 if it was complete.
+    def wait(self, event: Event, timeout_s: float) -> None:
+        """Let compute wait for `event`; where compute is a stream the host goes on.
 
-        Where compute is a stream the host goes on, and what is returned is an earlier wait that has become known since:
-        each one once, in order, so that sums and counts are right.
         Raises DwdpTimeout after `timeout_s`, and DwdpError if the copy failed.
         """
 
+    @abstractmethod
+    def take_exposed(self) -> Exposed:
+        """How often and how long compute stood still in `wait`, since this was asked last and as far as it is known."""
+
+    @abstractmethod
     def finish(self, event: Event, timeout_s: float) -> None:
-        """Return when `event` is complete, the host waiting too; raises as `wait`. For set-up and close, not for steps."""
-        self.wait(event, timeout_s)
+        """Return when `event` is complete, the host waiting too; raises as `wait`. For set-up and close: not counted."""
 
     def capturing(self) -> bool:
         """Whether compute is captured into a CUDA graph, where nothing may be submitted."""

@@ -17,7 +17,7 @@ from typing import Final
 
 from vllm_dwdp.config import MOST_IN_FLIGHT
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
-from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Program
+from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Exposed, Program
 from vllm_dwdp.transport.cuda_device import CudaDevice
 from vllm_dwdp.transport.cuda_events import CudaEvent, EventPool, ExposedWaits
 
@@ -109,7 +109,7 @@ class CudaCopyEngine(CopyEngine):
         self._device.record(event.raw, self._device.compute_stream())
         return event
 
-    def wait(self, event: Event, timeout_s: float) -> float:
+    def wait(self, event: Event, timeout_s: float) -> None:
         """See CopyEngine. Raises DwdpTimeout where the copy was submitted `timeout_s` ago or more and is not done."""
         self._check_open()
         mine, device = _own(event), self._device
@@ -120,7 +120,10 @@ class CudaCopyEngine(CopyEngine):
                 raise _overdue(timeout_s)
             self._check_overdue()
             self._exposed.bracket(device.compute_stream(), mine.raw)
-        return self._exposed.next_known()
+
+    def take_exposed(self) -> Exposed:
+        """See CopyEngine."""
+        return self._exposed.take()
 
     def ready(self, event: Event) -> bool:
         """See CopyEngine; False in a capture, where nobody may ask."""
