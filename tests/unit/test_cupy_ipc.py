@@ -19,7 +19,6 @@ from vllm_dwdp.transport.cuda_memory import BLOCK
 from vllm_dwdp.transport.cuda_pinned import PinnedTransport
 from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
 from vllm_dwdp.transport.devices import device_of_rank, devices_needed
-from vllm_dwdp.transport.handles_json import handle_from_json, handle_to_json
 from vllm_dwdp.transport.process import ProcessId, is_gone, this_process
 from vllm_dwdp.transport.shm import ShmTransport
 
@@ -53,7 +52,7 @@ def pair(quick_collections: None) -> Iterator[Pair]:
 
 
 def with_payload(handle: Handle, **changes: object) -> Handle:
-    return replace(handle, payload=json.dumps({**json.loads(handle.payload), **changes}).encode())
+    return replace(handle, payload=handle.payload | changes)
 
 
 def one_line(transport: CupyIpcTransport, handle: Handle, kind: type[DwdpError] = DwdpError) -> str:
@@ -67,7 +66,7 @@ def one_line(transport: CupyIpcTransport, handle: Handle, kind: type[DwdpError] 
 def test_a_slab_is_zeroed_and_seen_by_the_peer(pair: Pair) -> None:
     slab = pair.owner.allocate_slab(SIZE)
     assert slab.nbytes == SIZE and slab.address % 256 == 0 and not slab.tensor().any()
-    handle = handle_from_json(json.loads(json.dumps(handle_to_json(pair.owner.export_handle(slab)))))
+    handle = Handle.from_dict(json.loads(json.dumps(pair.owner.export_handle(slab).to_dict())))
     assert (handle.transport, handle.device, handle.nbytes) == ("cupy_ipc", "cuda:GPU-0000-uuid", SIZE)
     slab.tensor()[7] = 9
     peer = pair.reader.map_peer(handle)
@@ -275,7 +274,7 @@ def test_pinned_slabs_reach_the_device(pair: Pair) -> None:
     with pytest.raises(DwdpError, match="only a live slab"):
         owner.export_handle(slab)
     with pytest.raises(DwdpError, match="transport 'shm' reached cuda_pinned"):
-        reader.map_peer(Handle("shm", "", "cpu", 1, b""))
+        reader.map_peer(Handle("shm", "", "cpu", 1, {}))
     pair.mine.fail["host_register"] = "cudaErrorMemoryAllocation"
     with pytest.raises(DwdpError, match=r"pinning 5000 bytes failed \(cudaErrorMemoryAllocation\): raise ulimit -l"):
         owner.allocate_slab(SIZE)

@@ -28,7 +28,6 @@ from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.prefetch.prefetcher import Prefetcher, TraceEvent
 from vllm_dwdp.prefetch.ring import Ring
 from vllm_dwdp.transport.base import Memory, Program, Transport
-from vllm_dwdp.transport.handles_json import handle_to_json
 from vllm_dwdp.transport.shm import ShmTransport
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ class ExpertSharing:
             self.hits = HitCounts(build.layers, build.rank, device) if build.config.hits else None
             slots = sum(slot.nbytes for slot in self.slots)
             self.counters.describe(self.view, self.experts_held, self.slab_bytes, slots)
-            rendezvous.put("counters", handle_to_json(self.counters.handle()))
+            rendezvous.put("counters", self.counters.handle().to_dict())
             # In-place ranges open the owners' files once more: no owner may leave before all are mapped.
             rendezvous.gather("mapped", True, group)
         except BaseException:

@@ -19,13 +19,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vllm_dwdp.errors import DwdpError
+
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
 class Handle:
-    """What a peer needs to map a slab; picklable, and msgpack-able through `to_dict`.
+    """What a peer needs to map a slab; picklable, and JSON-able through `to_dict`.
 
     transport: name of the transport, as in the config. host: id of the host, as the transport understands it.
     device: 'cpu' or 'cuda:<uuid>', never an index. nbytes: size of the slab. payload: the transport's own words.
@@ -35,15 +37,18 @@ class Handle:
     host: str
     device: str
     nbytes: int
-    payload: bytes
+    payload: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain strings, ints and bytes, for msgpack."""
+        """Plain strings, ints and dicts, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Handle":
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`; raises DwdpError for what is no handle."""
+        kinds = {"transport": str, "host": str, "device": str, "nbytes": int, "payload": dict}
+        if not isinstance(raw, dict) or {key: type(value) for key, value in raw.items()} != kinds:
+            raise DwdpError(f"a peer's handle cannot be read ({raw!r:.80}): run one vllm-dwdp on all ranks")
         return cls(**raw)
 
 

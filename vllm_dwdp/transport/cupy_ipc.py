@@ -7,7 +7,6 @@ A mapping outlives its owner: readers of a rank that was killed go on with the r
 with opening a handle; enabling it separately would make a context, and take memory, on every peer's device.
 """
 
-import json
 from typing import Final, TypeVar
 
 from vllm_dwdp.errors import DwdpError, PeerLost
@@ -63,7 +62,7 @@ class CupyIpcTransport(Transport):
             "ipc": opened_with.hex(),
         }
         device = _PREFIX + self._here().uuid
-        return Handle(TRANSPORT, f"{host.name}|{host.boot_id}", device, slab.nbytes, json.dumps(payload).encode())
+        return Handle(TRANSPORT, f"{host.name}|{host.boot_id}", device, slab.nbytes, payload)
 
     def map_peer(self, handle: Handle) -> DevicePeerSlab:
         """See Transport; raises DwdpError where the handle cannot work here, checked before CUDA is asked."""
@@ -127,7 +126,7 @@ class CupyIpcTransport(Transport):
                 f"a slab of host {name} (boot {boot_id[:8]}) cannot be mapped on {here.name} (boot {here.boot_id[:8]}): "
                 "CUDA IPC joins ranks of one host only; choose dwdp.group_size so that a group fits on a host"
             )
-        payload = json.loads(handle.payload)
+        payload = handle.payload
         return ProcessId(**payload["process"]), int(payload["driver"]), bytes.fromhex(payload["ipc"])
 
     def _check_access(self, peer: DeviceInfo) -> None:
