@@ -78,8 +78,8 @@ def test_a_slab_is_zeroed_and_seen_by_the_peer(pair: Pair) -> None:
     assert not pair.theirs.mapped
     with pytest.raises(DwdpError, match="let go of"):
         peer.tensor()
-    pair.owner.free_slab(slab)
-    pair.owner.free_slab(slab)
+    pair.owner.close()
+    pair.owner.close()
     assert not pair.mine.blocks
     with pytest.raises(DwdpError, match="only a live slab"):
         pair.owner.export_handle(slab)
@@ -270,7 +270,7 @@ def test_pinned_slabs_reach_the_device(pair: Pair) -> None:
     engine.close(LIMIT_S)
     reader.unmap_peer(peer)
     assert not pair.theirs.pinned
-    owner.free_slab(slab)
+    owner.close()
     with pytest.raises(DwdpError, match="only a live slab"):
         owner.export_handle(slab)
     with pytest.raises(DwdpError, match="transport 'shm' reached cuda_pinned"):

@@ -8,7 +8,7 @@
                                             submit(program, after) -> Event,   per layer and forward
                                             record() -> Event; wait(event)     on the compute side
                                             take_exposed() -> Exposed          whoever counts waits
-    free_slab, last of all    <-------   unmap_peer
+    close, last of all        <-------   unmap_peer
 
 Written for CUDA IPC as much as for shared memory: events may stand for points in a stream, and waiting for one may mean
 that a stream waits while the host goes on. Everything here raises DwdpError, in one line.
@@ -38,6 +38,13 @@ class Handle:
     device: str
     nbytes: int
     payload: dict[str, Any]
+
+    def check_transport(self, transport: str) -> None:
+        """Raise DwdpError unless this is a handle of `transport`."""
+        if self.transport != transport:
+            raise DwdpError(
+                f"a handle of transport {self.transport!r} reached {transport}: set one dwdp.transport for all ranks"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain strings, ints and dicts, for JSON."""
@@ -182,7 +189,7 @@ class Transport(ABC):
 
     @abstractmethod
     def export_handle(self, slab: Slab) -> Handle:
-        """The handle for peers; valid until `free_slab`."""
+        """The handle for peers; valid until `close`."""
 
     @abstractmethod
     def map_peer(self, handle: Handle) -> PeerSlab:
@@ -191,10 +198,6 @@ class Transport(ABC):
     @abstractmethod
     def unmap_peer(self, peer: PeerSlab) -> None:
         """Let go of a mapping; idempotent."""
-
-    @abstractmethod
-    def free_slab(self, slab: Slab) -> None:
-        """Withdraw the handle and let go of the slab; idempotent. Mappings that peers already have are not affected."""
 
     @abstractmethod
     def allocate_slot(self, nbytes: int) -> Slot:
@@ -206,4 +209,4 @@ class Transport(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of all slabs, peers' slabs and slots of this transport; idempotent."""
+        """Withdraw all handles, let go of slabs, peers' slabs and slots; idempotent. What peers have mapped stays theirs."""

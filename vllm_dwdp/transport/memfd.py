@@ -164,8 +164,7 @@ def map_handle(handle: Handle, purpose: str, writable: bool = False) -> Mapping:
 
 
 def _check_host(handle: Handle) -> None:
-    if handle.transport != TRANSPORT:
-        raise DwdpError(f"a handle of transport {handle.transport!r} reached shm: set one dwdp.transport for all ranks")
+    handle.check_transport(TRANSPORT)
     here, there = this_host(), Host(*handle.host.split("|"))
     if here == there:
         return
