@@ -47,8 +47,8 @@ def make_transport(build: ModelBuild, cores: tuple[int, ...]) -> Transport:
 
         from vllm_dwdp.transport.cuda_copy import CopyOptions
         from vllm_dwdp.transport.cuda_device import open_device
-        from vllm_dwdp.transport.cuda_pinned import MirroredTransport
         from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
+        from vllm_dwdp.transport.mirrored import MirroredTransport
 
         options = CopyOptions(build.config.in_flight, timeout_s=build.config.timeout_s)
         device = open_device(torch.cuda.current_device())

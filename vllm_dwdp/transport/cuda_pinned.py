@@ -13,7 +13,7 @@ from vllm_dwdp.transport import memfd
 from vllm_dwdp.transport.base import Handle, PeerSlab, Slab
 from vllm_dwdp.transport.cuda_copy import CopyOptions, CudaCopyEngine
 from vllm_dwdp.transport.cuda_device import CudaDevice, CudaError
-from vllm_dwdp.transport.cuda_memory import DeviceSlab, DeviceSlot, allocate
+from vllm_dwdp.transport.cuda_memory import DeviceSlot, allocate
 from vllm_dwdp.transport.live import LiveTransport
 from vllm_dwdp.transport.mapping import MappedMemory, Mapping, round_up
 
@@ -99,24 +99,6 @@ class PinnedTransport(LiveTransport):
     def copy_engine(self) -> CudaCopyEngine:
         """See Transport."""
         return CudaCopyEngine(self._device, self._options)
-
-
-class MirroredTransport(PinnedTransport):
-    """The own slab on the device, where kernels read it; peers read its mirror in pinned memory, made with the handle.
-
-    For whole engines that share one GPU: their pulls take the copy engine and overlap with compute, as over NVLink.
-    """
-
-    def allocate_slab(self, nbytes: int) -> DeviceSlab:  # type: ignore[override]
-        """See Transport."""
-        return self._keep(DeviceSlab(allocate(self._device, nbytes, "a slab")))
-
-    def export_handle(self, slab: Slab) -> Handle:
-        """See Transport: once for each slab, and when nothing writes to it any more."""
-        mine = self._checked(slab, DeviceSlab)
-        mirror = super().allocate_slab(mine.nbytes)
-        mirror.tensor().copy_(mine.tensor())
-        return mirror.handle
 
 
 def _unpin(device: CudaDevice, mapping: Mapping) -> None:
