@@ -50,7 +50,7 @@ def make_transport(build: ModelBuild, cores: tuple[int, ...]) -> Transport:
         from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
         from vllm_dwdp.transport.mirrored import MirroredTransport
 
-        options = CopyOptions(build.config.in_flight, timeout_s=build.config.timeout_s)
+        options = CopyOptions(timeout_s=build.config.timeout_s)
         device = open_device(torch.cuda.current_device())
         return MirroredTransport(device, options) if name == "cuda_pinned" else CupyIpcTransport(device, options)
     raise DwdpError(

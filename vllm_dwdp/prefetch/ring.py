@@ -4,7 +4,7 @@ Layer i lives in slot i % n for ever, so that addresses stay fixed per layer, as
 cyclic list of layers s, s + n, s + 2n, ...: after a layer comes the next of its own list, across the forward's end.
 
 The obvious scheme, layer (i + n) % L after layer i, is wrong whenever L > n and L % n != 0: (i + n) % L then lies in
-another slot than i, whose layer may still be in use (design, 'Silently wrong'). With the lists two layers that follow
+another slot than i, whose layer may still be in use. With the lists two layers that follow
 each other at the seam may share a slot; the second pull is then exposed, and never wrong.
 """
 

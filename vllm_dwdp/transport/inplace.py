@@ -1,4 +1,4 @@
-"""One contiguous range of addresses made of pages of several slabs: the in-place view, without any copy (design)."""
+"""One contiguous range of addresses made of pages of several slabs: the in-place view, without any copy."""
 
 import mmap
 import os
