@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from vllm_dwdp.errors import DwdpError
@@ -25,8 +25,9 @@ from vllm_dwdp.layers.views import (
 )
 from vllm_dwdp.layers.window import Window, copy_rate, estimate, product_rate
 from vllm_dwdp.prefetch.counters import CounterPage
-from vllm_dwdp.prefetch.prefetcher import Prefetcher, TraceEvent
+from vllm_dwdp.prefetch.prefetcher import Prefetcher
 from vllm_dwdp.prefetch.ring import Ring
+from vllm_dwdp.prefetch.trace import TracedPrefetcher, TraceEvent
 from vllm_dwdp.transport.base import Memory, Program, Transport
 from vllm_dwdp.transport.shm import ShmTransport
 
@@ -175,8 +176,8 @@ class ExpertSharing:
 
     def _attach_ring(self) -> None:
         config, ring, programs = self.build.config, self.ring, self.programs
-        trace = self.trace if config.trace else None
-        self.prefetcher = Prefetcher(ring, self.engine, programs, self.counters, config.timeout_s, trace)
+        make = partial(TracedPrefetcher, trace=self.trace) if config.trace else Prefetcher
+        self.prefetcher = make(ring, self.engine, programs, self.counters, config.timeout_s)
         # A layer with a slot of its own is pulled once and stays.
         self.refilled = [program for i, program in enumerate(programs) if ring.next_layer(i) is not None]
         for i, layer in enumerate(self.layers):
