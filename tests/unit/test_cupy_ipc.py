@@ -314,8 +314,8 @@ def test_cupy_is_imported_only_when_a_device_is_opened() -> None:
         "import sys, vllm_dwdp.transport.cupy_ipc, vllm_dwdp.transport.cuda_pinned, vllm_dwdp.prefetch.prefetcher\n"
         "assert not {'cupy', 'torch', 'vllm'} & set(sys.modules), sorted(sys.modules)\n"
         "sys.modules['cupy'] = None\n"
-        "from vllm_dwdp.transport.cuda_device import open_device\n"
-        "open_device(0)"
+        "from vllm_dwdp.transport.cuda_cupy import CupyDevice\n"
+        "CupyDevice(0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S)
     assert "DwdpError: CuPy cannot be imported" in done.stderr and "cuda13" in done.stderr

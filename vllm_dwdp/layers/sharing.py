@@ -47,12 +47,12 @@ def make_transport(build: ModelBuild, cores: tuple[int, ...]) -> Transport:
         import torch
 
         from vllm_dwdp.transport.cuda_copy import CopyOptions
-        from vllm_dwdp.transport.cuda_device import open_device
+        from vllm_dwdp.transport.cuda_cupy import CupyDevice
         from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
         from vllm_dwdp.transport.mirrored import MirroredTransport
 
         options = CopyOptions(timeout_s=build.config.timeout_s)
-        device = open_device(torch.cuda.current_device())
+        device = CupyDevice(torch.cuda.current_device())
         return MirroredTransport(device, options) if name == "cuda_pinned" else CupyIpcTransport(device, options)
     raise DwdpError(
         f"transport {name!r} is not available {'on CPU: use shm' if build.on_cpu else 'on GPUs: use cupy_ipc'}"
