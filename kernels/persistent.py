@@ -18,8 +18,7 @@ import triton.language as tl
 
 from .arguments import Assignment, Launch
 from .launching import Planned
-from .split_gemm import halves
-from .tile_math import compute_tile, tile_place
+from .tile_math import compute_tile, halves, tile_place
 from .tiles import Tiles
 from .weight_table import WeightTable
 

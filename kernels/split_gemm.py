@@ -14,10 +14,22 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launching
+from . import launching, persistent
 from .arguments import Assignment, Launch, prepare
 from .block_order import joined_routes, order, spread_block
-from .tile_math import ABSENT, BLOCKS, DENSE, NO_SCALE, ROWS, TABLE, TENSOR, compute_tile, tile_place
+from .tile_math import (
+    ABSENT,
+    BLOCKS,
+    DENSE,
+    INTERPRETED,
+    NO_SCALE,
+    ROWS,
+    TABLE,
+    TENSOR,
+    compute_tile,
+    halves,
+    tile_place,
+)
 from .tiles import Tiles
 from .weight_table import WeightTable
 
@@ -101,9 +113,6 @@ def split_gemm_kernel(
             SWAP, False, EVEN_K, INTERPRETED, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
-
-#: Whether Triton was told to interpret (TRITON_INTERPRET=1 before its first import).
-INTERPRETED = not isinstance(split_gemm_kernel, triton.JITFunction)
 
 _KINDS = {"tensor": TENSOR.value, "channel": ROWS.value, "block": BLOCKS.value}
 
@@ -198,13 +207,11 @@ def compile_gemm(
     planned.function.warmup(*arguments, grid=planned.grid, **planned.constants)
 
 
-def _more(weights: WeightTable, persistent: bool) -> tuple[int, ...]:
+def _more(weights: WeightTable, described: bool) -> tuple[int, ...]:
     """What follows the common arguments."""
-    if not persistent:
+    if not described:
         return ()
-    from .persistent import give_memory
-
-    give_memory()
+    persistent.give_memory()
     return (weights.origin,)
 
 
@@ -212,11 +219,8 @@ def _planned(
     laid_out: Launch, weights: WeightTable, assignment: Assignment, tiles: Tiles, top_k: int, compute_dtype: torch.dtype
 ) -> launching.Planned:
     constants, device = constants_of(laid_out, weights, tiles, top_k, compute_dtype), weights.addresses.device
-    if tiles.kernel == "persistent":
-        from . import persistent
-
-        if persistent.describable(constants["EVEN_K"], weights, assignment):
-            return persistent.planned(laid_out, constants, weights, tiles)
+    if tiles.kernel == "persistent" and persistent.describable(constants["EVEN_K"], weights, assignment):
+        return persistent.planned(laid_out, constants, weights, tiles)
     grid = (laid_out.row_blocks * laid_out.column_blocks,)
     single_routes = assignment.experts.numel() if assignment.routes is None else 0
     constants |= variant(weights, assignment, tiles, device) | order(single_routes, tiles)
@@ -228,8 +232,3 @@ def variant(weights: WeightTable, assignment: Assignment, tiles: Tiles, device: 
     flat = weights.scales is not None and tiles.block_m < 64 <= tiles.block_n
     single = assignment.routes is None
     return {"SINGLE": single, "SWAP": flat and swaps(device), "HALVES": not single and halves(tiles)}
-
-
-def halves(tiles: Tiles) -> bool:
-    """Whether half-filled blocks are computed as half tiles: where the matrix unit still has its 64 rows then."""
-    return tiles.block_m >= (32 if INTERPRETED else 128)

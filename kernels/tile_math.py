@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .tiles import Tiles
+
 # Constants of the kernels: what a scale covers.
 NO_SCALE: tl.constexpr = tl.constexpr(0)
 TENSOR: tl.constexpr = tl.constexpr(1)
@@ -37,6 +39,15 @@ def tile_place(tile, blocks_m, blocks_n, GROUP_M: tl.constexpr):
     first_m = tile // in_group * GROUP_M
     group = min(blocks_m - first_m, GROUP_M)
     return first_m + tile % in_group % group, tile % in_group // group
+
+
+#: Whether Triton was told to interpret (TRITON_INTERPRET=1 before its first import).
+INTERPRETED = not isinstance(tile_place, triton.JITFunction)
+
+
+def halves(tiles: Tiles) -> bool:
+    """Whether half-filled blocks are computed as half tiles: where the matrix unit still has its 64 rows then."""
+    return tiles.block_m >= (32 if INTERPRETED else 128)
 
 
 @triton.jit

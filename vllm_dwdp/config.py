@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal, get_args
 
@@ -15,7 +14,6 @@ LauncherName = Literal["auto", "ray", "mp", "uni"]
 
 MIN_SLICE_BYTES: Final = 4096
 SLICE_MULTIPLE: Final = 256
-MOST_IN_FLIGHT: Final = 8
 #: Where `slice_bytes` is not set; on GPUs it goes by the layer (copy_plan.slice_bytes_for).
 CPU_SLICE_BYTES: Final = 1 << 20
 
@@ -29,7 +27,6 @@ _LEAST: Final[dict[str, int]] = {
     "experts_per_rank": 1,
     "num_slots": 2,
     "slice_bytes": MIN_SLICE_BYTES,
-    "in_flight": 1,
     "ranks_per_device": 1,
     "direct_tokens": 0,
 }
@@ -39,42 +36,13 @@ AUTO: Final = "auto"
 #: E/N experts, also where the default would be more.
 PARTITION: Final = "partition"
 _WORDS: Final[dict[str, tuple[str, ...]]] = {"experts_per_rank": (AUTO, PARTITION), "direct_tokens": (AUTO,)}
-_RENDEZVOUS: Final = re.compile(r"(?P<host>\[[^\]]+\]|[^:/\s]+):(?P<port>\d{1,5})/(?P<group_id>[^/\s]+)")
-
-
-@dataclass(frozen=True)
-class Rendezvous:
-    """Where ranks that are started apart would meet (design, 'Configuration'); reserved, and refused by this release."""
-
-    host: str
-    port: int
-    group_id: str
-
-    def __post_init__(self) -> None:
-        named = all(isinstance(word, str) and word for word in (self.host, self.group_id))
-        if not named or not _is_int(self.port) or not 1 <= self.port <= 65535:
-            raise DwdpError(
-                f"dwdp.rendezvous is host {self.host!r}, port {self.port!r}, group id {self.group_id!r}: "
-                "give a host name, a port in 1..65535 and a non-empty group id"
-            )
-
-    @classmethod
-    def parse(cls, raw: object) -> "Rendezvous":
-        """Read 'host:port/group-id' or {"host": ..., "port": ..., "group_id": ...}; raises DwdpError."""
-        if isinstance(raw, cls):
-            return raw
-        if isinstance(raw, str) and (found := _RENDEZVOUS.fullmatch(raw)):
-            return cls(found["host"].strip("[]"), int(found["port"]), found["group_id"])
-        if isinstance(raw, dict) and set(raw) == {"host", "port", "group_id"}:
-            return cls(**raw)
-        raise DwdpError(
-            f"dwdp.rendezvous is {raw!r}: write it as 'host:port/group-id' or as a mapping of host, port and group_id"
-        )
+#: What could be set once.
+_GONE: Final = frozenset({"in_flight", "rendezvous"})
 
 
 @dataclass(frozen=True)
 class DwdpConfig:
-    """The settings of one DWDP start, valid by construction (design, 'Configuration').
+    """The settings of one DWDP start, valid by construction.
 
     group_size: ranks that share one copy of the experts; None means all ranks.
     experts_per_rank: experts resident on a rank; more than E/N means overlap, "auto" as many as the KV cache leaves room
@@ -82,7 +50,6 @@ class DwdpConfig:
         foreseen.
     num_slots: prefetch buffers per rank. slice_bytes: bytes of one copy; None means 1 MiB on CPU,
         by the layer on GPUs.
-    in_flight: slices that a rank copies at a time, on GPUs.
     ranks_per_device: ranks that share one accelerator. timeout_s: limit of every wait, in seconds.
     trace: record the times of acquire, ready, release and of every copy.
     require_win: refuse to start where the planner predicts a loss, or cannot tell.
@@ -96,7 +63,6 @@ class DwdpConfig:
     experts_per_rank: int | Literal["auto", "partition"] | None = None
     num_slots: int = 2
     slice_bytes: int | None = None
-    in_flight: int = 1
     transport: TransportName = "auto"
     weight_view: ViewName = "auto"
     launcher: LauncherName = "auto"
@@ -106,7 +72,6 @@ class DwdpConfig:
     require_win: bool = False
     hits: str | None = None
     popularity: str | None = None
-    rendezvous: Rendezvous | None = None
     direct_tokens: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
@@ -114,10 +79,6 @@ class DwdpConfig:
             _check_count(key, getattr(self, key), least)
         for key, choices in _CHOICES.items():
             _check_choice(key, getattr(self, key), choices)
-        if self.in_flight > MOST_IN_FLIGHT:
-            raise DwdpError(
-                f"dwdp.in_flight is {self.in_flight}: it must be <= {MOST_IN_FLIGHT}; lower it or leave it out"
-            )
         if self.slice_bytes is not None and self.slice_bytes % SLICE_MULTIPLE:
             raise DwdpError(
                 f"dwdp.slice_bytes is {self.slice_bytes}: it must be a multiple of {SLICE_MULTIPLE}; "
@@ -133,8 +94,6 @@ class DwdpConfig:
             path: object = getattr(self, key)
             if path is not None and (not isinstance(path, str) or not path):
                 raise DwdpError(f"dwdp.{key} is {path!r}: it must be the path of a file")
-        if self.rendezvous is not None and not isinstance(self.rendezvous, Rendezvous):
-            object.__setattr__(self, "rendezvous", Rendezvous.parse(self.rendezvous))
 
     @classmethod
     def parse(cls, raw: object) -> "DwdpConfig":
@@ -145,6 +104,8 @@ class DwdpConfig:
             raise DwdpError(f"additional_config['dwdp'] is {raw!r}: it must be a mapping such as {{'num_slots': 2}}")
         known = [field.name for field in fields(cls)]
         for key in raw:
+            if key in _GONE:
+                raise DwdpError(f"dwdp.{key} is {raw[key]!r}, a setting that is gone: leave it out")
             if key not in known:
                 close = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
@@ -189,10 +150,6 @@ class DwdpConfig:
         size = self.resolve_group_size(num_ranks)
         if num_experts is not None:
             check_share(num_experts, size, self.held)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_count(key: str, value: object, least: int) -> None:

@@ -95,18 +95,16 @@ def rates(
     source: Memory,
     slot: Memory,
     sizes: Sequence[int],
-    depths: Sequence[int],
     rounds: int = 3,
 ) -> list[Row]:
-    """GB/s by slice size and slices in flight, graphs against single copies at one point."""
+    """GB/s by slice size, graphs against single copies at one point."""
     rows = []
-    cases = [(size, depth, True) for size in sizes for depth in depths] + [(MIB, 1, False)]
-    for size, depth, graphs in cases:
-        engine = CudaCopyEngine(device, CopyOptions(depth, graphs, LIMIT_S))
+    for size, graphs in [*((size, True) for size in sizes), (MIB, False)]:
+        engine = CudaCopyEngine(device, CopyOptions(graphs, LIMIT_S))
         program = engine.bind(cut(slot.address, source.address, source.nbytes, size))
         seconds = min(timed(device, engine.stream, partial(engine.submit, program)) for _ in range(rounds + 1))
         engine.close(LIMIT_S)
-        how = f"{size // KIB} KiB, {depth} in flight" + ("" if graphs else ", without a graph")
+        how = f"{size // KIB} KiB, 1 in flight" + ("" if graphs else ", without a graph")
         rows.append(Row("rate", f"{kind}, {how}", source.nbytes / seconds / 1e9, "GB/s"))
     return rows
 
@@ -125,7 +123,7 @@ def launch_times(
     placement, rows = place(layer.experts, layer.ranks), []
     slot = transport.allocate_slot(build_plan(placement, 0, layer.tensors, None).slot.nbytes)
     for size in (*sizes, None):
-        engine = CudaCopyEngine(device, CopyOptions(1, True, LIMIT_S))
+        engine = CudaCopyEngine(device, CopyOptions(timeout_s=LIMIT_S))
         plan = build_plan(placement, 0, layer.tensors, size)
         free, begin = device.memory().free, time.perf_counter()
         program = bind_plan(engine, plan, dict.fromkeys(range(layer.ranks), source.address), slot.address)
@@ -165,7 +163,7 @@ def overlap(
 
     stream, rows = device.compute_stream(), []
     for size in (*sizes, source.nbytes):
-        engine = CudaCopyEngine(device, CopyOptions(1, True, LIMIT_S))
+        engine = CudaCopyEngine(device, CopyOptions(timeout_s=LIMIT_S))
         program = engine.bind(cut(slot.address, source.address, source.nbytes, size))
         pull = min(timed(device, engine.stream, partial(engine.submit, program)) for _ in range(2))
         alone, beside, pulled = [], [], 0
@@ -207,7 +205,7 @@ def merge(
     for view in ("contiguous", "split"):
         plan = build_plan(placement, 0, layer.tensors, slice_bytes, split=view == "split")
         slot = transport.allocate_slot(plan.slot.nbytes)
-        engine = CudaCopyEngine(device, CopyOptions(1, True, LIMIT_S))
+        engine = CudaCopyEngine(device, CopyOptions(timeout_s=LIMIT_S))
         programs = {view: bind_plan(engine, plan, where, slot.address)}
         if plan.local:
             programs["merge copy"] = engine.bind(
@@ -233,7 +231,7 @@ def merge(
 def exposed(device: CudaDevice, compute: Compute, source: Memory, slot: Memory, delays: Sequence[float]) -> list[Row]:
     """What the engine says compute waited, against a delay put before the copy; and nothing where compute hides it."""
     rows = []
-    engine = CudaCopyEngine(device, CopyOptions(1, True, LIMIT_S))
+    engine = CudaCopyEngine(device, CopyOptions(timeout_s=LIMIT_S))
     program: Program = engine.bind([Copy(slot.address, source.address, 256)])
 
     def told(delay: float, hidden: float) -> tuple[float, float]:
@@ -247,16 +245,15 @@ def exposed(device: CudaDevice, compute: Compute, source: Memory, slot: Memory, 
             compute.sleep(stream, hidden)
         # Not where the delay begins: until compute comes to its wait, the delay is no wait.
         device.record(begin, stream)
-        found = engine.wait(event, LIMIT_S)
-        assert found == 0.0, "an earlier wait was told late"
-        after = engine.record()
-        engine.finish(after, LIMIT_S)
+        engine.wait(event, LIMIT_S)
+        assert not engine.take_exposed().waits, "an earlier wait was told late"
+        engine.finish(engine.record(), LIMIT_S)
         settle(device, end)
-        found = engine.wait(after, LIMIT_S)
+        found = engine.take_exposed().seconds
         injected = device.elapsed_s(begin, end)
         for raw in (begin, end):
             device.destroy_event(raw)
-        return injected, found or 0.0
+        return injected, found
 
     told(delays[0], 0.0)
     for delay in delays:

@@ -126,7 +126,7 @@ def refusals_part() -> list[Row]:
 def rate_part(kind: str, nbytes: int) -> list[Row]:
     with Mapped(kind, nbytes) as peer:
         slot = peer.transport.allocate_slot(nbytes)
-        rows = rates(peer.device, kind, peer.source, slot, SIZES, [1, 2, 4, 8])
+        rows = rates(peer.device, kind, peer.source, slot, SIZES)
         return rows + [same_bytes(peer.device, peer.source, slot)]
 
 
@@ -164,14 +164,14 @@ def parts(cpu: bool, acquires: int) -> dict[str, Callable[[], list[Row]]]:
             # Without graphs: there are none here.
             "direct": lambda: ranks_part([Setting("shm", 2)], "direct", acquires),
         }
-    ipc = [Setting("cupy_ipc", 2), Setting("cupy_ipc", 3, 1), Setting("cupy_ipc", 4, 4)]
+    ipc = [Setting("cupy_ipc", 2), Setting("cupy_ipc", 3), Setting("cupy_ipc", 4)]
     return {
         "refusals": refusals_part,
         "ranks": lambda: ranks_part([*ipc, Setting("cuda_pinned", 2)], "play", acquires),
         "killed": lambda: both_ways("cupy_ipc", "killed"),
         "left": lambda: both_ways("cupy_ipc", "left"),
         "exposed": exposed_part,
-        "direct": lambda: ranks_part([Setting("cupy_ipc", 2), Setting("cupy_ipc", 4, 4)], "direct", acquires),
+        "direct": lambda: ranks_part([Setting("cupy_ipc", 2), Setting("cupy_ipc", 4)], "direct", acquires),
         "launch": launch_part,
         "merge": merge_part,
         "overlap": lambda: overlap_part("cuda_pinned", 256 * MIB),

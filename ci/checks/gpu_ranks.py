@@ -33,7 +33,6 @@ TENSORS = (TensorSpec("w13", 96 << 10), TensorSpec("w2", 48 << 10), TensorSpec("
 class Setting(NamedTuple):
     transport: str  # cupy_ipc, cuda_pinned or shm
     num_ranks: int
-    in_flight: int = 2
     slice_bytes: int = 64 << 10
 
 
@@ -79,7 +78,7 @@ class Player:
         import torch
 
         self.torch, self.rng = torch, random.Random(rank)
-        self.transport = make_transport(setting.transport, rank, setting.num_ranks, CopyOptions(setting.in_flight))
+        self.transport = make_transport(setting.transport, rank, setting.num_ranks, CopyOptions())
         placement = place(EXPERTS, setting.num_ranks)
         plan = build_plan(placement, rank, TENSORS, setting.slice_bytes)
         own = [self.transport.allocate_slab(plan.slabs[rank].nbytes) for _ in range(LAYERS)]

@@ -26,6 +26,7 @@ from .. import persistent, split_gemm
 from ..arguments import Assignment, Launch, prepare
 from ..block_order import order
 from ..split_gemm import constants_of
+from ..tile_math import INTERPRETED, halves
 from ..tiles import Tiles
 from ..weight_table import PerExpert, Scales, WeightTable
 
@@ -193,16 +194,16 @@ def compile_case(case: Case, arch: int) -> Row:
     """Compile `case` for sm_`arch` and look at it."""
     launch, constants, single = launch_of(case)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    arguments, halves = launch.arguments, not single and split_gemm.halves(case.tiles)
+    arguments, halved = launch.arguments, not single and halves(case.tiles)
     if case.tiles.kernel == "persistent":
         kernel: Any = persistent.persistent_kernel
         # The lowest address: 64 bits, a multiple of 16.
         arguments += (1 << 46,)
-        constants.update(PROGRAMS=132, UNIT=256, HALVES=halves)
+        constants.update(PROGRAMS=132, UNIT=256, HALVES=halved)
     else:
         kernel = split_gemm.split_gemm_kernel
         flat = case.scales != "none" and case.tiles.block_m < 64 <= case.tiles.block_n
-        constants.update(SINGLE=single, SWAP=flat and arch == 90, HALVES=halves)
+        constants.update(SINGLE=single, SWAP=flat and arch == 90, HALVES=halved)
         constants |= order(case.tokens * case.top_k * single, case.tiles)
     made = triton.compile(source_of(kernel, arguments, constants), GPUTarget("cuda", arch, 32), options)
     ptx: str = made.asm["ptx"]
@@ -257,7 +258,7 @@ def main() -> int:
     parser.add_argument("--case", nargs="*", default=[], help="only cases whose names contain one of these")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     options = parser.parse_args()
-    if split_gemm.INTERPRETED:
+    if INTERPRETED:
         print("TRITON_INTERPRET is set, so that nothing can be compiled: unset it", file=sys.stderr)
         return 2
     cases = tuple(case for case in CASES if not options.case or any(part in case.name for part in options.case))

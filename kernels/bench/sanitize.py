@@ -24,7 +24,8 @@ import torch
 import triton
 
 from ..arguments import Assignment
-from ..split_gemm import INTERPRETED, split_gemm
+from ..split_gemm import split_gemm
+from ..tile_math import INTERPRETED
 from ..tiles import KernelName, Tiles
 from ..torch_ops import FP8_MAX, assign
 from ..weight_table import PerExpert, ScaleKind, Scales, WeightTable

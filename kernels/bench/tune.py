@@ -26,7 +26,7 @@ import torch
 from vllm_dwdp.errors import DwdpError
 
 from ..configs import default_tiles, layer_shape, tiles_for
-from ..split_gemm import INTERPRETED
+from ..tile_math import INTERPRETED
 from ..tables import FOLDER, Table, chip_of, measured, read, write
 from ..tiles import Tiles
 from .candidates import CHOICES, fits, listed, neighbours

@@ -336,6 +336,7 @@ class FakeCuda(CudaDevice):
 
     def begin_capture(self, stream: int) -> None:
         self._call("begin_capture")
+        self._refuse(self.streams[stream].capture is not None, "begin_capture", "cudaErrorIllegalState")
         self.streams[stream].capture = Capture(restricted=False)
 
     def end_capture(self, stream: int) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
-from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Program, Span
+from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Exposed, Program, Span
 
 Step = Callable[[], bool]  # one step of a stream; False where it has to wait for the other stream
 
@@ -49,6 +49,7 @@ class FakeEngine(CopyEngine):
         self.fail_next = False
         self.stuck = False
         self.clock = 0
+        self.exposed = Exposed(0, 0.0)
         self.compute: deque[Step] = deque()
         self.copies: deque[Step] = deque()
 
@@ -75,18 +76,30 @@ class FakeEngine(CopyEngine):
             self.compute.append(partial(self._end, event))
         return event
 
-    def wait(self, event: Event, timeout_s: float) -> float:
+    def wait(self, event: Event, timeout_s: float) -> None:
         assert isinstance(event, FakeEvent)
         if self.queued:
             self.compute.append(lambda: event.done)
-            return 0.0
+            return
         begin = self.clock
+        self.finish(event, timeout_s)
+        if ticks := self.clock - begin:
+            self.exposed = Exposed(self.exposed.waits + 1, self.exposed.seconds + ticks * CLOCK_S)
+
+    def take_exposed(self) -> Exposed:
+        taken, self.exposed = self.exposed, Exposed(0, 0.0)
+        return taken
+
+    def finish(self, event: Event, timeout_s: float) -> None:
+        assert isinstance(event, FakeEvent)
+        if self.queued:
+            self.compute.append(lambda: event.done)
+            return
         while not event.done:
             if self.stuck or not self.step_copies():
                 raise DwdpTimeout("the copy stream stands still")
         if event.failed:
             raise DwdpError(event.failed)
-        return (self.clock - begin) * CLOCK_S
 
     def ready(self, event: Event) -> bool:
         assert isinstance(event, FakeEvent)

@@ -238,7 +238,7 @@ def share_on_gpus(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: here.device.index)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr("vllm_dwdp.transport.cuda_device.open_device", lambda index: here.device)
+    monkeypatch.setattr("vllm_dwdp.transport.cuda_cupy.CupyDevice", lambda index: here.device)
     monkeypatch.setattr("vllm_dwdp.transport.cupy_ipc.this_process", lambda: process_id(here.device.number))
     config = DwdpConfig.parse({"weight_view": view, **settings})
     launch = DwdpLaunch(config, num_ranks, "/made/up", (), captured_tokens=captured_tokens)

@@ -42,8 +42,8 @@ def serve(pipe: Connection, contents: list[tuple[int, int]]) -> None:
                 pipe.send(None)
             case ("get", int(number), int(offset)):
                 pipe.send(ctypes.string_at(slabs[number].address + offset, 1)[0])
-            case ("free", int(number)):
-                transport.free_slab(slabs[number])
+            case ("free",):
+                transport.close()
                 pipe.send(None)
             case _:
                 break

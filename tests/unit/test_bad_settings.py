@@ -42,12 +42,12 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
         pytest.param(2, {"weight_view": "split"}, ['"split"', "GPUs", "contiguous or inplace"], id="split-on-cpu"),
         pytest.param(2, {"transport": "cupy_ipc"}, ['"cupy_ipc"', "GPUs", "auto or shm"], id="gpu-transport-on-cpu"),
         pytest.param(2, {"transport": "cuda_pinned"}, ['"cuda_pinned"', "GPUs", "auto or shm"], id="pinned-on-cpu"),
-        pytest.param(2, {"in_flight": 2}, ["in_flight is 2", "GPUs", "leave it out"], id="in-flight-on-cpu"),
+        pytest.param(2, {"in_flight": 2}, ["in_flight is 2", "gone", "leave it out"], id="in-flight"),
         pytest.param(2, {"ranks_per_device": 2}, ["is 2", "GPUs", "leave it out"], id="ranks-per-device-on-cpu"),
         pytest.param(2, {"direct_tokens": 8}, ["is 8", "GPUs", "inplace", "leave it out"], id="direct-tokens-on-cpu"),
         pytest.param(2, {"direct_tokens": "8"}, ["'8'", "'auto'", "whole number"], id="direct-tokens-as-text"),
         pytest.param(2, {"require_win": True}, ["cannot tell", "'a CPU'", "leave require_win out"], id="win-on-cpu"),
-        pytest.param(2, {"rendezvous": "h:1/g"}, ["h:1", "started apart", "leave it out"], id="ranks-started-apart"),
+        pytest.param(2, {"rendezvous": "h:1/g"}, ["h:1", "gone", "leave it out"], id="rendezvous"),
     ],
 )
 def test_settings(tiny_moe: Path, ranks: int, settings: object, words: list[str]) -> None:

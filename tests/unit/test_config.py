@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_dwdp.config import DwdpConfig, Rendezvous
+from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpError
 
 
@@ -27,7 +27,6 @@ def test_missing_and_empty_give_the_defaults() -> None:
             "experts_per_rank": st.none() | st.sampled_from(["auto", "partition"]) | st.integers(1, 512),
             "num_slots": st.integers(2, 8),
             "slice_bytes": st.none() | st.integers(16, 1 << 20).map(lambda n: n * 256),
-            "in_flight": st.integers(1, 8),
             "transport": st.sampled_from(["auto", "cupy_ipc", "cuda_pinned", "shm"]),
             "weight_view": st.sampled_from(["auto", "split", "contiguous", "inplace"]),
             "launcher": st.sampled_from(["auto", "ray", "mp", "uni"]),
@@ -36,7 +35,6 @@ def test_missing_and_empty_give_the_defaults() -> None:
             "trace": st.booleans(),
             "require_win": st.booleans(),
             "direct_tokens": st.just("auto") | st.integers(0, 4096),
-            "rendezvous": st.none() | st.just("10.0.0.1:29500/group-7"),
         },
     )
 )
@@ -71,8 +69,8 @@ def test_round_trip_through_json(raw: dict[str, Any]) -> None:
         ({"ranks_per_device": 0}, ["ranks_per_device is 0", ">= 1"]),
         ({"slice_bytes": 2048}, ["slice_bytes is 2048", ">= 4096"]),
         ({"slice_bytes": 5000}, ["slice_bytes is 5000", "multiple of 256", "4864"]),
-        ({"in_flight": 0}, ["in_flight is 0", ">= 1"]),
-        ({"in_flight": 9}, ["in_flight is 9", "<= 8"]),
+        ({"in_flight": 4}, ["dwdp.in_flight is 4", "a setting that is gone", "leave it out"]),
+        ({"in_flight": 1}, ["dwdp.in_flight is 1", "a setting that is gone", "leave it out"]),
         ({"transport": "nvlink"}, ["'nvlink'", "auto, cupy_ipc, cuda_pinned, shm"]),
         ({"transport": ["shm"]}, ["['shm']", "one of"]),
         ({"weight_view": "continuous"}, ["did you mean 'contiguous'"]),
@@ -89,11 +87,8 @@ def test_round_trip_through_json(raw: dict[str, Any]) -> None:
         ({"direct_tokens": True}, ["direct_tokens is True", "bool", "whole number >= 0"]),
         ({"direct_tokens": 1.5}, ["direct_tokens is 1.5", "float", "whole number >= 0"]),
         ({"direct_tokens": None}, ["direct_tokens is None", "whole number >= 0"]),
-        ({"rendezvous": "host/group"}, ["'host/group'", "host:port/group-id"]),
-        ({"rendezvous": "host:99999/g"}, ["99999", "1..65535"]),
-        ({"rendezvous": {"host": "h", "port": 1}}, ["group_id"]),
-        ({"rendezvous": {"host": "", "port": 1, "group_id": "g"}}, ["host ''"]),
-        ({"rendezvous": {"host": "h", "port": True, "group_id": "g"}}, ["port True"]),
+        ({"rendezvous": "host:1/g"}, ["dwdp.rendezvous is 'host:1/g'", "a setting that is gone", "leave it out"]),
+        ({"rendezvous": None}, ["dwdp.rendezvous is None", "a setting that is gone", "leave it out"]),
     ],
 )
 def test_refusals_are_one_line_with_value_range_and_remedy(raw: object, words: list[str]) -> None:
@@ -108,13 +103,6 @@ def test_refusals_are_one_line_with_value_range_and_remedy(raw: object, words: l
 def test_construction_checks_as_well() -> None:
     with pytest.raises(DwdpError, match="num_slots is 1"):
         DwdpConfig(num_slots=1)
-
-
-def test_rendezvous_forms() -> None:
-    expected = Rendezvous("10.0.0.1", 29500, "g")
-    assert DwdpConfig.parse({"rendezvous": "10.0.0.1:29500/g"}).rendezvous == expected
-    assert DwdpConfig.parse({"rendezvous": {"host": "10.0.0.1", "port": 29500, "group_id": "g"}}).rendezvous == expected
-    assert Rendezvous.parse("[::1]:5/g") == Rendezvous("::1", 5, "g")
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,6 @@ def test_readers_see_what_is_written(transport: ShmTransport) -> None:
     assert seen == page.snapshot()
     assert (seen.rank, seen.view, seen.experts_held, seen.slab_bytes) == (3, "inplace", 32, 1 << 40)
     assert (seen.forwards, seen.exposed_wait_ns, seen.on_demand) == (1, 5_000_000_000, 0)
-    assert seen.heartbeat_ns > 0
-    page.beat()
-    assert reader.snapshot().heartbeat_ns > seen.heartbeat_ns
     assert seen.to_dict() == dataclasses.asdict(seen)
     page.close()
     page.close()

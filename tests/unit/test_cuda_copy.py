@@ -9,7 +9,6 @@ from tests.unit.cuda_bench import SIZE, Bench, open_bench
 from tests.unit.cuda_rank import LIMIT_S
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
 from vllm_dwdp.transport.base import Event, Program
-from vllm_dwdp.transport.cuda_copy import CopyOptions
 from vllm_dwdp.transport.cuda_device import CudaError
 from vllm_dwdp.transport.cuda_events import NOISE_S
 from vllm_dwdp.transport.shm_copy import ShmEvent
@@ -21,11 +20,10 @@ def bench(quick_collections: None) -> Iterator[Bench]:
         yield made
 
 
-@pytest.mark.parametrize("in_flight", [1, 2, 8])
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("slices", [1, 4, 64])
-def test_copies_arrive(in_flight: int, graphs: bool, slices: int) -> None:
-    bench = Bench(in_flight=in_flight, graphs=graphs)
+def test_copies_arrive(graphs: bool, slices: int) -> None:
+    bench = Bench(graphs=graphs)
     program = bench.program(slices)
     assert (program.pulled_bytes, program.local_bytes, program.copies) == (
         SIZE - SIZE // slices,
@@ -43,12 +41,11 @@ def test_copies_arrive(in_flight: int, graphs: bool, slices: int) -> None:
     bench.engine.close(LIMIT_S)
 
 
-def test_slices_run_on_as_many_branches_as_may_be_in_flight() -> None:
-    bench = Bench(in_flight=3)
+def test_slices_run_one_after_the_other(bench: Bench) -> None:
     graph = bench.program(9).graph
     assert graph is not None
     nodes = bench.device.graphs[graph]
-    assert sum(not node.after for node in nodes) == 3
+    assert sum(not node.after for node in nodes) == 1
     assert all(len(node.after) <= 1 for node in nodes)
 
 
@@ -58,32 +55,40 @@ def test_a_program_without_copies_is_an_event(bench: Bench) -> None:
     bench.engine.finish(bench.engine.submit(program, bench.engine.record()), LIMIT_S)
 
 
-def test_wait_does_not_block_and_tells_earlier_waits_once(bench: Bench) -> None:
+def test_wait_does_not_block_and_what_was_exposed_is_told_once(bench: Bench) -> None:
     engine, device, machine = bench.engine, bench.device, bench.machine
     program, told = bench.program(), []
     for delay in (0.25, 0.5):
         machine.frozen = True
-        device.delay(engine._streams[0], delay)
-        told.append(engine.wait(engine.submit(program, engine.record()), LIMIT_S))
+        device.delay(engine.stream, delay)
+        engine.wait(engine.submit(program, engine.record()), LIMIT_S)
+        told.append(engine.take_exposed())
         machine.frozen = False
         machine.drain()
-    assert told == [0.0, pytest.approx(0.25, abs=1e-4)]
-    done = engine.record()
-    machine.drain()
-    assert engine.wait(done, LIMIT_S) == pytest.approx(0.5, abs=1e-4)
-    assert engine.wait(done, LIMIT_S) == 0.0
+    assert told == [(0, 0.0), (1, pytest.approx(0.25, abs=1e-4))]
+    assert engine.take_exposed() == (1, pytest.approx(0.5, abs=1e-4))
+    assert engine.take_exposed() == (0, 0.0)
+
+
+def test_waits_nobody_asked_about_are_told_together(bench: Bench) -> None:
+    engine, device, machine = bench.engine, bench.device, bench.machine
+    for delay in (0.25, 0.5):
+        machine.frozen = True
+        device.delay(engine.stream, delay)
+        engine.wait(engine.submit(bench.program(), engine.record()), LIMIT_S)
+        machine.frozen = False
+        machine.drain()
+    assert engine.take_exposed() == (2, pytest.approx(0.75, abs=1e-4))
 
 
 def test_noise_counts_as_no_wait(bench: Bench) -> None:
     for delay, expected in ((NOISE_S / 2, 0.0), (NOISE_S * 2, NOISE_S * 2)):
         bench.machine.frozen = True
-        bench.device.delay(bench.engine._streams[0], delay)
+        bench.device.delay(bench.engine.stream, delay)
         bench.engine.wait(bench.engine.submit(bench.engine.bind([]), bench.engine.record()), LIMIT_S)
         bench.machine.frozen = False
         bench.machine.drain()
-        done = bench.engine.record()
-        bench.machine.drain()
-        assert bench.engine.wait(done, LIMIT_S) == pytest.approx(expected)
+        assert bench.engine.take_exposed() == (expected > 0, pytest.approx(expected))
 
 
 def test_a_hidden_copy_exposes_nothing(bench: Bench) -> None:
@@ -92,9 +97,10 @@ def test_a_hidden_copy_exposes_nothing(bench: Bench) -> None:
         bench.machine.frozen = True
         event = bench.engine.submit(program, bench.engine.record())
         bench.device.kernel([lambda: None], seconds=1.0)  # compute that hides the copy
-        assert bench.engine.wait(event, LIMIT_S) == 0.0
+        bench.engine.wait(event, LIMIT_S)
         bench.machine.frozen = False
         bench.machine.drain()
+        assert bench.engine.take_exposed() == (0, 0.0)
 
 
 def test_events_are_pooled(bench: Bench) -> None:
@@ -180,9 +186,6 @@ def test_what_is_not_of_this_engine_is_refused(bench: Bench) -> None:
         bench.engine.wait(ShmEvent(), 1.0)
     with pytest.raises(DwdpError, match="Program reached the CUDA copy engine"):
         bench.engine.submit(Program(0, 0, 0))
-    for number in (0, 9):
-        with pytest.raises(DwdpError, match=rf"{number} copies in flight: it must be in 1..8"):
-            CopyOptions(in_flight=number)
 
 
 @pytest.mark.parametrize("call", ["launch", "record", "wait_event", "query"])

@@ -41,15 +41,14 @@ def play(machine: Machine, ranks: list[Rank], forwards: int) -> None:
     st.integers(2, 4),
     st.integers(2, 3),
     st.integers(1, 2),
-    st.integers(1, 8),
     st.booleans(),
 )
 def test_every_byte_is_right(
-    seed: int, layers: int, slots: int, num_ranks: int, num_devices: int, in_flight: int, graphs: bool
+    seed: int, layers: int, slots: int, num_ranks: int, num_devices: int, graphs: bool
 ) -> None:
     machine = Machine(seed, num_devices)
     ring = Ring(layers, slots)
-    ranks = start_ranks(machine, num_ranks, 5, ring, CopyOptions(in_flight, graphs))
+    ranks = start_ranks(machine, num_ranks, 5, ring, CopyOptions(graphs))
     play(machine, ranks, 4)
     for rank in ranks:
         assert rank.compared and rank.wrong == 0
@@ -59,18 +58,15 @@ def test_every_byte_is_right(
     assert machine.freed_while_mapped == 0 and machine.used == [0] * num_devices
 
 
-@pytest.mark.parametrize("broken", ["submit", "acquire", "fork", "join"])
+@pytest.mark.parametrize("broken", ["submit", "acquire"])
 def test_the_harness_catches_a_missing_wait(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(1)
-    ranks = start_ranks(machine, 2, 5, Ring(5, 2), CopyOptions(4, graphs=False))
+    ranks = start_ranks(machine, 2, 5, Ring(5, 2), CopyOptions(graphs=False))
     for rank in ranks:
-        device, engine, original = rank.device, rank.engine, rank.device.wait_event
+        device, original = rank.device, rank.device.wait_event
 
-        def wait_event(stream, event, device=device, engine=engine, original=original):  # type: ignore[no-untyped-def]
-            first = engine._streams[0]
-            kind = "acquire" if stream == device.current else "fork" if stream != first else "submit"
-            kind = "join" if event in engine._joins else kind
-            if kind != broken:
+        def wait_event(stream, event, device=device, original=original):  # type: ignore[no-untyped-def]
+            if broken != ("acquire" if stream == device.current else "submit"):
                 original(stream, event)
 
         monkeypatch.setattr(device, "wait_event", wait_event)
@@ -80,7 +76,7 @@ def test_the_harness_catches_a_missing_wait(broken: str, monkeypatch: pytest.Mon
 
 def test_a_step_makes_no_event_and_no_copy_call() -> None:
     machine = Machine(2)
-    ranks = start_ranks(machine, 2, 6, Ring(6, 2), CopyOptions(2))
+    ranks = start_ranks(machine, 2, 6, Ring(6, 2), CopyOptions())
     machine.frozen = True  # the host runs ahead of the device by whole forwards, which takes the most events
     for rank in ranks:
         rank.prefetcher.start()

@@ -19,7 +19,6 @@ from vllm_dwdp.transport.cuda_memory import BLOCK
 from vllm_dwdp.transport.cuda_pinned import PinnedTransport
 from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
 from vllm_dwdp.transport.devices import device_of_rank, devices_needed
-from vllm_dwdp.transport.handles_json import handle_from_json, handle_to_json
 from vllm_dwdp.transport.process import ProcessId, is_gone, this_process
 from vllm_dwdp.transport.shm import ShmTransport
 
@@ -53,7 +52,7 @@ def pair(quick_collections: None) -> Iterator[Pair]:
 
 
 def with_payload(handle: Handle, **changes: object) -> Handle:
-    return replace(handle, payload=json.dumps({**json.loads(handle.payload), **changes}).encode())
+    return replace(handle, payload=handle.payload | changes)
 
 
 def one_line(transport: CupyIpcTransport, handle: Handle, kind: type[DwdpError] = DwdpError) -> str:
@@ -67,7 +66,7 @@ def one_line(transport: CupyIpcTransport, handle: Handle, kind: type[DwdpError] 
 def test_a_slab_is_zeroed_and_seen_by_the_peer(pair: Pair) -> None:
     slab = pair.owner.allocate_slab(SIZE)
     assert slab.nbytes == SIZE and slab.address % 256 == 0 and not slab.tensor().any()
-    handle = handle_from_json(json.loads(json.dumps(handle_to_json(pair.owner.export_handle(slab)))))
+    handle = Handle.from_dict(json.loads(json.dumps(pair.owner.export_handle(slab).to_dict())))
     assert (handle.transport, handle.device, handle.nbytes) == ("cupy_ipc", "cuda:GPU-0000-uuid", SIZE)
     slab.tensor()[7] = 9
     peer = pair.reader.map_peer(handle)
@@ -79,8 +78,8 @@ def test_a_slab_is_zeroed_and_seen_by_the_peer(pair: Pair) -> None:
     assert not pair.theirs.mapped
     with pytest.raises(DwdpError, match="let go of"):
         peer.tensor()
-    pair.owner.free_slab(slab)
-    pair.owner.free_slab(slab)
+    pair.owner.close()
+    pair.owner.close()
     assert not pair.mine.blocks
     with pytest.raises(DwdpError, match="only a live slab"):
         pair.owner.export_handle(slab)
@@ -271,11 +270,11 @@ def test_pinned_slabs_reach_the_device(pair: Pair) -> None:
     engine.close(LIMIT_S)
     reader.unmap_peer(peer)
     assert not pair.theirs.pinned
-    owner.free_slab(slab)
+    owner.close()
     with pytest.raises(DwdpError, match="only a live slab"):
         owner.export_handle(slab)
     with pytest.raises(DwdpError, match="transport 'shm' reached cuda_pinned"):
-        reader.map_peer(Handle("shm", "", "cpu", 1, b""))
+        reader.map_peer(Handle("shm", "", "cpu", 1, {}))
     pair.mine.fail["host_register"] = "cudaErrorMemoryAllocation"
     with pytest.raises(DwdpError, match=r"pinning 5000 bytes failed \(cudaErrorMemoryAllocation\): raise ulimit -l"):
         owner.allocate_slab(SIZE)
@@ -315,8 +314,8 @@ def test_cupy_is_imported_only_when_a_device_is_opened() -> None:
         "import sys, vllm_dwdp.transport.cupy_ipc, vllm_dwdp.transport.cuda_pinned, vllm_dwdp.prefetch.prefetcher\n"
         "assert not {'cupy', 'torch', 'vllm'} & set(sys.modules), sorted(sys.modules)\n"
         "sys.modules['cupy'] = None\n"
-        "from vllm_dwdp.transport.cuda_device import open_device\n"
-        "open_device(0)"
+        "from vllm_dwdp.transport.cuda_cupy import CupyDevice\n"
+        "CupyDevice(0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S)
     assert "DwdpError: CuPy cannot be imported" in done.stderr and "cuda13" in done.stderr

@@ -128,7 +128,6 @@ def test_forwards_are_counted_by_the_way_they_go(most: int | None) -> None:
         else:
             assert page.fields.direct_bytes == before
         assert (page.fields.forwards, page.fields.direct_forwards) == (number, expected)
-        assert page.fields.heartbeat_ns > 0
     page.close()
 
 

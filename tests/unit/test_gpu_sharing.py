@@ -11,8 +11,8 @@ from tests.unit.gpu_sharing import EXPERTS, LAYERS, MANY, SHAPES, share_on_gpus,
 from vllm_dwdp.errors import DwdpTimeout
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.transport.cuda_copy import CudaCopyEngine
-from vllm_dwdp.transport.cuda_pinned import MirroredTransport
 from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
+from vllm_dwdp.transport.mirrored import MirroredTransport
 
 
 @pytest.fixture(autouse=True)

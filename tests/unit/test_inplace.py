@@ -32,7 +32,7 @@ def test_pages_of_several_slabs_make_one_range(transport: ShmTransport) -> None:
         other.ask("set", 1, PAGE + 9, 2)
         for memory in (first, second):
             transport.unmap_peer(memory)
-        transport.free_slab(own)
+        own.close()
         other.process.kill()
         other.process.join(LIMIT_S)
         expected = torch.cat(

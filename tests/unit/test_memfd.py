@@ -21,7 +21,7 @@ F_SEAL_FUTURE_WRITE = 0x10
 
 
 def changed(handle: Handle, **payload: object) -> Handle:
-    return dataclasses.replace(handle, payload=json.dumps(json.loads(handle.payload) | payload).encode())
+    return dataclasses.replace(handle, payload=handle.payload | payload)
 
 
 def offer(nbytes: int, *seals: int) -> tuple[int, Handle]:
@@ -31,7 +31,7 @@ def offer(nbytes: int, *seals: int) -> tuple[int, Handle]:
     for seal in seals:
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seal)
     payload = {"pid": os.getpid(), "fd": fd, "inode": os.fstat(fd).st_ino, "token": "dwdp-offer"}
-    return fd, Handle("shm", "|".join(this_host()), "cpu", nbytes, json.dumps(payload).encode())
+    return fd, Handle("shm", "|".join(this_host()), "cpu", nbytes, payload)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ print(json.dumps({"pid": os.getpid(), "fd": fd, "inode": os.fstat(fd).st_ino}), 
 sys.stdin.read()
 """
     handle = transport.export_handle(transport.allocate_slab(PAGE))
-    token = json.loads(handle.payload)["token"]
+    token = handle.payload["token"]
     command = [sys.executable, "-c", code, token, str(PAGE)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tests.unit.fake_engine import LAYER_BYTES, World
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
 from vllm_dwdp.prefetch.counters import CounterPage
-from vllm_dwdp.prefetch.prefetcher import Prefetcher, TraceEvent
+from vllm_dwdp.prefetch.prefetcher import Prefetcher
 from vllm_dwdp.prefetch.ring import Ring
+from vllm_dwdp.prefetch.trace import TracedPrefetcher, TraceEvent
 from vllm_dwdp.transport.base import Event
 
 COMBINATIONS = list(itertools.product(range(1, 10), range(2, 6)))  # layers, slots
@@ -32,7 +33,11 @@ Make = Callable[[World, Ring], Subject]
 
 def make(world: World, ring: Ring, trace: list[TraceEvent] | None = None) -> Prefetcher:
     programs = [world.program(layer, ring.slot_of(layer)) for layer in range(ring.num_layers)]
-    return Prefetcher(ring, world.engine, programs, CounterPage.create(), 1.0, trace, clock=lambda: world.engine.clock)
+    if trace is None:
+        return Prefetcher(ring, world.engine, programs, CounterPage.create(), 1.0)
+    return TracedPrefetcher(
+        ring, world.engine, programs, CounterPage.create(), 1.0, trace=trace, clock=lambda: world.engine.clock
+    )
 
 
 class NaivePrefetcher:
@@ -147,7 +152,7 @@ def test_the_harness_catches_copies_that_do_not_wait_for_the_release() -> None:
 def test_the_harness_catches_compute_that_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     ring = Ring(6, 2)
     world = World(6, 2, 0)
-    monkeypatch.setattr(world.engine, "wait", lambda event, timeout_s: 0.0)
+    monkeypatch.setattr(world.engine, "wait", lambda event, timeout_s: None)
     play(world, ring, make(world, ring), in_order, 100)
     assert world.wrong > 0
 

@@ -16,7 +16,6 @@ from vllm_dwdp.group.launch import DwdpLaunch
 from vllm_dwdp.group.launch_folder import make_folder
 from vllm_dwdp.group.rendezvous import Rendezvous
 from vllm_dwdp.prefetch.counters import CounterPage, Counters
-from vllm_dwdp.transport.handles_json import handle_to_json
 
 RANKS = 2
 LIMIT_S = 20.0
@@ -34,7 +33,7 @@ class Group:
     def come_up(self, rank: int) -> CounterPage:
         """Publish the page of `rank`."""
         page = self.pages[rank] = CounterPage.create(rank)
-        Rendezvous(self.launch.folder, rank, LIMIT_S).put("counters", handle_to_json(page.handle()))
+        Rendezvous(self.launch.folder, rank, LIMIT_S).put("counters", page.handle().to_dict())
         return page
 
 

@@ -203,7 +203,6 @@ def test_counters_say_what_was_done(group: Group) -> None:
         direct = 2 if group.view == "inplace" else 0
         assert after["direct_forwards"] - before["direct_forwards"] == direct
         assert (after["direct_bytes"] > before["direct_bytes"]) is bool(direct)
-        assert after["heartbeat_ns"] > before["heartbeat_ns"]
         held = sharing.experts_held
         row = sum(tensor.row_bytes for tensor in sharing.layers[0].fetched)
         assert sharing.slab_bytes == sum(layer.slab.nbytes for layer in sharing.layers) >= LAYERS * held * row

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import msgpack
 import pytest
 import torch
 
@@ -24,7 +23,7 @@ from vllm_dwdp.transport.shm import ShmTransport
 
 
 def changed(handle: Handle, **payload: object) -> Handle:
-    return dataclasses.replace(handle, payload=json.dumps(json.loads(handle.payload) | payload).encode())
+    return dataclasses.replace(handle, payload=handle.payload | payload)
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
@@ -46,7 +45,7 @@ def test_no_rank_can_write_a_peers_weights(transport: ShmTransport) -> None:
         code = "peer = ShmTransport().map_peer(handles[0])\nprint('before', flush=True)\n"
         assert dies_of_a_fault(code + "ctypes.memset(peer.address, 1, 1)\nprint('after')", other.handles[0])
         # Nor can a process that goes around the transport.
-        payload = json.loads(other.handles[0].payload)
+        payload = other.handles[0].payload
         fd = os.open(f"/proc/{payload['pid']}/fd/{payload['fd']}", os.O_RDWR)
         try:
             with pytest.raises(PermissionError):
@@ -73,7 +72,7 @@ def test_a_mapping_outlives_its_owner(transport: ShmTransport) -> None:
 def test_a_freed_slab_stays_with_those_who_mapped_it(transport: ShmTransport) -> None:
     with owner((PAGE, 7)) as other:
         peer = transport.map_peer(other.handles[0])
-        other.ask("free", 0)
+        other.ask("free")
         with pytest.raises(PeerLost):
             transport.map_peer(other.handles[0])
         assert bool((peer.tensor() == 7).all())
@@ -118,8 +117,21 @@ def test_other_hosts_namespaces_and_users_are_told_apart(
 def test_handles_travel(transport: ShmTransport) -> None:
     handle = transport.export_handle(transport.allocate_slab(100))
     assert pickle.loads(pickle.dumps(handle)) == handle
-    assert Handle.from_dict(msgpack.unpackb(msgpack.packb(handle.to_dict()))) == handle
+    assert Handle.from_dict(json.loads(json.dumps(handle.to_dict()))) == handle
     assert handle.nbytes == 100 and handle.device == "cpu" and handle.transport == "shm"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"nbytes": "100"}, {"nbytes": True}, {"payload": "00"}, {"host": None}, {"transport": ["shm"]}, {"more": 1}],
+)
+def test_what_is_no_handle_is_refused(transport: ShmTransport, change: dict[str, object]) -> None:
+    raw = transport.export_handle(transport.allocate_slab(100)).to_dict()
+    del raw["device"]
+    for wrong in ({**raw, "device": "cpu", **change}, raw, [raw], "two\nlines"):
+        with pytest.raises(DwdpError, match=r"a peer's handle cannot be read \(.*\): run one vllm-dwdp") as caught:
+            Handle.from_dict(wrong)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
 
 
 def test_a_view_keeps_its_memory(transport: ShmTransport) -> None:
@@ -127,8 +139,8 @@ def test_a_view_keeps_its_memory(transport: ShmTransport) -> None:
     slab = transport.allocate_slab(PAGE)
     view = slab.tensor().view(torch.bfloat16)[8:].view(4, -1)
     view.fill_(2.0)
-    transport.free_slab(slab)
-    transport.free_slab(slab)
+    transport.close()
+    transport.close()
     del slab
     gc.collect()
     assert slab_maps() == before + 1 and float(view.sum()) == 2.0 * view.numel()

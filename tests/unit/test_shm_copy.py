@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -44,7 +45,10 @@ def test_copies_arrive(
     assert (program.batch is None) == (count <= FEW_COPIES or odd % 16 != 0)
     event = engine.submit(program)
     engine.wait(event, LIMIT_S)
-    assert engine.ready(event) and engine.wait(event, LIMIT_S) == 0.0
+    assert engine.ready(event)
+    engine.take_exposed()
+    engine.wait(event, LIMIT_S)
+    assert engine.take_exposed() == (0, 0.0)
     span = event.span()
     assert span is not None and span.end_ns > span.begin_ns
     rows = slot.tensor().view(count, 2, size)
@@ -83,8 +87,20 @@ def test_a_copy_waits_for_the_release_of_its_slot(
     with engine._ended:
         release.done = True
         engine._ended.notify_all()
-    assert engine.wait(event, LIMIT_S) >= 0.0
+    engine.wait(event, LIMIT_S)
     assert slot.tensor()[0] == 5
+
+
+def test_what_was_exposed_is_told_once(transport: ShmTransport, start_engine: Callable[..., ShmCopyEngine]) -> None:
+    engine = start_engine(before_copy=lambda copy: time.sleep(0.05))
+    slot = transport.allocate_slot(PAGE).address
+    program = engine.bind([Copy(slot, slot + 100, 1)])
+    for _ in range(2):
+        engine.wait(engine.submit(program), LIMIT_S)
+    engine.finish(engine.submit(program), LIMIT_S)  # set-up
+    waits, seconds = engine.take_exposed()
+    assert waits == 2 and 0.05 < seconds < LIMIT_S
+    assert engine.take_exposed() == (0, 0.0)
 
 
 def test_errors_of_the_thread_reach_wait_and_the_thread_goes_on(

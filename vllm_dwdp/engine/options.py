@@ -163,11 +163,6 @@ def check_settings(config: DwdpConfig, on_cpu: bool) -> None:
     """Refuse settings of dwdp that this release, or this platform, does not have; raises DwdpError."""
     for message in _on_cpu(config) if on_cpu else _on_gpu(config):
         raise DwdpError(message)
-    if config.rendezvous is not None:
-        raise DwdpError(
-            f"dwdp.rendezvous is {config.rendezvous.host}:{config.rendezvous.port}, for ranks that are started apart, "
-            "which this release cannot join: leave it out and start them all with --data-parallel-size"
-        )
 
 
 def _on_cpu(config: DwdpConfig) -> Iterator[str]:
@@ -177,8 +172,6 @@ def _on_cpu(config: DwdpConfig) -> Iterator[str]:
         yield 'dwdp.weight_view is "split", which is for GPUs: use auto, contiguous or inplace on CPU'
     if config.ranks_per_device > 1:
         yield f"dwdp.ranks_per_device is {config.ranks_per_device}, which is for GPUs: leave it out on CPU"
-    if config.in_flight > 1:
-        yield f"dwdp.in_flight is {config.in_flight}, which is for GPUs: on CPU one thread copies, leave it out"
     if config.direct_tokens not in ("auto", 0):
         yield (
             f"dwdp.direct_tokens is {config.direct_tokens}, which is for GPUs: on CPU weight_view inplace reads every "

@@ -17,7 +17,7 @@ from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.group.launch import DwdpLaunch
 from vllm_dwdp.group.rendezvous import Rendezvous
 from vllm_dwdp.prefetch.counters import CounterPage, CounterReader, Counters
-from vllm_dwdp.transport.handles_json import handle_from_json
+from vllm_dwdp.transport.base import Handle
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -60,7 +60,7 @@ class RankPages(threading.Thread):
             if rank not in self._readers and (raw := rendezvous.peek(rank, "counters")) is not None:
                 # A rank may end between publishing its page and our opening it.
                 with contextlib.suppress(DwdpError):
-                    self._readers[rank] = CounterPage.open(handle_from_json(raw))
+                    self._readers[rank] = CounterPage.open(Handle.from_dict(raw))
 
     def _publish(self) -> None:
         for rank, reader in self._readers.items():

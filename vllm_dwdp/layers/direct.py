@@ -79,7 +79,6 @@ class ForwardCounts:
             page.direct_bytes += int(
                 sum(expected_hits(experts, top_k, tokens, of=nbytes) for experts, top_k, nbytes in self._missing_bytes)
             )
-        self._counters.beat()
 
 
 def memory_rate(device: torch.device) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from vllm_dwdp.errors import DwdpError
@@ -25,10 +25,10 @@ from vllm_dwdp.layers.views import (
 )
 from vllm_dwdp.layers.window import Window, copy_rate, estimate, product_rate
 from vllm_dwdp.prefetch.counters import CounterPage
-from vllm_dwdp.prefetch.prefetcher import Prefetcher, TraceEvent
+from vllm_dwdp.prefetch.prefetcher import Prefetcher
 from vllm_dwdp.prefetch.ring import Ring
+from vllm_dwdp.prefetch.trace import TracedPrefetcher, TraceEvent
 from vllm_dwdp.transport.base import Memory, Program, Transport
-from vllm_dwdp.transport.handles_json import handle_to_json
 from vllm_dwdp.transport.shm import ShmTransport
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ def make_transport(build: ModelBuild, cores: tuple[int, ...]) -> Transport:
         import torch
 
         from vllm_dwdp.transport.cuda_copy import CopyOptions
-        from vllm_dwdp.transport.cuda_device import open_device
-        from vllm_dwdp.transport.cuda_pinned import MirroredTransport
+        from vllm_dwdp.transport.cuda_cupy import CupyDevice
         from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
+        from vllm_dwdp.transport.mirrored import MirroredTransport
 
-        options = CopyOptions(build.config.in_flight, timeout_s=build.config.timeout_s)
-        device = open_device(torch.cuda.current_device())
+        options = CopyOptions(timeout_s=build.config.timeout_s)
+        device = CupyDevice(torch.cuda.current_device())
         return MirroredTransport(device, options) if name == "cuda_pinned" else CupyIpcTransport(device, options)
     raise DwdpError(
         f"transport {name!r} is not available {'on CPU: use shm' if build.on_cpu else 'on GPUs: use cupy_ipc'}"
@@ -100,7 +100,7 @@ class ExpertSharing:
             self.hits = HitCounts(build.layers, build.rank, device) if build.config.hits else None
             slots = sum(slot.nbytes for slot in self.slots)
             self.counters.describe(self.view, self.experts_held, self.slab_bytes, slots)
-            rendezvous.put("counters", handle_to_json(self.counters.handle()))
+            rendezvous.put("counters", self.counters.handle().to_dict())
             # In-place ranges open the owners' files once more: no owner may leave before all are mapped.
             rendezvous.gather("mapped", True, group)
         except BaseException:
@@ -176,8 +176,8 @@ class ExpertSharing:
 
     def _attach_ring(self) -> None:
         config, ring, programs = self.build.config, self.ring, self.programs
-        trace = self.trace if config.trace else None
-        self.prefetcher = Prefetcher(ring, self.engine, programs, self.counters, config.timeout_s, trace)
+        make = partial(TracedPrefetcher, trace=self.trace) if config.trace else Prefetcher
+        self.prefetcher = make(ring, self.engine, programs, self.counters, config.timeout_s)
         # A layer with a slot of its own is pulled once and stays.
         self.refilled = [program for i, program in enumerate(programs) if ring.next_layer(i) is not None]
         for i, layer in enumerate(self.layers):

@@ -13,8 +13,7 @@ from vllm_dwdp.copy_plan import ALIGNMENT, SlabLayout, TensorSpec
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
 from vllm_dwdp.layers.tied import refuse_tied
-from vllm_dwdp.transport.base import Memory, PeerSlab, Slab, Transport
-from vllm_dwdp.transport.handles_json import handle_from_json, handle_to_json
+from vllm_dwdp.transport.base import Handle, Memory, PeerSlab, Slab, Transport
 
 if TYPE_CHECKING:
     from vllm_dwdp.group.rendezvous import Rendezvous
@@ -147,14 +146,14 @@ def map_peers(
     slabs: list[LayerSlab], build: ModelBuild, transport: Transport, rendezvous: Rendezvous, group: list[int]
 ) -> None:
     """Exchange the handles of all slabs over `group` and map every peer's."""
-    mine = [handle_to_json(transport.export_handle(layer.slab)) for layer in slabs]
+    mine = [transport.export_handle(layer.slab).to_dict() for layer in slabs]
     for peer, handles in enumerate(rendezvous.gather("slabs", mine, group)):
         if peer == build.rank:
             continue
         if len(handles) != len(slabs):
             raise DwdpError(f"rank {group[peer]} has {len(handles)} MoE layers, rank {group[build.rank]} {len(slabs)}")
         for layer, handle in zip(slabs, handles, strict=True):
-            layer.peers[peer] = transport.map_peer(handle_from_json(handle))
+            layer.peers[peer] = transport.map_peer(Handle.from_dict(handle))
 
 
 def replicate_small(layer: LayerSlab, rank: int) -> int:

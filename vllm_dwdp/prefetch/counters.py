@@ -5,7 +5,6 @@ is eight aligned bytes, so that a reader never sees half a number; fields of one
 """
 
 import ctypes
-import time
 from dataclasses import asdict, dataclass, fields
 from typing import Final
 
@@ -15,7 +14,7 @@ from vllm_dwdp.transport.mapping import PAGE, Mapping
 from vllm_dwdp.transport.memfd import MemoryFile, create_file, map_handle
 
 MAGIC: Final = 0x44574450_50414745  # 'DWDPPAGE'
-VERSION: Final = 3
+VERSION: Final = 4
 VIEWS: Final = ("none", "split", "contiguous", "inplace")  # a view's code is its position
 _HEADER: Final = ("magic", "version", "view_code")
 
@@ -39,7 +38,6 @@ class Counters:
     slot_waits: int  # acquires that had to wait for a copy
     exposed_wait_ns: int  # time they waited
     on_demand: int  # acquires of a layer that was not in its slot nor on its way
-    heartbeat_ns: int  # time.monotonic_ns of the last forward's begin, or of the last `beat`
 
     def to_dict(self) -> dict[str, int | str]:
         """By field name."""
@@ -69,7 +67,6 @@ class CounterFields(ctypes.Structure):
     slot_waits: int
     exposed_wait_ns: int
     on_demand: int
-    heartbeat_ns: int
 
     _fields_ = [(name, ctypes.c_int64) for name in (*_HEADER, *NUMBERS)]
 
@@ -101,7 +98,6 @@ class CounterPage(CounterReader):
         self.fields = CounterFields.from_address(file.mapping.address)
         self.fields.mapping = file.mapping  # stores must never meet an unmapped page
         self.fields.magic, self.fields.version, self.fields.rank = MAGIC, VERSION, rank
-        self.beat()
 
     @classmethod
     def create(cls, rank: int = 0) -> "CounterPage":
@@ -131,10 +127,6 @@ class CounterPage(CounterReader):
         page = self.fields
         page.view_code, page.experts_held = VIEWS.index(view), experts_held
         page.slab_bytes, page.slot_bytes = slab_bytes, slot_bytes
-
-    def beat(self) -> None:
-        """Tell readers that this worker is alive."""
-        self.fields.heartbeat_ns = time.monotonic_ns()
 
     def close(self) -> None:
         """Withdraw the handle; readers keep what they have mapped. Idempotent."""

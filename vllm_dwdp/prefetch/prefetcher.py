@@ -13,25 +13,13 @@ experts where they are (layers/direct.py), and `acquire` in a capture raises.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
 
 from vllm_dwdp.copy_plan import CopyPlan, Slice
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
 from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.prefetch.ring import Ring
 from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Program
-
-TraceKind = Literal["acquire", "ready", "release", "submit", "copy_begin", "copy_end"]
-
-
-class TraceEvent(NamedTuple):
-    """time_ns: of time.monotonic_ns. A copy's events are appended once it is known to have ended, so sort by time."""
-
-    time_ns: int
-    kind: TraceKind
-    layer: int
-    slot: int
 
 
 class _Slot:
@@ -65,11 +53,8 @@ class Prefetcher:
         programs: Sequence[Program],
         counters: CounterPage,
         timeout_s: float,
-        trace: list[TraceEvent] | None = None,
-        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        """programs: per layer, each filling the slot `ring` names for it. timeout_s: limit of every wait. trace: events
-        are appended to it, for tests and studies: it grows without bound."""
+        """programs: per layer, each filling the slot `ring` names for it. timeout_s: limit of every wait."""
         if len(programs) != ring.num_layers:
             raise DwdpError(f"{len(programs)} programs for a ring of {ring.num_layers} layers: bind one per layer")
         self._ring = ring
@@ -82,9 +67,6 @@ class Prefetcher:
         self._next = [ring.next_layer(layer) for layer in range(ring.num_layers)]
         self._closed = False
         self._computed: Event | None = None  # the end of all compute, once closed
-        self._trace = trace
-        self._clock = clock
-        self._untraced: list[tuple[Event, int, int]] = []  # copies whose times are not known yet: event, layer, slot
 
     def slot_of(self, layer: int) -> int:
         """The number of the slot that serves `layer`."""
@@ -115,8 +97,6 @@ class Prefetcher:
             return
         self._check_open()
         page = self._page
-        if self._trace is not None:
-            self._note("acquire", layer, slot.number)
         slot.used_by = None
         if slot.holds != layer:
             page.on_demand += 1
@@ -125,8 +105,6 @@ class Prefetcher:
         self._wait(slot)
         page.layers += 1
         slot.used_by = layer
-        if self._trace is not None:
-            self._note("ready", layer, slot.number)
 
     def release(self, layer: int) -> None:
         """Compute has been given all work that reads the experts of `layer`; begins to pull the slot's next layer.
@@ -140,8 +118,6 @@ class Prefetcher:
             )
         self._check_open()
         slot.used_by = None
-        if self._trace is not None:
-            self._note("release", layer, slot.number)
         following = self._next[layer]
         if following is not None:
             self._pull(following, self._engine.record())
@@ -162,8 +138,6 @@ class Prefetcher:
         for slot in self._slots:
             if slot.copied is not None and not self._engine.ready(slot.copied):
                 self._finish(slot.copied, deadline)
-        if self._trace is not None:
-            self._note_copies()
 
     def _end_of_compute(self) -> Event | None:
         """None on a device that failed, where nothing computes. Raises DwdpTimeout where a copy is overdue."""
@@ -183,7 +157,7 @@ class Prefetcher:
         except DwdpError:
             pass
 
-    def _pull(self, layer: int, after: Event | None) -> None:
+    def _pull(self, layer: int, after: Event | None) -> Event:
         slot, program, page = self._of_layer[layer], self._programs[layer], self._page
         slot.holds = None
         slot.copied = self._engine.submit(program, after)
@@ -191,40 +165,21 @@ class Prefetcher:
         page.pulls += 1
         page.pulled_bytes += program.pulled_bytes
         page.local_bytes += program.local_bytes
-        if self._trace is not None:
-            self._untraced.append((slot.copied, layer, slot.number))
-            self._note("submit", layer, slot.number)
+        return slot.copied
 
     def _wait(self, slot: _Slot) -> None:
         assert slot.copied is not None
         try:
-            exposed_s = self._engine.wait(slot.copied, self._timeout_s)
+            self._engine.wait(slot.copied, self._timeout_s)
         except DwdpTimeout:
             raise  # the copy may still end
         except DwdpError:
             slot.holds = None  # what is there is no layer
             raise
-        if exposed_s:
-            self._page.slot_waits += 1
-            self._page.exposed_wait_ns += int(exposed_s * 1e9)
+        waits, seconds = self._engine.take_exposed()
+        self._page.slot_waits += waits
+        self._page.exposed_wait_ns += int(seconds * 1e9)
 
     def _check_open(self) -> None:
         if self._closed:
             raise DwdpError("the prefetcher is closed: no layer can be acquired or released any more")
-
-    def _note(self, kind: TraceKind, layer: int, slot: int) -> None:
-        assert self._trace is not None
-        self._trace.append(TraceEvent(self._clock(), kind, layer, slot))
-        if kind == "ready":
-            self._note_copies()
-
-    def _note_copies(self) -> None:
-        assert self._trace is not None
-        waiting = []
-        for event, layer, slot in self._untraced:
-            if (span := event.span()) is not None:
-                self._trace.append(TraceEvent(span.begin_ns, "copy_begin", layer, slot))
-                self._trace.append(TraceEvent(span.end_ns, "copy_end", layer, slot))
-            elif not self._engine.ready(event):
-                waiting.append((event, layer, slot))
-        self._untraced = waiting

@@ -7,7 +7,8 @@
                                             bind(copies)           -> Program, once per layer at start
                                             submit(program, after) -> Event,   per layer and forward
                                             record() -> Event; wait(event)     on the compute side
-    free_slab, last of all    <-------   unmap_peer
+                                            take_exposed() -> Exposed          whoever counts waits
+    close, last of all        <-------   unmap_peer
 
 Written for CUDA IPC as much as for shared memory: events may stand for points in a stream, and waiting for one may mean
 that a stream waits while the host goes on. Everything here raises DwdpError, in one line.
@@ -18,13 +19,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vllm_dwdp.errors import DwdpError
+
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
 class Handle:
-    """What a peer needs to map a slab; picklable, and msgpack-able through `to_dict`.
+    """What a peer needs to map a slab; picklable, and JSON-able through `to_dict`.
 
     transport: name of the transport, as in the config. host: id of the host, as the transport understands it.
     device: 'cpu' or 'cuda:<uuid>', never an index. nbytes: size of the slab. payload: the transport's own words.
@@ -34,15 +37,25 @@ class Handle:
     host: str
     device: str
     nbytes: int
-    payload: bytes
+    payload: dict[str, Any]
+
+    def check_transport(self, transport: str) -> None:
+        """Raise DwdpError unless this is a handle of `transport`."""
+        if self.transport != transport:
+            raise DwdpError(
+                f"a handle of transport {self.transport!r} reached {transport}: set one dwdp.transport for all ranks"
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain strings, ints and bytes, for msgpack."""
+        """Plain strings, ints and dicts, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Handle":
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`; raises DwdpError for what is no handle."""
+        kinds = {"transport": str, "host": str, "device": str, "nbytes": int, "payload": dict}
+        if not isinstance(raw, dict) or {key: type(value) for key, value in raw.items()} != kinds:
+            raise DwdpError(f"a peer's handle cannot be read ({raw!r:.80}): run one vllm-dwdp on all ranks")
         return cls(**raw)
 
 
@@ -107,6 +120,13 @@ class Span(NamedTuple):
     end_ns: int
 
 
+class Exposed(NamedTuple):
+    """Waits of compute for copies: how many, and their seconds in all."""
+
+    waits: int
+    seconds: float
+
+
 class Event(ABC):
     """A point on the compute side, or the end of a submitted program."""
 
@@ -131,17 +151,19 @@ class CopyEngine(ABC):
         """An event that is complete when all compute issued so far by the calling thread is done."""
 
     @abstractmethod
-    def wait(self, event: Event, timeout_s: float) -> float:
-        """Let compute wait for `event`; returns the seconds it stood still, 0.0 if it was complete.
+    def wait(self, event: Event, timeout_s: float) -> None:
+        """Let compute wait for `event`; where compute is a stream the host goes on.
 
-        Where compute is a stream the host goes on, and what is returned is an earlier wait that has become known since:
-        each one once, in order, so that sums and counts are right.
         Raises DwdpTimeout after `timeout_s`, and DwdpError if the copy failed.
         """
 
+    @abstractmethod
+    def take_exposed(self) -> Exposed:
+        """How often and how long compute stood still in `wait`, since this was asked last and as far as it is known."""
+
+    @abstractmethod
     def finish(self, event: Event, timeout_s: float) -> None:
-        """Return when `event` is complete, the host waiting too; raises as `wait`. For set-up and close, not for steps."""
-        self.wait(event, timeout_s)
+        """Return when `event` is complete, the host waiting too; raises as `wait`. For set-up and close: not counted."""
 
     def capturing(self) -> bool:
         """Whether compute is captured into a CUDA graph, where nothing may be submitted."""
@@ -167,7 +189,7 @@ class Transport(ABC):
 
     @abstractmethod
     def export_handle(self, slab: Slab) -> Handle:
-        """The handle for peers; valid until `free_slab`."""
+        """The handle for peers; valid until `close`."""
 
     @abstractmethod
     def map_peer(self, handle: Handle) -> PeerSlab:
@@ -176,10 +198,6 @@ class Transport(ABC):
     @abstractmethod
     def unmap_peer(self, peer: PeerSlab) -> None:
         """Let go of a mapping; idempotent."""
-
-    @abstractmethod
-    def free_slab(self, slab: Slab) -> None:
-        """Withdraw the handle and let go of the slab; idempotent. Mappings that peers already have are not affected."""
 
     @abstractmethod
     def allocate_slot(self, nbytes: int) -> Slot:
@@ -191,4 +209,4 @@ class Transport(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of all slabs, peers' slabs and slots of this transport; idempotent."""
+        """Withdraw all handles, let go of slabs, peers' slabs and slots; idempotent. What peers have mapped stays theirs."""

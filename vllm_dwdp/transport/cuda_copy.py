@@ -1,23 +1,21 @@
-"""The copy engine of GPUs: copy streams beside the compute stream, one pre-built graph of copy nodes per layer.
+"""The copy engine of GPUs: a copy stream beside the compute stream, one pre-built graph of copy nodes per layer.
 
     copy stream   wait(after) | graph of the layer's slices | record(end)         compute: wait(end)
 
 A graph costs the host 32 microseconds per 1,024 slices within one GPU, and 3 to 50 and 1 to 2 a slice over NVLink; a loop
 over memcpyAsync costs 3 to 16 a slice (measured). Slices keep the plan's borders, for they are the unit in which sources
-are shared fairly; with in_flight > 1 they are dealt out to that many branches, so that slices of several peers run at a
-time.
+are shared fairly, and run one after the other: several at a time gained nothing over NVLink.
 """
 
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-from vllm_dwdp.config import MOST_IN_FLIGHT
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
-from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Program
+from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Exposed, Program
 from vllm_dwdp.transport.cuda_device import CudaDevice
 from vllm_dwdp.transport.cuda_events import CudaEvent, EventPool, ExposedWaits
 
@@ -26,16 +24,11 @@ _POLL_S: Final = 100e-6
 
 @dataclass(frozen=True)
 class CopyOptions:
-    """in_flight: slices that may run at a time, 1 to 8. graphs: False issues every slice on its own, for comparison.
-    timeout_s: a copy that has not ended this long after it was submitted is an error."""
+    """graphs: False issues every slice on its own, for comparison. timeout_s: a copy that has not ended this long after it
+    was submitted is an error."""
 
-    in_flight: int = 1
     graphs: bool = True
     timeout_s: float = 300.0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.in_flight <= MOST_IN_FLIGHT:
-            raise DwdpError(f"{self.in_flight} copies in flight: it must be in 1..{MOST_IN_FLIGHT}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,21 +51,13 @@ class CudaCopyEngine(CopyEngine):
     def __init__(self, device: CudaDevice, options: CopyOptions) -> None:
         self._device = device
         self._options = options
-        with ExitStack() as made:
-            self._streams = [self._stream(made) for _ in range(options.in_flight)]
-            self._fork = self._event(made)
-            self._joins = [self._event(made) for _ in self._streams[1:]]
-            self._made = made.pop_all()
+        #: On which programs run, one after the other; measurements read it.
+        self.stream = device.make_stream()
         self._events = EventPool(device, timing=False)
         self._exposed = ExposedWaits(device)
         self._graphs: list[int] = []
         self._under_way: deque[CudaEvent] = deque()
         self._closed = False
-
-    @property
-    def stream(self) -> int:
-        """The stream on which programs begin and end, for measurements."""
-        return self._streams[0]
 
     def bind(self, pulls: Sequence[Copy], local: Sequence[Copy] = ()) -> CudaProgram:
         """See CopyEngine; not while compute is captured."""
@@ -87,7 +72,7 @@ class CudaCopyEngine(CopyEngine):
         self._check_open()
         if not isinstance(program, CudaProgram):
             raise DwdpError(f"a {type(program).__name__} reached the CUDA copy engine: submit what its bind returned")
-        device, stream = self._device, self._streams[0]
+        device, stream = self._device, self.stream
         self._check_overdue()
         if after is not None:
             device.wait_event(stream, _own(after).raw)
@@ -109,7 +94,7 @@ class CudaCopyEngine(CopyEngine):
         self._device.record(event.raw, self._device.compute_stream())
         return event
 
-    def wait(self, event: Event, timeout_s: float) -> float:
+    def wait(self, event: Event, timeout_s: float) -> None:
         """See CopyEngine. Raises DwdpTimeout where the copy was submitted `timeout_s` ago or more and is not done."""
         self._check_open()
         mine, device = _own(event), self._device
@@ -120,7 +105,10 @@ class CudaCopyEngine(CopyEngine):
                 raise _overdue(timeout_s)
             self._check_overdue()
             self._exposed.bracket(device.compute_stream(), mine.raw)
-        return self._exposed.next_known()
+
+    def take_exposed(self) -> Exposed:
+        """See CopyEngine."""
+        return self._exposed.take()
 
     def ready(self, event: Event) -> bool:
         """See CopyEngine; False in a capture, where nobody may ask."""
@@ -152,48 +140,24 @@ class CudaCopyEngine(CopyEngine):
             self._device.destroy_graph(graph)
         self._exposed.close()
         self._events.close()
-        self._made.close()
-
-    def _stream(self, made: ExitStack) -> int:
-        stream = self._device.make_stream()
-        made.callback(self._device.destroy_stream, stream)
-        return stream
-
-    def _event(self, made: ExitStack) -> int:
-        event = self._device.make_event(timing=False)
-        made.callback(self._device.destroy_event, event)
-        return event
+        self._device.destroy_stream(self.stream)
 
     def _build(self, slices: Sequence[Copy]) -> int:
-        stream = self._streams[0]
-        self._device.begin_capture(stream)
+        self._device.begin_capture(self.stream)
         try:
             self._issue(slices)
         except BaseException:
-            self._abandon(stream)
+            # So that the stream can be used again; the first error is the one to tell.
+            with suppress(DwdpError):
+                self._device.destroy_graph(self._device.end_capture(self.stream))
             raise
-        graph = self._device.end_capture(stream)
+        graph = self._device.end_capture(self.stream)
         self._graphs.append(graph)
         return graph
 
-    def _abandon(self, stream: int) -> None:
-        """End a failed capture, so that the stream can be used again; the first error is the one to tell."""
-        with suppress(DwdpError):
-            self._device.destroy_graph(self._device.end_capture(stream))
-
     def _issue(self, slices: Sequence[Copy]) -> None:
-        """Give the slices to the first stream, or in turn to several that fork from it and join it again."""
-        device, streams = self._device, self._streams[: max(1, len(slices))]
-        first, others = streams[0], streams[1:]
-        if others:
-            device.record(self._fork, first)
-            for stream in others:
-                device.wait_event(stream, self._fork)
-        for i, (dst, src, nbytes) in enumerate(slices):
-            device.copy_async(dst, src, nbytes, streams[i % len(streams)])
-        for stream, join in zip(others, self._joins, strict=False):
-            device.record(join, stream)
-            device.wait_event(first, join)
+        for dst, src, nbytes in slices:
+            self._device.copy_async(dst, src, nbytes, self.stream)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -47,6 +47,7 @@ class CupyDevice(CudaDevice):
     """See CudaDevice."""
 
     def __init__(self, index: int) -> None:
+        """Device `index` of this process, made current for the calling thread. Raises DwdpError without CuPy or a GPU."""
         self._runtime = _import_runtime()
         count = int(self._checked("getDeviceCount")())
         if not 0 <= index < count:

@@ -174,10 +174,3 @@ class CudaDevice(ABC):
     @abstractmethod
     def destroy_graph(self, graph: int) -> None:
         """A launch that is under way still ends."""
-
-
-def open_device(index: int) -> CudaDevice:
-    """Device `index` of this process, made current for the calling thread. Raises DwdpError without CuPy or a GPU."""
-    from vllm_dwdp.transport.cuda_cupy import CupyDevice
-
-    return CupyDevice(index)

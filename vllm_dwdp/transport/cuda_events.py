@@ -4,7 +4,7 @@ from collections import deque
 from typing import Final
 
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.transport.base import Event, Span
+from vllm_dwdp.transport.base import Event, Exposed, Span
 from vllm_dwdp.transport.cuda_device import CudaDevice
 
 # Two events around a wait that is over at once are 1 to 5 microseconds apart: shorter waits count as none.
@@ -72,25 +72,31 @@ class ExposedWaits:
         self._device = device
         self.pool = EventPool(device, timing=True)
         self._pairs: deque[tuple[int, int]] = deque()
+        self._known = Exposed(0, 0.0)
 
     def bracket(self, stream: int, event: int) -> None:
         """Let `stream` wait for `event`, and remember to measure it."""
+        self._read()  # also where nobody asks, so that events go back to the pool
         begin, end = self.pool.take(), self.pool.take()
         self._device.record(begin, stream)
         self._device.wait_event(stream, event)
         self._device.record(end, stream)
         self._pairs.append((begin, end))
 
-    def next_known(self) -> float:
-        """Seconds of the earliest wait not told yet whose end is known, shorter ones than NOISE_S left out; else 0.0."""
+    def take(self) -> Exposed:
+        """The waits not told yet whose end is known, shorter ones than NOISE_S left out."""
+        self._read()
+        taken, self._known = self._known, Exposed(0, 0.0)
+        return taken
+
+    def _read(self) -> None:
         while self._pairs and self._device.query(self._pairs[0][1]):
             begin, end = self._pairs.popleft()
             seconds = self._device.elapsed_s(begin, end)
             self.pool.give(begin)
             self.pool.give(end)
             if seconds >= NOISE_S:
-                return seconds
-        return 0.0
+                self._known = Exposed(self._known.waits + 1, self._known.seconds + seconds)
 
     def close(self) -> None:
         """Forget what is not known yet; idempotent."""

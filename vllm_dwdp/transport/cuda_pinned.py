@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Final
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.transport import memfd
-from vllm_dwdp.transport.base import Handle, PeerSlab, Slab, Transport
+from vllm_dwdp.transport.base import Handle, PeerSlab, Slab
 from vllm_dwdp.transport.cuda_copy import CopyOptions, CudaCopyEngine
 from vllm_dwdp.transport.cuda_device import CudaDevice, CudaError
-from vllm_dwdp.transport.cuda_memory import DeviceSlab, DeviceSlot, allocate
+from vllm_dwdp.transport.cuda_memory import DeviceSlot, allocate
+from vllm_dwdp.transport.live import LiveTransport
 from vllm_dwdp.transport.mapping import MappedMemory, Mapping, round_up
 
 if TYPE_CHECKING:
@@ -61,94 +62,43 @@ class PinnedPeerSlab(MappedMemory, PeerSlab):
     """A peer's memory file, pinned; writable, unlike those of shm."""
 
 
-class PinnedTransport(Transport):
+class PinnedTransport(LiveTransport):
     """See Transport, and this file's head."""
 
     name = TRANSPORT
 
     def __init__(self, device: CudaDevice, options: CopyOptions | None = None) -> None:
+        super().__init__()
         self._device = device
         self._options = options or CopyOptions()
-        self._live: set[MappedMemory] = set()
 
     def allocate_slab(self, nbytes: int) -> PinnedSlab:
         """See Transport."""
         file = memfd.create_file(nbytes, "a pinned slab", shared_writes=True)
         try:
-            slab = PinnedSlab(PinnedRange(self._device, file.mapping), file)
+            return self._keep(PinnedSlab(PinnedRange(self._device, file.mapping), file))
         except BaseException:
             file.close()
             raise
-        self._live.add(slab)
-        return slab
 
     def export_handle(self, slab: Slab) -> Handle:
         """See Transport."""
-        if not isinstance(slab, PinnedSlab) or slab not in self._live:
-            raise DwdpError(f"a handle for {type(slab).__name__}: only a live slab of this transport has one")
-        return slab.handle
+        return self._checked(slab, PinnedSlab).handle
 
     def map_peer(self, handle: Handle) -> PinnedPeerSlab:
         """See Transport; raises as ShmTransport's."""
-        if handle.transport != TRANSPORT:
-            raise DwdpError(
-                f"a handle of transport {handle.transport!r} reached {TRANSPORT}: set one dwdp.transport for all ranks"
-            )
+        handle.check_transport(TRANSPORT)
         as_file = replace(handle, transport=memfd.TRANSPORT)
         mapping = memfd.map_handle(as_file, "a peer's pinned slab", writable=True)
-        peer = PinnedPeerSlab(PinnedRange(self._device, mapping))
-        self._live.add(peer)
-        return peer
-
-    def unmap_peer(self, peer: PeerSlab) -> None:
-        """See Transport."""
-        self._drop(peer)
-
-    def free_slab(self, slab: Slab) -> None:
-        """See Transport."""
-        self._drop(slab)
+        return self._keep(PinnedPeerSlab(PinnedRange(self._device, mapping)))
 
     def allocate_slot(self, nbytes: int) -> DeviceSlot:
         """See Transport."""
-        slot = DeviceSlot(allocate(self._device, nbytes, "a slot"))
-        self._live.add(slot)
-        return slot
+        return self._keep(DeviceSlot(allocate(self._device, nbytes, "a slot")))
 
     def copy_engine(self) -> CudaCopyEngine:
         """See Transport."""
         return CudaCopyEngine(self._device, self._options)
-
-    def close(self) -> None:
-        """See Transport."""
-        for memory in self._live:
-            memory.close()
-        self._live.clear()
-
-    def _drop(self, memory: object) -> None:
-        if isinstance(memory, MappedMemory):
-            self._live.discard(memory)
-            memory.close()
-
-
-class MirroredTransport(PinnedTransport):
-    """The own slab on the device, where kernels read it; peers read its mirror in pinned memory, made with the handle.
-
-    For whole engines that share one GPU: their pulls take the copy engine and overlap with compute, as over NVLink.
-    """
-
-    def allocate_slab(self, nbytes: int) -> DeviceSlab:  # type: ignore[override]
-        """See Transport."""
-        slab = DeviceSlab(allocate(self._device, nbytes, "a slab"))
-        self._live.add(slab)
-        return slab
-
-    def export_handle(self, slab: Slab) -> Handle:
-        """See Transport: once for each slab, and when nothing writes to it any more."""
-        if not isinstance(slab, DeviceSlab) or slab not in self._live:
-            raise DwdpError(f"a handle for {type(slab).__name__}: only a live slab of this transport has one")
-        mirror = super().allocate_slab(slab.nbytes)
-        mirror.tensor().copy_(slab.tensor())
-        return mirror.handle
 
 
 def _unpin(device: CudaDevice, mapping: Mapping) -> None:

@@ -7,25 +7,23 @@ A mapping outlives its owner: readers of a rank that was killed go on with the r
 with opening a handle; enabling it separately would make a context, and take memory, on every peer's device.
 """
 
-import json
-from typing import Final, TypeVar
+from typing import Final
 
 from vllm_dwdp.errors import DwdpError, PeerLost
-from vllm_dwdp.transport.base import Handle, Memory, PeerSlab, Slab, Transport
+from vllm_dwdp.transport.base import Handle, Slab
 from vllm_dwdp.transport.cuda_copy import CopyOptions, CudaCopyEngine
 from vllm_dwdp.transport.cuda_device import CudaDevice, CudaError, DeviceInfo
 from vllm_dwdp.transport.cuda_memory import DevicePeerSlab, DeviceRange, DeviceSlab, DeviceSlot, allocate
 from vllm_dwdp.transport.devices import find_device
-from vllm_dwdp.transport.mapping import MappedMemory
+from vllm_dwdp.transport.live import LiveTransport
 from vllm_dwdp.transport.memfd import this_host
 from vllm_dwdp.transport.process import ProcessId, is_gone, this_process
 
 TRANSPORT: Final = "cupy_ipc"
 _PREFIX: Final = "cuda:"
-_M = TypeVar("_M", bound=MappedMemory)
 
 
-class CupyIpcTransport(Transport):
+class CupyIpcTransport(LiveTransport):
     """The cupy_ipc transport of one rank on one device; see Transport."""
 
     name = TRANSPORT
@@ -34,23 +32,21 @@ class CupyIpcTransport(Transport):
         self, device: CudaDevice, options: CopyOptions | None = None, process: ProcessId | None = None
     ) -> None:
         """options: of the copy engines. process: of the rank; this one unless a test says otherwise."""
+        super().__init__()
         self._device = device
         self._options = options or CopyOptions()
         self._process = process or this_process()
         self._devices = device.devices()
-        self._own: set[MappedMemory] = set()
-        self._peers: set[MappedMemory] = set()
 
     def allocate_slab(self, nbytes: int) -> DeviceSlab:
         """See Transport."""
-        return _keep(DeviceSlab(allocate(self._device, nbytes, "a slab")), self._own)
+        return self._keep(DeviceSlab(allocate(self._device, nbytes, "a slab")))
 
     def export_handle(self, slab: Slab) -> Handle:
         """See Transport. Raises DwdpError where the device or the container does not allow CUDA IPC."""
-        if not isinstance(slab, DeviceSlab) or slab not in self._own:
-            raise DwdpError(f"a handle for {type(slab).__name__}: only a live slab of this transport has one")
+        mine = self._checked(slab, DeviceSlab)
         try:
-            opened_with = self._device.ipc_handle(slab.address)
+            opened_with = self._device.ipc_handle(mine.address)
         except CudaError as error:
             raise DwdpError(
                 f"{self._here()} gives no IPC handle ({error.code}): CUDA IPC needs Linux on bare metal or in a container, "
@@ -63,7 +59,7 @@ class CupyIpcTransport(Transport):
             "ipc": opened_with.hex(),
         }
         device = _PREFIX + self._here().uuid
-        return Handle(TRANSPORT, f"{host.name}|{host.boot_id}", device, slab.nbytes, json.dumps(payload).encode())
+        return Handle(TRANSPORT, f"{host.name}|{host.boot_id}", device, mine.nbytes, payload)
 
     def map_peer(self, handle: Handle) -> DevicePeerSlab:
         """See Transport; raises DwdpError where the handle cannot work here, checked before CUDA is asked."""
@@ -86,40 +82,22 @@ class CupyIpcTransport(Transport):
         except CudaError as error:
             raise self._refused(handle, owner, error) from error
         mapped = DeviceRange(self._device, address, handle.nbytes, self._device.ipc_close)
-        return _keep(DevicePeerSlab(mapped), self._peers)
-
-    def unmap_peer(self, peer: PeerSlab) -> None:
-        """See Transport; unmapped at once unless a tensor of it is alive."""
-        _drop(peer, self._peers)
-
-    def free_slab(self, slab: Slab) -> None:
-        """See Transport."""
-        _drop(slab, self._own)
+        return self._keep(DevicePeerSlab(mapped))
 
     def allocate_slot(self, nbytes: int) -> DeviceSlot:
         """See Transport."""
-        return _keep(DeviceSlot(allocate(self._device, nbytes, "a slot")), self._own)
+        return self._keep(DeviceSlot(allocate(self._device, nbytes, "a slot")))
 
     def copy_engine(self) -> CudaCopyEngine:
         """See Transport."""
         return CudaCopyEngine(self._device, self._options)
-
-    def close(self) -> None:
-        """See Transport; peers' slabs first, so that no owner frees memory that is still mapped here."""
-        for memories in (self._peers, self._own):
-            for memory in memories:
-                memory.close()
-            memories.clear()
 
     def _here(self) -> DeviceInfo:
         return self._devices[self._device.index]
 
     def _read(self, handle: Handle) -> tuple[ProcessId, int, bytes]:
         """The payload of a handle of this host; raises DwdpError for another transport or host."""
-        if handle.transport != TRANSPORT:
-            raise DwdpError(
-                f"a handle of transport {handle.transport!r} reached {TRANSPORT}: set one dwdp.transport for all ranks"
-            )
+        handle.check_transport(TRANSPORT)
         here = this_host()
         name, _, boot_id = handle.host.rpartition("|")
         if boot_id != here.boot_id:
@@ -127,7 +105,7 @@ class CupyIpcTransport(Transport):
                 f"a slab of host {name} (boot {boot_id[:8]}) cannot be mapped on {here.name} (boot {here.boot_id[:8]}): "
                 "CUDA IPC joins ranks of one host only; choose dwdp.group_size so that a group fits on a host"
             )
-        payload = json.loads(handle.payload)
+        payload = handle.payload
         return ProcessId(**payload["process"]), int(payload["driver"]), bytes.fromhex(payload["ipc"])
 
     def _check_access(self, peer: DeviceInfo) -> None:
@@ -150,14 +128,3 @@ class CupyIpcTransport(Transport):
             f"({error.code}): check that the owner still holds them; containers need --ipc=host and --pid=host (or one "
             "container for all ranks), all GPUs in each, and no MIG"
         )
-
-
-def _keep(memory: _M, live: set[MappedMemory]) -> _M:
-    live.add(memory)
-    return memory
-
-
-def _drop(memory: Memory, live: set[MappedMemory]) -> None:
-    if isinstance(memory, MappedMemory):
-        live.discard(memory)
-        memory.close()

@@ -8,7 +8,6 @@ them under it, and nobody but the owner writes them.
 
 import errno
 import fcntl
-import json
 import mmap
 import os
 import secrets
@@ -96,7 +95,7 @@ def create_file(nbytes: int, purpose: str, shared_writes: bool = False) -> Memor
         if not shared_writes:
             _seal_future_writes(fd)
         payload = {"pid": os.getpid(), "fd": fd, "inode": os.fstat(fd).st_ino, "token": token}
-        handle = Handle(TRANSPORT, "|".join(this_host()), "cpu", nbytes, json.dumps(payload).encode())
+        handle = Handle(TRANSPORT, "|".join(this_host()), "cpu", nbytes, payload)
     except BaseException as error:
         if fd >= 0:
             os.close(fd)
@@ -126,7 +125,7 @@ def open_file(handle: Handle, writable: bool = False) -> int:
     """
     require_descriptors(1, "a peer's memory file")
     _check_host(handle)
-    payload = json.loads(handle.payload)
+    payload = handle.payload
     pid, number = int(payload["pid"]), int(payload["fd"])
     owner = f"process {pid}, descriptor {number}"
     try:
@@ -165,8 +164,7 @@ def map_handle(handle: Handle, purpose: str, writable: bool = False) -> Mapping:
 
 
 def _check_host(handle: Handle) -> None:
-    if handle.transport != TRANSPORT:
-        raise DwdpError(f"a handle of transport {handle.transport!r} reached shm: set one dwdp.transport for all ranks")
+    handle.check_transport(TRANSPORT)
     here, there = this_host(), Host(*handle.host.split("|"))
     if here == there:
         return

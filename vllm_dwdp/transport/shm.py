@@ -8,17 +8,16 @@ shm_copy.py  the copy thread
 import os
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.transport.base import Handle, Memory, PeerSlab, Slab, Slot, Transport
+from vllm_dwdp.transport.base import Handle, Memory, PeerSlab, Slab, Slot
 from vllm_dwdp.transport.inplace import InPlaceRange, PageRun, map_runs
 from vllm_dwdp.transport.limits import require_memory
+from vllm_dwdp.transport.live import LiveTransport
 from vllm_dwdp.transport.mapping import MappedMemory, Mapping, map_private
 from vllm_dwdp.transport.memfd import TRANSPORT, MemoryFile, create_file, map_handle, open_file
 from vllm_dwdp.transport.shm_copy import ShmCopyEngine
-
-_M = TypeVar("_M", bound=MappedMemory)
 
 
 class ShmSlab(MappedMemory, Slab):
@@ -56,16 +55,16 @@ class SlabRun(NamedTuple):
     nbytes: int
 
 
-class ShmTransport(Transport):
+class ShmTransport(LiveTransport):
     """The shm transport of one rank; see Transport."""
 
     name = TRANSPORT
 
     def __init__(self, timeout_s: float = 300.0, copy_cores: Collection[int] = ()) -> None:
         """timeout_s: limit of a copy's wait for the release of its slot. copy_cores: see ShmCopyEngine's cores."""
+        super().__init__()
         self._timeout_s = timeout_s
         self._copy_cores = tuple(copy_cores)
-        self._live: set[MappedMemory] = set()
 
     def allocate_slab(self, nbytes: int) -> ShmSlab:
         """See Transport."""
@@ -73,21 +72,11 @@ class ShmTransport(Transport):
 
     def export_handle(self, slab: Slab) -> Handle:
         """See Transport."""
-        if not isinstance(slab, ShmSlab) or slab not in self._live:
-            raise DwdpError(f"a handle for {type(slab).__name__}: only a live slab of this transport has one")
-        return slab.handle
+        return self._checked(slab, ShmSlab).handle
 
     def map_peer(self, handle: Handle) -> ShmPeerSlab:
         """See Transport; raises DwdpError for a slab of another host, PID namespace or user."""
         return self._keep(ShmPeerSlab(map_handle(handle, "a peer's slab"), handle))
-
-    def unmap_peer(self, peer: PeerSlab) -> None:
-        """See Transport."""
-        self._drop(peer)
-
-    def free_slab(self, slab: Slab) -> None:
-        """See Transport."""
-        self._drop(slab)
 
     def allocate_slot(self, nbytes: int) -> ShmSlot:
         """See Transport."""
@@ -115,18 +104,3 @@ class ShmTransport(Transport):
     def copy_engine(self) -> ShmCopyEngine:
         """See Transport."""
         return ShmCopyEngine(self._timeout_s, self._copy_cores)
-
-    def close(self) -> None:
-        """See Transport; in-place ranges are let go of as well."""
-        for memory in self._live:
-            memory.close()
-        self._live.clear()
-
-    def _keep(self, memory: _M) -> _M:
-        self._live.add(memory)
-        return memory
-
-    def _drop(self, memory: Memory) -> None:
-        if isinstance(memory, MappedMemory):
-            self._live.discard(memory)
-            memory.close()

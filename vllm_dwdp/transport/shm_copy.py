@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
-from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Program, Span
+from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Exposed, Program, Span
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +83,7 @@ class ShmCopyEngine(CopyEngine):
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._ended = threading.Condition()
         self._tensors: dict[tuple[int, int], torch.Tensor] = {}
+        self._exposed = Exposed(0, 0.0)
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="dwdp-copy", daemon=True)
         try:
@@ -117,13 +118,26 @@ class ShmCopyEngine(CopyEngine):
         """See CopyEngine."""
         return _COMPUTE
 
-    def wait(self, event: Event, timeout_s: float) -> float:
+    def wait(self, event: Event, timeout_s: float) -> None:
+        """See CopyEngine."""
+        ready, begin = self.ready(event), time.perf_counter()
+        self.finish(event, timeout_s)
+        if not ready:
+            waits, seconds = self._exposed
+            self._exposed = Exposed(waits + 1, seconds + time.perf_counter() - begin)
+
+    def take_exposed(self) -> Exposed:
+        """See CopyEngine."""
+        taken, self._exposed = self._exposed, Exposed(0, 0.0)
+        return taken
+
+    def finish(self, event: Event, timeout_s: float) -> None:
         """See CopyEngine."""
         mine = _own(event)
-        waited = 0.0 if mine.done else self._block(mine, timeout_s, "a copy")
+        if not mine.done:
+            self._block(mine, timeout_s, "a copy")
         if mine.error is not None:
             raise DwdpError(f"a copy into a slot failed: {mine.error}") from mine.error
-        return waited
 
     def ready(self, event: Event) -> bool:
         """See CopyEngine."""
@@ -175,14 +189,12 @@ class ShmCopyEngine(CopyEngine):
                 self._before_copy(copy)
             ctypes.memmove(copy.dst, copy.src, copy.nbytes)
 
-    def _block(self, event: ShmEvent, timeout_s: float, what: str) -> float:
-        begin = time.perf_counter()
+    def _block(self, event: ShmEvent, timeout_s: float, what: str) -> None:
         with self._ended:
             if not self._ended.wait_for(lambda: event.done, timeout_s):
                 raise DwdpTimeout(
                     f"{what} is not done after {timeout_s} s: raise dwdp.timeout_s, or look for a stalled rank"
                 )
-        return time.perf_counter() - begin
 
     def _batch(self, moves: Sequence[Copy]) -> _Batch | None:
         """`moves` for torch, in chunks it copies on the calling thread; None where they are few or unaligned."""
