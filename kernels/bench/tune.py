@@ -26,8 +26,8 @@ import torch
 from vllm_dwdp.errors import DwdpError
 
 from ..configs import default_tiles, layer_shape, tiles_for
-from ..tile_math import INTERPRETED
 from ..tables import FOLDER, Table, chip_of, measured, read, write
+from ..tile_math import INTERPRETED
 from ..tiles import Tiles
 from .candidates import CHOICES, fits, listed, neighbours
 from .precompile import compile_all, gemms
