@@ -7,6 +7,8 @@ This module holds the entry points only and imports nothing heavy: it is loaded 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,7 +47,19 @@ def register() -> None:
     """Entry point of `vllm.general_plugins`: makes the word `dwdp` known to vLLM's engine arguments."""
     from vllm_dwdp import patches
 
-    patches.install()
+    patches.install(_select, _forget)
+
+
+def _select() -> Callable[..., Any]:
+    from vllm_dwdp.engine.select import select
+
+    return select()
+
+
+def _forget() -> None:
+    # Nothing of ours is imported where `dwdp` was never said.
+    if (environment := sys.modules.get("vllm_dwdp.group.environment")) is not None:
+        environment.forget_launches()
 
 
 def counters(llm: LLM) -> list[dict[str, Any]]:

@@ -48,8 +48,13 @@ class DwdpRayExecutor(RayExecutorV2):
                 f"{ray.cluster_resources()}: free some, or start it with more"
             ) from error
         self.parallel_config.placement_group = group
-        with ray_worker.cpu_workers() if current_platform.is_cpu() else contextlib.nullcontext():
+        with self._cpu_workers() if current_platform.is_cpu() else contextlib.nullcontext():
             super()._init_executor()
+
+    def _cpu_workers(self) -> contextlib.AbstractContextManager[None]:
+        from vllm_dwdp.engine.ray_cpu_worker import RayCpuWorkerProc
+
+        return ray_worker.cpu_workers(RayCpuWorkerProc)
 
     def _gpu_share(self) -> float:
         launch = launch_of(self.vllm_config)

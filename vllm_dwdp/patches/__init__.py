@@ -39,16 +39,27 @@ def expect_parameters(function: Callable[..., Any], *names: str) -> None:
         refuse(f"{where} takes {have} of the expected {list(names)}")
 
 
-def attempt(step: Callable[[], None]) -> None:
+def refuse_misfits() -> None:
+    """Raise DwdpError, in one line, where `dwdp` was refused for any reason."""
+    if failures:
+        from vllm_dwdp.errors import DwdpError
+
+        raise DwdpError(f"dwdp cannot run on this vLLM: {'; '.join(failures)}; install the matching pair")
+
+
+def attempt(step: Callable[..., None], *arguments: Any) -> None:
     """Run `step`; where it raises, which would end plain vLLM too, `dwdp` is refused instead."""
     try:
-        step()
+        step(*arguments)
     except Exception as error:
         refuse(f"{step.__module__} does not fit this vLLM ({type(error).__name__}: {error})")
 
 
-def install() -> None:
-    """Install what every process needs so that `dwdp` is understood when it is selected; idempotent."""
+def install(select: Callable[[], Callable[..., Any]], forget: Callable[[], None]) -> None:
+    """Install what every process needs so that `dwdp` is understood when it is selected; idempotent.
+
+    select, forget: see engine_args.py.
+    """
     from vllm_dwdp.patches import engine_args, llm_init
 
     version = vllm_version()
@@ -56,7 +67,7 @@ def install() -> None:
         refuse(f"vLLM {version} is installed, this vllm-dwdp was made for vLLM {VLLM_VERSION}")
     # Engine and worker processes never build engine arguments; they get a finished config.
     if "vllm.engine.arg_utils" in sys.modules:
-        attempt(engine_args.install)
+        attempt(engine_args.install, select, forget)
         attempt(llm_init.wait_for_llm)
     else:
         attempt(llm_init.settle)

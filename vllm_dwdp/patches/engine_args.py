@@ -8,18 +8,21 @@ point and lets a plugin adjust the config.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from vllm_dwdp import BACKEND, patches
-from vllm_dwdp.patches import attempt, expect_parameters, llm_init
+from vllm_dwdp import BACKEND
+from vllm_dwdp.patches import attempt, expect_parameters, llm_init, refuse_misfits
 
 _MARK = "_dwdp_wraps"
 
 
-def install() -> None:
-    """Wrap `EngineArgs.create_engine_config`; without `dwdp` the original is called untouched."""
+def install(select: Callable[[], Callable[..., Any]], forget: Callable[[], None]) -> None:
+    """Wrap `EngineArgs.create_engine_config`; without `dwdp` the original is called untouched.
+
+    select: gives what builds a config of dwdp around the original, or raises where that cannot be. forget: called before a
+    config of something else is built.
+    """
     from vllm.engine.arg_utils import EngineArgs
 
     original = EngineArgs.create_engine_config
@@ -32,41 +35,11 @@ def install() -> None:
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
         attempt(llm_init.wait_for_llm)
         if self.distributed_executor_backend != BACKEND:
-            if (environment := sys.modules.get("vllm_dwdp.group.environment")) is not None:
-                environment.forget_launches()
+            forget()
             return original(self, *args, **kwargs)
-        return _configure()(original, self, *args, **kwargs)
+        # What is known comes before imports that may fail for the same reason.
+        refuse_misfits()
+        return select()(original, self, *args, **kwargs)
 
     setattr(create_engine_config, _MARK, original)
     EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]
-
-
-def _configure() -> Callable[..., Any]:
-    """What builds a config of dwdp; raises DwdpError, in one line, where something does not fit this vLLM.
-
-    Known reasons come before imports that may fail for the same ones.
-    """
-    _refuse_misfits()
-    from vllm_dwdp.patches import engine_liveness, engine_start, sync_client
-
-    attempt(sync_client.install)
-    attempt(engine_liveness.install)
-    attempt(engine_start.install)
-    attempt(_import_all)
-    _refuse_misfits()
-    from vllm_dwdp.engine.configure import create_engine_config
-
-    return create_engine_config
-
-
-def _import_all() -> None:
-    """What every launch imports of vLLM in the front end."""
-    import vllm_dwdp.engine.configure
-    import vllm_dwdp.engine.executor  # noqa: F401
-
-
-def _refuse_misfits() -> None:
-    if patches.failures:
-        from vllm_dwdp.errors import DwdpError
-
-        raise DwdpError(f"dwdp cannot run on this vLLM: {'; '.join(patches.failures)}; install the matching pair")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from vllm_dwdp.patches import expect_parameters
@@ -16,8 +17,11 @@ from vllm_dwdp.patches import expect_parameters
 _MARK = "_dwdp_wraps"
 
 
-def install() -> None:
-    """Wrap `CoreEngineProcManager.__init__`, which starts the engines of one config; idempotent."""
+def install(started: Callable[[Any], None]) -> None:
+    """Wrap `CoreEngineProcManager.__init__`, which starts the engines of one config; idempotent.
+
+    started: called with that config, also where the start failed.
+    """
     from vllm.v1.engine.utils import CoreEngineProcManager
 
     original = CoreEngineProcManager.__init__
@@ -28,8 +32,6 @@ def install() -> None:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        from vllm_dwdp.group.environment import started
-
         try:
             original(self, *args, **kwargs)
         finally:

@@ -7,6 +7,7 @@ only in processes in which `dwdp` is selected. Goes when vLLM has an offline cli
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from vllm_dwdp.patches import expect_parameters
@@ -14,8 +15,11 @@ from vllm_dwdp.patches import expect_parameters
 _MARK = "_dwdp_wraps"
 
 
-def install() -> None:
-    """Wrap `EngineCoreClient.make_client`; other executors and asyncio clients are delegated untouched."""
+def install(client_for: Callable[[Any], Callable[..., Any] | None]) -> None:
+    """Wrap `EngineCoreClient.make_client`; other executors and asyncio clients are delegated untouched.
+
+    client_for: the client class for a config of dwdp, None for any other.
+    """
     from vllm.v1.engine.core_client import EngineCoreClient
 
     original = EngineCoreClient.make_client
@@ -32,13 +36,10 @@ def install() -> None:
         log_stats: bool,
         renderer: Any = None,
     ) -> Any:
-        from vllm_dwdp.group.launch import launch_of
-
-        if asyncio_mode or not multiprocess_mode or launch_of(vllm_config) is None:
+        client = None if asyncio_mode or not multiprocess_mode else client_for(vllm_config)
+        if client is None:
             return original(multiprocess_mode, asyncio_mode, vllm_config, executor_class, log_stats, renderer)
-        from vllm_dwdp.engine.offline_client import DwdpSyncClient
-
-        return DwdpSyncClient(vllm_config, executor_class, log_stats, renderer=renderer)
+        return client(vllm_config, executor_class, log_stats, renderer=renderer)
 
     setattr(make_client, _MARK, original)
     EngineCoreClient.make_client = staticmethod(make_client)  # type: ignore[method-assign]
