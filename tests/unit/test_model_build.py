@@ -72,7 +72,7 @@ def test_runs_have_to_begin_on_pages_at_their_owners_too() -> None:
 
     def fits(experts: int, held: int | None, rank: int, on_pages: bool = True) -> bool:
         layer = LayerBuild(None, "layer", place(experts, 2, held), on_pages)  # type: ignore[arg-type]
-        return fits_pages(LayerSlab(layer, fetched, (), None), rank, page=4096)  # type: ignore[arg-type]
+        return fits_pages(LayerSlab(layer, fetched, (), None, None), rank, page=4096)  # type: ignore[arg-type]
 
     assert fits(8, None, 0) and fits(8, None, 1) and not fits(8, None, 0, on_pages=False)
     # Rank 1 holds experts 5 to 9: off the pages in the view.

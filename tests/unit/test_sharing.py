@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -24,11 +25,11 @@ from tests.unit.helpers import LIMIT_S
 from tests.unit.leftovers import check_message, refusal
 from tests.unit.meeting import Meeting
 from tests.unit.whole_model import Loaded, as_bytes, expert_layers, load, vllm_groups
-from vllm_dwdp.copy_plan import build_plan
+from vllm_dwdp.copy_plan import LayerLayout, build_plan
+from vllm_dwdp.layers import slabs
 from vllm_dwdp.layers.coverage import check_coverage
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 from vllm_dwdp.layers.sharing import ExpertSharing
-from vllm_dwdp.layers.slabs import alignment
 from vllm_dwdp.layers.split import addresses
 from vllm_dwdp.layers.views import slot_bytes
 from vllm_dwdp.prefetch.ring import Ring
@@ -80,12 +81,21 @@ def load_ranks(model: Path, settings: dict[str, Any]) -> list[Loaded]:
     return [load(model, rank, RANKS, settings) for rank in range(RANKS)]
 
 
-@pytest.fixture(scope="module", params=SETTINGS)
+def turned(layout: LayerLayout) -> LayerLayout:
+    """Replicated tensors before those that are fetched."""
+    assert [spec.fetched for spec in layout.tensors] == [True, True, False, False]
+    return replace(layout, tensors=layout.tensors[::-1])
+
+
+@pytest.fixture(scope="module", params=[*SETTINGS, "inplace turned", "contiguous turned"])
 def group(request: pytest.FixtureRequest, model: Path, plain: Loaded) -> Iterator[Group]:
-    settings = SETTINGS[request.param]
+    name, _, order = request.param.partition(" ")
+    settings = SETTINGS[name]
     ranks = load_ranks(model, settings)
     meeting = Meeting()
-    with ThreadPoolExecutor(RANKS) as pool:
+    with ThreadPoolExecutor(RANKS) as pool, pytest.MonkeyPatch.context() as patch:
+        if order:
+            patch.setattr(slabs, "lay_out", lambda *layer, lay_out=slabs.lay_out: turned(lay_out(*layer)))
         sharing = list(pool.map(lambda r: ExpertSharing(ranks[r].build, meeting.of(r), LAUNCH), range(RANKS)))
     for one in sharing:
         one.start()
@@ -220,15 +230,13 @@ def test_splits_plan_brings_what_a_rank_lacks(group: Group) -> None:
     for rank, sharing in enumerate(group.sharing):
         slot = sharing.transport.allocate_slot(slot_bytes(sharing.layers, rank, split=True))
         for layer, plain in zip(sharing.layers, expert_layers(group.plain.model).values(), strict=True):
-            specs = [tensor.spec for tensor in layer.fetched]
-            placement = layer.build.placement
-            plan = build_plan(placement, rank, specs, 4096, alignment(layer.build.on_pages), split=True)
+            plan = build_plan(layer.layout, rank, 4096, split=True)
             for item in plan.pulls:
                 source = layer.memory(item.source).address + item.src_offset
                 ctypes.memmove(slot.address + item.dst_offset, source, item.nbytes)
-            for tensor, offset in zip(layer.fetched, plan.slot.offsets, strict=True):
+            for tensor in layer.fetched:
                 rows = as_bytes(plain.get_parameter(tensor.name))
-                for expert, address in enumerate(addresses(layer, rank, tensor, slot, offset)):
+                for expert, address in enumerate(addresses(layer, rank, tensor.name, slot, plan.slot)):
                     assert ctypes.string_at(address, tensor.row_bytes) == rows[expert].numpy().tobytes()
 
 

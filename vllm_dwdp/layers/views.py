@@ -5,9 +5,9 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 
-from vllm_dwdp.copy_plan import SlotLayout, build_plan, slot_rows
+from vllm_dwdp.copy_plan import build_plan
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.layers.slabs import ExpertTensor, LayerSlab, alignment
+from vllm_dwdp.layers.slabs import ExpertTensor, LayerSlab
 from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.prefetch.prefetcher import Prefetcher, bind_plan
 from vllm_dwdp.transport.base import CopyEngine, Memory, Program
@@ -60,7 +60,7 @@ def attach_inplace(layer: LayerSlab, rank: int, transport: ShmTransport) -> None
         runs = [
             SlabRun(
                 layer.memory(run.owner),
-                layer.offset(run.owner, tensor) + run.local * tensor.row_bytes,
+                layer.layout.slabs[run.owner].offset(tensor.name, run.first),
                 run.first * tensor.row_bytes,
                 run.length * tensor.row_bytes,
             )
@@ -72,13 +72,7 @@ def attach_inplace(layer: LayerSlab, rank: int, transport: ShmTransport) -> None
 
 def slot_bytes(layers: Sequence[LayerSlab], rank: int, split: bool = False) -> int:
     """Bytes of a slot of `rank` that fits any of `layers`, in the contiguous or in the split view."""
-    return max(_slot_layout(layer, rank, split).nbytes for layer in layers)
-
-
-def _slot_layout(layer: LayerSlab, rank: int, split: bool) -> SlotLayout:
-    specs = tuple(tensor.spec for tensor in layer.fetched)
-    rows = len(slot_rows(layer.build.placement, rank, split))
-    return SlotLayout(specs, rows, alignment(layer.build.on_pages))
+    return max(layer.layout.slot(rank, split).nbytes for layer in layers)
 
 
 def attach_contiguous(
@@ -86,11 +80,10 @@ def attach_contiguous(
 ) -> Program:
     """Re-point the fetched tensors of `layer` into `slot`; returns the copies that fill it."""
     placement = layer.build.placement
-    specs = [tensor.spec for tensor in layer.fetched]
-    plan = build_plan(placement, rank, specs, slice_bytes, alignment(layer.build.on_pages))
+    plan = build_plan(layer.layout, rank, slice_bytes)
     flat = slot.tensor()
-    for tensor, offset in zip(layer.fetched, plan.slot.offsets, strict=True):
-        tensor.parameter.data = tensor.view(flat, offset, placement.num_experts)
+    for tensor in layer.fetched:
+        tensor.parameter.data = tensor.view(flat, plan.slot.begin(tensor.name), placement.num_experts)
     slabs = {owner: layer.memory(owner).address for owner in range(placement.num_ranks)}
     return bind_plan(engine, plan, slabs, slot.address)
 
