@@ -26,12 +26,11 @@ from tests.unit.leftovers import check_message, refusal
 from tests.unit.meeting import Meeting
 from tests.unit.whole_model import Loaded, as_bytes, expert_layers, load, vllm_groups
 from vllm_dwdp.copy_plan import LayerLayout, build_plan
-from vllm_dwdp.layers import slabs
+from vllm_dwdp.layers import coverage, slabs
 from vllm_dwdp.layers.coverage import check_coverage
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 from vllm_dwdp.layers.sharing import ExpertSharing
-from vllm_dwdp.layers.split import addresses
-from vllm_dwdp.layers.views import slot_bytes
+from vllm_dwdp.layers.views.split import addresses, slot_bytes
 from vllm_dwdp.prefetch.ring import Ring
 
 RANKS, EXPERTS, LAYERS, TOKENS, HIDDEN = 2, 5, 3, 7, 128
@@ -228,7 +227,7 @@ def test_splits_plan_brings_what_a_rank_lacks(group: Group) -> None:
     if group.view == "inplace":
         pytest.skip("peers' slabs are unmapped once their pages are in the range")
     for rank, sharing in enumerate(group.sharing):
-        slot = sharing.transport.allocate_slot(slot_bytes(sharing.layers, rank, split=True))
+        slot = sharing.transport.allocate_slot(slot_bytes(sharing.layers, rank))
         for layer, plain in zip(sharing.layers, expert_layers(group.plain.model).values(), strict=True):
             plan = build_plan(layer.layout, rank, 4096, split=True)
             for item in plan.pulls:
@@ -270,6 +269,30 @@ def test_nobody_goes_on_before_all_have_mapped(model: Path, monkeypatch: pytest.
         for future in found:
             future.result(LIMIT_S).close()
     assert not early
+
+
+def test_memory_is_asked_again_where_weights_are_off_the_pages_after_all(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One tensor of one layer, which nobody could foresee, makes the view another one, with slots that were not planned."""
+    ranks, meeting, asked = load_ranks(model, {}), Meeting(), []
+    monkeypatch.setattr(coverage, "require_memory", lambda nbytes, purpose: asked.append((nbytes, purpose)))
+    met = []
+    for loaded in ranks:
+        assert loaded.build.expects_pages
+        loaded.build.meet = met.append
+        module: Any = loaded.build.layers[1].module
+        more = torch.zeros(len(module.dwdp_share), 3, 100)
+        module.register_parameter("w2_more", torch.nn.Parameter(more, requires_grad=False))
+    with ThreadPoolExecutor(RANKS) as pool:
+        found = list(pool.map(lambda r: ExpertSharing(ranks[r].build, meeting.of(r), LAUNCH), range(RANKS)))
+    for sharing in found:
+        assert sharing.view == "contiguous"
+        slots = sum(slot.nbytes for slot in sharing.slots)
+        assert slots and met == ["slots"] * RANKS
+        assert asked[0][0] == RANKS * slots and "experts end on no pages" in asked[0][1]
+        sharing.close()
+    assert len(asked) == RANKS
 
 
 def test_a_layer_that_is_not_covered(group: Group) -> None:

@@ -16,8 +16,7 @@ pytest.importorskip("vllm")
 from vllm_dwdp.copy_plan import LayerLayout, TensorSpec, build_plan
 from vllm_dwdp.layers.build import LayerBuild
 from vllm_dwdp.layers.slabs import ExpertTensor, LayerSlab
-from vllm_dwdp.layers.split import addresses, direct_addresses, why_not_split
-from vllm_dwdp.layers.views import slot_bytes
+from vllm_dwdp.layers.views.split import addresses, direct_addresses, slot_bytes, why_not
 from vllm_dwdp.placement import place
 
 
@@ -64,7 +63,7 @@ def test_every_expert_is_where_the_table_says(ranks: int, more: int, held: int |
     for rank in range(ranks):
         peers = {peer: slab for peer, slab in enumerate(slabs) if peer != rank}
         layer = LayerSlab(build, tensors, (), layout, slabs[rank], peers)
-        slot: Any = Host(slot_bytes([layer], rank, split=True))
+        slot: Any = Host(slot_bytes([layer], rank))
         plan = build_plan(layout, rank, 64, split=True)
         for item in plan.pulls:
             ctypes.memmove(slot.address + item.dst_offset, slabs[item.source].address + item.src_offset, item.nbytes)
@@ -98,8 +97,8 @@ def test_every_expert_is_where_the_table_says(ranks: int, more: int, held: int |
 def test_what_has_no_kernel() -> None:
     tensors = (expert_tensor("w13_weight", 4, 8), expert_tensor("w2_weight", 4, 8))
     layer: Any = SimpleNamespace(fetched=tensors)
-    assert why_not_split(layer) is None
+    assert why_not(layer) is None
     layer.fetched = (*tensors, expert_tensor("w13_bias", 4, 8))
-    assert "w13_bias" in str(why_not_split(layer))
+    assert "w13_bias" in str(why_not(layer))
     layer.fetched = tuple(tensor._replace(dtype=torch.int8) for tensor in tensors)
-    assert "int8" in str(why_not_split(layer))
+    assert "int8" in str(why_not(layer))

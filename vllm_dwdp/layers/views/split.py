@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_dwdp.copy_plan import Layout, build_plan
-from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.slabs import ExpertTensor, LayerSlab
 from vllm_dwdp.prefetch.prefetcher import bind_plan
 from vllm_dwdp.transport.base import CopyEngine, Memory, Program
@@ -24,16 +24,16 @@ class SplitTables(NamedTuple):
     direct: tuple[WeightTable, WeightTable]
 
 
-def why_not_split(layer: LayerSlab) -> str | None:
-    """Why there is no split-weight kernel for `layer`; None where there is one."""
+def why_not(layer: LayerSlab) -> str | None:
+    """None where there is a split-weight kernel for `layer`; else what is wrong with "experts of <layer>"."""
     import torch
 
     fetched = tuple(tensor.name for tensor in layer.fetched)
     if fetched != WEIGHTS:
-        return f"it fetches {', '.join(fetched)}, not just {' and '.join(WEIGHTS)}"
+        return f"have no split-weight kernel (they fetch {', '.join(fetched)}, not just {' and '.join(WEIGHTS)})"
     known = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
     if layer.fetched[0].dtype not in known:
-        return f"weights are {layer.fetched[0].dtype}"
+        return f"have no split-weight kernel (they are {layer.fetched[0].dtype})"
     return None
 
 
@@ -56,16 +56,18 @@ def direct_addresses(layer: LayerSlab, rank: int, tensor: str) -> list[int]:
     ]
 
 
-def attach_split(layer: LayerSlab, rank: int, slot: Memory, engine: CopyEngine, slice_bytes: int | None) -> Program:
+def slot_bytes(layers: Sequence[LayerSlab], rank: int) -> int:
+    """Bytes of a slot of `rank` that fits any of `layers`."""
+    return max(layer.layout.slot(rank, split=True).nbytes for layer in layers)
+
+
+def attach(layer: LayerSlab, rank: int, slot: Memory, engine: CopyEngine, slice_bytes: int | None) -> Program:
     """Have the layer compute from `addresses` or `direct_addresses`; returns the copies that fill its slot.
 
     vLLM's code reads shapes off the parameters: they become [E, ...] tensors that repeat one row and cost no memory.
-    Raises DwdpError where the kernels cannot take the layer.
     """
     from vllm_dwdp.kernels.experts import SplitExperts, stand_in
 
-    if why := why_not_split(layer):
-        raise DwdpError(f"{layer.build.name} has no split-weight kernel ({why}): use weight_view contiguous")
     plan = build_plan(layer.layout, rank, slice_bytes, split=True)
     module: Any = layer.build.module
     pulled, direct = [], []
