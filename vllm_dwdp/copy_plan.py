@@ -6,7 +6,7 @@ the slices of all peers interleave, beginning with the next rank, so that no two
 several, none is read in one long stretch (paper, section 3.2: time-division multiplexing).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
@@ -23,39 +23,74 @@ class TensorSpec(NamedTuple):
 
     name: str
     row_bytes: int  # bytes of one expert
+    fetched: bool = True  # in every forward, so that slots hold it too
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Blocks of `rows` rows each, in the order of `tensors`, every block on a multiple of `alignment` bytes."""
+class Layout:
+    """Where a slab or a slot has which expert: a block for each of `tensors`, in their order, with a row for each of
+    `experts`, in theirs; every block on a multiple of `alignment` bytes."""
 
     tensors: tuple[TensorSpec, ...]
-    rows: int
+    experts: tuple[int, ...]
     alignment: int = ALIGNMENT
 
     def __post_init__(self) -> None:
         for tensor in self.tensors:
             if tensor.row_bytes < 1:
                 raise DwdpError(f"tensor {tensor.name} has rows of {tensor.row_bytes} bytes: leave empty tensors out")
-        if self.rows < 1 or self.alignment < 1:
-            raise DwdpError(f"a layout of {self.rows} rows aligned to {self.alignment} bytes: both must be >= 1")
+        if not self.experts or self.alignment < 1:
+            raise DwdpError(
+                f"a layout of {len(self.experts)} rows aligned to {self.alignment} bytes: both must be >= 1"
+            )
 
     @cached_property
     def _ends(self) -> tuple[int, ...]:
         ends = [0]
         for tensor in self.tensors:
-            ends.append(ends[-1] + -(-self.rows * tensor.row_bytes // self.alignment) * self.alignment)
+            ends.append(ends[-1] + -(-len(self.experts) * tensor.row_bytes // self.alignment) * self.alignment)
         return tuple(ends)
 
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        """[tensor] -> byte offset of its first row."""
-        return self._ends[:-1]
+    @cached_property
+    def _blocks(self) -> dict[str, tuple[int, int]]:
+        return {tensor.name: (begin, tensor.row_bytes) for tensor, begin in zip(self.tensors, self._ends, strict=False)}
+
+    @cached_property
+    def _rows(self) -> dict[int, int]:
+        return {expert: row for row, expert in enumerate(self.experts)}
+
+    def offset(self, tensor: str, expert: int) -> int:
+        """Byte offset of the row of `expert` in the block of `tensor`; KeyError for what is not there."""
+        begin, row_bytes = self._blocks[tensor]
+        return begin + self._rows[expert] * row_bytes
+
+    def begin(self, tensor: str) -> int:
+        """Byte offset of the first row of `tensor`."""
+        return self._blocks[tensor][0]
 
     @property
     def nbytes(self) -> int:
         """Total bytes, a multiple of the alignment."""
         return self._ends[-1]
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """One MoE layer in the memory of its group: the one place that says where bytes are. `tensors` are in slab order."""
+
+    placement: Placement
+    tensors: tuple[TensorSpec, ...]
+    alignment: int = ALIGNMENT
+
+    @cached_property
+    def slabs(self) -> tuple[Layout, ...]:
+        """[rank] -> its slab, with the experts of its share."""
+        return tuple(Layout(self.tensors, share, self.alignment) for share in self.placement.shares)
+
+    def slot(self, reader: int, split: bool = False) -> Layout:
+        """A slot of `reader`: fetched tensors of all E experts (contiguous view), or of those that it lacks (split view)."""
+        experts = self.placement.missing(reader) if split else tuple(range(self.placement.num_experts))
+        return Layout(tuple(tensor for tensor in self.tensors if tensor.fetched), experts, self.alignment)
 
 
 #: Copies of a layer from several peers where no size is given, beside one more for the end of each range, and the size that
@@ -74,15 +109,6 @@ def slice_bytes_for(pulled_bytes: int, num_sources: int) -> int:
     return max(LEAST_SLICE_BYTES, -(-share // _SLICE_MULTIPLE) * _SLICE_MULTIPLE)
 
 
-class SlabLayout(_Layout):
-    """Offsets within the slab of a rank; rows: the experts it holds, in the order of its share."""
-
-
-class SlotLayout(_Layout):
-    """Offsets within a slot; rows: all E experts (contiguous view), or those that the reader lacks (split view), in the
-    order of their ids."""
-
-
 class Slice(NamedTuple):
     """One copy."""
 
@@ -97,12 +123,11 @@ class CopyPlan:
     """The copies that fill a slot with all E experts of a layer, or with those that the reader lacks.
 
     pulls: from peers, at most slice_bytes each, in issue order. local: from the reader's own slab (the merge copy), one
-    per range; none in the split view. slot, slabs: the layouts that the offsets refer to; slabs is indexed by rank.
+    per range; none in the split view. slot: the layout that dst_offset refers to.
     """
 
     reader: int
-    slot: SlotLayout
-    slabs: tuple[SlabLayout, ...]
+    slot: Layout
     pulls: tuple[Slice, ...]
     local: tuple[Slice, ...]
 
@@ -117,46 +142,28 @@ class CopyPlan:
         return sum(item.nbytes for item in self.local)
 
 
-def slot_rows(placement: Placement, reader: int, split: bool) -> dict[int, int]:
-    """Expert -> its row in a slot of `reader`; only experts that have one."""
-    own = frozenset(placement.shares[reader]) if split else frozenset()
-    lacking = (expert for expert in range(placement.num_experts) if expert not in own)
-    return {expert: row for row, expert in enumerate(lacking)}
-
-
-def build_plan(
-    placement: Placement,
-    reader: int,
-    tensors: Sequence[TensorSpec],
-    slice_bytes: int | None,
-    alignment: int = ALIGNMENT,
-    split: bool = False,
-) -> CopyPlan:
+def build_plan(layout: LayerLayout, reader: int, slice_bytes: int | None, split: bool = False) -> CopyPlan:
     """Plan how rank `reader` fills a slot; split: with the experts it lacks only. slice_bytes: None for `slice_bytes_for`.
 
     Raises DwdpError for empty tensors or a slice_bytes below 1.
     """
     if slice_bytes is not None and slice_bytes < 1:
         raise DwdpError(f"slice_bytes is {slice_bytes}: it must be >= 1")
-    specs = tuple(tensors)
-    rows = slot_rows(placement, reader, split)
-    slot = SlotLayout(specs, len(rows), alignment)
-    slabs = tuple(SlabLayout(specs, len(share), alignment) for share in placement.shares)
+    placement, slabs, slot = layout.placement, layout.slabs, layout.slot(reader, split)
     ranges: list[list[Slice]] = [[] for _ in slabs]
     for run in placement.runs(reader):
         if split and run.owner == reader:
             continue
-        for spec, src, dst in zip(specs, slabs[run.owner].offsets, slot.offsets, strict=True):
-            row = spec.row_bytes
-            first = rows[run.first]
-            ranges[run.owner].append(Slice(run.owner, src + run.local * row, dst + first * row, run.length * row))
+        for name, row_bytes, _ in slot.tensors:
+            begin, to = slabs[run.owner].offset(name, run.first), slot.offset(name, run.first)
+            ranges[run.owner].append(Slice(run.owner, begin, to, run.length * row_bytes))
     peers = [(reader + step) % placement.num_ranks for step in range(1, placement.num_ranks)]
     if slice_bytes is None:
         pulled = [sum(whole.nbytes for whole in ranges[peer]) for peer in peers]
         slice_bytes = slice_bytes_for(sum(pulled), sum(nbytes > 0 for nbytes in pulled))
     turns = zip_longest(*(_cut(ranges[peer], slice_bytes) for peer in peers))
     pulls = tuple(item for turn in turns for item in turn if item is not None)
-    return CopyPlan(reader, slot, slabs, pulls, tuple(ranges[reader]))
+    return CopyPlan(reader, slot, pulls, tuple(ranges[reader]))
 
 
 def _cut(ranges: list[Slice], slice_bytes: int) -> Iterator[Slice]:

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-from vllm_dwdp.copy_plan import TensorSpec, build_plan
+from vllm_dwdp.copy_plan import LayerLayout, TensorSpec, build_plan
 from vllm_dwdp.placement import place
 from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.prefetch.prefetcher import Prefetcher
@@ -45,8 +45,9 @@ def medians(*actions: Callable[[], None]) -> list[float]:
 
 
 def bench_copy(transport: ShmTransport, cores: list[int]) -> None:
-    plan = build_plan(place(NUM_EXPERTS, NUM_RANKS), 0, TENSORS, MIB)
-    peers = [transport.map_peer(transport.export_handle(transport.allocate_slab(slab.nbytes))) for slab in plan.slabs]
+    layout = LayerLayout(place(NUM_EXPERTS, NUM_RANKS), TENSORS)
+    plan = build_plan(layout, 0, MIB)
+    peers = [transport.map_peer(transport.export_handle(transport.allocate_slab(slab.nbytes))) for slab in layout.slabs]
     slot = transport.allocate_slot(plan.slot.nbytes)
     pulls = [
         Copy(slot.address + item.dst_offset, peers[item.source].address + item.src_offset, item.nbytes)
@@ -54,7 +55,7 @@ def bench_copy(transport: ShmTransport, cores: list[int]) -> None:
     ]
     engine = transport.copy_engine()
     stepping = ShmCopyEngine(LIMIT_S, cores[-1:], before_copy=lambda _: None)
-    share = plan.slabs[1].nbytes
+    share = layout.slabs[1].nbytes
 
     def plain() -> None:
         for _ in range(QUEUED):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
-from vllm_dwdp.copy_plan import TensorSpec, build_plan
+from vllm_dwdp.copy_plan import LayerLayout, TensorSpec, build_plan
 from vllm_dwdp.placement import place
 from vllm_dwdp.prefetch.prefetcher import bind_plan
 from vllm_dwdp.transport.base import Copy, Event, Memory, Program, Transport
@@ -120,11 +120,11 @@ def launch_times(
 ) -> list[Row]:
     """Host time to submit one layer's graph, against its pull at NVLINK, for slices of these sizes and of the default one,
     which must be below LAUNCH_SHARE. source: stands for the slabs of all ranks."""
-    placement, rows = place(layer.experts, layer.ranks), []
-    slot = transport.allocate_slot(build_plan(placement, 0, layer.tensors, None).slot.nbytes)
+    layout, rows = LayerLayout(place(layer.experts, layer.ranks), layer.tensors), []
+    slot = transport.allocate_slot(layout.slot(0).nbytes)
     for size in (*sizes, None):
         engine = CudaCopyEngine(device, CopyOptions(timeout_s=LIMIT_S))
-        plan = build_plan(placement, 0, layer.tensors, size)
+        plan = build_plan(layout, 0, size)
         free, begin = device.memory().free, time.perf_counter()
         program = bind_plan(engine, plan, dict.fromkeys(range(layer.ranks), source.address), slot.address)
         bound = time.perf_counter() - begin
@@ -199,11 +199,11 @@ def merge(
 
     The merge copy alone is what the split view saves. source: stands for the peers' slabs. held: experts of the rank.
     """
-    placement, rows, times = place(layer.experts, layer.ranks, held), [], {}
-    own = transport.allocate_slot(build_plan(placement, 0, layer.tensors, slice_bytes).slabs[0].nbytes)
+    layout, rows, times = LayerLayout(place(layer.experts, layer.ranks, held), layer.tensors), [], {}
+    own = transport.allocate_slot(layout.slabs[0].nbytes)
     where = {rank: source.address for rank in range(1, layer.ranks)} | {0: own.address}
     for view in ("contiguous", "split"):
-        plan = build_plan(placement, 0, layer.tensors, slice_bytes, split=view == "split")
+        plan = build_plan(layout, 0, slice_bytes, split=view == "split")
         slot = transport.allocate_slot(plan.slot.nbytes)
         engine = CudaCopyEngine(device, CopyOptions(timeout_s=LIMIT_S))
         programs = {view: bind_plan(engine, plan, where, slot.address)}

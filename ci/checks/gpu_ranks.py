@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from vllm_dwdp.copy_plan import SlabLayout, TensorSpec, build_plan
+from vllm_dwdp.copy_plan import LayerLayout, Layout, TensorSpec, build_plan
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.placement import place
 from vllm_dwdp.prefetch.counters import CounterPage
@@ -56,15 +56,15 @@ def make_transport(name: str, rank: int, num_ranks: int, options: CopyOptions) -
     return kind(device, options)
 
 
-def weights(layout: SlabLayout | Any, layer: int, experts: Sequence[int]) -> Any:
-    """uint8 [layout.nbytes]: what everybody agrees on for these experts of a layer."""
+def weights(layout: Layout, layer: int) -> Any:
+    """uint8 [layout.nbytes]: what everybody agrees on for the experts of a layer."""
     import torch
 
     made = torch.zeros(layout.nbytes, dtype=torch.uint8)
-    for number, (spec, offset) in enumerate(zip(layout.tensors, layout.offsets, strict=True)):
-        for row, expert in enumerate(experts):
+    for number, spec in enumerate(layout.tensors):
+        for expert in layout.experts:
             seeded = torch.Generator().manual_seed(1_000_000 * layer + 1000 * number + expert)
-            at = offset + row * spec.row_bytes
+            at = layout.offset(spec.name, expert)
             made[at : at + spec.row_bytes] = torch.randint(
                 0, 256, (spec.row_bytes,), dtype=torch.uint8, generator=seeded
             )
@@ -80,10 +80,11 @@ class Player:
         self.torch, self.rng = torch, random.Random(rank)
         self.transport = make_transport(setting.transport, rank, setting.num_ranks, CopyOptions())
         placement = place(EXPERTS, setting.num_ranks)
-        plan = build_plan(placement, rank, TENSORS, setting.slice_bytes)
-        own = [self.transport.allocate_slab(plan.slabs[rank].nbytes) for _ in range(LAYERS)]
+        layout = LayerLayout(placement, TENSORS)
+        plan = build_plan(layout, rank, setting.slice_bytes)
+        own = [self.transport.allocate_slab(layout.slabs[rank].nbytes) for _ in range(LAYERS)]
         for layer, slab in enumerate(own):
-            slab.tensor().copy_(weights(plan.slabs[rank], layer, placement.shares[rank]))
+            slab.tensor().copy_(weights(layout.slabs[rank], layer))
         self.on_gpu = setting.transport != "shm"
         if not self.on_gpu:
             torch.set_num_threads(1)  # threads of several ranks spin for each other's cores
@@ -95,7 +96,7 @@ class Player:
         slots = [self.transport.allocate_slot(plan.slot.nbytes) for _ in range(SLOTS)]
         self.seen = [slot.tensor() for slot in slots]
         where = self.seen[0].device
-        self.expected = [weights(plan.slot, layer, range(EXPERTS)).to(where) for layer in range(LAYERS)]
+        self.expected = [weights(plan.slot, layer).to(where) for layer in range(LAYERS)]
         self.wrong = torch.zeros((), dtype=torch.int64, device=where)
         self.engine = self.transport.copy_engine()
         self.peers = []
@@ -109,9 +110,9 @@ class Player:
             slabs = {peer: slab.tensor() for peer, slab in mapped.items()} | {rank: own[layer].tensor()}
             rows = []
             for run in placement.runs(rank):
-                for number, spec in enumerate(TENSORS):
-                    begin = plan.slabs[run.owner].offsets[number] + run.local * spec.row_bytes
-                    right = plan.slot.offsets[number] + run.first * spec.row_bytes
+                for spec in TENSORS:
+                    begin = layout.slabs[run.owner].offset(spec.name, run.first)
+                    right = plan.slot.offset(spec.name, run.first)
                     nbytes = run.length * spec.row_bytes
                     rows.append(
                         (slabs[run.owner][begin : begin + nbytes], self.expected[layer][right : right + nbytes])

@@ -149,7 +149,7 @@ class Probe:
         sharing = self.dwdp_sharing  # type: ignore[attr-defined]
         layer = sharing.layers[0]
         for tensor in layer.fetched:
-            offset = layer.offset(sharing.build.rank, tensor)
+            offset = layer.layout.slabs[sharing.build.rank].begin(tensor.name)
             rows = tensor.view(layer.slab.tensor(), offset, 2)
             rows.copy_(rows.flip(0).clone())
         return True

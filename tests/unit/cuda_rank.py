@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from tests.unit.fake_cuda import FakeCuda, Machine
 from tests.unit.rank import TENSORS, fill, flat
-from vllm_dwdp.copy_plan import CopyPlan, build_plan
+from vllm_dwdp.copy_plan import CopyPlan, LayerLayout, build_plan
 from vllm_dwdp.placement import place
 from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.prefetch.prefetcher import Prefetcher, bind_plan
@@ -77,17 +77,18 @@ def start_ranks(
     placement = place(experts, num_ranks)
     devices = [machine.process(i % len(machine.infos)) for i in range(num_ranks)]
     transports = [CupyIpcTransport(device, options, process_id(device.number)) for device in devices]
-    plans = [build_plan(placement, reader, TENSORS, slice_bytes) for reader in range(num_ranks)]
+    layout = LayerLayout(placement, TENSORS)
+    plans = [build_plan(layout, reader, slice_bytes) for reader in range(num_ranks)]
     slabs = [
-        [transport.allocate_slab(plans[0].slabs[rank].nbytes) for _ in range(ring.num_layers)]
+        [transport.allocate_slab(layout.slabs[rank].nbytes) for _ in range(ring.num_layers)]
         for rank, transport in enumerate(transports)
     ]
     for rank, own in enumerate(slabs):
         for layer, slab in enumerate(own):
-            fill(flat(slab), plans[0].slabs[rank].offsets, layer, placement.shares[rank])
+            fill(flat(slab), layout.slabs[rank], layer)
     expected = [np.zeros(plans[0].slot.nbytes, np.uint8) for _ in range(ring.num_layers)]
     for layer, right in enumerate(expected):
-        fill(right, plans[0].slot.offsets, layer, tuple(range(experts)))
+        fill(right, plans[0].slot, layer)
     ranks = []
     for rank, (device, transport, plan) in enumerate(zip(devices, transports, plans, strict=True)):
         slots = [transport.allocate_slot(plan.slot.nbytes) for _ in range(ring.used_slots)]

@@ -24,7 +24,7 @@ from vllm_dwdp.group.launch import DwdpLaunch
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 from vllm_dwdp.layers.sharing import ExpertSharing
-from vllm_dwdp.layers.split import SplitTables
+from vllm_dwdp.layers.views.split import SplitTables
 from vllm_dwdp.placement import place
 
 EXPERTS, LAYERS, HIDDEN, INNER = 5, 3, 128, 64

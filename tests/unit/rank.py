@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from tests.unit.helpers import LIMIT_S
 from tests.unit.owner import receive
-from vllm_dwdp.copy_plan import SlotLayout, TensorSpec, build_plan
+from vllm_dwdp.copy_plan import LayerLayout, Layout, TensorSpec, build_plan
 from vllm_dwdp.placement import place
 from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.prefetch.prefetcher import Prefetcher, bind_plan
@@ -49,20 +49,21 @@ def flat(memory: Memory) -> NDArray[np.uint8]:
     return found
 
 
-def fill(target: NDArray[np.uint8], offsets: tuple[int, ...], layer: int, experts: tuple[int, ...]) -> None:
-    for tensor, (spec, offset) in enumerate(zip(TENSORS, offsets, strict=True)):
-        for row, index in enumerate(experts):
-            target[offset + row * spec.row_bytes :][: spec.row_bytes] = expert(layer, tensor, index)
+def fill(target: NDArray[np.uint8], layout: Layout, layer: int) -> None:
+    for tensor, spec in enumerate(TENSORS):
+        for index in layout.experts:
+            target[layout.offset(spec.name, index) :][: spec.row_bytes] = expert(layer, tensor, index)
 
 
 def run_rank(pipe: Connection, rank: int, setting: Setting) -> None:
     """Sends its handles per layer, takes everybody's, prefetches and compares, sends an Outcome, and ends on 'end'."""
     transport = ShmTransport(LIMIT_S)
     placement = place(setting.num_experts, setting.num_ranks, setting.experts_per_rank)
-    plan = build_plan(placement, rank, TENSORS, setting.slice_bytes)
-    own = [transport.allocate_slab(plan.slabs[rank].nbytes) for _ in range(setting.num_layers)]
+    layout = LayerLayout(placement, TENSORS)
+    plan = build_plan(layout, rank, setting.slice_bytes)
+    own = [transport.allocate_slab(layout.slabs[rank].nbytes) for _ in range(setting.num_layers)]
     for layer, slab in enumerate(own):
-        fill(flat(slab), plan.slabs[rank].offsets, layer, placement.shares[rank])
+        fill(flat(slab), layout.slabs[rank], layer)
     pipe.send([transport.export_handle(slab) for slab in own])
     handles = receive(pipe)
 
@@ -86,13 +87,13 @@ def run_rank(pipe: Connection, rank: int, setting: Setting) -> None:
 
 
 def compare(
-    prefetcher: Prefetcher, slots: list[NDArray[np.uint8]], layout: SlotLayout, setting: Setting, rng: random.Random
+    prefetcher: Prefetcher, slots: list[NDArray[np.uint8]], layout: Layout, setting: Setting, rng: random.Random
 ) -> int:
     """Forwards, some of them aborted; returns how many acquired layers were wrong at either end of their use."""
     expected = []
     for layer in range(setting.num_layers):
         expected.append(np.zeros(layout.nbytes, np.uint8))
-        fill(expected[-1], layout.offsets, layer, tuple(range(setting.num_experts)))
+        fill(expected[-1], layout, layer)
     wrong = 0
     prefetcher.start()
     for _ in range(setting.forwards):

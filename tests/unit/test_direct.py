@@ -17,7 +17,7 @@ from tests.unit.fake_cuda import Machine
 from tests.unit.gpu_sharing import LAYERS, MANY, GpuRank, end_process, share_on_gpus
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
-from vllm_dwdp.layers.split import SplitTables
+from vllm_dwdp.layers.views.split import SplitTables
 
 FEW = 16  # tokens of the largest direct forward
 

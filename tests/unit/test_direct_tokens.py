@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_dwdp.direct import GAP_S, KERNEL_PART, LayerCosts, _sizes, direct_tokens, expected_hits
-from vllm_dwdp.layers.direct import ForwardCounts, measured_tokens
+from vllm_dwdp.layers.views.direct import ForwardCounts, measured_tokens
 from vllm_dwdp.placement import place
 from vllm_dwdp.prefetch.counters import CounterPage
 

@@ -23,8 +23,9 @@ from vllm_dwdp.errors import DwdpError, DwdpTimeout
 from vllm_dwdp.group import environment
 from vllm_dwdp.group.launch import DwdpLaunch
 from vllm_dwdp.group.launch_folder import make_folder
-from vllm_dwdp.layers.build import ModelBuild, page_granularity
+from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.window import estimate
+from vllm_dwdp.page_placement import page_granularity
 from vllm_dwdp.patches.engine_liveness import killed
 from vllm_dwdp.prefetch.counters import Counters
 from vllm_dwdp.transport.base import Program

@@ -22,13 +22,13 @@ from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.group.launch import DwdpLaunch
 from vllm_dwdp.layers import gates
 from vllm_dwdp.layers.build import ModelBuild
-from vllm_dwdp.layers.direct import DirectGate
 from vllm_dwdp.layers.first_use import FirstUse, _stand_in, nan_pages
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 from vllm_dwdp.layers.sharing import ExpertSharing
 from vllm_dwdp.layers.slabs import ExpertTensor
-from vllm_dwdp.layers.split import SplitTables
-from vllm_dwdp.layers.views import RingGate
+from vllm_dwdp.layers.views.contiguous import RingGate
+from vllm_dwdp.layers.views.direct import DirectGate
+from vllm_dwdp.layers.views.split import SplitTables
 
 EXPERTS, INNER, HIDDEN, LAYERS = 5, 32, 64, 3
 

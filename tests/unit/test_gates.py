@@ -15,7 +15,7 @@ from tests.unit.whole_model import load, vllm_groups
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.gates import register_gate
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
-from vllm_dwdp.layers.split import SplitTables
+from vllm_dwdp.layers.views.split import SplitTables
 
 RANKS, EXPERTS = 2, 5
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.unit.test_placement import check_covered, sources
 from vllm_dwdp.checkpoints import CheckpointSpec, hot_experts
-from vllm_dwdp.copy_plan import TensorSpec, build_plan, slot_rows
+from vllm_dwdp.copy_plan import LayerLayout, TensorSpec, build_plan
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.hot_placement import missing_hits, place_hot
 from vllm_dwdp.placement import Placement, place
@@ -124,19 +124,20 @@ def test_tokens_of_a_skewed_router_read_what_was_predicted(ranks: int, seed: int
 @given(case=cases(most_ranks=4))
 def test_plans_of_scattered_shares_put_every_byte_in_its_place(split: bool, case: Case) -> None:
     """Copies over two tensors of 3 and 2 bytes an expert, in slabs and a slot of real bytes."""
-    placed, specs = case.placed(), [TensorSpec("w13", 3), TensorSpec("w2", 2)]
+    specs = (TensorSpec("w13", 3), TensorSpec("w2", 2))
+    layout = LayerLayout(case.placed(), specs, alignment=1)
     for reader in range(case.ranks):
-        plan = build_plan(placed, reader, specs, 4, alignment=1, split=split)
-        slabs = [bytearray(layout.nbytes) for layout in plan.slabs]
-        for rank, share in enumerate(placed.shares):
-            for spec, offset in zip(specs, plan.slabs[rank].offsets, strict=True):
-                for row, expert in enumerate(share):
-                    begin = offset + row * spec.row_bytes
-                    slabs[rank][begin : begin + spec.row_bytes] = bytes([expert + 1] * spec.row_bytes)
+        plan = build_plan(layout, reader, 4, split=split)
+        slabs = [bytearray(slab.nbytes) for slab in layout.slabs]
+        for slab, filled in zip(layout.slabs, slabs, strict=True):
+            for spec in specs:
+                for expert in slab.experts:
+                    begin = slab.offset(spec.name, expert)
+                    filled[begin : begin + spec.row_bytes] = bytes([expert + 1] * spec.row_bytes)
         slot = bytearray(plan.slot.nbytes)
         for item in (*plan.pulls, *plan.local):
             slot[item.dst_offset : item.dst_offset + item.nbytes] = slabs[item.source][item.src_offset :][: item.nbytes]
-        for spec, offset in zip(specs, plan.slot.offsets, strict=True):
-            for expert, row in slot_rows(placed, reader, split).items():
-                begin = offset + row * spec.row_bytes
+        for spec in specs:
+            for expert in plan.slot.experts:
+                begin = plan.slot.offset(spec.name, expert)
                 assert set(slot[begin : begin + spec.row_bytes]) == {expert + 1}

@@ -12,7 +12,7 @@ from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
 from vllm_dwdp.layers.slabs import LayerSlab, expert_tensors
-from vllm_dwdp.layers.views import fits_pages
+from vllm_dwdp.layers.views import choose_view, inplace
 from vllm_dwdp.placement import place
 
 PAGE_OF_ROWS = {"hidden_dim": 64, "intermediate_size_per_partition": 32, "is_act_and_mul": True}  # 4096 and 8192 bytes
@@ -70,12 +70,38 @@ def test_runs_have_to_begin_on_pages_at_their_owners_too() -> None:
     module.register_parameter("w2_weight", torch.nn.Parameter(torch.zeros(6, 32, 16)))  # rows of 2048 bytes
     fetched, _ = expert_tensors(module, 6, "layer")
 
-    def fits(experts: int, held: int | None, rank: int, on_pages: bool = True) -> bool:
+    def fits(experts: int, held: int | None, on_pages: bool = True) -> bool:
         layer = LayerBuild(None, "layer", place(experts, 2, held), on_pages)  # type: ignore[arg-type]
-        return fits_pages(LayerSlab(layer, fetched, (), None), rank, page=4096)  # type: ignore[arg-type]
+        return inplace.why_not(LayerSlab(layer, fetched, (), None, None), page=4096) is None  # type: ignore[arg-type]
 
-    assert fits(8, None, 0) and fits(8, None, 1) and not fits(8, None, 0, on_pages=False)
+    assert fits(8, None) and not fits(8, None, on_pages=False)
     # Rank 1 holds experts 5 to 9: off the pages in the view.
-    assert not fits(10, None, 0)
+    assert not fits(10, None)
     # Experts 6 to 8 are on a page in the view, and at a page and a half at rank 1, which holds 3 more before them.
-    assert place(9, 2, 6).runs(0)[1][:3] == (1, 6, 3) and not fits(9, 6, 0)
+    assert place(9, 2, 6).runs(0)[1][:3] == (1, 6, 3) and not fits(9, 6)
+    # What fits one rank does not fit the other: the group has one view.
+    assert not fits(6, 4) and not fits(5, 3)
+
+
+def test_one_layer_takes_the_others_along() -> None:
+    def layer(number: int, row: int, *names: str) -> Any:
+        module = torch.nn.Module()
+        for name in names:
+            module.register_parameter(name, torch.nn.Parameter(torch.zeros(4, 32, row)))
+        fetched, _ = expert_tensors(module, 4, "layer")
+        made = LayerBuild(None, f"layers.{number}", place(8, 2), True)  # type: ignore[arg-type]
+        return LayerSlab(made, fetched, (), None, None)  # type: ignore[arg-type]
+
+    fitting, odd = layer(0, 32, "w13_weight", "w2_weight"), layer(1, 33, "w13_weight", "w2_weight", "w2_more")
+    cases = ((True, "inplace", "w2_more 4224 bytes"), (False, "split", "w13_weight, w2_weight, w2_more"))
+    for on_cpu, best, why in cases:
+        assert choose_view(build(0, on_cpu), [fitting, fitting]) == best
+        assert choose_view(build(0, on_cpu), [fitting, odd]) == choose_view(build(0, on_cpu), [odd]) == "contiguous"
+        assert choose_view(build(0, on_cpu, weight_view="contiguous"), [fitting]) == "contiguous"
+        assert choose_view(build(0, on_cpu, weight_view=best), [fitting]) == best
+        with pytest.raises(
+            DwdpError, match=rf'weight_view "{best}": experts of layers.1 .*{why}.*: use weight_view auto'
+        ):
+            choose_view(build(0, on_cpu, weight_view=best), [fitting, odd])
+    with pytest.raises(DwdpError, match=r"direct_tokens is 8, but experts of layers.1 .*w2_more"):
+        choose_view(build(0, direct_tokens=8), [fitting, odd])

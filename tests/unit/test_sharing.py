@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -24,13 +25,12 @@ from tests.unit.helpers import LIMIT_S
 from tests.unit.leftovers import check_message, refusal
 from tests.unit.meeting import Meeting
 from tests.unit.whole_model import Loaded, as_bytes, expert_layers, load, vllm_groups
-from vllm_dwdp.copy_plan import build_plan
+from vllm_dwdp.copy_plan import LayerLayout, build_plan
+from vllm_dwdp.layers import coverage, slabs
 from vllm_dwdp.layers.coverage import check_coverage
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 from vllm_dwdp.layers.sharing import ExpertSharing
-from vllm_dwdp.layers.slabs import alignment
-from vllm_dwdp.layers.split import addresses
-from vllm_dwdp.layers.views import slot_bytes
+from vllm_dwdp.layers.views.split import addresses, slot_bytes
 from vllm_dwdp.prefetch.ring import Ring
 
 RANKS, EXPERTS, LAYERS, TOKENS, HIDDEN = 2, 5, 3, 7, 128
@@ -80,12 +80,21 @@ def load_ranks(model: Path, settings: dict[str, Any]) -> list[Loaded]:
     return [load(model, rank, RANKS, settings) for rank in range(RANKS)]
 
 
-@pytest.fixture(scope="module", params=SETTINGS)
+def turned(layout: LayerLayout) -> LayerLayout:
+    """Replicated tensors before those that are fetched."""
+    assert [spec.fetched for spec in layout.tensors] == [True, True, False, False]
+    return replace(layout, tensors=layout.tensors[::-1])
+
+
+@pytest.fixture(scope="module", params=[*SETTINGS, "inplace turned", "contiguous turned"])
 def group(request: pytest.FixtureRequest, model: Path, plain: Loaded) -> Iterator[Group]:
-    settings = SETTINGS[request.param]
+    name, _, order = request.param.partition(" ")
+    settings = SETTINGS[name]
     ranks = load_ranks(model, settings)
     meeting = Meeting()
-    with ThreadPoolExecutor(RANKS) as pool:
+    with ThreadPoolExecutor(RANKS) as pool, pytest.MonkeyPatch.context() as patch:
+        if order:
+            patch.setattr(slabs, "lay_out", lambda *layer, lay_out=slabs.lay_out: turned(lay_out(*layer)))
         sharing = list(pool.map(lambda r: ExpertSharing(ranks[r].build, meeting.of(r), LAUNCH), range(RANKS)))
     for one in sharing:
         one.start()
@@ -217,17 +226,15 @@ def test_splits_plan_brings_what_a_rank_lacks(group: Group) -> None:
     if group.view == "inplace":
         pytest.skip("peers' slabs are unmapped once their pages are in the range")
     for rank, sharing in enumerate(group.sharing):
-        slot = sharing.transport.allocate_slot(slot_bytes(sharing.layers, rank, split=True))
+        slot = sharing.transport.allocate_slot(slot_bytes(sharing.layers, rank))
         for layer, plain in zip(sharing.layers, expert_layers(group.plain.model).values(), strict=True):
-            specs = [tensor.spec for tensor in layer.fetched]
-            placement = layer.build.placement
-            plan = build_plan(placement, rank, specs, 4096, alignment(layer.build.on_pages), split=True)
+            plan = build_plan(layer.layout, rank, 4096, split=True)
             for item in plan.pulls:
                 source = layer.memory(item.source).address + item.src_offset
                 ctypes.memmove(slot.address + item.dst_offset, source, item.nbytes)
-            for tensor, offset in zip(layer.fetched, plan.slot.offsets, strict=True):
+            for tensor in layer.fetched:
                 rows = as_bytes(plain.get_parameter(tensor.name))
-                for expert, address in enumerate(addresses(layer, rank, tensor, slot, offset)):
+                for expert, address in enumerate(addresses(layer, rank, tensor.name, slot, plan.slot)):
                     assert ctypes.string_at(address, tensor.row_bytes) == rows[expert].numpy().tobytes()
 
 
@@ -261,6 +268,30 @@ def test_nobody_goes_on_before_all_have_mapped(model: Path, monkeypatch: pytest.
         for future in found:
             future.result(LIMIT_S).close()
     assert not early
+
+
+def test_memory_is_asked_again_where_weights_are_off_the_pages_after_all(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One tensor of one layer, which nobody could foresee, makes the view another one, with slots that were not planned."""
+    ranks, meeting, asked = load_ranks(model, {}), Meeting(), []
+    monkeypatch.setattr(coverage, "require_memory", lambda nbytes, purpose: asked.append((nbytes, purpose)))
+    met = []
+    for loaded in ranks:
+        assert loaded.build.expects_pages
+        loaded.build.meet = met.append
+        module: Any = loaded.build.layers[1].module
+        more = torch.zeros(len(module.dwdp_share), 3, 100)
+        module.register_parameter("w2_more", torch.nn.Parameter(more, requires_grad=False))
+    with ThreadPoolExecutor(RANKS) as pool:
+        found = list(pool.map(lambda r: ExpertSharing(ranks[r].build, meeting.of(r), LAUNCH), range(RANKS)))
+    for sharing in found:
+        assert sharing.view == "contiguous"
+        slots = sum(slot.nbytes for slot in sharing.slots)
+        assert slots and met == ["slots"] * RANKS
+        assert asked[0][0] == RANKS * slots and "experts end on no pages" in asked[0][1]
+        sharing.close()
+    assert len(asked) == RANKS
 
 
 def test_a_layer_that_is_not_covered(group: Group) -> None:

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
 
-from vllm_dwdp.copy_plan import build_plan
+from vllm_dwdp.copy_plan import LayerLayout, TensorSpec, build_plan
 from vllm_dwdp.layers.build import LayerBuild
-from vllm_dwdp.layers.slabs import ExpertTensor, LayerSlab, alignment, slab_layout
-from vllm_dwdp.layers.split import addresses, direct_addresses, why_not_split
-from vllm_dwdp.layers.views import slot_bytes
+from vllm_dwdp.layers.slabs import ExpertTensor, LayerSlab
+from vllm_dwdp.layers.views.split import addresses, direct_addresses, slot_bytes, why_not
 from vllm_dwdp.placement import place
 
 
@@ -53,28 +52,30 @@ def test_every_expert_is_where_the_table_says(ranks: int, more: int, held: int |
         expert_tensor(name, experts, row) for name, row in zip(("w13_weight", "w2_weight"), rows, strict=True)
     )
     slabs: list[Any] = []
-    for own in placement.shares:
-        layout = slab_layout(tensors, len(own), False)
-        slab = Host(layout.nbytes)
-        for tensor, offset in zip(tensors, layout.offsets, strict=True):
-            tensor.view(slab.tensor(), offset, len(own)).copy_(tensor.parameter.data[list(own)])
+    layout = LayerLayout(placement, tuple(TensorSpec(tensor.name, tensor.row_bytes) for tensor in tensors))
+    for own in layout.slabs:
+        slab = Host(own.nbytes)
+        for tensor in tensors:
+            rows_of = tensor.view(slab.tensor(), own.begin(tensor.name), len(own.experts))
+            rows_of.copy_(tensor.parameter.data[list(own.experts)])
         slabs.append(slab)
     build = LayerBuild(SimpleNamespace(), "layer", placement, False)  # type: ignore[arg-type]
     for rank in range(ranks):
         peers = {peer: slab for peer, slab in enumerate(slabs) if peer != rank}
-        layer = LayerSlab(build, tensors, (), slabs[rank], peers)
-        slot: Any = Host(slot_bytes([layer], rank, split=True))
-        plan = build_plan(placement, rank, [tensor.spec for tensor in tensors], 64, alignment(False), split=True)
+        layer = LayerSlab(build, tensors, (), layout, slabs[rank], peers)
+        slot: Any = Host(slot_bytes([layer], rank))
+        plan = build_plan(layout, rank, 64, split=True)
         for item in plan.pulls:
             ctypes.memmove(slot.address + item.dst_offset, slabs[item.source].address + item.src_offset, item.nbytes)
-        for tensor, offset in zip(tensors, plan.slot.offsets, strict=True):
-            found = addresses(layer, rank, tensor, slot, offset)
+        for tensor in tensors:
+            offset = plan.slot.begin(tensor.name)
+            found = addresses(layer, rank, tensor.name, slot, plan.slot)
             for expert, address in enumerate(found):
                 row = (ctypes.c_float * tensor.row_shape[0]).from_address(address)
                 assert list(row) == tensor.parameter.data[expert].tolist()
             outside = [a for a in found if not slot.address <= a < slot.address + slot.nbytes]
             assert len(outside) == len(placement.shares[rank])
-            where = direct_addresses(layer, rank, tensor)
+            where = direct_addresses(layer, rank, tensor.name)
             loads = [0] * ranks
             for expert, address in enumerate(where):
                 row = (ctypes.c_float * tensor.row_shape[0]).from_address(address)
@@ -96,8 +97,8 @@ def test_every_expert_is_where_the_table_says(ranks: int, more: int, held: int |
 def test_what_has_no_kernel() -> None:
     tensors = (expert_tensor("w13_weight", 4, 8), expert_tensor("w2_weight", 4, 8))
     layer: Any = SimpleNamespace(fetched=tensors)
-    assert why_not_split(layer) is None
+    assert why_not(layer) is None
     layer.fetched = (*tensors, expert_tensor("w13_bias", 4, 8))
-    assert "w13_bias" in str(why_not_split(layer))
+    assert "w13_bias" in str(why_not(layer))
     layer.fetched = tuple(tensor._replace(dtype=torch.int8) for tensor in tensors)
-    assert "int8" in str(why_not_split(layer))
+    assert "int8" in str(why_not(layer))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,8 +11,7 @@ from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm_dwdp.config import PARTITION
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.hold import Held, MemoryFacts, choose
-from vllm_dwdp.layers.build import CPU_PADDING, page_granularity
-from vllm_dwdp.placement import boundary_shift
+from vllm_dwdp.page_placement import cpu_rows, place_on_pages
 from vllm_dwdp.predict.memory_plan import RUNTIME, activation_bytes, memory_facts
 from vllm_dwdp.predict.model import MoeModel
 from vllm_dwdp.predict.read_config import parse_model
@@ -82,18 +80,15 @@ def _kv_asked(vllm_config: VllmConfig, facts: MemoryFacts) -> float | None:
 
 
 def _view(model: MoeModel, launch: DwdpLaunch, on_cpu: bool, dtype: torch.dtype) -> str:
-    """The view that the layers will have, as far as sizes tell."""
+    """The view that the layers will have, as far as sizes tell; once they exist, `choose_view` decides."""
     view = launch.config.weight_view
+    if view != "auto":
+        return view
     if not on_cpu:
-        return "split" if view == "auto" else view
-    if view == "auto" and launch.popularity is not None:
+        return "split"
+    rows = cpu_rows(model.expert_width, model.hidden, dtype.itemsize)
+    try:
+        place_on_pages(model.experts, launch.group_size, None, rows)
+    except DwdpError:
         return "contiguous"
-    if view == "auto":
-        row = -(-model.expert_width // CPU_PADDING) * CPU_PADDING * model.hidden * dtype.itemsize
-        granularity = math.lcm(page_granularity(2 * row), page_granularity(row))
-        try:
-            fits = boundary_shift(model.experts, launch.group_size, granularity) <= 1
-        except DwdpError:
-            fits = False
-        return "inplace" if fits else "contiguous"
-    return view
+    return "inplace" if launch.popularity is None else "contiguous"

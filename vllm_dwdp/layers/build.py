@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
@@ -14,15 +12,13 @@ from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.hits_file import Hits
 from vllm_dwdp.hot_placement import place_hot
-from vllm_dwdp.placement import Placement, boundary_shift, place
+from vllm_dwdp.page_placement import cpu_rows, place_on_pages
+from vllm_dwdp.placement import Placement, place
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
-    from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
-
-#: vLLM's CPU kernels pad the intermediate size to this (fused_moe/experts/cpu_moe.py `output_alignment`).
-CPU_PADDING = 32
+    from vllm_dwdp.layers.gates import LayerGate
 
 
 def numbers_in(name: str) -> tuple[int, ...]:
@@ -31,16 +27,27 @@ def numbers_in(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in name.partition(".experts.")[0].split(".") if part.isdecimal())
 
 
-def page_granularity(row_bytes: int, page: int = mmap.PAGESIZE) -> int:
-    """Experts after which a boundary of rows of `row_bytes` falls on a page again."""
-    return page // math.gcd(page, row_bytes)
+class ExpertModule(Protocol):
+    """A layer of vLLM with `DwdpExpertsMixin` in front, which says more of these."""
+
+    quant_method: Any
+    top_k: int
+    dwdp_gate: LayerGate | None
+    dwdp_tables: Any
+    dwdp_hits: int | None
+
+    def dwdp_attach(self, gate: LayerGate, layer: int) -> None: ...
+    def dwdp_used(self, gate: LayerGate) -> None: ...
+    def dwdp_attach_tables(self) -> None: ...
+    def dwdp_detach_tables(self) -> None: ...
+    def dwdp_compute_direct(self, direct: bool) -> None: ...
 
 
 @dataclass
 class LayerBuild:
     """One MoE layer: vLLM's module, its placement over the group and whether its boundaries were put on pages."""
 
-    module: DwdpExpertsMixin
+    module: ExpertModule
     name: str
     placement: Placement
     on_pages: bool
@@ -84,14 +91,21 @@ class ModelBuild:
         return self
 
     def add_layer(
-        self, module: DwdpExpertsMixin, name: str, dtype: torch.dtype, moe_config: FusedMoEConfig
+        self, module: ExpertModule, name: str, dtype: torch.dtype, moe_config: FusedMoEConfig
     ) -> tuple[int, ...]:
         """Place the experts of one layer; returns this rank's share, ascending."""
         experts = moe_config.num_experts
         self.config.check(self.group_size, experts)
-        placement, on_pages = self._place(experts, self._rows(dtype, moe_config), name)
+        inner, hidden = moe_config.intermediate_size_per_partition, moe_config.hidden_dim
+        rows = cpu_rows(inner, hidden, dtype.itemsize, moe_config.is_act_and_mul)
+        placement, on_pages = self._place(experts, rows, name)
         self.layers.append(LayerBuild(module, name, placement, on_pages))
         return placement.shares[self.rank]
+
+    @property
+    def expects_pages(self) -> bool:
+        """Whether the view is in place as far as is known before weights are processed; then `choose_view` decides."""
+        return self.config.weight_view != "contiguous" and all(layer.on_pages for layer in self.layers)
 
     def local_experts(self) -> set[int]:
         """Experts of any layer that this rank loads."""
@@ -106,14 +120,6 @@ class ModelBuild:
         same = all(share == self.local_experts() for share in shares.values())
         return {} if same or len(shares) < len(self.layers) else shares
 
-    def _rows(self, dtype: torch.dtype, moe_config: FusedMoEConfig) -> tuple[int, int]:
-        """Bytes of one expert in w13 and in w2, as far as they are known before weights are created."""
-        inner = moe_config.intermediate_size_per_partition
-        if self.on_cpu:
-            inner = -(-inner // CPU_PADDING) * CPU_PADDING
-        row = inner * moe_config.hidden_dim * dtype.itemsize
-        return row * (2 if moe_config.is_act_and_mul else 1), row
-
     def _place(self, experts: int, rows: tuple[int, ...], name: str) -> tuple[Placement, bool]:
         held = self.config.held
         view = self.config.weight_view
@@ -121,19 +127,11 @@ class ModelBuild:
             # Scattered experts end on no pages.
             return place_hot(experts, self.group_size, held, self.popularity.of(name, experts)), False
         if self.on_cpu and view in ("auto", "inplace"):
-            granularity = math.lcm(*map(page_granularity, rows))
             try:
-                # A share may grow by an expert to end on a page, not by more.
-                if boundary_shift(experts, self.group_size, granularity) <= 1:
-                    placement = place(experts, self.group_size, held, granularity)
-                    if held is None or max(map(len, placement.shares)) <= held + 1:
-                        return placement, True
-                reason = f"that would move a boundary by more than one of {experts} experts"
+                return place_on_pages(experts, self.group_size, held, rows), True
             except DwdpError as error:
-                reason = str(error)
-            if view == "inplace":
-                raise DwdpError(
-                    f'weight_view "inplace": experts of {name} have {rows[0]} and {rows[1]} bytes and end on a page of '
-                    f"{mmap.PAGESIZE} only every {granularity} experts; {reason}: use weight_view auto or contiguous"
-                )
+                if view == "inplace":
+                    raise DwdpError(
+                        f'weight_view "inplace": experts of {name} {error}: use weight_view auto or contiguous'
+                    ) from None
         return place(experts, self.group_size, held), False

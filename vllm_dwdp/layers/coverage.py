@@ -98,12 +98,11 @@ def check_memory(build: ModelBuild) -> None:
     descriptors of this process would not suffice.
     """
     shares = [sum(p.nbytes for p in layer.module.parameters()) for layer in build.layers]  # type: ignore[attr-defined]
-    inplace = build.config.weight_view != "contiguous" and all(layer.on_pages for layer in build.layers)
     whole = [
         share * layer.placement.num_experts // len(layer.placement.shares[build.rank])
         for share, layer in zip(shares, build.layers, strict=True)
     ]
-    slots = 0 if inplace else min(build.config.num_slots, len(whole)) * max(whole)
+    slots = 0 if build.expects_pages else min(build.config.num_slots, len(whole)) * max(whole)
     ranks = build.group_size
     purpose = (
         f"dwdp: {ranks} ranks with {sum(shares) / 2**30:.2f} GiB of experts and {slots / 2**30:.2f} GiB of slots each"
@@ -113,3 +112,14 @@ def check_memory(build: ModelBuild) -> None:
     require_descriptors(
         len(shares) + ranks + _SPARE_DESCRIPTORS, f"dwdp: sharing {len(shares)} MoE layers of {ranks} ranks"
     )
+
+
+def check_slots(build: ModelBuild, nbytes: int) -> None:
+    """Refuse slots of `nbytes` on each rank where `check_memory` was told of none and memory cannot hold them.
+
+    No rank goes on before all have looked. Raises DwdpError with the figures.
+    """
+    ranks = build.group_size
+    purpose = f"dwdp: experts end on no pages, so that {ranks} ranks with {nbytes / 2**30:.2f} GiB of slots each"
+    require_memory(ranks * nbytes, purpose)
+    build.meet("slots")

@@ -17,8 +17,8 @@ from vllm_dwdp.transport.inplace import PageRun, map_runs
 from vllm_dwdp.transport.memfd import create_file
 
 if TYPE_CHECKING:
+    from vllm_dwdp.layers.build import ExpertModule
     from vllm_dwdp.layers.gates import LayerGate
-    from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
     from vllm_dwdp.layers.slabs import ExpertTensor, LayerSlab
 
 #: As bytes of a floating-point number of any width, FP8 included, this is NaN.
@@ -31,7 +31,7 @@ _NAN_BYTES = 2 << 20
 class FirstUse:
     """In front of a layer's gate until the first acquire, which takes it away."""
 
-    def __init__(self, module: DwdpExpertsMixin, gate: LayerGate) -> None:
+    def __init__(self, module: ExpertModule, gate: LayerGate) -> None:
         self._module, self._gate = module, gate
         self._views: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
 

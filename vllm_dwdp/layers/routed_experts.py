@@ -24,7 +24,7 @@ from vllm_dwdp.layers.gates import LayerGate, register_gate, replace_gate
 from vllm_dwdp.layers.hits import count, ids_of
 
 if TYPE_CHECKING:
-    from vllm_dwdp.layers.split import SplitTables
+    from vllm_dwdp.layers.views.split import SplitTables
 
 
 class ShareMap(ExpertMapManager):
@@ -47,8 +47,6 @@ class DwdpExpertsMixin:
     top_k: int
     parameters: Any
 
-    dwdp_share: tuple[int, ...]
-    dwdp_layer: int
     dwdp_gate: LayerGate | None
     dwdp_tables: SplitTables | None
     #: Where hits of this layer are counted (hits.py); None where they are not.

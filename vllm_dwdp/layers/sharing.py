@@ -8,21 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
-from vllm_dwdp.layers.direct import DirectGate, ForwardCounts, measured_tokens, memory_rate
+from vllm_dwdp.layers.coverage import check_slots
 from vllm_dwdp.layers.first_use import seal, unused
 from vllm_dwdp.layers.hits import HitCounts
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.slabs import map_peers, move_to_slabs, replicate_small
-from vllm_dwdp.layers.split import attach_split, why_not_split
-from vllm_dwdp.layers.views import (
-    InplaceGate,
-    RingGate,
-    attach_contiguous,
-    attach_inplace,
-    fits_pages,
-    refuse_inplace,
-    slot_bytes,
-)
+from vllm_dwdp.layers.views import choose_view, contiguous, inplace, split
+from vllm_dwdp.layers.views.direct import DirectGate, ForwardCounts, measured_tokens, memory_rate
 from vllm_dwdp.layers.window import Window, copy_rate, estimate, product_rate
 from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.prefetch.prefetcher import Prefetcher
@@ -86,7 +78,7 @@ class ExpertSharing:
             self.replicated_bytes = sum(replicate_small(layer, build.rank) for layer in self.layers)
             self.counters = CounterPage.create(rank=group[build.rank])
             self._closing.callback(self.counters.close)
-            self.view = self._choose_view()
+            self.view = choose_view(build, self.layers)
             if self.view == "inplace":
                 self._attach_pages()
             else:
@@ -107,41 +99,12 @@ class ExpertSharing:
             self.close()
             raise
 
-    def _choose_view(self) -> str:
-        rank = self.build.rank
-        if not self.build.on_cpu:
-            return self._gpu_view()
-        view = self.build.config.weight_view
-        # One view for the whole model: a single layer off the pages takes the others along.
-        misfit = next((layer for layer in self.layers if not fits_pages(layer, rank)), None)
-        if view == "contiguous" or (view == "auto" and misfit is not None):
-            return "contiguous"
-        if misfit is not None:
-            raise refuse_inplace(misfit, misfit.fetched)
-        return "inplace"
-
-    def _gpu_view(self) -> str:
-        view = self.build.config.weight_view
-        if view != "auto":
-            return view
-        # One view for the whole model, as on CPU.
-        why = next(((layer, why) for layer in self.layers if (why := why_not_split(layer))), None)
-        if why is None:
-            return "split"
-        told = self.build.config.direct_tokens
-        if told != "auto" and told > 0:
-            raise DwdpError(
-                f"dwdp.direct_tokens is {told}, but experts of {why[0].build.name} cannot be read directly ({why[1]}): "
-                "leave it out"
-            )
-        return "contiguous"
-
     def _attach_pages(self) -> None:
         assert isinstance(self.transport, ShmTransport)
         self.direct_tokens = None
-        gate = InplaceGate(self.counters)
+        gate = inplace.InplaceGate(self.counters)
         for i, layer in enumerate(self.layers):
-            attach_inplace(layer, self.build.rank, self.transport)
+            inplace.attach(layer, self.build.rank, self.transport)
             # The range has mappings of its own.
             for peer in layer.peers.values():
                 self.transport.unmap_peer(peer)
@@ -151,15 +114,18 @@ class ExpertSharing:
         """The slots, the copy engine and the copies of every layer; nothing waits for them yet."""
         config, rank = self.build.config, self.build.rank
         self.ring = ring = Ring(len(self.layers), config.num_slots)
-        nbytes = slot_bytes(self.layers, rank, split=self.view == "split")
+        view = split if self.view == "split" else contiguous
+        nbytes = view.slot_bytes(self.layers, rank)
+        if self.build.expects_pages:
+            check_slots(self.build, ring.used_slots * nbytes)
         self.slots = [self.transport.allocate_slot(nbytes) for _ in range(ring.used_slots)]
         engine = self.transport.copy_engine()
         self._closing.callback(engine.close, _CLOSE_TIMEOUT_S)
         self.engine = engine
         slice_bytes = config.resolve_slice_bytes(self.build.on_cpu)
-        attach = attach_split if self.view == "split" else attach_contiguous
         self.programs = [
-            attach(layer, rank, self.slots[ring.slot_of(i)], engine, slice_bytes) for i, layer in enumerate(self.layers)
+            view.attach(layer, rank, self.slots[ring.slot_of(i)], engine, slice_bytes)
+            for i, layer in enumerate(self.layers)
         ]
 
     def _most_direct(self, launch: DwdpLaunch) -> int:
@@ -181,9 +147,9 @@ class ExpertSharing:
         # A layer with a slot of its own is pulled once and stays.
         self.refilled = [program for i, program in enumerate(programs) if ring.next_layer(i) is not None]
         for i, layer in enumerate(self.layers):
-            module = layer.build.module
-            direct = self.direct_tokens
-            module.dwdp_attach(DirectGate(self.prefetcher, module, direct) if direct else RingGate(self.prefetcher), i)
+            module, most = layer.build.module, self.direct_tokens
+            gate = DirectGate(self.prefetcher, module, most) if most else contiguous.RingGate(self.prefetcher)
+            module.dwdp_attach(gate, i)
 
     @cached_property
     def _link_rate(self) -> float:

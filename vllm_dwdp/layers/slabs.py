@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from vllm_dwdp.copy_plan import ALIGNMENT, SlabLayout, TensorSpec
+from vllm_dwdp.copy_plan import ALIGNMENT, LayerLayout, TensorSpec
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
 from vllm_dwdp.layers.tied import refuse_tied
@@ -34,11 +34,6 @@ class ExpertTensor(NamedTuple):
     row_bytes: int
     dtype: torch.dtype
 
-    @property
-    def spec(self) -> TensorSpec:
-        """Name and row size, for layouts and plans."""
-        return TensorSpec(self.name, self.row_bytes)
-
     def view(self, flat: torch.Tensor, offset: int, rows: int) -> torch.Tensor:
         """[rows, *row_shape] over `flat` (uint8) from byte `offset` on."""
         part = flat[offset : offset + rows * self.row_bytes]
@@ -52,39 +47,27 @@ class LayerSlab:
     Attributes:
         fetched: tensors that a forward needs from peers (or reads in place).
         replicated: small tensors copied from peers once.
+        layout: where the bytes of any rank are, in slabs and in slots.
         peers: rank in the group -> its slab, mapped read-only.
     """
 
     build: LayerBuild
     fetched: tuple[ExpertTensor, ...]
     replicated: tuple[ExpertTensor, ...]
+    layout: LayerLayout
     slab: Slab
     peers: dict[int, PeerSlab] = field(default_factory=dict)
-
-    @property
-    def tensors(self) -> tuple[ExpertTensor, ...]:
-        """All tensors in slab order."""
-        return (*self.fetched, *self.replicated)
 
     def memory(self, rank: int) -> Memory:
         """The slab of `rank`, own or mapped."""
         return self.peers.get(rank, self.slab)
 
-    def offset(self, rank: int, tensor: ExpertTensor) -> int:
-        """Byte offset of the first row of `tensor` in the slab of `rank`."""
-        layout = slab_layout(self.tensors, len(self.build.placement.shares[rank]), self.build.on_pages)
-        return layout.offsets[[other.name for other in self.tensors].index(tensor.name)]
 
-
-def alignment(on_pages: bool) -> int:
-    """Alignment of the tensors of a slab in bytes: pages where peers may map them one by one."""
-    return mmap.PAGESIZE if on_pages else ALIGNMENT
-
-
-def slab_layout(tensors: tuple[ExpertTensor, ...], experts: int, on_pages: bool) -> SlabLayout:
-    """Layout of a slab with `experts` rows of each tensor; on pages where peers may map them one by one."""
-    specs = tuple(tensor.spec for tensor in tensors)
-    return SlabLayout(specs, experts, alignment(on_pages))
+def lay_out(layer: LayerBuild, fetched: tuple[ExpertTensor, ...], replicated: tuple[ExpertTensor, ...]) -> LayerLayout:
+    """The layout of a layer on all ranks; tensors begin on pages where peers may map them one by one."""
+    specs = [TensorSpec(tensor.name, tensor.row_bytes) for tensor in fetched]
+    specs += [TensorSpec(tensor.name, tensor.row_bytes, fetched=False) for tensor in replicated]
+    return LayerLayout(layer.placement, tuple(specs), mmap.PAGESIZE if layer.on_pages else ALIGNMENT)
 
 
 def expert_tensors(module: Any, share: int, name: str) -> tuple[tuple[ExpertTensor, ...], tuple[ExpertTensor, ...]]:
@@ -124,17 +107,18 @@ def move_to_slabs(build: ModelBuild, transport: Transport) -> list[LayerSlab]:
     for layer in build.layers:
         share = layer.placement.shares[build.rank]
         fetched, replicated = expert_tensors(layer.module, len(share), layer.name)
-        layout = slab_layout((*fetched, *replicated), len(share), layer.on_pages)
+        layout = lay_out(layer, fetched, replicated)
         if not build.on_cpu:
             # The original of the layer before; slabs do not come from torch's allocator.
             torch.cuda.empty_cache()
-        slab = transport.allocate_slab(layout.nbytes)
+        own = layout.slabs[build.rank]
+        slab = transport.allocate_slab(own.nbytes)
         flat = slab.tensor()
-        for tensor, offset in zip((*fetched, *replicated), layout.offsets, strict=True):
-            rows = tensor.view(flat, offset, len(share))
+        for tensor in (*fetched, *replicated):
+            rows = tensor.view(flat, own.begin(tensor.name), len(share))
             rows.copy_(tensor.parameter.data)
             tensor.parameter.data = rows
-        slabs.append(LayerSlab(layer, fetched, replicated, slab))
+        slabs.append(LayerSlab(layer, fetched, replicated, layout, slab))
     if not build.on_cpu:
         # These copies run on torch's stream; with its handle a peer may read a slab at once.
         torch.cuda.synchronize()
@@ -162,7 +146,7 @@ def replicate_small(layer: LayerSlab, rank: int) -> int:
     for tensor in layer.replicated:
         whole = torch.empty((placement.num_experts, *tensor.row_shape), dtype=tensor.dtype)
         for run in placement.runs(rank):
-            offset = layer.offset(run.owner, tensor) + run.local * tensor.row_bytes
+            offset = layer.layout.slabs[run.owner].offset(tensor.name, run.first)
             source = tensor.view(layer.memory(run.owner).tensor(), offset, run.length)
             whole[run.first : run.first + run.length] = source
         tensor.parameter.data = whole.to(tensor.parameter.device)

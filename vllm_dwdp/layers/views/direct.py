@@ -18,7 +18,7 @@ from vllm_dwdp.direct import LayerCosts, direct_tokens, expected_hits
 from vllm_dwdp.prefetch.counters import CounterPage
 
 if TYPE_CHECKING:
-    from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
+    from vllm_dwdp.layers.build import ExpertModule
     from vllm_dwdp.layers.slabs import LayerSlab
     from vllm_dwdp.prefetch.prefetcher import Prefetcher
 
@@ -29,7 +29,7 @@ _MEMORY_BYTES = 1 << 26
 class DirectGate:
     """Acquire and release of one layer of a split view: forwards of at most `tokens` tokens read directly."""
 
-    def __init__(self, prefetcher: Prefetcher, module: DwdpExpertsMixin, tokens: int) -> None:
+    def __init__(self, prefetcher: Prefetcher, module: ExpertModule, tokens: int) -> None:
         self._prefetcher, self._module, self._tokens = prefetcher, module, tokens
 
     def acquire(self, layer: int, tokens: int) -> None:

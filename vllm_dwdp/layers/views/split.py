@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vllm_dwdp.copy_plan import build_plan, slot_rows
-from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.layers.slabs import ExpertTensor, LayerSlab, alignment
+from vllm_dwdp.copy_plan import Layout, build_plan
+from vllm_dwdp.layers.slabs import ExpertTensor, LayerSlab
 from vllm_dwdp.prefetch.prefetcher import bind_plan
 from vllm_dwdp.transport.base import CopyEngine, Memory, Program
 
@@ -24,54 +24,57 @@ class SplitTables(NamedTuple):
     direct: tuple[WeightTable, WeightTable]
 
 
-def why_not_split(layer: LayerSlab) -> str | None:
-    """Why there is no split-weight kernel for `layer`; None where there is one."""
+def why_not(layer: LayerSlab) -> str | None:
+    """None where there is a split-weight kernel for `layer`; else what is wrong with "experts of <layer>"."""
     import torch
 
     fetched = tuple(tensor.name for tensor in layer.fetched)
     if fetched != WEIGHTS:
-        return f"it fetches {', '.join(fetched)}, not just {' and '.join(WEIGHTS)}"
+        return f"have no split-weight kernel (they fetch {', '.join(fetched)}, not just {' and '.join(WEIGHTS)})"
     known = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
     if layer.fetched[0].dtype not in known:
-        return f"weights are {layer.fetched[0].dtype}"
+        return f"have no split-weight kernel (they are {layer.fetched[0].dtype})"
     return None
 
 
-def addresses(layer: LayerSlab, rank: int, tensor: ExpertTensor, slot: Memory, slot_offset: int) -> list[int]:
-    """[expert] -> address of its row of `tensor`: in the own slab for the share, else in the slot."""
-    placement = layer.build.placement
-    own = layer.slab.address + layer.offset(rank, tensor)
-    where = {expert: own + row * tensor.row_bytes for row, expert in enumerate(placement.shares[rank])}
-    for expert, row in slot_rows(placement, rank, split=True).items():
-        where[expert] = slot.address + slot_offset + row * tensor.row_bytes
-    return [where[expert] for expert in range(placement.num_experts)]
+def addresses(layer: LayerSlab, rank: int, tensor: str, slot: Memory, layout: Layout) -> list[int]:
+    """[expert] -> address of its row of `tensor`: in the own slab for the share, else in the slot, which has `layout`."""
+    own = layer.layout.slabs[rank]
+    return [
+        layer.slab.address + own.offset(tensor, expert)
+        if owner == rank
+        else slot.address + layout.offset(tensor, expert)
+        for expert, owner in enumerate(layer.build.placement.owners[rank])
+    ]
 
 
-def direct_addresses(layer: LayerSlab, rank: int, tensor: ExpertTensor) -> list[int]:
+def direct_addresses(layer: LayerSlab, rank: int, tensor: str) -> list[int]:
     """[expert] -> address of its row of `tensor` in the slab of the rank that `rank` takes it from, as for pulls."""
-    placement = layer.build.placement
-    owners = placement.owners[rank]
-    begin = {owner: layer.memory(owner).address + layer.offset(owner, tensor) for owner in set(owners)}
-    return [begin[owner] + placement.local(owner, expert) * tensor.row_bytes for expert, owner in enumerate(owners)]
+    return [
+        layer.memory(owner).address + layer.layout.slabs[owner].offset(tensor, expert)
+        for expert, owner in enumerate(layer.build.placement.owners[rank])
+    ]
 
 
-def attach_split(layer: LayerSlab, rank: int, slot: Memory, engine: CopyEngine, slice_bytes: int | None) -> Program:
+def slot_bytes(layers: Sequence[LayerSlab], rank: int) -> int:
+    """Bytes of a slot of `rank` that fits any of `layers`."""
+    return max(layer.layout.slot(rank, split=True).nbytes for layer in layers)
+
+
+def attach(layer: LayerSlab, rank: int, slot: Memory, engine: CopyEngine, slice_bytes: int | None) -> Program:
     """Have the layer compute from `addresses` or `direct_addresses`; returns the copies that fill its slot.
 
     vLLM's code reads shapes off the parameters: they become [E, ...] tensors that repeat one row and cost no memory.
-    Raises DwdpError where the kernels cannot take the layer.
     """
     from vllm_dwdp.kernels.experts import SplitExperts, stand_in
 
-    if why := why_not_split(layer):
-        raise DwdpError(f"{layer.build.name} has no split-weight kernel ({why}): use weight_view contiguous")
-    specs = [tensor.spec for tensor in layer.fetched]
-    plan = build_plan(layer.build.placement, rank, specs, slice_bytes, alignment(layer.build.on_pages), split=True)
+    plan = build_plan(layer.layout, rank, slice_bytes, split=True)
     module: Any = layer.build.module
     pulled, direct = [], []
-    for tensor, offset in zip(layer.fetched, plan.slot.offsets, strict=True):
-        pulled.append(_table(module, tensor, addresses(layer, rank, tensor, slot, offset), layer.replicated))
-        direct.append(_table(module, tensor, direct_addresses(layer, rank, tensor), layer.replicated))
+    for tensor in layer.fetched:
+        where = addresses(layer, rank, tensor.name, slot, plan.slot)
+        pulled.append(_table(module, tensor, where, layer.replicated))
+        direct.append(_table(module, tensor, direct_addresses(layer, rank, tensor.name), layer.replicated))
         tensor.parameter.data = stand_in(pulled[-1])
     module.quant_method.experts_cls = SplitExperts
     module.dwdp_tables = SplitTables((pulled[0], pulled[1]), (direct[0], direct[1]))

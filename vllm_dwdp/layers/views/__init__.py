@@ -1,0 +1,35 @@
+"""How the kernels of a layer see all its experts: one file per view, and the one place where a view is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers.slabs import LayerSlab
+from vllm_dwdp.layers.views import contiguous, inplace, split
+
+_WHY_NOT = {"inplace": inplace.why_not, "split": split.why_not, "contiguous": contiguous.why_not}
+
+
+def choose_view(build: ModelBuild, layers: Sequence[LayerSlab]) -> str:
+    """The view of the whole model, the same on all ranks: a single layer that cannot have it takes the others along.
+
+    Asked once vLLM has processed the weights, whose sizes were guessed before. Raises DwdpError where the user asked for
+    a view, or for direct reads, and the layers cannot have them.
+    """
+    asked, told = build.config.weight_view, build.config.direct_tokens
+    first = ("inplace" if build.on_cpu else "split") if asked == "auto" else asked
+    for layer in layers:
+        if why := _WHY_NOT[first](layer):
+            if asked != "auto":
+                raise DwdpError(
+                    f'weight_view "{asked}": experts of {layer.build.name} {why}: use weight_view auto or contiguous'
+                )
+            if told not in ("auto", 0):
+                raise DwdpError(
+                    f"dwdp.direct_tokens is {told}, but experts of {layer.build.name} {why} and cannot be read "
+                    "directly: leave it out"
+                )
+            return "contiguous"
+    return first
