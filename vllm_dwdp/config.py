@@ -7,6 +7,7 @@ from typing import Any, Final, Literal, get_args
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.placement import check_share
+from vllm_dwdp.platform import Platform
 
 TransportName = Literal["auto", "cupy_ipc", "cuda_pinned", "shm"]
 ViewName = Literal["auto", "split", "contiguous", "inplace"]
@@ -14,8 +15,6 @@ LauncherName = Literal["auto", "ray", "mp", "uni"]
 
 MIN_SLICE_BYTES: Final = 4096
 SLICE_MULTIPLE: Final = 256
-#: Where `slice_bytes` is not set; on GPUs it goes by the layer (copy_plan.slice_bytes_for).
-CPU_SLICE_BYTES: Final = 1 << 20
 
 _CHOICES: Final[dict[str, tuple[str, ...]]] = {
     "transport": get_args(TransportName),
@@ -121,15 +120,15 @@ class DwdpConfig:
         """`experts_per_rank` as far as it is a number: None for a partition, and until ranks have chosen."""
         return None if isinstance(self.experts_per_rank, str) else self.experts_per_rank
 
-    def goes_by_memory(self, on_cpu: bool) -> bool:
+    def goes_by_memory(self, platform: Platform) -> bool:
         """Whether ranks choose their number of experts; without a setting on GPUs of their own, where more is faster."""
         if self.experts_per_rank is None:
-            return not on_cpu and self.ranks_per_device == 1
+            return not platform.on_cpu and self.ranks_per_device == 1
         return self.experts_per_rank == AUTO
 
-    def resolve_slice_bytes(self, on_cpu: bool) -> int | None:
+    def resolve_slice_bytes(self, platform: Platform) -> int | None:
         """Bytes of one copy; None where the plan of each layer chooses."""
-        return CPU_SLICE_BYTES if self.slice_bytes is None and on_cpu else self.slice_bytes
+        return platform.slice_bytes if self.slice_bytes is None else self.slice_bytes
 
     def resolve_group_size(self, num_ranks: int) -> int:
         """The ranks per group, N; raises DwdpError when `num_ranks` cannot be split into such groups."""

@@ -40,9 +40,7 @@ class Layout:
             if tensor.row_bytes < 1:
                 raise DwdpError(f"tensor {tensor.name} has rows of {tensor.row_bytes} bytes: leave empty tensors out")
         if not self.experts or self.alignment < 1:
-            raise DwdpError(
-                f"a layout of {len(self.experts)} rows aligned to {self.alignment} bytes: both must be >= 1"
-            )
+            raise DwdpError(f"a layout of {len(self.experts)} rows, aligned to {self.alignment}: both must be >= 1")
 
     @cached_property
     def _ends(self) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 from vllm_dwdp.layers.sharing import ExpertSharing
 from vllm_dwdp.layers.views.split import SplitTables
 from vllm_dwdp.placement import place
+from vllm_dwdp.platform import CUDA
 
 EXPERTS, LAYERS, HIDDEN, INNER = 5, 3, 128, 64
 #: Tokens of a forward that pulls, whatever the limit of direct reads that tests set.
@@ -245,7 +246,7 @@ def share_on_gpus(
     meeting, placement, failed = Meeting(num_ranks), place(EXPERTS, num_ranks, config.experts_per_rank), []
     ranks = []
     for rank in range(num_ranks):
-        build = ModelBuild(config, rank, num_ranks, on_cpu=False)
+        build = ModelBuild(config, rank, num_ranks, platform=CUDA)
         modules = [Experts(layer, placement.shares[rank]) for layer in range(LAYERS)]
         build.layers = [LayerBuild(module, f"layer{i}", placement, False) for i, module in enumerate(modules)]
         ranks.append(GpuRank(machine.process(), modules, build.open()))

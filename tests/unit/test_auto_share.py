@@ -27,6 +27,7 @@ from vllm_dwdp.errors import DwdpError, PeerLost
 from vllm_dwdp.group.launch import DwdpLaunch
 from vllm_dwdp.group.rendezvous import Rendezvous
 from vllm_dwdp.hold import MemoryFacts
+from vllm_dwdp.platform import CPU, CUDA
 from vllm_dwdp.predict.memory_plan import RUNTIME, activation_bytes
 from vllm_dwdp.predict.read_config import parse_model
 from vllm_dwdp.transport.limits import Available
@@ -53,7 +54,7 @@ def test_sizes_are_those_of_the_model_that_vllm_builds(
 ) -> None:
     folder = checkpoint(family=family, dtype=dtype, num_layers=3, num_experts=8)
     plain = load(folder, 0, 1, dtype=dtype)
-    facts = memory_of(plain.vllm_config, launch(weight_view="contiguous"), True, GIB)
+    facts = memory_of(plain.vllm_config, launch(weight_view="contiguous"), CPU, GIB)
     layers = expert_layers(plain.model).values()
     experts = sum(p.nbytes for layer in layers for p in layer.parameters())
     assert facts.experts == 8 and facts.layers == len(layers)
@@ -77,21 +78,21 @@ def test_sizes_are_those_of_the_model_that_vllm_builds(
 def test_what_the_user_asked_for(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     config = vllm_config(tiny_moe)
-    facts = memory_of(config, launch(), True, GIB)
+    facts = memory_of(config, launch(), CPU, GIB)
     assert facts.kv_asked is None and facts.limit == GIB and facts.ranks == 2
     config.cache_config.kv_cache_memory_bytes = 12345
-    assert memory_of(config, launch(), True, GIB).kv_asked == 12345
+    assert memory_of(config, launch(), CPU, GIB).kv_asked == 12345
     config.cache_config.num_gpu_blocks_override = 10
-    asked = memory_of(config, launch(), True, GIB).kv_asked
+    asked = memory_of(config, launch(), CPU, GIB).kv_asked
     assert asked == 10 * config.cache_config.block_size * facts.kv_token
     config.cache_config.cache_dtype = "fp8"
-    assert memory_of(config, launch(), True, GIB).kv_token == facts.kv_token / 2
+    assert memory_of(config, launch(), CPU, GIB).kv_token == facts.kv_token / 2
 
 
 def test_the_peak_is_one_of_the_largest_step_and_on_gpus_the_runtime_too(tiny_moe: Path) -> None:
     config = vllm_config(tiny_moe, max_num_batched_tokens=4096)
     model = parse_model(config.model_config.hf_config.to_dict(), "m")
-    cpu, gpu = (memory_of(config, launch(group_size=2, ranks=4), on_cpu, GIB) for on_cpu in (True, False))
+    cpu, gpu = (memory_of(config, launch(group_size=2, ranks=4), platform, GIB) for platform in (CPU, CUDA))
     assert cpu.peak == activation_bytes(model, 4096) > activation_bytes(model, 64)
     assert gpu.peak == cpu.peak + RUNTIME and gpu.ranks == 2
 
@@ -102,7 +103,7 @@ def test_the_view_decides_what_slots_hold(checkpoint: Callable[..., Path]) -> No
     off_pages = vllm_config(checkpoint(family="qwen3_moe", num_layers=1, num_experts=4, hidden=32, intermediate=32))
 
     def hold(config: Any, on_cpu: bool, view: str) -> str:
-        return memory_of(config, launch(3, weight_view=view), on_cpu, GIB).slots_hold
+        return memory_of(config, launch(3, weight_view=view), CPU if on_cpu else CUDA, GIB).slots_hold
 
     assert [hold(on_pages, True, view) for view in ("auto", "inplace", "contiguous")] == ["nothing", "nothing", "all"]
     assert [hold(off_pages, True, view) for view in ("auto", "inplace", "contiguous")] == ["all", "nothing", "all"]
@@ -116,7 +117,7 @@ def test_a_model_that_cannot_be_read_is_one_line(tiny_moe: Path, monkeypatch: py
     with pytest.raises(
         DwdpError, match=r"^experts_per_rank \"auto\": the sizes are unknown .*; give a number of experts$"
     ):
-        memory_of(config, launch(), True, GIB)
+        memory_of(config, launch(), CPU, GIB)
 
 
 FACTS = MemoryFacts(

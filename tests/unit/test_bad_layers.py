@@ -21,6 +21,7 @@ from vllm_dwdp.layers.coverage import check_coverage, check_memory
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 from vllm_dwdp.layers.sharing import make_transport
 from vllm_dwdp.placement import place
+from vllm_dwdp.platform import CPU, CUDA
 from vllm_dwdp.transport import limits
 from vllm_dwdp.transport.shm import ShmTransport
 
@@ -44,7 +45,7 @@ def moe_layer(experts: int = 8, inner: int = 32, hidden: int = 32) -> Any:
 
 
 def add(settings: dict[str, Any], layer: Any, ranks: int = 2) -> tuple[int, ...]:
-    build = ModelBuild(DwdpConfig.parse(settings), 0, ranks, on_cpu=True)
+    build = ModelBuild(DwdpConfig.parse(settings), 0, ranks, platform=CPU)
     return build.add_layer(None, "model.layers.3.mlp.experts", torch.bfloat16, layer)  # type: ignore[arg-type]
 
 
@@ -66,7 +67,7 @@ def test_fused_shared_experts() -> None:
 
 
 def test_models_that_are_not_covered() -> None:
-    empty = ModelBuild(DwdpConfig(), 0, 2, on_cpu=True)
+    empty = ModelBuild(DwdpConfig(), 0, 2, platform=CPU)
     check_message(refusal(lambda: check_coverage(nn.Linear(2, 2), empty)), ["Linear", "no MoE layer", "not support"])
     covered = dataclasses.replace(empty, layers=[LayerBuild(None, "layer", place(8, 2, None), False)])  # type: ignore[arg-type]
     model = nn.Module()
@@ -83,7 +84,7 @@ def test_memory_that_does_not_suffice_for_all_ranks(view: str, slots: str, monke
     monkeypatch.setattr(limits, "available_memory", lambda: limits.Available(1 << 30, "the cgroup of this test"))
     half = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(nbytes=3 << 26)]))
     layers = [LayerBuild(half, f"layers.{i}", place(8, 2, None), True) for i in range(3)]  # type: ignore[arg-type]
-    group = dataclasses.replace(ModelBuild(DwdpConfig.parse({"weight_view": view}), 0, 2, on_cpu=True), layers=layers)
+    group = dataclasses.replace(ModelBuild(DwdpConfig.parse({"weight_view": view}), 0, 2, platform=CPU), layers=layers)
     needed = "2.62 GiB" if view == "contiguous" else "1.12 GiB"
     words = [
         "2 ranks with 0.56 GiB of experts",
@@ -96,9 +97,9 @@ def test_memory_that_does_not_suffice_for_all_ranks(view: str, slots: str, monke
 
 
 def test_a_transport_that_is_not_there() -> None:
-    gpu = ModelBuild(DwdpConfig(transport="shm"), 0, 2, on_cpu=False)
+    gpu = ModelBuild(DwdpConfig(transport="shm"), 0, 2, platform=CUDA)
     check_message(refusal(lambda: make_transport(gpu, ())), ["'shm'", "GPUs", "cupy_ipc"])
-    cpu = ModelBuild(DwdpConfig(transport="cupy_ipc"), 0, 2, on_cpu=True)
+    cpu = ModelBuild(DwdpConfig(transport="cupy_ipc"), 0, 2, platform=CPU)
     check_message(refusal(lambda: make_transport(cpu, ())), ["'cupy_ipc'", "CPU", "shm"])
 
 
@@ -114,5 +115,5 @@ def test_fp8_with_static_activation_scales() -> None:
         made.fp8_backend = SimpleNamespace(name="TRITON")  # type: ignore[attr-defined]
         return made
 
-    assert _refused_method(method("dynamic"), on_cpu=False) is None
-    assert "static activation scales" in str(_refused_method(method("static"), on_cpu=False))
+    assert _refused_method(method("dynamic"), CUDA) is None
+    assert "static activation scales" in str(_refused_method(method("static"), CUDA))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from tests.unit.leftovers import TINY, build, check_message, refusal
 from vllm_dwdp import patches
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import configure, options
+from vllm_dwdp.platform import CPU, CUDA
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -39,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
         pytest.param(2, {"timeout_s": 0}, ["timeout_s is 0", "above 0", "300"], id="no-time"),
         pytest.param(2, {"weight_view": "continuous"}, ["did you mean 'contiguous'"], id="unknown-view"),
         pytest.param(2, {"launcher": "slurm"}, ["'slurm'", "auto, ray, mp, uni"], id="unknown-launcher"),
-        pytest.param(2, {"weight_view": "split"}, ['"split"', "GPUs", "contiguous or inplace"], id="split-on-cpu"),
+        pytest.param(2, {"weight_view": "split"}, ['"split"', "GPUs", "inplace or contiguous"], id="split-on-cpu"),
         pytest.param(2, {"transport": "cupy_ipc"}, ['"cupy_ipc"', "GPUs", "auto or shm"], id="gpu-transport-on-cpu"),
         pytest.param(2, {"transport": "cuda_pinned"}, ['"cuda_pinned"', "GPUs", "auto or shm"], id="pinned-on-cpu"),
         pytest.param(2, {"in_flight": 2}, ["in_flight is 2", "gone", "leave it out"], id="in-flight"),
@@ -69,14 +71,14 @@ def test_direct_tokens_on_gpus(view: Any, told: Any, words: list[str] | None, mo
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     config = DwdpConfig(weight_view=view, direct_tokens=told)
     if words is None:
-        options.check_settings(config, on_cpu=False)
+        options.check_settings(config, platform=CUDA)
     else:
-        check_message(refusal(lambda: options.check_settings(config, on_cpu=False)), words)
+        check_message(refusal(lambda: options.check_settings(config, platform=CUDA)), words)
 
 
 @pytest.mark.parametrize("told", [0, "auto"])
 def test_direct_tokens_that_cpus_take(told: Any) -> None:
-    options.check_settings(DwdpConfig(direct_tokens=told), on_cpu=True)
+    options.check_settings(DwdpConfig(direct_tokens=told), platform=CPU)
 
 
 def changed(moe: Path, folder: Path, **values: Any) -> Path:
@@ -149,11 +151,11 @@ def test_the_environment_of_a_launch_passes_vllms_check(tiny_moe: Path) -> None:
 
 def test_another_platform(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    check_message(refusal(lambda: options.check_settings(DwdpConfig(), on_cpu=False)), ["CuPy", "vllm-dwdp[cuda13]"])
+    check_message(refusal(lambda: options.check_settings(DwdpConfig(), platform=CUDA)), ["CuPy", "vllm-dwdp[cuda13]"])
     monkeypatch.undo()
     on_gpu = {"transport": ("shm", "cupy_ipc"), "weight_view": ("inplace", "split")}
     for key, (wrong, instead) in on_gpu.items():
         config = DwdpConfig(**{key: wrong})  # type: ignore[arg-type]
-        check_message(refusal(lambda config=config: options.check_settings(config, on_cpu=False)), [wrong, instead])
-    monkeypatch.setattr(configure, "_WORKERS", {})
+        check_message(refusal(lambda config=config: options.check_settings(config, platform=CUDA)), [wrong, instead])
+    monkeypatch.setattr(configure, "platform_of", lambda vllms: dataclasses.replace(CPU, worker=("another", "ours")))
     check_message(refusal(lambda: build(tiny_moe)), ["vllm.v1.worker.cpu_worker.CPUWorker", "CPU and CUDA platforms"])

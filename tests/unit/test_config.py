@@ -9,14 +9,15 @@ from hypothesis import strategies as st
 
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.platform import CPU, CUDA
 
 
 def test_missing_and_empty_give_the_defaults() -> None:
     assert DwdpConfig.parse(None) == DwdpConfig.parse({}) == DwdpConfig()
     assert (DwdpConfig().num_slots, DwdpConfig().direct_tokens) == (2, "auto")
-    assert DwdpConfig().resolve_slice_bytes(on_cpu=True) == 1 << 20
-    assert DwdpConfig().resolve_slice_bytes(on_cpu=False) is None
-    assert DwdpConfig(slice_bytes=8192).resolve_slice_bytes(on_cpu=False) == 8192
+    assert DwdpConfig().resolve_slice_bytes(CPU) == 1 << 20
+    assert DwdpConfig().resolve_slice_bytes(CUDA) is None
+    assert DwdpConfig(slice_bytes=8192).resolve_slice_bytes(CUDA) == 8192
 
 
 @given(
@@ -151,6 +152,6 @@ def test_memory_decides_where_asked_and_on_gpus_of_ones_own(
     settings: dict[str, Any], on_cpu: bool, on_gpus: bool
 ) -> None:
     config = DwdpConfig.parse(settings)
-    assert (config.goes_by_memory(on_cpu=True), config.goes_by_memory(on_cpu=False)) == (on_cpu, on_gpus)
+    assert (config.goes_by_memory(CPU), config.goes_by_memory(CUDA)) == (on_cpu, on_gpus)
     assert DwdpConfig().resolve_group_size(6) == 6
     assert DwdpConfig(group_size=3).resolve_group_size(6) == 3

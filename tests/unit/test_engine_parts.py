@@ -27,6 +27,7 @@ from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.window import estimate
 from vllm_dwdp.page_placement import page_granularity
 from vllm_dwdp.patches.engine_liveness import killed
+from vllm_dwdp.platform import CPU, CUDA
 from vllm_dwdp.prefetch.counters import Counters
 from vllm_dwdp.transport.base import Program
 
@@ -95,7 +96,7 @@ def test_boundaries_fall_on_pages(row: int, experts: int) -> None:
 
 
 def build(view: str, rank: int = 0, ranks: int = 2, **config: object) -> ModelBuild:
-    return ModelBuild(DwdpConfig(weight_view=view, **config), rank, ranks, on_cpu=True)  # type: ignore[arg-type]
+    return ModelBuild(DwdpConfig(weight_view=view, **config), rank, ranks, CPU)  # type: ignore[arg-type]
 
 
 def test_a_boundary_is_moved_by_one_expert_for_pages() -> None:
@@ -202,13 +203,13 @@ def test_engines_of_ray_launches_are_spawned(monkeypatch: pytest.MonkeyPatch) ->
 def test_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_dwdp.engine.configure import resolve_launcher
 
-    for on_cpu, automatic in ((True, "mp"), (False, "uni")):
-        assert resolve_launcher("auto", on_cpu) == automatic
-        assert [resolve_launcher(name, on_cpu) for name in ("mp", "uni", "ray")] == ["mp", "uni", "ray"]
+    for platform, automatic in ((CPU, "mp"), (CUDA, "uni")):
+        assert resolve_launcher("auto", platform) == automatic
+        assert [resolve_launcher(name, platform) for name in ("mp", "uni", "ray")] == ["mp", "uni", "ray"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert resolve_launcher("auto", True) == "mp"
+    assert resolve_launcher("auto", CPU) == "mp"
     with pytest.raises(DwdpError, match=r"needs Ray: pip install .* or leave launcher out"):
-        resolve_launcher("ray", True)
+        resolve_launcher("ray", CPU)
 
 
 @pytest.mark.parametrize("actor", [None, "a1"])

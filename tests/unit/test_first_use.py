@@ -29,6 +29,7 @@ from vllm_dwdp.layers.slabs import ExpertTensor
 from vllm_dwdp.layers.views.contiguous import RingGate
 from vllm_dwdp.layers.views.direct import DirectGate
 from vllm_dwdp.layers.views.split import SplitTables
+from vllm_dwdp.platform import CPU
 
 EXPERTS, INNER, HIDDEN, LAYERS = 5, 32, 64, 3
 
@@ -78,7 +79,7 @@ def shared(view: str) -> Iterator[list[ExpertSharing]]:
     launch = DwdpLaunch(DwdpConfig(weight_view=view, timeout_s=LIMIT_S), 2, Rendezvous("h", 1, "id"), ())  # type: ignore[arg-type]
     builds = []
     for rank in range(2):
-        builds.append(ModelBuild(launch.config, rank, 2, on_cpu=True).open())
+        builds.append(ModelBuild(launch.config, rank, 2, platform=CPU).open())
         for layer in range(LAYERS):
             moe = SimpleNamespace(
                 num_experts=EXPERTS, intermediate_size_per_partition=INNER, hidden_dim=HIDDEN, is_act_and_mul=False

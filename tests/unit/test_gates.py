@@ -16,6 +16,7 @@ from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.gates import register_gate
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 from vllm_dwdp.layers.views.split import SplitTables
+from vllm_dwdp.platform import CUDA
 
 RANKS, EXPERTS = 2, 5
 
@@ -101,7 +102,7 @@ def test_kernels_are_made_again_on_gpus(model: Path, monkeypatch: pytest.MonkeyP
     loaded = load(model, 0, RANKS)
     layer: Any = loaded.build.layers[0].module
     kernel, tables = layer.quant_method.moe_kernel, []
-    monkeypatch.setattr(ModelBuild.current(), "on_cpu", False)
+    monkeypatch.setattr(ModelBuild.current(), "platform", CUDA)
     made: Any = type(kernel.fused_experts)
     monkeypatch.setattr(made, "attach_tables", lambda self, *given: tables.append(given), raising=False)
     layer.dwdp_tables = SplitTables(("w13", "w2"), ("w13 at owners", "w2 at owners"))  # type: ignore[arg-type]

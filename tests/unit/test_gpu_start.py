@@ -22,6 +22,7 @@ from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.group.launch import DwdpLaunch
 from vllm_dwdp.hold import MemoryFacts
 from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.platform import CUDA
 from vllm_dwdp.predict.startup import PlannedLaunch
 
 
@@ -204,7 +205,7 @@ def test_the_front_end_asks_the_planner(
         cache_config=SimpleNamespace(gpu_memory_utilization=0.8, cache_dtype="fp8_e4m3"),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=2048),
     )
-    planner.ask_planner(given, DwdpConfig.parse(settings), 4, on_cpu=False)
+    planner.ask_planner(given, DwdpConfig.parse(settings), 4, CUDA)
     expected = PlannedLaunch(
         {}, "m", "NVIDIA H100 80GB HBM3", 4, 2048, 4096, share, by_memory, utilisation=0.8, kv_element=1.0
     )

@@ -14,12 +14,13 @@ from vllm_dwdp.layers.build import LayerBuild, ModelBuild
 from vllm_dwdp.layers.slabs import LayerSlab, expert_tensors
 from vllm_dwdp.layers.views import choose_view, inplace
 from vllm_dwdp.placement import place
+from vllm_dwdp.platform import CPU, CUDA
 
 PAGE_OF_ROWS = {"hidden_dim": 64, "intermediate_size_per_partition": 32, "is_act_and_mul": True}  # 4096 and 8192 bytes
 
 
 def build(rank: int, on_cpu: bool = False, **config: Any) -> ModelBuild:
-    return ModelBuild(DwdpConfig(**config), rank, 2, on_cpu)
+    return ModelBuild(DwdpConfig(**config), rank, 2, CPU if on_cpu else CUDA)
 
 
 def add(made: ModelBuild, experts: int, **sizes: Any) -> tuple[int, ...]:

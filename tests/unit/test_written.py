@@ -21,6 +21,7 @@ from vllm_dwdp.layers.build import LayerBuild, ModelBuild
 from vllm_dwdp.layers.tied import refuse_tied
 from vllm_dwdp.layers.written import check_written, mark_rows
 from vllm_dwdp.placement import place
+from vllm_dwdp.platform import CPU
 
 Tensors = dict[str, torch.Tensor]
 
@@ -100,7 +101,7 @@ def module_of(parameters: Tensors, padded: int = 32, real: int = 32) -> nn.Modul
 
 def build_of(*modules: nn.Module) -> ModelBuild:
     """Rank 1 of 2, with experts 2, 3 and 4 of 5."""
-    build = ModelBuild(DwdpConfig(), 1, 2, on_cpu=True)
+    build = ModelBuild(DwdpConfig(), 1, 2, platform=CPU)
     placement = place(5, 2, None)
     build.layers = [LayerBuild(module, f"layers.{i}", placement, False) for i, module in enumerate(modules)]  # type: ignore[arg-type]
     return build

@@ -19,6 +19,7 @@ from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine.loader import switch_loader
 from vllm_dwdp.hits_file import Hits
 from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.platform import CPU
 
 
 class Loaded(NamedTuple):
@@ -86,7 +87,7 @@ def load(
 
     config = vllm_config(folder, **arguments)
     made = DwdpConfig.parse({"timeout_s": LIMIT_S, **(settings or {})})
-    build = ModelBuild(made, rank, ranks, on_cpu=True, popularity=popularity)
+    build = ModelBuild(made, rank, ranks, platform=CPU, popularity=popularity)
     with _registries_kept(), set_current_vllm_config(config):
         if ranks > 1:
             build.open()

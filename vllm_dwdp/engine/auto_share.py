@@ -12,6 +12,7 @@ from vllm_dwdp.config import PARTITION
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.hold import Held, MemoryFacts, choose
 from vllm_dwdp.page_placement import cpu_rows, place_on_pages
+from vllm_dwdp.platform import Platform
 from vllm_dwdp.predict.memory_plan import RUNTIME, activation_bytes, memory_facts
 from vllm_dwdp.predict.model import MoeModel
 from vllm_dwdp.predict.read_config import parse_model
@@ -38,7 +39,7 @@ def settle(launch: DwdpLaunch, facts: MemoryFacts | None, rendezvous: Rendezvous
     return dataclasses.replace(launch, config=config), held
 
 
-def memory_of(vllm_config: VllmConfig, launch: DwdpLaunch, on_cpu: bool, limit: float) -> MemoryFacts:
+def memory_of(vllm_config: VllmConfig, launch: DwdpLaunch, platform: Platform, limit: float) -> MemoryFacts:
     """What is known before layers are built. `limit`: bytes that this rank may use in all.
 
     Raises DwdpError where the model's config does not tell its sizes.
@@ -54,7 +55,7 @@ def memory_of(vllm_config: VllmConfig, launch: DwdpLaunch, on_cpu: bool, limit: 
     element = model_config.dtype.itemsize
     tokens = vllm_config.scheduler_config.max_num_batched_tokens
     # What a process on CPU needs beside activations is there by now.
-    peak = activation_bytes(model, tokens) * element / 2 + (0 if on_cpu else RUNTIME)
+    peak = activation_bytes(model, tokens) * element / 2 + (0 if platform.on_cpu else RUNTIME)
     replicated = (model.replicated_params + model.embedding_params) * element
     cache_dtype = STR_DTYPE_TO_TORCH_DTYPE.get(str(vllm_config.cache_config.cache_dtype), model_config.dtype)
     facts = memory_facts(
@@ -63,7 +64,7 @@ def memory_of(vllm_config: VllmConfig, launch: DwdpLaunch, on_cpu: bool, limit: 
         limit=limit,
         dense=model.replicated_bytes if quantised else replicated,
         peak=peak,
-        view=_view(model, launch, on_cpu, model_config.dtype),
+        view=_view(model, launch, platform, model_config.dtype),
         num_slots=config.num_slots,
         tokens=tokens,
         context=model_config.max_model_len,
@@ -79,13 +80,13 @@ def _kv_asked(vllm_config: VllmConfig, facts: MemoryFacts) -> float | None:
     return cache.kv_cache_memory_bytes or None
 
 
-def _view(model: MoeModel, launch: DwdpLaunch, on_cpu: bool, dtype: torch.dtype) -> str:
+def _view(model: MoeModel, launch: DwdpLaunch, platform: Platform, dtype: torch.dtype) -> str:
     """The view that the layers will have, as far as sizes tell; once they exist, `choose_view` decides."""
     view = launch.config.weight_view
     if view != "auto":
         return view
-    if not on_cpu:
-        return "split"
+    if "inplace" not in platform.views:
+        return platform.views[0]
     rows = cpu_rows(model.expert_width, model.hidden, dtype.itemsize)
     try:
         place_on_pages(model.experts, launch.group_size, None, rows)

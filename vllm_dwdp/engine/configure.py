@@ -26,6 +26,7 @@ from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.group.environment import set_for_children, sockets_in
 from vllm_dwdp.group.launch import RENDEZVOUS_ENV, DwdpLaunch, attach_launch
 from vllm_dwdp.group.launch_folder import make_folder
+from vllm_dwdp.platform import Platform, platform_of
 
 if TYPE_CHECKING:
     from vllm.config import CompilationConfig, ModelConfig, VllmConfig
@@ -33,19 +34,11 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.dwdp")
 
-_WORKERS = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_dwdp.engine.cpu_worker.DwdpCPUWorker",
-    "vllm.v1.worker.gpu_worker.Worker": "vllm_dwdp.engine.gpu_worker.DwdpGPUWorker",
-}
 
-
-def resolve_launcher(launcher: str, on_cpu: bool) -> str:
-    """`uni`, `mp` or `ray`; auto is `uni` on GPUs, as in plain vLLM with one GPU per engine.
-
-    On CPU auto is `mp`: a copy thread would share the engine's interpreter lock.
-    """
+def resolve_launcher(launcher: str, platform: Platform) -> str:
+    """`uni`, `mp` or `ray`; auto is the platform's."""
     if launcher == "auto":
-        return "mp" if on_cpu else "uni"
+        return platform.launcher
     if launcher == "ray" and importlib.util.find_spec("ray") is None:
         raise DwdpError('launcher "ray" needs Ray: pip install "vllm-dwdp[ray]", or leave launcher out')
     return launcher
@@ -93,9 +86,9 @@ def _launch(args: EngineArgs, config: DwdpConfig, owner: VllmConfig) -> DwdpLaun
     return launch
 
 
-def _environment(vllm_config: VllmConfig, folder: str, launcher: str, on_cpu: bool) -> dict[str, str]:
+def _environment(vllm_config: VllmConfig, folder: str, launcher: str, platform: Platform) -> dict[str, str]:
     """What the engines of a launch need in their environment; what the front end needs to start them is set here."""
-    values = bind_ranks(vllm_config.parallel_config.data_parallel_size) if on_cpu else {}
+    values = bind_ranks(vllm_config.parallel_config.data_parallel_size) if platform.on_cpu else {}
     if launcher == "ray":
         from vllm_dwdp.engine.ray_cluster import join_or_start
 
@@ -115,22 +108,22 @@ def create_engine_config(
     headless = bool(keywords.get("headless", positional[1] if len(positional) > 1 else False))
     options.check_arguments(args, headless)
     config = DwdpConfig.parse((args.additional_config or {}).get(BACKEND))
-    on_cpu = current_platform.is_cpu()
-    if not on_cpu and not current_platform.is_cuda():
+    platform = platform_of(current_platform)
+    if not platform.on_cpu and not current_platform.is_cuda():
         raise DwdpError(
             f"dwdp runs on vLLM's CPU and CUDA platforms, not on {current_platform.device_name}: leave it out"
         )
-    options.check_settings(config, on_cpu)
+    options.check_settings(config, platform)
     config = with_hits_file(config)
     # API servers place nothing, and the file may be another one by now.
-    popularity = None if _is_api_server_of_many(args) else popularity_of(config, on_cpu)
+    popularity = None if _is_api_server_of_many(args) else popularity_of(config, platform)
     group_size = config.resolve_group_size(args.data_parallel_size)
-    launcher = resolve_launcher(config.launcher, on_cpu)
+    launcher = resolve_launcher(config.launcher, platform)
 
     @functools.wraps(args.create_model_config)
     def create_model_config() -> ModelConfig:
         model_config = type(args).create_model_config(args)
-        experts = options.check_model(model_config, on_cpu)
+        experts = options.check_model(model_config, platform)
         config.check(args.data_parallel_size, experts)
         if popularity is not None:
             check_popularity(popularity, config, args.data_parallel_size, experts, model_config)
@@ -142,7 +135,7 @@ def create_engine_config(
     args.distributed_executor_backend = _executor(launcher)
     # Always present, so that compile caches never mix with those of plain vLLM.
     additional_config, moe_backend = args.additional_config, args.moe_backend
-    if not on_cpu and moe_backend == "auto":
+    if not platform.on_cpu and moe_backend == "auto":
         # The kernels that slots and slabs were tried with; other choices are refused once the layers exist.
         args.moe_backend = "triton"
     args.additional_config = {**(additional_config or {}), BACKEND: config.to_dict()}
@@ -155,23 +148,24 @@ def create_engine_config(
         args.moe_backend = moe_backend
     options.check_config(vllm_config)
     parallel = vllm_config.parallel_config
-    if parallel.worker_cls not in _WORKERS:
+    worker, ours = platform.worker
+    if parallel.worker_cls != worker:
         raise DwdpError(f"dwdp has no worker for {parallel.worker_cls}: it runs on vLLM's CPU and CUDA platforms")
-    parallel.worker_cls = _WORKERS[parallel.worker_cls]
-    if not on_cpu:
+    parallel.worker_cls = ours
+    if not platform.on_cpu:
         set_devices(vllm_config, config, args.data_parallel_size)
         from vllm_dwdp.engine.graphs import fit_graphs
 
         fit_graphs(vllm_config.compilation_config, config)
     if not _is_api_server_of_many(args):
-        ask_planner(vllm_config, config, group_size, on_cpu)
+        ask_planner(vllm_config, config, group_size, platform)
     launch = dataclasses.replace(
         _launch(args, config, vllm_config),
         captured_tokens=_named_tokens(args, vllm_config.compilation_config),
         popularity=popularity,
     )
     if not _is_api_server_of_many(args):
-        launch = dataclasses.replace(launch, environment=_environment(vllm_config, launch.folder, launcher, on_cpu))
+        launch = dataclasses.replace(launch, environment=_environment(vllm_config, launch.folder, launcher, platform))
     attach_launch(vllm_config, launch)
     publishing = not args.disable_log_stats and (args._api_process_count == 1 or args._api_process_rank == 0)
     if publishing or not _is_api_server_of_many(args):

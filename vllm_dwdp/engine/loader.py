@@ -64,7 +64,7 @@ class _ShareOnlyMixin:
         model: nn.Module = super().create_model(vllm_config, model_config, prefix)  # type: ignore[misc]
         build = ModelBuild.current()
         check_coverage(model, build)
-        if build.on_cpu and not build.memory_checked:
+        if build.platform.on_cpu and not build.memory_checked:
             check_memory(build)
             build.memory_checked = True
             # A rank that loads at once would take away what a slower one is about to ask for.

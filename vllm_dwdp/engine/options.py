@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vllm_dwdp import BACKEND
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.platform import Platform
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
 
 _SETTINGS: Final = frozenset(field.name for field in dataclasses.fields(DwdpConfig))
-
-#: Quantisations of a checkpoint that GPUs compute with; which kernels is checked when the layers exist.
-GPU_QUANTISATIONS = ("fp8",)
 
 
 def _parallel(args: EngineArgs) -> Iterator[str]:
@@ -159,17 +157,17 @@ def check_arguments(args: EngineArgs, headless: bool) -> None:
             raise DwdpError(f"--additional-config has the key {key!r}, which nothing reads: did you mean {meant}?")
 
 
-def check_settings(config: DwdpConfig, on_cpu: bool) -> None:
+def check_settings(config: DwdpConfig, platform: Platform) -> None:
     """Refuse settings of dwdp that this release, or this platform, does not have; raises DwdpError."""
-    for message in _on_cpu(config) if on_cpu else _on_gpu(config):
+    for key, known in (("transport", platform.transports), ("weight_view", platform.views)):
+        if (told := getattr(config, key)) not in ("auto", *known):
+            others, use = "GPUs" if platform.on_cpu else "CPU", ", ".join(("auto", *known[:-1])) + f" or {known[-1]}"
+            raise DwdpError(f'dwdp.{key} is "{told}", which is for {others}: use {use} on {platform.name}')
+    for message in _on_cpu(config) if platform.on_cpu else _on_gpu(config):
         raise DwdpError(message)
 
 
 def _on_cpu(config: DwdpConfig) -> Iterator[str]:
-    if config.transport not in ("auto", "shm"):
-        yield f'dwdp.transport is "{config.transport}", which is for GPUs: use auto or shm on CPU'
-    if config.weight_view == "split":
-        yield 'dwdp.weight_view is "split", which is for GPUs: use auto, contiguous or inplace on CPU'
     if config.ranks_per_device > 1:
         yield f"dwdp.ranks_per_device is {config.ranks_per_device}, which is for GPUs: leave it out on CPU"
     if config.direct_tokens not in ("auto", 0):
@@ -180,10 +178,6 @@ def _on_cpu(config: DwdpConfig) -> Iterator[str]:
 
 
 def _on_gpu(config: DwdpConfig) -> Iterator[str]:
-    if config.transport not in ("auto", "cupy_ipc", "cuda_pinned"):
-        yield f'dwdp.transport is "{config.transport}", which is for CPU: use auto or cupy_ipc on GPUs'
-    if config.weight_view == "inplace":
-        yield 'dwdp.weight_view is "inplace", which is for CPU: use auto, split or contiguous on GPUs'
     if config.direct_tokens not in ("auto", 0) and config.weight_view == "contiguous":
         yield (
             f'dwdp.direct_tokens is {config.direct_tokens} with weight_view "contiguous", which pulls in every forward: use '
@@ -198,7 +192,7 @@ def _on_gpu(config: DwdpConfig) -> Iterator[str]:
         yield 'dwdp needs CuPy on GPUs: pip install "vllm-dwdp[cuda13]" (or [cuda12], as your vLLM is built)'
 
 
-def check_model(model_config: ModelConfig, on_cpu: bool) -> int:
+def check_model(model_config: ModelConfig, platform: Platform) -> int:
     """Refuse models without routed experts, or with experts dwdp cannot share; returns the number of experts."""
     name = model_config.model
     experts = int(model_config.get_num_experts())
@@ -206,7 +200,7 @@ def check_model(model_config: ModelConfig, on_cpu: bool) -> int:
         raise DwdpError(
             f"{name} has no routed experts, {BACKEND} would share nothing: serve it with --data-parallel-size alone"
         )
-    if model_config.quantization is not None and (on_cpu or model_config.quantization not in GPU_QUANTISATIONS):
+    if model_config.quantization not in (None, *platform.quantisations):
         raise DwdpError(f"{name}: {_quantisation(str(model_config.quantization))}")
     return experts
 

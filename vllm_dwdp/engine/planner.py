@@ -13,27 +13,28 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_dwdp.config import DwdpConfig
+    from vllm_dwdp.platform import Platform
 
 logger = init_logger("vllm.dwdp")
 
 
-def ask_planner(vllm_config: VllmConfig, config: DwdpConfig, group_size: int, on_cpu: bool) -> None:
+def ask_planner(vllm_config: VllmConfig, config: DwdpConfig, group_size: int, platform: Platform) -> None:
     """Log one WARNING where DWDP is predicted to lose; on CPU and with GPUs that ranks share only `require_win` asks.
 
     Raises DwdpError where `require_win` is set and DWDP is not predicted to win.
     """
-    if (on_cpu or config.ranks_per_device > 1) and not config.require_win:
+    if (platform.on_cpu or config.ranks_per_device > 1) and not config.require_win:
         return
     model, cache = vllm_config.model_config, vllm_config.cache_config
     launch = PlannedLaunch(
         config=model.hf_config.to_dict(),
         name=model.model,
-        device="a CPU" if on_cpu else current_platform.get_device_name(),
+        device="a CPU" if platform.on_cpu else current_platform.get_device_name(),
         ranks=group_size,
         tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         max_model_len=model.max_model_len,
         share=config.held,
-        by_memory=config.goes_by_memory(on_cpu),
+        by_memory=config.goes_by_memory(platform),
         view=config.weight_view,
         num_slots=config.num_slots,
         utilisation=cache.gpu_memory_utilization,

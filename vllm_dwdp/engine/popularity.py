@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
     from vllm_dwdp.config import DwdpConfig
+    from vllm_dwdp.platform import Platform
 
 logger = init_logger("vllm.dwdp")
 
@@ -33,7 +34,7 @@ def with_hits_file(config: DwdpConfig) -> DwdpConfig:
     return replace(config, hits=path)
 
 
-def popularity_of(config: DwdpConfig, on_cpu: bool) -> Hits | None:
+def popularity_of(config: DwdpConfig, platform: Platform) -> Hits | None:
     """What the file `popularity` says; raises DwdpError where it says nothing, or experts cannot be placed by it."""
     if config.popularity is None:
         return None
@@ -42,13 +43,13 @@ def popularity_of(config: DwdpConfig, on_cpu: bool) -> Hits | None:
             'dwdp.popularity scatters experts, which weight_view "inplace" cannot map by pages: use weight_view auto or '
             "contiguous"
         )
-    if config.held is None and not config.goes_by_memory(on_cpu):
+    if config.held is None and not config.goes_by_memory(platform):
         raise DwdpError(
             "dwdp.popularity chooses the experts that a rank holds beyond E/N, and there are none: raise "
             "dwdp.experts_per_rank, or leave popularity out"
         )
     hits = read_hits(config.popularity)
-    if on_cpu and config.weight_view == "auto":
+    if "inplace" in platform.views and config.weight_view == "auto":
         logger.info("dwdp: popularity scatters experts over pages: weight_view auto is contiguous")
     return hits
 

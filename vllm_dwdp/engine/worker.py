@@ -33,6 +33,7 @@ from vllm_dwdp.hold import Held, choose
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.sharing import ExpertSharing
 from vllm_dwdp.patches import vllm_version
+from vllm_dwdp.platform import platform_of
 
 logger = init_logger("vllm.dwdp")
 
@@ -115,17 +116,17 @@ class DwdpWorkerMixin:
         group = launch.group_of(rank)
         try:
             rendezvous.check_identity(identity_of(self.vllm_config, launch), group)
-            if launch.config.goes_by_memory(current_platform.is_cpu()):
+            if launch.config.goes_by_memory(platform_of(current_platform)):
                 launch = self._dwdp_settle(rendezvous)
             build = ModelBuild(
                 launch.config,
                 group.index(rank),
                 len(group),
-                current_platform.is_cpu(),
+                platform_of(current_platform),
                 meet=lambda name: rendezvous.gather(name, True, group),
                 popularity=launch.popularity,
             ).open()
-            with freed_memory_is_returned() if build.on_cpu else nullcontext():
+            with freed_memory_is_returned() if build.platform.on_cpu else nullcontext():
                 super().load_model(*args, **kwargs)  # type: ignore[misc]
                 # Kernel objects are made once more, and ask for the config.
                 with set_current_vllm_config(self.vllm_config):
@@ -153,7 +154,7 @@ class DwdpWorkerMixin:
         said, facts = "a partition, as another rank has to", None
         try:
             limit = self.dwdp_memory_limit()
-            facts = memory_of(self.vllm_config, self.dwdp_launch, current_platform.is_cpu(), limit)
+            facts = memory_of(self.vllm_config, self.dwdp_launch, platform_of(current_platform), limit)
             choose(facts)
         except DwdpError as error:
             if self.dwdp_launch.config.experts_per_rank == AUTO:

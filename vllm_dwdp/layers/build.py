@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -14,11 +14,10 @@ from vllm_dwdp.hits_file import Hits
 from vllm_dwdp.hot_placement import place_hot
 from vllm_dwdp.page_placement import cpu_rows, place_on_pages
 from vllm_dwdp.placement import Placement, place
+from vllm_dwdp.platform import Platform
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
-
-    from vllm_dwdp.layers.gates import LayerGate
 
 
 def numbers_in(name: str) -> tuple[int, ...]:
@@ -27,27 +26,12 @@ def numbers_in(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in name.partition(".experts.")[0].split(".") if part.isdecimal())
 
 
-class ExpertModule(Protocol):
-    """A layer of vLLM with `DwdpExpertsMixin` in front, which says more of these."""
-
-    quant_method: Any
-    top_k: int
-    dwdp_gate: LayerGate | None
-    dwdp_tables: Any
-    dwdp_hits: int | None
-
-    def dwdp_attach(self, gate: LayerGate, layer: int) -> None: ...
-    def dwdp_used(self, gate: LayerGate) -> None: ...
-    def dwdp_attach_tables(self) -> None: ...
-    def dwdp_detach_tables(self) -> None: ...
-    def dwdp_compute_direct(self, direct: bool) -> None: ...
-
-
 @dataclass
 class LayerBuild:
-    """One MoE layer: vLLM's module, its placement over the group and whether its boundaries were put on pages."""
+    """One MoE layer: vLLM's module with `DwdpExpertsMixin` in front, its placement over the group and whether its boundaries
+    were put on pages."""
 
-    module: ExpertModule
+    module: Any
     name: str
     placement: Placement
     on_pages: bool
@@ -60,7 +44,7 @@ class ModelBuild:
     Attributes:
         rank: place in the group, 0..group_size-1.
         group_size: N.
-        on_cpu: whether kernels read host memory, so that peers' pages can be used in place.
+        platform: where kernels run.
         meet: returns when all ranks of the group have called it with this name.
         shared: whether parameters are views, which nobody may write.
         popularity: hits by which experts beyond E/N are chosen; None where shares overlap instead.
@@ -69,7 +53,7 @@ class ModelBuild:
     config: DwdpConfig
     rank: int
     group_size: int
-    on_cpu: bool
+    platform: Platform
     meet: Callable[[str], object] = lambda name: None
     layers: list[LayerBuild] = field(default_factory=list)
     memory_checked: bool = False
@@ -90,9 +74,7 @@ class ModelBuild:
         ModelBuild._current = self
         return self
 
-    def add_layer(
-        self, module: ExpertModule, name: str, dtype: torch.dtype, moe_config: FusedMoEConfig
-    ) -> tuple[int, ...]:
+    def add_layer(self, module: Any, name: str, dtype: torch.dtype, moe_config: FusedMoEConfig) -> tuple[int, ...]:
         """Place the experts of one layer; returns this rank's share, ascending."""
         experts = moe_config.num_experts
         self.config.check(self.group_size, experts)
@@ -126,7 +108,7 @@ class ModelBuild:
         if self.popularity is not None and held is not None:
             # Scattered experts end on no pages.
             return place_hot(experts, self.group_size, held, self.popularity.of(name, experts)), False
-        if self.on_cpu and view in ("auto", "inplace"):
+        if "inplace" in self.platform.views and view in ("auto", "inplace"):
             try:
                 return place_on_pages(experts, self.group_size, held, rows), True
             except DwdpError as error:

@@ -11,10 +11,8 @@ from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 from vllm_dwdp.layers.tied import refuse_tied
+from vllm_dwdp.platform import Platform
 from vllm_dwdp.transport.limits import require_descriptors, require_memory
-
-#: vLLM's methods whose weights may lie in slabs and slots of a GPU: plain ones, and FP8 with scales per block or tensor.
-GPU_METHODS = ("UnquantizedFusedMoEMethod", "Fp8MoEMethod")
 
 #: Left for what vLLM opens between loading and the first request.
 _SPARE_DESCRIPTORS = 16
@@ -41,11 +39,11 @@ def check_coverage(model: nn.Module, build: ModelBuild) -> None:
             continue
         if not isinstance(module, DwdpExpertsMixin):
             raise DwdpError(f"{name}: MoE layer {path} ({type(module).__name__}) is not covered by dwdp")
-        if why := _refused_method(module.quant_method, build.on_cpu):
+        if why := _refused_method(module.quant_method, build.platform):
             raise DwdpError(f"{name}: experts of {path} {why}")
         if why := _refused_loader(type(module)):
             raise DwdpError(f"{name}: experts of {path} {why}")
-        inside.update(map(id, module.parameters()))
+        inside.update(map(id, module.parameters()))  # type: ignore[attr-defined]
     for path, parameter in model.named_parameters():
         if id(parameter) not in inside and parameter.ndim >= 3 and parameter.shape[0] in experts and ".experts" in path:
             raise DwdpError(
@@ -70,15 +68,15 @@ def _refused_loader(experts: type) -> str | None:
     return None
 
 
-def _refused_method(method: Any, on_cpu: bool) -> str | None:
+def _refused_method(method: Any, platform: Platform) -> str | None:
     """Why experts computed by this method of vLLM cannot be shared; None where they can.
 
     Refused are methods that nobody has looked at: they may keep copies of weights, or counts of a share.
     """
     name = type(method).__name__
-    if name not in (("UnquantizedFusedMoEMethod",) if on_cpu else GPU_METHODS):
+    if name not in platform.methods:
         return f"use {name}, which this release of dwdp does not support"
-    if on_cpu:
+    if platform.on_cpu:
         return None
     if getattr(getattr(method, "quant_config", None), "activation_scheme", "dynamic") != "dynamic":
         # vLLM takes the largest input scale of the experts that it has loaded, here a share: silently wrong.
@@ -97,7 +95,7 @@ def check_memory(build: ModelBuild) -> None:
     Parameters exist by now, but none of their pages was touched. Raises DwdpError with the figures, also where the
     descriptors of this process would not suffice.
     """
-    shares = [sum(p.nbytes for p in layer.module.parameters()) for layer in build.layers]  # type: ignore[attr-defined]
+    shares = [sum(p.nbytes for p in layer.module.parameters()) for layer in build.layers]
     whole = [
         share * layer.placement.num_experts // len(layer.placement.shares[build.rank])
         for share, layer in zip(shares, build.layers, strict=True)

@@ -9,7 +9,7 @@ pages of a layer are always its own, and there is nothing to seal.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,7 +17,6 @@ from vllm_dwdp.transport.inplace import PageRun, map_runs
 from vllm_dwdp.transport.memfd import create_file
 
 if TYPE_CHECKING:
-    from vllm_dwdp.layers.build import ExpertModule
     from vllm_dwdp.layers.gates import LayerGate
     from vllm_dwdp.layers.slabs import ExpertTensor, LayerSlab
 
@@ -31,7 +30,7 @@ _NAN_BYTES = 2 << 20
 class FirstUse:
     """In front of a layer's gate until the first acquire, which takes it away."""
 
-    def __init__(self, module: ExpertModule, gate: LayerGate) -> None:
+    def __init__(self, module: Any, gate: LayerGate) -> None:
         self._module, self._gate = module, gate
         self._views: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
 

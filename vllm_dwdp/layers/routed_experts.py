@@ -44,11 +44,7 @@ class DwdpExpertsMixin:
 
     # Of the class behind this mixin.
     quant_method: Any
-    top_k: int
-    parameters: Any
 
-    dwdp_gate: LayerGate | None
-    dwdp_tables: SplitTables | None
     #: Where hits of this layer are counted (hits.py); None where they are not.
     dwdp_hits: int | None = None
     _dwdp_whole_map: ExpertMapManager
@@ -79,8 +75,8 @@ class DwdpExpertsMixin:
         )  # type: ignore[call-arg]
         self.dwdp_share = share
         self.dwdp_layer = -1
-        self.dwdp_gate = None
-        self.dwdp_tables = None
+        self.dwdp_gate: LayerGate | None = None
+        self.dwdp_tables: SplitTables | None = None
         # Outside of nn.Module's registries on purpose: only kept for the switch to all experts.
         object.__setattr__(self, "_dwdp_whole_map", expert_map_manager)
 
@@ -89,7 +85,7 @@ class DwdpExpertsMixin:
         self.expert_map_manager = self._dwdp_whole_map
         self.moe_config.num_local_experts = self.moe_config.num_experts  # type: ignore[attr-defined]
         self.update_expert_map_info()  # type: ignore[attr-defined]
-        if not ModelBuild.current().on_cpu:
+        if not ModelBuild.current().platform.on_cpu:
             self._dwdp_rebuild_kernel()
         self.dwdp_gate = FirstUse(self, gate)
         self._dwdp_number = register_gate(self.dwdp_gate, layer)

@@ -32,23 +32,21 @@ _CLOSE_TIMEOUT_S = 5.0
 
 def make_transport(build: ModelBuild, cores: tuple[int, ...]) -> Transport:
     """The transport for this platform; raises DwdpError for one that is not there."""
-    name = build.config.transport
-    if build.on_cpu and name in ("auto", "shm"):
+    name, platform = build.config.transport, build.platform
+    if name not in ("auto", *platform.transports):
+        raise DwdpError(f"transport {name!r} is not available on {platform.name}: use {platform.transports[0]}")
+    if platform.on_cpu:
         return ShmTransport(build.config.timeout_s, cores)
-    if not build.on_cpu and name in ("auto", "cupy_ipc", "cuda_pinned"):
-        import torch
+    import torch
 
-        from vllm_dwdp.transport.cuda_copy import CopyOptions
-        from vllm_dwdp.transport.cuda_cupy import CupyDevice
-        from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
-        from vllm_dwdp.transport.mirrored import MirroredTransport
+    from vllm_dwdp.transport.cuda_copy import CopyOptions
+    from vllm_dwdp.transport.cuda_cupy import CupyDevice
+    from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
+    from vllm_dwdp.transport.mirrored import MirroredTransport
 
-        options = CopyOptions(timeout_s=build.config.timeout_s)
-        device = CupyDevice(torch.cuda.current_device())
-        return MirroredTransport(device, options) if name == "cuda_pinned" else CupyIpcTransport(device, options)
-    raise DwdpError(
-        f"transport {name!r} is not available {'on CPU: use shm' if build.on_cpu else 'on GPUs: use cupy_ipc'}"
-    )
+    options = CopyOptions(timeout_s=build.config.timeout_s)
+    device = CupyDevice(torch.cuda.current_device())
+    return MirroredTransport(device, options) if name == "cuda_pinned" else CupyIpcTransport(device, options)
 
 
 class ExpertSharing:
@@ -122,7 +120,7 @@ class ExpertSharing:
         engine = self.transport.copy_engine()
         self._closing.callback(engine.close, _CLOSE_TIMEOUT_S)
         self.engine = engine
-        slice_bytes = config.resolve_slice_bytes(self.build.on_cpu)
+        slice_bytes = config.resolve_slice_bytes(self.build.platform)
         self.programs = [
             view.attach(layer, rank, self.slots[ring.slot_of(i)], engine, slice_bytes)
             for i, layer in enumerate(self.layers)
@@ -173,7 +171,7 @@ class ExpertSharing:
     def seal_unused(self) -> None:
         """To be called after vLLM's warm-up: see first_use.py."""
         if self.view != "inplace":
-            seal(unused(self.layers), self.build.on_cpu)
+            seal(unused(self.layers), self.build.platform.on_cpu)
 
     def window(self, tokens: int) -> Window | None:
         """Whether the pull of a forward of `tokens` tokens can be hidden; None where nothing is pulled.
@@ -184,7 +182,7 @@ class ExpertSharing:
             return None
         tensors = [(layer.build.module, tensor) for layer in self.layers for tensor in layer.fetched]
         flop = sum(2 * module.top_k * tensor.row_bytes // tensor.dtype.itemsize for module, tensor in tensors)
-        more = ", or the view inplace" if self.build.on_cpu else ""
+        more = ", or the view inplace" if self.build.platform.on_cpu else ""
         return estimate(self.refilled, flop, tokens, self._link_rate, self._flop_rate, more)
 
     @property
@@ -229,7 +227,7 @@ class ExpertSharing:
         if self.direct_tokens is None:
             return ""
         if not self.direct_tokens:
-            return "" if self.build.on_cpu else ", without CUDA graphs"
+            return "" if self.build.platform.on_cpu else ", without CUDA graphs"
         told = self.build.config.direct_tokens
         how = "as measured" if told == "auto" else "as told"
         if self.direct_tokens == self._captured and told != self.direct_tokens:

@@ -108,7 +108,7 @@ def move_to_slabs(build: ModelBuild, transport: Transport) -> list[LayerSlab]:
         share = layer.placement.shares[build.rank]
         fetched, replicated = expert_tensors(layer.module, len(share), layer.name)
         layout = lay_out(layer, fetched, replicated)
-        if not build.on_cpu:
+        if not build.platform.on_cpu:
             # The original of the layer before; slabs do not come from torch's allocator.
             torch.cuda.empty_cache()
         own = layout.slabs[build.rank]
@@ -119,7 +119,7 @@ def move_to_slabs(build: ModelBuild, transport: Transport) -> list[LayerSlab]:
             rows.copy_(tensor.parameter.data)
             tensor.parameter.data = rows
         slabs.append(LayerSlab(layer, fetched, replicated, layout, slab))
-    if not build.on_cpu:
+    if not build.platform.on_cpu:
         # These copies run on torch's stream; with its handle a peer may read a slab at once.
         torch.cuda.synchronize()
     gc.collect()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
 
@@ -12,8 +10,7 @@ def refuse_tied(build: ModelBuild) -> None:
     """Raise DwdpError, with both names, where two expert parameters are one object or lie in one storage."""
     owners: dict[int, str] = {}
     for layer in build.layers:
-        module: Any = layer.module
-        for name, parameter in module.named_parameters(remove_duplicate=False):
+        for name, parameter in layer.module.named_parameters(remove_duplicate=False):
             if parameter.is_meta or not parameter.numel():
                 continue
             here = f"{layer.name}.{name}"

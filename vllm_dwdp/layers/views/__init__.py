@@ -19,7 +19,7 @@ def choose_view(build: ModelBuild, layers: Sequence[LayerSlab]) -> str:
     a view, or for direct reads, and the layers cannot have them.
     """
     asked, told = build.config.weight_view, build.config.direct_tokens
-    first = ("inplace" if build.on_cpu else "split") if asked == "auto" else asked
+    first = build.platform.views[0] if asked == "auto" else asked
     for layer in layers:
         if why := _WHY_NOT[first](layer):
             if asked != "auto":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,7 +18,6 @@ from vllm_dwdp.direct import LayerCosts, direct_tokens, expected_hits
 from vllm_dwdp.prefetch.counters import CounterPage
 
 if TYPE_CHECKING:
-    from vllm_dwdp.layers.build import ExpertModule
     from vllm_dwdp.layers.slabs import LayerSlab
     from vllm_dwdp.prefetch.prefetcher import Prefetcher
 
@@ -29,7 +28,7 @@ _MEMORY_BYTES = 1 << 26
 class DirectGate:
     """Acquire and release of one layer of a split view: forwards of at most `tokens` tokens read directly."""
 
-    def __init__(self, prefetcher: Prefetcher, module: ExpertModule, tokens: int) -> None:
+    def __init__(self, prefetcher: Prefetcher, module: Any, tokens: int) -> None:
         self._prefetcher, self._module, self._tokens = prefetcher, module, tokens
 
     def acquire(self, layer: int, tokens: int) -> None:

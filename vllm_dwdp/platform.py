@@ -1,0 +1,44 @@
+"""What differs between the platforms of vLLM that dwdp runs on, in one table (pure)."""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+
+@dataclass(frozen=True)
+class Platform:
+    """One of vLLM's platforms.
+
+    name: as users call it. on_cpu: kernels read host memory. worker: vLLM's class and ours with it in front.
+    transports, views: by preference; `choose_view` says whether layers can have a view.
+    launcher: as in plain vLLM; on CPU a copy thread would share the engine's interpreter lock.
+    slice_bytes: of one copy; None where the plan of each layer chooses.
+    quantisations: of checkpoints. methods: classes of vLLM whose weights may lie in slabs and slots.
+    """
+
+    name: str
+    on_cpu: bool
+    worker: tuple[str, str]
+    transports: tuple[str, ...]
+    views: tuple[str, ...]
+    launcher: str
+    slice_bytes: int | None
+    quantisations: tuple[str, ...]
+    methods: tuple[str, ...]
+
+
+# fmt: off
+CPU: Final = Platform(
+    "CPU", True, ("vllm.v1.worker.cpu_worker.CPUWorker", "vllm_dwdp.engine.cpu_worker.DwdpCPUWorker"),
+    transports=("shm",), views=("inplace", "contiguous"), launcher="mp", slice_bytes=1 << 20,
+    quantisations=(), methods=("UnquantizedFusedMoEMethod",))
+# FP8 with scales per block or tensor; with which kernels is checked when the layers exist.
+CUDA: Final = Platform(
+    "GPUs", False, ("vllm.v1.worker.gpu_worker.Worker", "vllm_dwdp.engine.gpu_worker.DwdpGPUWorker"),
+    transports=("cupy_ipc", "cuda_pinned"), views=("split", "contiguous"), launcher="uni", slice_bytes=None,
+    quantisations=("fp8",), methods=("UnquantizedFusedMoEMethod", "Fp8MoEMethod"))
+# fmt: on
+
+
+def platform_of(vllms: Any) -> Platform:
+    """Ours for vLLM's `current_platform`, which is one of these."""
+    return CPU if vllms.is_cpu() else CUDA
