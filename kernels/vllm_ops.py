@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
 from .arguments import Assignment
-from .torch_ops import Activation, QuantKind
+from .torch_ops import QuantKind, TorchOps
 
 Result = TypeVar("Result")
 
@@ -38,26 +37,12 @@ def quantize(
     return quantized
 
 
-@dataclass(frozen=True)
-class VllmOps:
-    """`MoeOps` as `fused_experts` of vLLM composes them; needs a CUDA device.
-
-    Attributes:
-        quant: how activations are quantised.
-        group: columns that share an activation scale, for block.
-    """
-
-    activation: Activation
-    quant: QuantKind = "none"
-    group: int = 128
+class VllmOps(TorchOps):
+    """`MoeOps` as `fused_experts` of vLLM composes them; needs a CUDA device."""
 
     def assign(self, topk_ids: torch.Tensor, block_m: int, num_experts: int) -> Assignment:
         """See `MoeOps`."""
         return assign(topk_ids, block_m, num_experts)
-
-    def width(self, rows: int) -> int:
-        """See `MoeOps`."""
-        return rows // 2
 
     def activate(self, out: torch.Tensor, gate_up: torch.Tensor) -> None:
         """See `MoeOps`."""
@@ -76,13 +61,6 @@ class VllmOps:
     def quantize(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `MoeOps`."""
         return quantize(x, scale, self.quant, self.group)
-
-    def activate_quantize(
-        self, out: torch.Tensor, gate_up: torch.Tensor, scale: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `MoeOps`."""
-        self.activate(out, gate_up)
-        return self.quantize(out, scale)
 
     def reduce(self, partial: torch.Tensor, out: torch.Tensor) -> None:
         """See `MoeOps`."""

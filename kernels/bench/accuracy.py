@@ -22,7 +22,6 @@ On a CPU (`--device cpu --tiny`, TRITON_INTERPRET=1) "vLLM" is our kernel over c
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import secrets
 import sys
@@ -40,7 +39,7 @@ from ..tables import FOLDER, chip_of
 from .compare import ROUNDS
 from .exact import FACTOR, LIMITS, SAMPLED, Row, case
 from .precompile import compile_shape
-from .shapes import MODELS, TINY_MODELS, ModelShape, Problem
+from .shapes import MODELS, TINY_MODELS, ModelShape, Problem, free_memory
 from .sides import LOST
 
 TINY_ROUNDS = ((24, 1),)
@@ -74,9 +73,7 @@ def run(
         if time.monotonic() > ends:
             left += len(counts)
             continue
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(device)
         problem = Problem(model, device, dtype, case_seed(seed, model.name))
         if device.type == "cuda":
             compile_shape(problem, counts, folder, workers)

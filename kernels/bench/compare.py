@@ -19,7 +19,6 @@ On a CPU (`--device cpu --tiny`, TRITON_INTERPRET=1) the base is our kernel over
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import sys
@@ -37,7 +36,7 @@ from ..tables import FOLDER, chip_of
 from ..tiles import Tiles
 from .precompile import compile_shape
 from .rates import matrix_rates
-from .shapes import MODELS, TINY_MODELS, ModelShape, Problem
+from .shapes import MODELS, TINY_MODELS, ModelShape, Problem, free_memory
 from .sides import LOST, describe, errors, own_experts, poisoned, problem_tiles, vllm_experts
 from .summary import NO_MODEL, Cell, beside_fastest, summarise
 from .timing import Pairs, captured, in_turns, lower_bound
@@ -138,9 +137,7 @@ def bench(
             break
         if problem is None or problem.model is not model:
             problem = None
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_memory(device)
             problem = Problem(model, device, dtype)
             if device.type == "cuda":
                 here = takewhile(lambda row, model=model: row[0] is model, rows[done:])  # type: ignore[misc]

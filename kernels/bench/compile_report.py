@@ -29,6 +29,7 @@ from ..split_gemm import constants_of
 from ..tile_math import INTERPRETED, halves
 from ..tiles import Tiles
 from ..weight_table import PerExpert, Scales, WeightTable
+from .shapes import Gemm
 
 META = torch.device("meta")
 FP8 = torch.float8_e4m3fn
@@ -43,16 +44,9 @@ _POINTERS = {
 
 
 @dataclass(frozen=True)
-class Case:
-    """One GEMM: `tokens` rows with `top_k` routes each, experts of rows x cols."""
+class Case(Gemm):
+    """One to compile."""
 
-    name: str
-    tokens: int
-    top_k: int
-    experts: int
-    rows: int
-    cols: int
-    tiles: Tiles
     dtype: torch.dtype = torch.bfloat16
     scales: Literal["none", "block", "channel", "tensor"] = "none"
     bias: bool = False

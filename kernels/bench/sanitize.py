@@ -29,6 +29,7 @@ from ..tile_math import INTERPRETED
 from ..tiles import KernelName, Tiles
 from ..torch_ops import FP8_MAX, assign
 from ..weight_table import PerExpert, ScaleKind, Scales, WeightTable
+from .shapes import Gemm
 
 #: Elements before and after an output that must not change.
 GUARD = 512
@@ -38,16 +39,9 @@ TOLERANCE = 8e-3
 
 
 @dataclass(frozen=True)
-class Case:
-    """One GEMM: `tokens` rows with `top_k` routes each, experts of rows x cols."""
+class Case(Gemm):
+    """One to launch."""
 
-    name: str
-    tokens: int
-    top_k: int
-    experts: int
-    rows: int
-    cols: int
-    tiles: Tiles
     scales: ScaleKind | None = None
     bias: bool = False
 

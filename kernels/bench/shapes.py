@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -9,10 +10,31 @@ from typing import Literal, NamedTuple
 import torch
 
 from ..configs import LayerShape
+from ..tiles import Tiles
 from ..torch_ops import FP8_MAX, Activation, MoeOps, TorchOps
 from ..weight_table import PerExpert, Scales, WeightTable
 
 BLOCK = 128
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nobody holds any more, so that the next problem fits."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One GEMM: `tokens` rows with `top_k` routes each, experts of rows x cols."""
+
+    name: str
+    tokens: int
+    top_k: int
+    experts: int
+    rows: int
+    cols: int
+    tiles: Tiles
 
 
 @dataclass(frozen=True)

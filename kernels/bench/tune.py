@@ -12,7 +12,6 @@ entry for, neither this device's nor the shipped one of a device like it. `--tho
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import sys
 import time
@@ -31,7 +30,7 @@ from ..tile_math import INTERPRETED
 from ..tiles import Tiles
 from .candidates import CHOICES, fits, listed, neighbours
 from .precompile import compile_all, gemms
-from .shapes import BLOCK, MODELS, TINY_MODELS, Batch, ModelShape, Problem
+from .shapes import BLOCK, MODELS, TINY_MODELS, Batch, ModelShape, Problem, free_memory
 from .sides import LOST, describe, errors, own_experts, poisoned
 from .timing import Call, captured, in_turns, seconds
 
@@ -214,9 +213,7 @@ def tune(
             return
         if problem is None or problem.model is not model:
             problem = None
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_memory(device)
             problem = Problem(model, device, dtype)
         key = model.key(dtype)
         # What won on a device like this one is tried first; large batches also try what won for others.

@@ -245,7 +245,7 @@ def test_a_failed_start_leaves_nothing(step: str) -> None:
         slot = pair.reader.allocate_slot(SIZE)
         peer = pair.reader.map_peer(handle)
         engine = pair.reader.copy_engine()
-        engine.bind([Copy(slot.address, peer.address, SIZE)])
+        engine.submit(engine.bind([Copy(slot.address, peer.address, SIZE)]))
         raise AssertionError("nothing failed")
     except DwdpError as error:
         assert "cudaErrorUnknown" in str(error)
