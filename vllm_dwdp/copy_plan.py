@@ -135,7 +135,7 @@ class CopyPlan:
         return sum(item.nbytes for item in self.pulls)
 
     @cached_property
-    def local_bytes(self) -> int:
+    def merged_bytes(self) -> int:
         """Bytes of the merge copy."""
         return sum(item.nbytes for item in self.local)
 

@@ -218,7 +218,7 @@ def merge(
         for name, program in programs.items():
             spent = [timed(device, engine.stream, partial(engine.submit, program)) for _ in range(TURNS + 1)][1:]
             times[name] = statistics.median(spent)
-            moved = program.pulled_bytes + program.local_bytes
+            moved = program.pulled_bytes + program.merged_bytes
             note = f"{moved / 1e6:.0f} MB, {moved / times[name] / 1e9:.0f} GB/s, slot {plan.slot.nbytes / 1e6:.0f} MB"
             rows.append(Row("merge", f"{held} of {layer.experts} held: {name}", times[name] * 1e3, "ms", None, note))
         engine.close(LIMIT_S)

@@ -33,7 +33,7 @@ class Setting(NamedTuple):
 class Outcome(NamedTuple):
     wrong: int  # acquired layers with a wrong byte
     compared: int  # acquired layers
-    on_demand: int
+    on_demand_fetches: int
     pulled_bytes: int
     expected_pull_bytes: int  # per pull
     pulls: int
@@ -79,7 +79,7 @@ def run_rank(pipe: Connection, rank: int, setting: Setting) -> None:
     prefetcher = Prefetcher(ring, engine, programs, counters, LIMIT_S)
     wrong = compare(prefetcher, [flat(slot) for slot in slots], plan.slot, setting, random.Random(rank))
     found = counters.snapshot()
-    pipe.send(Outcome(wrong, found.layers, found.on_demand, found.pulled_bytes, plan.pulled_bytes, found.pulls))
+    pipe.send(Outcome(wrong, found.layers, found.on_demand_fetches, found.pulled_bytes, plan.pulled_bytes, found.pulls))
     receive(pipe)
     prefetcher.close(LIMIT_S)
     engine.close(LIMIT_S)

@@ -76,7 +76,7 @@ def test_the_slot_gets_every_byte_of_its_experts_once(case: tuple) -> None:  # t
     row_bytes = sum(spec.row_bytes for spec in plan.slot.tensors)
     assert writes.sum() == row_bytes * len(slot_experts)
     assert plan.pulled_bytes == row_bytes * len(placement.missing(reader))
-    assert plan.local_bytes == (0 if split else row_bytes * len(placement.shares[reader]))
+    assert plan.merged_bytes == (0 if split else row_bytes * len(placement.shares[reader]))
     assert all(item.source != reader and 0 < item.nbytes <= slice_bytes for item in plan.pulls)
     assert all(item.source == reader for item in plan.local)
 

@@ -25,7 +25,7 @@ def bench(quick_collections: None) -> Iterator[Bench]:
 def test_copies_arrive(graphs: bool, slices: int) -> None:
     bench = Bench(graphs=graphs)
     program = bench.program(slices)
-    assert (program.pulled_bytes, program.local_bytes, program.copies) == (
+    assert (program.pulled_bytes, program.merged_bytes, program.copies) == (
         SIZE - SIZE // slices,
         SIZE // slices,
         slices,

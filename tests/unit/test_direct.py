@@ -43,7 +43,7 @@ def ring_of(rank: GpuRank) -> tuple[object, ...]:
     prefetcher: Any = rank.sharing.prefetcher
     slots = [(slot.holds, slot.used_by, slot.copied) for slot in prefetcher._slots]
     page = prefetcher._page
-    return (*slots, page.pulls, page.layers, page.on_demand, page.pulled_bytes)
+    return (*slots, page.pulls, page.layers, page.on_demand_fetches, page.pulled_bytes)
 
 
 def some_order(rng: random.Random) -> list[int]:

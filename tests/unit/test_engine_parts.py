@@ -80,7 +80,7 @@ def test_groups_of_a_launch() -> None:
 
 
 def test_window_says_how_many_tokens_it_takes() -> None:
-    programs = [Program(pulled_bytes=10**9, local_bytes=10**9, copies=1)] * 2
+    programs = [Program(pulled_bytes=10**9, merged_bytes=10**9, copies=1)] * 2
     short = estimate(programs, flop_per_token=10**9, tokens=100, rate=4e9, flop_rate=1e12)
     assert not short.hides and short.pull_s == 1.0 and short.compute_s == 0.1
     text = short.describe()
@@ -174,7 +174,7 @@ def test_the_line_at_stop_tells_both_ways_apart() -> None:
     from vllm_dwdp.engine.rank_pages import summary
 
     zero = {name: 0 for name in Counters.__dataclass_fields__ if name != "view"}
-    counted = {"forwards": 9, "direct_forwards": 7, "layers": 8, "exposed_wait_ns": 2 * 10**6, "on_demand": 1}
+    counted = {"forwards": 9, "direct_forwards": 7, "layers": 8, "exposed_wait_ns": 2 * 10**6, "on_demand_fetches": 1}
     line = summary(Counters(view="split", **{**zero, **counted, "pulled_bytes": 3 * 10**6, "direct_bytes": 5 * 10**6}))
     words = ["9 forwards (7 direct)", "3.0 MB pulled in 8 layers", "5.0 MB read directly", "waited 2.0 ms, 1 fetched"]
     assert "\n" not in line and all(word in line for word in words), line

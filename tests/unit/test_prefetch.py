@@ -180,7 +180,7 @@ def test_a_window_as_long_as_a_copy_hides_it(num_layers: int, num_slots: int) ->
         forward(world, prefetcher, num_layers, COPY_TICKS + 1)
     assert prefetcher._page.exposed_wait_ns == cold
     assert prefetcher._page.layers == 4 * num_layers
-    assert prefetcher._page.on_demand == 0
+    assert prefetcher._page.on_demand_fetches == 0
 
 
 def test_only_the_seam_is_exposed_where_two_neighbours_share_a_slot() -> None:
@@ -192,7 +192,7 @@ def test_only_the_seam_is_exposed_where_two_neighbours_share_a_slot() -> None:
     before = prefetcher._page.slot_waits
     forward(world, prefetcher, 5, 20)
     assert prefetcher._page.slot_waits - before == 1  # layer 0, which follows layer 4 in slot 0
-    assert prefetcher._page.on_demand == 0
+    assert prefetcher._page.on_demand_fetches == 0
 
 
 def test_the_trace_proves_the_overlap() -> None:
@@ -247,14 +247,14 @@ def test_a_layer_out_of_order_is_fetched_and_the_ring_goes_on_from_there() -> No
     prefetcher = make(world, ring)
     prefetcher.start()
     prefetcher.acquire(4)
-    assert prefetcher._page.on_demand == 1
+    assert prefetcher._page.on_demand_fetches == 1
     assert world.memory[:LAYER_BYTES] == world.layers[4]
     prefetcher.release(4)
     prefetcher.acquire(6)
-    assert prefetcher._page.on_demand == 1
+    assert prefetcher._page.on_demand_fetches == 1
     prefetcher.release(6)
     prefetcher.acquire(1)
-    assert prefetcher._page.on_demand == 1
+    assert prefetcher._page.on_demand_fetches == 1
 
 
 def test_an_aborted_use_is_over_once_another_layer_wants_the_slot() -> None:
@@ -268,7 +268,7 @@ def test_an_aborted_use_is_over_once_another_layer_wants_the_slot() -> None:
     prefetcher.acquire(2)  # aborted here
     pulls = prefetcher._page.pulls
     prefetcher.acquire(0)
-    assert prefetcher._page.on_demand == 1 and prefetcher._page.pulls == pulls + 1
+    assert prefetcher._page.on_demand_fetches == 1 and prefetcher._page.pulls == pulls + 1
     assert world.memory[:LAYER_BYTES] == world.layers[0]
     with pytest.raises(DwdpError, match="layer 2 is released but slot 0 is acquired by 0"):
         prefetcher.release(2)
@@ -309,7 +309,7 @@ def test_a_failed_copy_is_reported_and_fetched_again() -> None:
     with pytest.raises(DwdpError, match="made to fail"):
         prefetcher.acquire(0)
     prefetcher.acquire(0)
-    assert prefetcher._page.on_demand == 1
+    assert prefetcher._page.on_demand_fetches == 1
     assert world.memory[:LAYER_BYTES] == world.layers[0]
 
 

@@ -50,7 +50,7 @@ def test_a_pull_in_a_capture_is_refused_and_changes_nothing(in_use: bool, monkey
         world.use(layer, prefetcher.slot_of(layer))
         prefetcher.release(layer)
     world.engine.drain()
-    assert world.wrong == 0 and prefetcher._page.on_demand == 0
+    assert world.wrong == 0 and prefetcher._page.on_demand_fetches == 0
 
 
 def test_a_copy_that_began_before_submit_failed_leaves_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def test_a_copy_that_began_before_submit_failed_leaves_no_layer(monkeypatch: pyt
     world.engine.drain()
     assert slot(world, 0) == world.layers[2]
     prefetcher.acquire(0)
-    assert slot(world, 0) == world.layers[0] and prefetcher._page.on_demand == 1
+    assert slot(world, 0) == world.layers[0] and prefetcher._page.on_demand_fetches == 1
 
 
 def test_a_device_that_failed_keeps_nothing_from_its_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,5 +48,5 @@ def test_every_acquired_layer_is_right(setting: Setting) -> None:
     for outcome in run(setting):
         assert outcome.wrong == 0
         assert outcome.compared > setting.forwards * setting.num_layers * 0.7
-        assert outcome.on_demand > 0  # forwards were aborted
+        assert outcome.on_demand_fetches > 0  # forwards were aborted
         assert outcome.pulled_bytes == outcome.pulls * outcome.expected_pull_bytes

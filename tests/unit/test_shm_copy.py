@@ -41,7 +41,7 @@ def test_copies_arrive(
     engine = start_engine()
     with torch.inference_mode():  # as in a worker's start-up
         program = engine.bind(copies[:1], copies[1:])
-    assert (program.pulled_bytes, program.local_bytes, program.copies) == (size, (count - 1) * size, count)
+    assert (program.pulled_bytes, program.merged_bytes, program.copies) == (size, (count - 1) * size, count)
     assert (program.batch is None) == (count <= FEW_COPIES or odd % 16 != 0)
     event = engine.submit(program)
     engine.wait(event, LIMIT_S)

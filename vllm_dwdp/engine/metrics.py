@@ -26,7 +26,7 @@ COUNTERS = (
     Series("dwdp:direct_bytes", "direct_bytes", 1, "Bytes that those read from peers, as expected of an even router."),
     Series("dwdp:layers", "layers", 1, "MoE layers that were waited for, or read in place on CPU."),
     Series("dwdp:pulled_bytes", "pulled_bytes", 1, "Bytes of experts copied from peers."),
-    Series("dwdp:merged_bytes", "local_bytes", 1, "Bytes of own experts copied into slots (contiguous view)."),
+    Series("dwdp:merged_bytes", "merged_bytes", 1, "Bytes of own experts copied into slots (contiguous view)."),
     Series(
         "dwdp:exposed_wait_seconds",
         "exposed_wait_ns",
@@ -34,7 +34,9 @@ COUNTERS = (
         "Time compute stood still for a pull, where it can be told.",
     ),
     Series("dwdp:slot_waits", "slot_waits", 1, "MoE layers that had to wait for a pull."),
-    Series("dwdp:on_demand_fetches", "on_demand", 1, "MoE layers that were not on their way when they were needed."),
+    Series(
+        "dwdp:on_demand_fetches", "on_demand_fetches", 1, "MoE layers that were not on their way when they were needed."
+    ),
 )
 GAUGES = (
     Series("dwdp:experts_held", "experts_held", 1, "Experts of a layer resident on the rank."),

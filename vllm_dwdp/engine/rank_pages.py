@@ -85,7 +85,7 @@ def summary(counters: Counters) -> str:
     return (
         f"{counters.forwards} forwards ({counters.direct_forwards} direct), {counters.pulled_bytes / 1e6:.1f} MB pulled in "
         f"{counters.layers} layers, {counters.direct_bytes / 1e6:.1f} MB read directly, waited "
-        f"{counters.exposed_wait_ns / 1e6:.1f} ms, {counters.on_demand} fetched on demand"
+        f"{counters.exposed_wait_ns / 1e6:.1f} ms, {counters.on_demand_fetches} fetched on demand"
     )
 
 

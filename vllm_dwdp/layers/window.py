@@ -51,7 +51,7 @@ def copy_rate(engine: CopyEngine, program: Program, timeout_s: float) -> float:
         started = time.perf_counter()
         engine.finish(engine.submit(program), timeout_s)
         seconds = time.perf_counter() - started
-    return (program.pulled_bytes + program.local_bytes) / seconds
+    return (program.pulled_bytes + program.merged_bytes) / seconds
 
 
 def product_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
@@ -77,5 +77,5 @@ def estimate(
 ) -> Window:
     """The window of a forward: `flop_per_token` over all MoE layers, `rate` in bytes/s, `flop_rate` in FLOP/s."""
     pulled = sum(program.pulled_bytes for program in programs)
-    copied = pulled + sum(program.local_bytes for program in programs)
+    copied = pulled + sum(program.merged_bytes for program in programs)
     return Window(tokens, pulled, copied / rate, flop_per_token * tokens / flop_rate, more)

@@ -16,6 +16,7 @@ from vllm_dwdp.transport.memfd import MemoryFile, create_file, map_handle
 MAGIC: Final = 0x44574450_50414745  # 'DWDPPAGE'
 VERSION: Final = 4
 VIEWS: Final = ("none", "split", "contiguous", "inplace")  # a view's code is its position
+_KEYS: Final = {"merged_bytes": "local_bytes", "on_demand_fetches": "on_demand"}
 _HEADER: Final = ("magic", "version", "view_code")
 
 
@@ -34,14 +35,14 @@ class Counters:
     layers: int  # acquired
     pulls: int  # submitted
     pulled_bytes: int  # from peers
-    local_bytes: int  # of the merge copy
+    merged_bytes: int  # of the merge copy
     slot_waits: int  # acquires that had to wait for a copy
     exposed_wait_ns: int  # time they waited
-    on_demand: int  # acquires of a layer that was not in its slot nor on its way
+    on_demand_fetches: int  # acquires of a layer that was not in its slot nor on its way
 
     def to_dict(self) -> dict[str, int | str]:
-        """By field name."""
-        return asdict(self)
+        """By field name, but for the keys that users of `vllm_dwdp.counters` know by another one."""
+        return {_KEYS.get(name, name): value for name, value in asdict(self).items()}
 
 
 NUMBERS: Final = tuple(field.name for field in fields(Counters) if field.name != "view")
@@ -63,10 +64,10 @@ class CounterFields(ctypes.Structure):
     layers: int
     pulls: int
     pulled_bytes: int
-    local_bytes: int
+    merged_bytes: int
     slot_waits: int
     exposed_wait_ns: int
-    on_demand: int
+    on_demand_fetches: int
 
     _fields_ = [(name, ctypes.c_int64) for name in (*_HEADER, *NUMBERS)]
 

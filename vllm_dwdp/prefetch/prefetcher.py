@@ -99,7 +99,7 @@ class Prefetcher:
         page = self._page
         slot.used_by = None
         if slot.holds != layer:
-            page.on_demand += 1
+            page.on_demand_fetches += 1
             # Behind all compute issued so far, which includes an aborted use, and behind the copy in flight.
             self._pull(layer, self._engine.record())
         self._wait(slot)
@@ -164,7 +164,7 @@ class Prefetcher:
         slot.holds = layer
         page.pulls += 1
         page.pulled_bytes += program.pulled_bytes
-        page.local_bytes += program.local_bytes
+        page.merged_bytes += program.merged_bytes
         return slot.copied
 
     def _wait(self, slot: _Slot) -> None:

@@ -109,7 +109,7 @@ class Program:
     """
 
     pulled_bytes: int  # from peers
-    local_bytes: int  # the merge copy, from the own slab
+    merged_bytes: int  # the merge copy, from the own slab
     copies: int  # bound copies, both kinds, before the engine joins or splits any
 
 
