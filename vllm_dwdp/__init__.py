@@ -66,7 +66,7 @@ def counters(llm: LLM) -> list[dict[str, Any]]:
     """Counters of every rank of an offline `LLM(distributed_executor_backend="dwdp")`, in rank order.
 
     The fields are those of `vllm_dwdp.prefetch.counters.Counters.to_dict`, plus `requests` (requests sent to that rank)
-    and, where hits are counted, `hits`: per layer how many there were (`total`) and how many of experts held there (`local`).
+    and, where hits are counted, `hits`: per layer how many (`total`) and how many of experts held there (`local`).
 
     Raises:
         DwdpError: `llm` does not run on the dwdp backend.
