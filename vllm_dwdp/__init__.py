@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-#: The one vLLM release whose internals the patches were written against.
-VLLM_VERSION = "0.32.0"
-
 #: What users write: `--distributed-executor-backend dwdp`.
 BACKEND = "dwdp"
 
@@ -45,7 +42,14 @@ def register() -> None:
     """Entry point of `vllm.general_plugins`: makes the word `dwdp` known to vLLM's engine arguments."""
     from vllm_dwdp import patches
 
-    patches.install()
+    patches.install(_create_engine_config)
+
+
+def _create_engine_config(original: Any, args: Any, *positional: Any, **keywords: Any) -> Any:
+    """`EngineArgs.create_engine_config` where `dwdp` is selected."""
+    from vllm_dwdp.engine.select import install
+
+    return install()(original, args, *positional, **keywords)
 
 
 def counters(llm: LLM) -> list[dict[str, Any]]:

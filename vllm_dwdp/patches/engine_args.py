@@ -12,14 +12,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from vllm_dwdp import BACKEND, patches
-from vllm_dwdp.patches import attempt, expect_parameters, llm_init
+from vllm_dwdp import BACKEND
+from vllm_dwdp.patches import attempt, check, expect_parameters, llm_init
 
 _MARK = "_dwdp_wraps"
 
 
-def install() -> None:
-    """Wrap `EngineArgs.create_engine_config`; without `dwdp` the original is called untouched."""
+def install(replacement: Callable[..., Any]) -> None:
+    """Wrap `EngineArgs.create_engine_config`; with `dwdp` it calls `replacement(original, self, ...)`."""
     from vllm.engine.arg_utils import EngineArgs
 
     original = EngineArgs.create_engine_config
@@ -35,38 +35,9 @@ def install() -> None:
             if (environment := sys.modules.get("vllm_dwdp.group.environment")) is not None:
                 environment.forget_launches()
             return original(self, *args, **kwargs)
-        return _configure()(original, self, *args, **kwargs)
+        # Known reasons come before imports that may fail for the same ones.
+        check()
+        return replacement(original, self, *args, **kwargs)
 
     setattr(create_engine_config, _MARK, original)
     EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]
-
-
-def _configure() -> Callable[..., Any]:
-    """What builds a config of dwdp; raises DwdpError, in one line, where something does not fit this vLLM.
-
-    Known reasons come before imports that may fail for the same ones.
-    """
-    _refuse_misfits()
-    from vllm_dwdp.patches import engine_liveness, engine_start, sync_client
-
-    attempt(sync_client.install)
-    attempt(engine_liveness.install)
-    attempt(engine_start.install)
-    attempt(_import_all)
-    _refuse_misfits()
-    from vllm_dwdp.engine.configure import create_engine_config
-
-    return create_engine_config
-
-
-def _import_all() -> None:
-    """What every launch imports of vLLM in the front end."""
-    import vllm_dwdp.engine.configure
-    import vllm_dwdp.engine.executor  # noqa: F401
-
-
-def _refuse_misfits() -> None:
-    if patches.failures:
-        from vllm_dwdp.errors import DwdpError
-
-        raise DwdpError(f"dwdp cannot run on this vLLM: {'; '.join(patches.failures)}; install the matching pair")

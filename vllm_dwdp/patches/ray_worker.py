@@ -13,21 +13,17 @@ from vllm_dwdp.errors import DwdpError
 
 
 @contextlib.contextmanager
-def cpu_workers() -> Iterator[None]:
-    """Let `RayExecutorV2` place its worker by CPU and create ours; both symbols are put back."""
+def cpu_workers(worker_class: type) -> Iterator[None]:
+    """Let `RayExecutorV2` place its worker by CPU and create a `worker_class`; both symbols are put back."""
     from vllm.platforms import current_platform
     from vllm.v1.executor import ray_executor_v2
-
-    from vllm_dwdp.engine.ray_cpu_worker import RayCpuWorkerProc
 
     platform = type(current_platform)
     if platform.ray_device_key:
         raise DwdpError(f"{platform.__name__} has the Ray device {platform.ray_device_key!r}; expected none on CPU")
     worker = ray_executor_v2.RayWorkerProc
-    if not issubclass(RayCpuWorkerProc, worker):
-        raise DwdpError("ray_executor_v2.RayWorkerProc is not the class that dwdp's Ray worker extends")
     platform.ray_device_key = "CPU"
-    ray_executor_v2.RayWorkerProc = RayCpuWorkerProc  # type: ignore[misc]
+    ray_executor_v2.RayWorkerProc = worker_class  # type: ignore[misc]
     try:
         yield
     finally:

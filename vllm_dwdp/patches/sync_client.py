@@ -7,21 +7,19 @@ only in processes in which `dwdp` is selected. Goes when vLLM has an offline cli
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
-
-from vllm_dwdp.patches import expect_parameters
 
 _MARK = "_dwdp_wraps"
 
 
-def install() -> None:
-    """Wrap `EngineCoreClient.make_client`; other executors and asyncio clients are delegated untouched."""
+def install(client: Callable[..., Any]) -> None:
+    """Wrap `EngineCoreClient.make_client`; asyncio clients, and configs for which `client` has None, are delegated."""
     from vllm.v1.engine.core_client import EngineCoreClient
 
     original = EngineCoreClient.make_client
     if hasattr(original, _MARK):
         return
-    expect_parameters(original, "multiprocess_mode", "asyncio_mode", "vllm_config", "executor_class", "log_stats")
 
     @functools.wraps(original)
     def make_client(
@@ -32,13 +30,11 @@ def install() -> None:
         log_stats: bool,
         renderer: Any = None,
     ) -> Any:
-        from vllm_dwdp.group.launch import launch_of
-
-        if asyncio_mode or not multiprocess_mode or launch_of(vllm_config) is None:
+        offline = multiprocess_mode and not asyncio_mode
+        made = client(vllm_config, executor_class, log_stats, renderer=renderer) if offline else None
+        if made is None:
             return original(multiprocess_mode, asyncio_mode, vllm_config, executor_class, log_stats, renderer)
-        from vllm_dwdp.engine.offline_client import DwdpSyncClient
-
-        return DwdpSyncClient(vllm_config, executor_class, log_stats, renderer=renderer)
+        return made
 
     setattr(make_client, _MARK, original)
     EngineCoreClient.make_client = staticmethod(make_client)  # type: ignore[method-assign]
