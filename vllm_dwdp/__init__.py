@@ -7,8 +7,6 @@ This module holds the entry points only and imports nothing heavy: it is loaded 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,9 +15,6 @@ if TYPE_CHECKING:
     from vllm_dwdp.hits_file import Hits
 
 __version__ = "0.1.0"
-
-#: The one vLLM release whose internals the patches were written against.
-VLLM_VERSION = "0.32.0"
 
 #: What users write: `--distributed-executor-backend dwdp`.
 BACKEND = "dwdp"
@@ -47,19 +42,14 @@ def register() -> None:
     """Entry point of `vllm.general_plugins`: makes the word `dwdp` known to vLLM's engine arguments."""
     from vllm_dwdp import patches
 
-    patches.install(_select, _forget)
+    patches.install(_create_engine_config)
 
 
-def _select() -> Callable[..., Any]:
-    from vllm_dwdp.engine.select import select
+def _create_engine_config(original: Any, args: Any, *positional: Any, **keywords: Any) -> Any:
+    """`EngineArgs.create_engine_config` where `dwdp` is selected."""
+    from vllm_dwdp.engine.select import install
 
-    return select()
-
-
-def _forget() -> None:
-    # Nothing of ours is imported where `dwdp` was never said.
-    if (environment := sys.modules.get("vllm_dwdp.group.environment")) is not None:
-        environment.forget_launches()
+    return install()(original, args, *positional, **keywords)
 
 
 def counters(llm: LLM) -> list[dict[str, Any]]:

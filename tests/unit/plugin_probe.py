@@ -250,6 +250,17 @@ def other_version(model: str) -> Findings:
     return _refused(model)
 
 
+def other_seam(model: str) -> Findings:
+    """The table of what is used of vLLM asks for something that this vLLM does not have."""
+    from vllm.v1.engine.core_client import EngineCoreClient
+
+    from vllm_dwdp.compat import seams
+
+    build(model)
+    seams.SEAMS = (*seams.SEAMS, seams.Seam("vllm.v1.engine.core_client.SyncMPClient._gone", "method", "here"))  # type: ignore[misc, assignment]
+    return {**_refused(model), "patched": hasattr(EngineCoreClient.make_client, "_dwdp_wraps")}
+
+
 def other_signature(model: str) -> Findings:
     """What we wrap takes other parameters than we know, or is something else altogether."""
     from vllm import LLM

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "vllm_dwdp"
 #: From what everybody may import to what nobody may; a room imports from lines above its own, and from itself.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("pure",),
-    ("kernels", "transport", "predict", "checkpoints", "compat", "patches"),
-    ("prefetch", "group"),
+    ("kernels", "transport", "predict", "checkpoints", "compat"),
+    ("prefetch", "group", "patches"),
     ("layers",),
     ("engine",),
 )

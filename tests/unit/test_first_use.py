@@ -17,7 +17,7 @@ pytest.importorskip("vllm")
 
 from tests.unit.helpers import LIMIT_S, slab_maps
 from tests.unit.meeting import Meeting
-from vllm_dwdp.config import DwdpConfig, Rendezvous
+from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.group.launch import DwdpLaunch
 from vllm_dwdp.layers import gates
@@ -76,7 +76,7 @@ def nothing_mapped() -> Iterator[None]:
 @contextmanager
 def shared(view: str) -> Iterator[list[ExpertSharing]]:
     """Two ranks of three layers on two slots, loaded and started."""
-    launch = DwdpLaunch(DwdpConfig(weight_view=view, timeout_s=LIMIT_S), 2, Rendezvous("h", 1, "id"), ())  # type: ignore[arg-type]
+    launch = DwdpLaunch(DwdpConfig(weight_view=view, timeout_s=LIMIT_S), 2, "/made/up", ())
     builds = []
     for rank in range(2):
         builds.append(ModelBuild(launch.config, rank, 2, platform=CPU).open())

@@ -19,11 +19,12 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm_dwdp import VLLM_VERSION
+from vllm_dwdp.compat.versions import TESTED
 
 REPO = Path(__file__).resolve().parents[2]
 LIMIT_S = 120
 
+COMPAT = ("vllm_dwdp.compat", "vllm_dwdp.compat.versions")
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 DWDP_WORKER = "vllm_dwdp.engine.cpu_worker.DwdpCPUWorker"
 REFUSED_BY_VLLM = "ValueError: LLM(data_parallel_size=2) is not supported for single-process usage"
@@ -42,6 +43,7 @@ SCENARIOS: dict[str, dict[str, str]] = {
     "hidden": {"VLLM_PLUGINS": OTHERS},
     "other_version": {},
     "other_signature": {},
+    "other_seam": {},
 }
 
 Found = Callable[[str], dict[str, Any]]
@@ -106,7 +108,7 @@ def test_only_two_symbols_differ_from_a_vllm_without_the_plugin(found: Found) ->
 
 def test_nothing_of_ours_is_imported_but_the_wrappers(found: Found) -> None:
     wrappers = ["vllm_dwdp.patches.engine_args", "vllm_dwdp.patches.llm_init"]
-    assert found("plain")["ours"] == ["vllm_dwdp", "vllm_dwdp.patches", *wrappers]
+    assert found("plain")["ours"] == ["vllm_dwdp", *COMPAT, "vllm_dwdp.patches", *wrappers]
     assert found("plain without")["ours"] == []
     assert found("plain")["environment"] == [x for x in found("plain without")["environment"] if x != "VLLM_PLUGINS"]
     assert found("plain")["hash"] == found("plain without")["hash"]
@@ -183,7 +185,7 @@ def test_hidden_by_vllm_plugins(found: Found) -> None:
 def test_another_vllm_is_refused_with_both_versions(found: Found, way: str) -> None:
     message = found("other_version")[way]
     assert message.startswith("DwdpError: ") and "\n" not in message
-    for word in ("vLLM 0.33.1", f"vLLM {VLLM_VERSION}", "install the matching pair"):
+    for word in ("vLLM 0.33.1", f"vLLM {TESTED[-1]}", "install the matching pair"):
         assert word in message
 
 
@@ -210,7 +212,14 @@ def test_another_signature_is_refused_with_what_was_expected(found: Found) -> No
     assert "Platform.is_tpu is no longer a method without arguments" in seen["failures"]
 
 
-@pytest.mark.parametrize("name", ["other_version", "other_signature"])
+def test_a_seam_that_does_not_fit_is_refused_before_anything_is_patched(found: Found) -> None:
+    seen = found("other_seam")
+    assert seen["dwdp"].startswith("DwdpError: ") and "\n" not in seen["dwdp"]
+    assert "vllm.v1.engine.core_client.SyncMPClient._gone: expected a method, found nothing" in seen["dwdp"]
+    assert not seen["patched"]
+
+
+@pytest.mark.parametrize("name", ["other_version", "other_signature", "other_seam"])
 def test_plain_vllm_goes_on_where_a_guard_fails(found: Found, name: str) -> None:
     assert found(name)["plain"] == CPU_WORKER
     assert not found(name)["hook"]

@@ -30,8 +30,9 @@ from vllm.model_executor.model_loader import (
     register_model_loader,
 )
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
-from vllm.model_executor.model_loader.weight_utils import enable_tqdm, filter_safetensors_files_by_weight_name
+from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 
+from vllm_dwdp.compat.versions import used_files
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild, numbers_in
 from vllm_dwdp.layers.coverage import check_coverage, check_memory
@@ -113,8 +114,7 @@ class ShareOnlyLoader(_ShareOnlyMixin, DefaultModelLoader):
         experts = {layer.placement.num_experts for layer in ModelBuild.current().layers}
         self._by_layer = self._built_by_layer if use_safetensors and _layers_in(files, self._built_by_layer) else {}
         if use_safetensors and (self._by_layer or any(_fused_names(path, experts) for path in files)):
-            if source.is_unused_weight is not None:
-                files = filter_safetensors_files_by_weight_name(files, source.is_unused_weight)
+            files = used_files(files, source)
             self.counter_before_loading_weights = time.perf_counter()
             for name, tensor in self._share_of(files, experts):
                 yield source.prefix + name, tensor

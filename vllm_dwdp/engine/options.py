@@ -51,6 +51,9 @@ def _parallel(args: EngineArgs) -> Iterator[str]:
     ):
         if getattr(args, name, False):
             yield f"{flag} needs ranks that run in lockstep; with dwdp they are independent: leave it out"
+    # Of vLLM 0.33: other experts than the router chose, by what a rank holds.
+    if getattr(args, "expert_substitution", None):
+        yield "expert_substitution changes which experts compute a token; dwdp computes what plain vLLM would: leave it out"
     if (ubatches := getattr(args, "ubatch_size", 0) or 0) > 1:
         yield f"--ubatch-size {ubatches} interleaves parts of a batch, which dwdp's ring cannot follow: leave it out"
 

@@ -13,9 +13,10 @@ from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 
 from vllm_dwdp.engine.executor import enter_engine
 from vllm_dwdp.engine.ray_cluster import OBJECT_STORE_BYTES
+from vllm_dwdp.engine.ray_cpu_worker import RayCpuWorkerProc
 from vllm_dwdp.errors import DwdpTimeout
 from vllm_dwdp.group.launch import launch_of
-from vllm_dwdp.patches import ray_worker
+from vllm_dwdp.patches.ray_worker import cpu_workers
 
 #: What a CPU worker asks of Ray: enough to be placed, little enough that ranks may outnumber cores.
 _CPU_SHARE = 0.001
@@ -48,13 +49,8 @@ class DwdpRayExecutor(RayExecutorV2):
                 f"{ray.cluster_resources()}: free some, or start it with more"
             ) from error
         self.parallel_config.placement_group = group
-        with self._cpu_workers() if current_platform.is_cpu() else contextlib.nullcontext():
+        with cpu_workers(RayCpuWorkerProc) if current_platform.is_cpu() else contextlib.nullcontext():
             super()._init_executor()
-
-    def _cpu_workers(self) -> contextlib.AbstractContextManager[None]:
-        from vllm_dwdp.engine.ray_cpu_worker import RayCpuWorkerProc
-
-        return ray_worker.cpu_workers(RayCpuWorkerProc)
 
     def _gpu_share(self) -> float:
         launch = launch_of(self.vllm_config)

@@ -17,6 +17,7 @@ from vllm.ray.lazy_utils import is_in_ray_actor
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_dwdp import __version__
+from vllm_dwdp.compat.versions import vllm_version
 from vllm_dwdp.config import AUTO
 from vllm_dwdp.engine.auto_share import memory_of, settle
 from vllm_dwdp.engine.frozen import WRITES, freeze, refuse_methods
@@ -32,7 +33,6 @@ from vllm_dwdp.hits_file import Hits, write_hits
 from vllm_dwdp.hold import Held, choose
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.sharing import ExpertSharing
-from vllm_dwdp.patches import vllm_version
 from vllm_dwdp.platform import platform_of
 
 logger = init_logger("vllm.dwdp")

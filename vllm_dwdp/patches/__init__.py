@@ -6,22 +6,16 @@ check fails, plain vLLM goes on as if we were not installed and `dwdp` is refuse
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from vllm_dwdp import VLLM_VERSION
+from vllm_dwdp.compat.versions import why_not_tested
 
 #: Why `dwdp` cannot be selected in this process; empty when it can.
 failures: list[str] = []
-
-
-def vllm_version() -> str:
-    """Version of the installed vLLM without a local suffix such as `+cpu`."""
-    from vllm.version import __version__
-
-    return str(__version__).split("+", 1)[0]
 
 
 def refuse(reason: str) -> None:
@@ -39,35 +33,35 @@ def expect_parameters(function: Callable[..., Any], *names: str) -> None:
         refuse(f"{where} takes {have} of the expected {list(names)}")
 
 
-def refuse_misfits() -> None:
-    """Raise DwdpError, in one line, where `dwdp` was refused for any reason."""
+def attempt(step: Callable[[], None]) -> None:
+    """Run `step`; where it raises, which would end plain vLLM too, `dwdp` is refused instead."""
+    try:
+        step()
+    except Exception as error:
+        where = getattr(step, "func", step).__module__
+        refuse(f"{where} does not fit this vLLM ({type(error).__name__}: {error})")
+
+
+def check() -> None:
+    """Raise DwdpError with every known reason why `dwdp` cannot run here, in one line; none known: return."""
     if failures:
         from vllm_dwdp.errors import DwdpError
 
         raise DwdpError(f"dwdp cannot run on this vLLM: {'; '.join(failures)}; install the matching pair")
 
 
-def attempt(step: Callable[..., None], *arguments: Any) -> None:
-    """Run `step`; where it raises, which would end plain vLLM too, `dwdp` is refused instead."""
-    try:
-        step(*arguments)
-    except Exception as error:
-        refuse(f"{step.__module__} does not fit this vLLM ({type(error).__name__}: {error})")
-
-
-def install(select: Callable[[], Callable[..., Any]], forget: Callable[[], None]) -> None:
+def install(create_engine_config: Callable[..., Any]) -> None:
     """Install what every process needs so that `dwdp` is understood when it is selected; idempotent.
 
-    select, forget: see engine_args.py.
+    `create_engine_config` is called with vLLM's own, and its arguments, where `dwdp` is selected.
     """
     from vllm_dwdp.patches import engine_args, llm_init
 
-    version = vllm_version()
-    if version != VLLM_VERSION:
-        refuse(f"vLLM {version} is installed, this vllm-dwdp was made for vLLM {VLLM_VERSION}")
+    if (why := why_not_tested()) is not None:
+        refuse(why)
     # Engine and worker processes never build engine arguments; they get a finished config.
     if "vllm.engine.arg_utils" in sys.modules:
-        attempt(engine_args.install, select, forget)
+        attempt(functools.partial(engine_args.install, create_engine_config))
         attempt(llm_init.wait_for_llm)
     else:
         attempt(llm_init.settle)

@@ -8,21 +8,18 @@ point and lets a plugin adjust the config.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from vllm_dwdp import BACKEND
-from vllm_dwdp.patches import attempt, expect_parameters, llm_init, refuse_misfits
+from vllm_dwdp.patches import attempt, check, expect_parameters, llm_init
 
 _MARK = "_dwdp_wraps"
 
 
-def install(select: Callable[[], Callable[..., Any]], forget: Callable[[], None]) -> None:
-    """Wrap `EngineArgs.create_engine_config`; without `dwdp` the original is called untouched.
-
-    select: gives what builds a config of dwdp around the original, or raises where that cannot be. forget: called before a
-    config of something else is built.
-    """
+def install(replacement: Callable[..., Any]) -> None:
+    """Wrap `EngineArgs.create_engine_config`; with `dwdp` it calls `replacement(original, self, ...)`."""
     from vllm.engine.arg_utils import EngineArgs
 
     original = EngineArgs.create_engine_config
@@ -35,11 +32,12 @@ def install(select: Callable[[], Callable[..., Any]], forget: Callable[[], None]
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
         attempt(llm_init.wait_for_llm)
         if self.distributed_executor_backend != BACKEND:
-            forget()
+            if (environment := sys.modules.get("vllm_dwdp.group.environment")) is not None:
+                environment.forget_launches()
             return original(self, *args, **kwargs)
-        # What is known comes before imports that may fail for the same reason.
-        refuse_misfits()
-        return select()(original, self, *args, **kwargs)
+        # Known reasons come before imports that may fail for the same ones.
+        check()
+        return replacement(original, self, *args, **kwargs)
 
     setattr(create_engine_config, _MARK, original)
     EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]

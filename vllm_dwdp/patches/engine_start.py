@@ -12,22 +12,16 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from vllm_dwdp.patches import expect_parameters
-
 _MARK = "_dwdp_wraps"
 
 
 def install(started: Callable[[Any], None]) -> None:
-    """Wrap `CoreEngineProcManager.__init__`, which starts the engines of one config; idempotent.
-
-    started: called with that config, also where the start failed.
-    """
+    """Wrap `CoreEngineProcManager.__init__`, which starts the engines of a config, to call `started` with it; idempotent."""
     from vllm.v1.engine.utils import CoreEngineProcManager
 
     original = CoreEngineProcManager.__init__
     if hasattr(original, _MARK):
         return
-    expect_parameters(original, "self", "vllm_config", "executor_class")
     signature = inspect.signature(original)
 
     @functools.wraps(original)

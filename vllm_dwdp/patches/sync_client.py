@@ -10,22 +10,16 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm_dwdp.patches import expect_parameters
-
 _MARK = "_dwdp_wraps"
 
 
-def install(client_for: Callable[[Any], Callable[..., Any] | None]) -> None:
-    """Wrap `EngineCoreClient.make_client`; other executors and asyncio clients are delegated untouched.
-
-    client_for: the client class for a config of dwdp, None for any other.
-    """
+def install(client: Callable[..., Any]) -> None:
+    """Wrap `EngineCoreClient.make_client`; asyncio clients, and configs for which `client` has None, are delegated."""
     from vllm.v1.engine.core_client import EngineCoreClient
 
     original = EngineCoreClient.make_client
     if hasattr(original, _MARK):
         return
-    expect_parameters(original, "multiprocess_mode", "asyncio_mode", "vllm_config", "executor_class", "log_stats")
 
     @functools.wraps(original)
     def make_client(
@@ -36,10 +30,11 @@ def install(client_for: Callable[[Any], Callable[..., Any] | None]) -> None:
         log_stats: bool,
         renderer: Any = None,
     ) -> Any:
-        client = None if asyncio_mode or not multiprocess_mode else client_for(vllm_config)
-        if client is None:
+        offline = multiprocess_mode and not asyncio_mode
+        made = client(vllm_config, executor_class, log_stats, renderer=renderer) if offline else None
+        if made is None:
             return original(multiprocess_mode, asyncio_mode, vllm_config, executor_class, log_stats, renderer)
-        return client(vllm_config, executor_class, log_stats, renderer=renderer)
+        return made
 
     setattr(make_client, _MARK, original)
     EngineCoreClient.make_client = staticmethod(make_client)  # type: ignore[method-assign]
