@@ -74,10 +74,10 @@ class Sources:
         for node in _flat(owner.node):
             if name in _defines(node):
                 return Found(node, owner.module)  # type: ignore[arg-type]
-        for node in ast.walk(owner.node):
-            for target in _targets(node):
+        for inner in ast.walk(owner.node):
+            for target in _targets(inner):
                 if isinstance(target, ast.Attribute) and target.attr == name and ast.unparse(target.value) == "self":
-                    return Found(node, owner.module)  # type: ignore[arg-type]
+                    return Found(inner, owner.module)  # type: ignore[arg-type]
         for base in owner.node.bases:
             while isinstance(base, ast.Subscript):
                 base = base.value
