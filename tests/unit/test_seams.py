@@ -68,6 +68,17 @@ def defined(tree: ast.AST) -> Iterator[str]:
             yield ast.literal_eval(node.args[1]) if isinstance(node.args[1], ast.Constant) else ""
 
 
+def members_of(node: ast.ClassDef) -> Iterator[str]:
+    """Names that a class of ours defines in its body or sets on `self`."""
+    for inner in node.body:
+        yield from [inner.name] if isinstance(inner, ast.FunctionDef) else []
+        for target in inner.targets if isinstance(inner, ast.Assign) else [getattr(inner, "target", None)]:
+            yield from [target.id] if isinstance(target, ast.Name) else []
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store) and ast.unparse(inner.value) == "self":
+            yield inner.attr
+
+
 def foreign(tree: ast.AST, own: set[str]) -> Iterator[str]:
     """Private names that a module reads and that nothing of ours defines, or that it reads of `super()`."""
     for node in ast.walk(tree):
@@ -92,7 +103,8 @@ def overridden(tree: ast.Module, sources: Sources) -> Iterator[tuple[str, str]]:
         bases = [imported.get(ast.unparse(base)) for base in node.bases] + [IN_FRONT_OF.get(node.name)]
         for base in filter(None, bases):
             if (found := sources.find(base)) is not None:
-                yield from ((base, name) for name in sorted(set(defined(node))) if sources.has_member(found, name))
+                members = sorted(name for name in set(members_of(node)) if sources.has_member(found, name))
+                yield from ((base, name) for name in members)
 
 
 def test_private_names_of_vllm_are_in_the_table() -> None:

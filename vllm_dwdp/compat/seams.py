@@ -63,6 +63,7 @@ SEAMS: Final = (
     Seam("vllm.v1.engine.utils.CoreEngineProcManager", "class", _P + "engine_liveness.py",
          attributes=("failed_proc_name", "processes")),
     Seam(_RAY + "RayWorkerProc", "class", _P + "ray_worker.py", attributes=("_parallel_config", "worker_response_mq")),
+    Seam("vllm.config.ModelConfig.is_moe", "method", _E + "model_config.py", ("self",)),
     # Overridden in executors.
     Seam("vllm.v1.executor.uniproc_executor.UniProcExecutor._init_executor", "method", _E + "executor.py", ("self",)),
     Seam("vllm.v1.executor.uniproc_executor.UniProcExecutor._distributed_args", "method", _E + "executor.py", ("self",)),
