@@ -18,7 +18,7 @@ from vllm_dwdp.compat.sources import Sources
 REPO = Path(__file__).resolve().parents[2]
 FILES = [*sorted((REPO / "vllm_dwdp").rglob("*.py")), *sorted((REPO / "kernels").glob("*.py"))]
 
-#: Private names that are neither ours nor vLLM's: of Python and of torch.
+#: Private names that are not vLLM's: of Python and of torch, and what a class of ours has from another.
 OTHERS = {
     "_replace",
     "_asdict",
@@ -30,6 +30,7 @@ OTHERS = {
     "_C",
     "_fields",
     "_make",
+    "_pull",  # ours: prefetch/trace.py stands in front of the prefetcher
 }
 
 #: Classes of ours that stand in front of a class of vLLM which is not among their bases.

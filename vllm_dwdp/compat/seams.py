@@ -144,10 +144,10 @@ SEAMS: Final = (
                      "num_fused_shared_experts")),
     Seam(_MOE + "unquantized_fused_moe_method.UnquantizedFusedMoEMethod._init_moe_kernel", "method",
          _L + "routed_experts.py", ("self", "layer")),
-    Seam(_MOE + "unquantized_fused_moe_method.UnquantizedFusedMoEMethod", "class", _L + "split.py",
+    Seam(_MOE + "unquantized_fused_moe_method.UnquantizedFusedMoEMethod", "class", _L + "views/split.py",
          attributes=("experts_cls", "moe_kernel", "unquantized_backend", "process_weights_after_loading")),
     Seam(_QUANT + "fp8.Fp8MoEMethod._init_moe_kernel", "method", _L + "routed_experts.py", ("self", "layer")),
-    Seam(_QUANT + "fp8.Fp8MoEMethod", "class", _L + "split.py",
+    Seam(_QUANT + "fp8.Fp8MoEMethod", "class", _L + "views/split.py",
          attributes=("experts_cls", "moe_kernel", "fp8_backend", "process_weights_after_loading")),
     # Kernels.
     Seam(_MOE + "experts.triton_moe.TritonExperts", "class", "kernels/experts.py",
