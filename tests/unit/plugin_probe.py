@@ -252,6 +252,7 @@ def other_version(model: str) -> Findings:
 
 def other_seam(model: str) -> Findings:
     """The table of what is used of vLLM asks for something that this vLLM does not have."""
+    from vllm import LLM  # noqa: F401
     from vllm.v1.engine.core_client import EngineCoreClient
 
     from vllm_dwdp.compat import seams
