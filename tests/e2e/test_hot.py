@@ -63,12 +63,11 @@ def test_hits_of_one_launch_place_the_experts_of_the_next(model: Path, tmp_path:
 
 @pytest.mark.skipif(gpus() > 0, reason="CPU only: on GPUs layers are behind vLLM's own op, which is not compiled")
 def test_compiled_code_counts_every_token(model: Path, tmp_path: Path) -> None:
-    """The file is written at the end by every rank, without anybody asking."""
     file = tmp_path / "hits.json"
     job = run_job(
         tmp_path,
         model,
-        ["tokens", "counters"],
+        ["tokens", "hits", "counters"],
         enforce_eager=False,
         **dwdp(2, weight_view=default_view(), hits=str(file)),
     )
