@@ -1,4 +1,4 @@
-"""Triton kernels over experts in split memory, with their benches. Installed as vllm_dwdp.kernels.
+"""Triton kernels over experts in split memory. Installed as vllm_dwdp.kernels.
 
     weight_table.py   where the matrices of a layer's experts are: a table of base addresses
     tiles.py          tile configuration of a launch
@@ -8,9 +8,8 @@
     torch_ops.py, vllm_ops.py   what a layer needs beside its GEMMs: in plain torch, or vLLM's kernels
     experts.py        the class that vLLM's modular MoE layer calls
     configs.py, tables.py   which tiles for which shape on which device
-    tune.py, candidates.py, precompile.py   finds and writes them
-    bench.py, summary.py, rates.py, backends.py    how fast, beside what the card and vLLM's other backends reach
-    accuracy.py, exact.py, sanitize.py, reference.py, compile_report.py   right, and compiled?
+    bench/            tools, not in the wheel: compare.py (how fast, beside vLLM's), tune.py (finds tiles), accuracy.py,
+                      exact.py, sanitize.py, compile_report.py (right, and compiled?)
 
 Importing this package imports neither Triton nor vLLM.
 """

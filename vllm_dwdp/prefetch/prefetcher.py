@@ -9,7 +9,7 @@ and it is handed out only when it holds the layer asked for, so that nothing sta
 (aborted forwards, other orders) costs time at most.
 
 No CUDA graph holds a copy: a slot that one replay filled would be stale in the next. Forwards that are captured read the
-experts where they are (layers/direct.py), and `acquire` in a capture raises.
+experts where they are (layers/views/direct.py), and `acquire` in a capture raises.
 """
 
 import time
