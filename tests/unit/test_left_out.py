@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm_dwdp.config import DwdpConfig
-from vllm_dwdp.engine import worker
+from vllm_dwdp.engine import hits_writer, worker
+from vllm_dwdp.engine.hits_writer import HitsWriter
 
 
 class Hits:
@@ -101,13 +102,15 @@ def test_layers_that_were_left_out_are_named_once(
 
 def test_hits_that_cannot_be_read_keep_no_worker_from_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
-    monkeypatch.setattr(worker.logger, "warning", lambda text, *values: warnings.append(text % values))
+    monkeypatch.setattr(hits_writer.logger, "warning", lambda text, *values: warnings.append(text % values))
 
     class Made(worker.DwdpWorkerMixin, Base):
         def __init__(self) -> None:
+            sharing: Any = Sharing("contiguous")
             self.dwdp_rank = 3
             self.dwdp_launch = SimpleNamespace(config=DwdpConfig(hits="hits.json"))  # type: ignore[assignment]
-            self.dwdp_sharing = Sharing("contiguous")  # type: ignore[assignment]
+            self.dwdp_sharing = sharing
+            self.dwdp_hits_writer = HitsWriter(sharing.hits.read, self._dwdp_write_hits, 3)
 
     made: Any = Made()
     sharing = made.dwdp_sharing
