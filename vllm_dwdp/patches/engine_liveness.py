@@ -13,6 +13,8 @@ import signal
 from collections.abc import Iterable
 from typing import Any
 
+from vllm_dwdp.patches import expect_parameters
+
 _MARK = "_dwdp_wraps"
 #: What engines are told to end with; at the end of a program that is no failure, though vLLM's monitor may take it for one.
 _ORDINARY = (signal.SIGTERM, signal.SIGINT)
@@ -26,6 +28,7 @@ def install() -> None:
     original = CoreEngineProcManager.monitor_engine_liveness
     if hasattr(original, _MARK):
         return
+    expect_parameters(original, "self")
     logger = init_logger("vllm.dwdp")
 
     @functools.wraps(original)

@@ -12,6 +12,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from vllm_dwdp.patches import expect_parameters
+
 _MARK = "_dwdp_wraps"
 
 
@@ -22,6 +24,7 @@ def install(started: Callable[[Any], None]) -> None:
     original = CoreEngineProcManager.__init__
     if hasattr(original, _MARK):
         return
+    expect_parameters(original, "self", "vllm_config", "executor_class")
     signature = inspect.signature(original)
 
     @functools.wraps(original)

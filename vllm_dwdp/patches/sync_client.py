@@ -10,6 +10,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm_dwdp.patches import expect_parameters
+
 _MARK = "_dwdp_wraps"
 
 
@@ -20,6 +22,7 @@ def install(client: Callable[..., Any]) -> None:
     original = EngineCoreClient.make_client
     if hasattr(original, _MARK):
         return
+    expect_parameters(original, "multiprocess_mode", "asyncio_mode", "vllm_config", "executor_class", "log_stats")
 
     @functools.wraps(original)
     def make_client(
