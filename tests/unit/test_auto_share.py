@@ -177,7 +177,8 @@ class Alone(DwdpWorkerMixin):
 
     def __init__(self, folder: str, limit: float, **settings: Any) -> None:
         self.dwdp_rank, self.limit = 0, limit
-        self.vllm_config = SimpleNamespace()  # type: ignore[assignment]
+        plain = SimpleNamespace(is_multimodal_model=False)
+        self.vllm_config = SimpleNamespace(speculative_config=None, model_config=plain)  # type: ignore[assignment]
         self.dwdp_launch = replace(launch(1, folder, timeout_s=LIMIT_S), config=DwdpConfig.parse(settings))
 
     def dwdp_memory_limit(self) -> float:
@@ -208,6 +209,9 @@ def test_the_default_refuses_nothing_that_a_partition_may_do(
             rank.settle()
         return
     assert rank.settle() == share
+    rank.vllm_config.speculative_config = object()  # type: ignore[assignment]
+    rank.dwdp_launch = replace(rank.dwdp_launch, config=DwdpConfig.parse(settings))
+    assert rank.settle() == (share if settings else "partition")
     assert said[0].startswith(
         "dwdp rank 0: a partition, since " if share == "partition" else "dwdp rank 0: experts_per"
     )

@@ -39,6 +39,16 @@ def settle(launch: DwdpLaunch, facts: MemoryFacts | None, rendezvous: Rendezvous
     return dataclasses.replace(launch, config=config), held
 
 
+def check_foreseen(vllm_config: VllmConfig) -> None:
+    """Raise DwdpError where the estimate would leave out memory that a launch needs."""
+    for there, what in (
+        (vllm_config.speculative_config is not None, "a drafter"),
+        (vllm_config.model_config.is_multimodal_model, "the part of a model that sees or hears"),
+    ):
+        if there:
+            raise DwdpError(f"the memory of {what} is not foreseen: experts_per_rank sets a number")
+
+
 def memory_of(vllm_config: VllmConfig, launch: DwdpLaunch, platform: Platform, limit: float) -> MemoryFacts:
     """What is known before layers are built. `limit`: bytes that this rank may use in all.
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from vllm.logger import init_logger
 
-from vllm_dwdp.hits_file import Hits
+from vllm_dwdp.hits_file import LOCK_TIMEOUT_S, Hits
 
 logger = init_logger("vllm.dwdp")
 
@@ -48,8 +48,11 @@ class HitsWriter:
         """Write for the last time; what fails is a WARNING."""
         self._end.set()
         if self._thread.is_alive():
-            self._thread.join()
-        self._try(self.now)
+            self._thread.join(LOCK_TIMEOUT_S)
+        if self._thread.is_alive():
+            logger.warning("dwdp rank %d: hits are lost: they are still being read or written", self._rank)
+        else:
+            self._try(self.now)
 
     def _run(self) -> None:
         while not self._end.wait(self._period_s):

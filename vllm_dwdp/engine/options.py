@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import importlib.util
 import os
@@ -22,7 +21,10 @@ if TYPE_CHECKING:
 #: and `hf` it also takes files of torch.save where a checkpoint has nothing else, and every rank reads them whole.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
 
-_SETTINGS: Final = frozenset(field.name for field in dataclasses.fields(DwdpConfig))
+#: Settings whose names no other plugin will have.
+_SETTINGS: Final = frozenset(
+    {"experts_per_rank", "weight_view", "num_slots", "direct_tokens", "ranks_per_device", "require_win"}
+)
 
 
 def _parallel(args: EngineArgs) -> Iterator[str]:
@@ -155,7 +157,7 @@ def check_arguments(args: EngineArgs, headless: bool) -> None:
         )
     for key in set(args.additional_config or {}) - {BACKEND}:
         # Other plugins may have keys of their own.
-        if str(key) in _SETTINGS or difflib.get_close_matches(str(key).lower(), [BACKEND], n=1, cutoff=0.7):
+        if str(key) in _SETTINGS or difflib.get_close_matches(str(key).lower(), [BACKEND], n=1, cutoff=0.75):
             meant = f'{{"{BACKEND}": {{"{key}": ...}}}}' if str(key) in _SETTINGS else f'"{BACKEND}"'
             raise DwdpError(f"--additional-config has the key {key!r}, which nothing reads: did you mean {meant}?")
 

@@ -29,7 +29,7 @@ def ask_planner(vllm_config: VllmConfig, config: DwdpConfig, group_size: int, pl
     launch = PlannedLaunch(
         config=model.hf_config.to_dict(),
         name=model.model,
-        device="a CPU" if platform.on_cpu else current_platform.get_device_name(),
+        device="a CPU" if platform.on_cpu else _device(),
         ranks=group_size,
         tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         max_model_len=model.max_model_len,
@@ -43,3 +43,11 @@ def ask_planner(vllm_config: VllmConfig, config: DwdpConfig, group_size: int, pl
     )
     if loss := predicted_loss(launch):
         logger.warning("dwdp: %s", loss)
+
+
+def _device() -> str:
+    """The name of the first GPU; a driver that does not tell is no reason not to start."""
+    try:
+        return str(current_platform.get_device_name())
+    except Exception as error:
+        return f"a GPU without a name ({error})"

@@ -19,7 +19,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from vllm_dwdp import __version__
 from vllm_dwdp.compat.versions import vllm_version
 from vllm_dwdp.config import AUTO
-from vllm_dwdp.engine.auto_share import memory_of, settle
+from vllm_dwdp.engine.auto_share import check_foreseen, memory_of, settle
 from vllm_dwdp.engine.frozen import WRITES, freeze, refuse_methods
 from vllm_dwdp.engine.heap import freed_memory_is_returned
 from vllm_dwdp.engine.hits_writer import HitsWriter
@@ -152,17 +152,24 @@ class DwdpWorkerMixin:
         Raises DwdpError where "auto" was asked for and memory cannot be foreseen; the default is a partition then.
         """
         said, facts = "a partition, as another rank has to", None
+        asked = self.dwdp_launch.config.experts_per_rank == AUTO
         try:
+            if not asked:
+                check_foreseen(self.vllm_config)
             limit = self.dwdp_memory_limit()
             facts = memory_of(self.vllm_config, self.dwdp_launch, platform_of(current_platform), limit)
             choose(facts)
         except DwdpError as error:
-            if self.dwdp_launch.config.experts_per_rank == AUTO:
+            if asked:
                 raise
             said, facts = f"a partition, since {error}", None
         self.dwdp_launch, self.dwdp_held = settle(self.dwdp_launch, facts, rendezvous)
         said = self.dwdp_held.describe() if self.dwdp_held else said
         logger.info("dwdp rank %d: %s", self.dwdp_rank, said)
+        if self.dwdp_held is None and self.dwdp_launch.popularity is not None:
+            logger.warning(
+                "dwdp rank %d: popularity chooses nothing in a partition; set experts_per_rank", self.dwdp_rank
+            )
         return self.dwdp_launch
 
     def determine_available_memory(self) -> int:
