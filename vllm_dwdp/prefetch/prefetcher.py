@@ -177,8 +177,9 @@ class Prefetcher:
             slot.holds = None  # what is there is no layer
             raise
         waits, seconds = self._engine.take_exposed()
-        self._page.slot_waits += waits
-        self._page.exposed_wait_ns += int(seconds * 1e9)
+        if waits:
+            self._page.slot_waits += waits
+            self._page.exposed_wait_ns += int(seconds * 1e9)
 
     def _check_open(self) -> None:
         if self._closed:
