@@ -3,7 +3,7 @@
 Slabs and slots keep one block per tensor: the rows of the experts one after the other, a row being all bytes of one
 expert. Experts that are consecutive both at the source and in the slot make one range; ranges are cut into slices, and
 the slices of all peers interleave, beginning with the next rank, so that no two readers begin at the same source and, of
-several, none is read in one long stretch (paper, section 3.2: time-division multiplexing).
+several, none is read in one long stretch (paper: time-division multiplexing).
 """
 
 from collections.abc import Iterator

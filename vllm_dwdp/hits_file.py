@@ -63,7 +63,8 @@ def write_hits(path: str, launch: str, model: str, rank: int, hits: Hits) -> Non
         DwdpTimeout: another process held the folder's lock for LOCK_TIMEOUT_S.
         DwdpError: the file cannot be written.
     """
-    temporary = f"{path}.{os.getpid()}"
+    # One name for all, under the lock: what a killed rank leaves, the next write takes.
+    temporary = f"{path}.part"
     try:
         with _locked(os.path.dirname(os.path.abspath(path))):
             ranks = _ranks_of(path, launch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
@@ -10,6 +12,12 @@ from typing import Any, Final
 EARLIER: Final = 0.9
 #: Load -> system -> its turns, each a Window as a dict, the n-th of all systems being the same turn.
 Turns = dict[str, dict[str, list[dict[str, Any]]]]
+
+
+def as_text(found: Any) -> str:
+    """As JSON, with a list of numbers on one line."""
+    text = json.dumps(found, indent=1)
+    return re.sub(r"\[[\d\s.,eE+-]+\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n"
 
 
 def order(names: Sequence[str], turn: int) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import platform
 import sys
@@ -16,7 +15,7 @@ import aiohttp
 
 from ci.bench.client import Load, LoadFailed, Request, different, requests, turn
 from ci.bench.models import vocabulary
-from ci.bench.results import Turns, order, settled, summary, table, turn_length
+from ci.bench.results import Turns, as_text, order, settled, summary, table, turn_length
 from ci.bench.servers import Server, ServerFailed, System, base_of
 
 WARM_UPS = 6
@@ -162,7 +161,7 @@ class Bench:
         self.found |= {"failed": self.failed, "turns": rows, "summary": summary(rows, self.found["base"])}
         if self._args.json:
             scratch = self._args.json.with_suffix(".tmp")
-            scratch.write_text(json.dumps(self.found, indent=1) + "\n")
+            scratch.write_text(as_text(self.found))
             scratch.rename(self._args.json)
 
     def tell(self) -> None:

@@ -28,6 +28,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ci.bench.host import busy_s, cpu_s, memory, two_cores
+from ci.bench.run import say
 from ci.root import ROOT
 from vllm_dwdp.checkpoints import CheckpointSpec, write_checkpoint
 
@@ -40,7 +42,6 @@ SMALL = CheckpointSpec()
 START_LIMIT_S = 600
 VOCAB = range(8, 500)
 KV_CACHE_BYTES = 256 << 20  # per engine
-TICKS = os.sysconf("SC_CLK_TCK")
 RATIOS = (
     ("inplace", "replicas", ">= 0.95"),
     ("inplace", "tensor", ">= 1.0"),
@@ -56,11 +57,6 @@ class Engine(NamedTuple):
     options: dict[str, Any]
     cores: str
     requests: slice
-
-
-def say(text: str) -> None:
-    """One line of progress, at once."""
-    print(f"bench: {text}", flush=True)
 
 
 def variants(cores: list[int], concurrency: int) -> dict[str, list[Engine]]:
@@ -199,38 +195,6 @@ class Variant:
 
     def _sum(self, figure: Callable[[Path], float]) -> float:
         return sum(figure(folder) for folder in self._folders())
-
-
-def memory(folder: Path) -> float:
-    """Bytes of a process, pages that it shares with others in parts."""
-    return int((folder / "smaps_rollup").read_text().partition("\nPss:")[2].split()[0]) * 1024.0
-
-
-def cpu_s(folder: Path) -> float:
-    """Seconds that a process has computed."""
-    return sum(map(int, (folder / "stat").read_text().rpartition(")")[2].split()[11:13])) / TICKS
-
-
-def busy_s(cores: list[int]) -> float:
-    """Seconds that `cores` were not idle."""
-    names = [f"cpu{core}" for core in cores]
-    lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
-    # user, nice, system, idle, iowait, irq, softirq, steal; guests are counted as users
-    return sum(sum(map(int, line[1:9])) - int(line[4]) - int(line[5]) for line in lines if line[0] in names) / TICKS
-
-
-def two_cores() -> list[int]:
-    """Two allowed CPUs on different physical cores, where there are two."""
-    by_core: dict[str, int] = {}
-    for cpu in sorted(os.sched_getaffinity(0)):
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-        by_core.setdefault(
-            "/".join((topology / name).read_text().strip() for name in ("physical_package_id", "core_id")), cpu
-        )
-    cores = list(by_core.values())[:2]
-    if len(cores) < 2:
-        raise SystemExit("bench: two cores are needed; name two CPUs with --cores")
-    return cores
 
 
 def run(

@@ -284,3 +284,9 @@ def test_a_picture_is_drawn_where_there_is_a_ratio(tmp_path: Path) -> None:
     assert bench_picture.draw(results, tmp_path / "r.png") and (tmp_path / "r.png").stat().st_size > 1000
     results.write_text(json.dumps({**FOUND, "summary": {}}))
     assert not bench_picture.draw(results, tmp_path / "none.png")
+
+
+def test_numbers_of_a_turn_are_one_line_of_the_results() -> None:
+    found = {"turns": [{"ttft_s": [0.5, 1e-05, -2], "name": "a [1,\n2]"}, {"ttft_s": []}], "command": ["ci", "3"]}
+    text = bench_results.as_text(found)
+    assert json.loads(text) == found and '"ttft_s": [ 0.5, 1e-05, -2 ]' in text

@@ -298,12 +298,3 @@ def test_a_layer_that_is_not_covered(group: Group) -> None:
     """A plain layer in a model of which others are ours."""
     message = refusal(lambda: check_coverage(group.plain.model, group.ranks[0].build))
     check_message(message, ["GptOssForCausalLM", "model.layers.0.mlp.experts", "(GptOssRoutedExperts)", "not covered"])
-
-
-def test_tied_experts_are_refused_before_weights_are_read_and_before_slabs(model: Path) -> None:
-    loaded = load(model, 0, RANKS)
-    first, second, _ = (layer.module for layer in loaded.build.layers)
-    second.w2_weight = first.w2_weight  # type: ignore[attr-defined]
-    words = ["layers.0.mlp.experts", "layers.1.mlp.experts", "w2_weight are one tensor"]
-    check_message(refusal(lambda: check_coverage(loaded.model, loaded.build)), words)
-    check_message(refusal(lambda: ExpertSharing(loaded.build, Meeting().of(0), LAUNCH)), words)

@@ -134,6 +134,15 @@ def test_what_is_no_handle_is_refused(transport: ShmTransport, change: dict[str,
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("change", [{"pid": "1"}, {"pid": True}, {"pid": None}])
+def test_a_payload_without_its_words_is_refused(transport: ShmTransport, change: dict[str, object]) -> None:
+    handle = transport.export_handle(transport.allocate_slab(100))
+    with pytest.raises(DwdpError, match=r"a peer's handle cannot be read \(.*\): run one vllm-dwdp"):
+        transport.map_peer(changed(handle, **change))
+    with pytest.raises(DwdpError, match="cannot be read"):
+        transport.map_peer(dataclasses.replace(handle, payload={}))
+
+
 def test_a_view_keeps_its_memory(transport: ShmTransport) -> None:
     before = slab_maps()  # other tests of this process may have left some
     slab = transport.allocate_slab(PAGE)

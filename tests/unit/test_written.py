@@ -14,10 +14,13 @@ from torch import nn
 pytest.importorskip("vllm")
 
 from tests.unit.leftovers import TINY, check_message, refusal
+from tests.unit.meeting import Meeting
 from tests.unit.whole_model import edited, expert_layers, load, vllm_config, vllm_groups
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine.loader import ShareOnlyLoader
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
+from vllm_dwdp.layers.coverage import check_coverage
+from vllm_dwdp.layers.sharing import ExpertSharing
 from vllm_dwdp.layers.tied import refuse_tied
 from vllm_dwdp.layers.written import check_written, mark_rows
 from vllm_dwdp.placement import place
@@ -209,3 +212,13 @@ def test_a_loader_that_is_asked_again_writes_nothing(tiny_moe: Path) -> None:
     build.open().shared = True
     check_message(refusal(lambda: loader.load_weights(loaded.model, config.model_config)), ["loader", "peers read"])
     assert all(torch.equal(layer.w13_weight, before[name]) for name, layer in expert_layers(loaded.model).items())
+
+
+def test_tied_experts_are_refused_before_weights_are_read_and_before_slabs(checkpoint: Callable[..., Path]) -> None:
+    loaded = load(checkpoint(family="gpt_oss", num_experts=8, num_layers=3), 0, 2)
+    first, second, _ = (layer.module for layer in loaded.build.layers)
+    second.w2_weight = first.w2_weight  # type: ignore[attr-defined]
+    launch: Any = SimpleNamespace(group_of=lambda rank: [0, 1], cores=())
+    words = ["layers.0.mlp.experts", "layers.1.mlp.experts", "w2_weight are one tensor"]
+    check_message(refusal(lambda: check_coverage(loaded.model, loaded.build)), words)
+    check_message(refusal(lambda: ExpertSharing(loaded.build, Meeting().of(0), launch)), words)

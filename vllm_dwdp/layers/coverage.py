@@ -118,6 +118,6 @@ def check_slots(build: ModelBuild, nbytes: int) -> None:
     No rank goes on before all have looked. Raises DwdpError with the figures.
     """
     ranks = build.group_size
-    purpose = f"dwdp: experts end on no pages, so that {ranks} ranks with {nbytes / 2**30:.2f} GiB of slots each"
+    purpose = f"dwdp: experts end on no pages, and holding {nbytes / 2**30:.2f} GiB of slots on each of {ranks} ranks"
     require_memory(ranks * nbytes, purpose)
     build.meet("slots")

@@ -13,7 +13,7 @@ from vllm_dwdp.layers.first_use import seal, unused
 from vllm_dwdp.layers.hits import HitCounts
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.slabs import map_peers, move_to_slabs, replicate_small
-from vllm_dwdp.layers.views import choose_view, contiguous, inplace, split
+from vllm_dwdp.layers.views import VIEWS, choose_view, contiguous, inplace
 from vllm_dwdp.layers.views.direct import DirectGate, ForwardCounts, measured_tokens, memory_rate
 from vllm_dwdp.layers.window import Window, copy_rate, estimate, product_rate
 from vllm_dwdp.prefetch.counters import CounterPage
@@ -112,7 +112,7 @@ class ExpertSharing:
         """The slots, the copy engine and the copies of every layer; nothing waits for them yet."""
         config, rank = self.build.config, self.build.rank
         self.ring = ring = Ring(len(self.layers), config.num_slots)
-        view = split if self.view == "split" else contiguous
+        view = VIEWS[self.view]
         nbytes = view.slot_bytes(self.layers, rank)
         if self.build.expects_pages:
             check_slots(self.build, ring.used_slots * nbytes)

@@ -20,7 +20,8 @@ class TraceEvent(NamedTuple):
 
 
 class TracedPrefetcher(Prefetcher):
-    """A prefetcher that appends to `trace`, which grows without bound."""
+    """A prefetcher that appends what it did to `trace`, which grows without bound; an acquire or release that raised is not
+    there."""
 
     def __init__(
         self, *args: Any, trace: list[TraceEvent], clock: Callable[[], int] = time.monotonic_ns, **kwargs: Any

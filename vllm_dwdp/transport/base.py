@@ -17,7 +17,7 @@ that a stream waits while the host goes on. Everything here raises DwdpError, in
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vllm_dwdp.errors import DwdpError
 
@@ -46,6 +46,12 @@ class Handle:
                 f"a handle of transport {self.transport!r} reached {transport}: set one dwdp.transport for all ranks"
             )
 
+    def words(self, **kinds: type) -> dict[str, Any]:
+        """The payload; raises DwdpError unless it has these words, of these types."""
+        if any(type(self.payload.get(name)) is not kind for name, kind in kinds.items()):
+            raise _unreadable(self.payload)
+        return self.payload
+
     def to_dict(self) -> dict[str, Any]:
         """Plain strings, ints and dicts, for JSON."""
         return asdict(self)
@@ -55,8 +61,12 @@ class Handle:
         """The inverse of `to_dict`; raises DwdpError for what is no handle."""
         kinds = {"transport": str, "host": str, "device": str, "nbytes": int, "payload": dict}
         if not isinstance(raw, dict) or {key: type(value) for key, value in raw.items()} != kinds:
-            raise DwdpError(f"a peer's handle cannot be read ({raw!r:.80}): run one vllm-dwdp on all ranks")
+            raise _unreadable(raw)
         return cls(**raw)
+
+
+def _unreadable(raw: object) -> DwdpError:
+    return DwdpError(f"a peer's handle cannot be read ({raw!r:.80}): run one vllm-dwdp on all ranks")
 
 
 class Memory(ABC):
@@ -125,6 +135,9 @@ class Exposed(NamedTuple):
 
     waits: int
     seconds: float
+
+
+NOTHING_EXPOSED: Final = Exposed(0, 0.0)
 
 
 class Event(ABC):

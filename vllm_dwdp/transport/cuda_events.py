@@ -4,11 +4,13 @@ from collections import deque
 from typing import Final
 
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.transport.base import Event, Exposed, Span
+from vllm_dwdp.transport.base import NOTHING_EXPOSED, Event, Exposed, Span
 from vllm_dwdp.transport.cuda_device import CudaDevice
 
 # Two events around a wait that is over at once are 1 to 5 microseconds apart: shorter waits count as none.
 NOISE_S: Final = 5e-6
+#: Waits that are not read yet, before a further one looks for those that can be.
+_MOST_PAIRS: Final = 8
 
 
 class EventPool:
@@ -72,11 +74,12 @@ class ExposedWaits:
         self._device = device
         self.pool = EventPool(device, timing=True)
         self._pairs: deque[tuple[int, int]] = deque()
-        self._known = Exposed(0, 0.0)
+        self._known = NOTHING_EXPOSED
 
     def bracket(self, stream: int, event: int) -> None:
         """Let `stream` wait for `event`, and remember to measure it."""
-        self._read()  # also where nobody asks, so that events go back to the pool
+        if len(self._pairs) >= _MOST_PAIRS:
+            self._read()  # where nobody asks, so that events go back to the pool
         begin, end = self.pool.take(), self.pool.take()
         self._device.record(begin, stream)
         self._device.wait_event(stream, event)
@@ -86,7 +89,7 @@ class ExposedWaits:
     def take(self) -> Exposed:
         """The waits not told yet whose end is known, shorter ones than NOISE_S left out."""
         self._read()
-        taken, self._known = self._known, Exposed(0, 0.0)
+        taken, self._known = self._known, NOTHING_EXPOSED
         return taken
 
     def _read(self) -> None:

@@ -105,8 +105,8 @@ class CupyIpcTransport(LiveTransport):
                 f"a slab of host {name} (boot {boot_id[:8]}) cannot be mapped on {here.name} (boot {here.boot_id[:8]}): "
                 "CUDA IPC joins ranks of one host only; choose dwdp.group_size so that a group fits on a host"
             )
-        payload = handle.payload
-        return ProcessId(**payload["process"]), int(payload["driver"]), bytes.fromhex(payload["ipc"])
+        payload = handle.words(process=dict, driver=int, ipc=str)
+        return ProcessId(**payload["process"]), payload["driver"], bytes.fromhex(payload["ipc"])
 
     def _check_access(self, peer: DeviceInfo) -> None:
         if peer.index == self._device.index or self._device.can_access_peer(peer.index):

@@ -125,8 +125,8 @@ def open_file(handle: Handle, writable: bool = False) -> int:
     """
     require_descriptors(1, "a peer's memory file")
     _check_host(handle)
-    payload = handle.payload
-    pid, number = int(payload["pid"]), int(payload["fd"])
+    payload = handle.words(pid=int, fd=int, inode=int, token=str)
+    pid, number = payload["pid"], payload["fd"]
     owner = f"process {pid}, descriptor {number}"
     try:
         # Not blocking: should the number stand for something else by now, a pipe say, opening it must not hang.

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
-from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Exposed, Program, Span
+from vllm_dwdp.transport.base import NOTHING_EXPOSED, Copy, CopyEngine, Event, Exposed, Program, Span
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,7 @@ class ShmCopyEngine(CopyEngine):
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._ended = threading.Condition()
         self._tensors: dict[tuple[int, int], torch.Tensor] = {}
-        self._exposed = Exposed(0, 0.0)
+        self._exposed = NOTHING_EXPOSED
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="dwdp-copy", daemon=True)
         try:
@@ -128,7 +128,7 @@ class ShmCopyEngine(CopyEngine):
 
     def take_exposed(self) -> Exposed:
         """See CopyEngine."""
-        taken, self._exposed = self._exposed, Exposed(0, 0.0)
+        taken, self._exposed = self._exposed, NOTHING_EXPOSED
         return taken
 
     def finish(self, event: Event, timeout_s: float) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.slabs import LayerSlab
 from vllm_dwdp.layers.views import contiguous, inplace, split
 
-_WHY_NOT = {"inplace": inplace.why_not, "split": split.why_not, "contiguous": contiguous.why_not}
+VIEWS: Final = {"inplace": inplace, "split": split, "contiguous": contiguous}
 
 
 def choose_view(build: ModelBuild, layers: Sequence[LayerSlab]) -> str:
@@ -21,7 +22,7 @@ def choose_view(build: ModelBuild, layers: Sequence[LayerSlab]) -> str:
     asked, told = build.config.weight_view, build.config.direct_tokens
     first = build.platform.views[0] if asked == "auto" else asked
     for layer in layers:
-        if why := _WHY_NOT[first](layer):
+        if why := VIEWS[first].why_not(layer):
             if asked != "auto":
                 raise DwdpError(
                     f'weight_view "{asked}": experts of {layer.build.name} {why}: use weight_view auto or contiguous'
