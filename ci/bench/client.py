@@ -1,15 +1,14 @@
 """The client of loads.py, one for all systems: a steady load over HTTP, and what a window of it did.
 
-Requests are streamed, so that every token counts when it arrives. All clients send their next request as soon as the last
-one ended. The first request of each is shorter, one more than the other, so that requests end evenly spread from the
-start, as they do later.
+Requests are streamed, so that every token counts when it arrives. Where a load has no times of its own, all clients send
+their next request as soon as the last one ended. The first request of each is then shorter, one more than the other, so that
+requests end evenly spread from the start, as they do later.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import random
 import re
 import time
 from collections.abc import Iterator
@@ -18,20 +17,12 @@ from typing import Any, Final, NamedTuple
 
 import aiohttp
 
-from ci.bench.servers import SERVED
+from ci.bench.load import Load, Request, place
+from ci.bench.servers import Target
 
 _COUNT: Final = re.compile(rb'"completion_tokens":\s*(\d+)')
 #: Tokens of output after which the probe looks whether requests still differ.
 PROBE_TOKENS: Final = 16
-
-
-class Load(NamedTuple):
-    """Requests of about `input` and `output` tokens, `concurrency` at a time."""
-
-    name: str
-    input: int
-    output: int
-    concurrency: int
 
 
 class Event(NamedTuple):
@@ -42,17 +33,9 @@ class Event(NamedTuple):
     output: int
 
 
-class Request(NamedTuple):
-    """body: JSON without its end and max_tokens."""
-
-    body: bytes
-    input: int
-    output: int
-
-
 class Window(NamedTuple):
     """A measured part of a turn. tokens_per_s: input and output. ttft_s: of requests whose first token came in it;
-    itl_s: mean seconds between tokens, of requests that ended in it."""
+    ttft_by: of an uneven load the same by Place; itl_s: mean seconds between tokens, of requests that ended in it."""
 
     seconds: float
     tokens_per_s: float
@@ -60,45 +43,11 @@ class Window(NamedTuple):
     requests: int
     ttft_s: list[float]
     itl_s: list[float]
+    ttft_by: dict[str, list[float]]
 
 
 class LoadFailed(Exception):
     """A request was not answered as it should be."""
-
-
-def parse_load(text: str) -> Load:
-    """'NAME=INPUT/OUTPUT/CONCURRENCY'; raises ValueError in one line."""
-    found = re.fullmatch(r"([\w.-]+)=(\d+)/(\d+)/(\d+)", text)
-    if not found or not all(int(number) for number in found.groups()[1:]):
-        raise ValueError(f"load {text!r}: write NAME=INPUT/OUTPUT/CONCURRENCY, such as decode8=512/128/8")
-    return Load(found[1], *map(int, found.groups()[1:]))
-
-
-def longest(load: Load, spread: float) -> int:
-    """Tokens of the longest request that `requests` can make."""
-    return round(load.input * (1 + spread)) + round(load.output * (1 + spread))
-
-
-def requests(load: Load, vocab: int, spread: float, temperature: float) -> list[Request]:
-    """The same for every system: random tokens, lengths evenly spread around the load's by the part `spread`."""
-    rng = random.Random(load.name)
-
-    def length(mean: int) -> int:
-        return max(1, round(mean * rng.uniform(1 - spread, 1 + spread)))
-
-    made = []
-    for _ in range(max(64, 3 * load.concurrency)):
-        prompt = rng.choices(range(8, vocab), k=length(load.input))
-        body = {
-            "model": SERVED,
-            "prompt": prompt,
-            "temperature": temperature,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-        }
-        made.append(Request(json.dumps(body)[:-1].encode(), len(prompt), length(load.output)))
-    return made
 
 
 def first_output(client: int, clients: int, output: int) -> int:
@@ -116,74 +65,147 @@ def measured(firsts: list[float], begin: float, length: float) -> tuple[float, f
     return start, next((at for at in firsts if at >= start + length), None)
 
 
+class First(NamedTuple):
+    """A request's first token. where: the name of its Place, empty but in uneven loads."""
+
+    at: float
+    seconds: float
+    where: str
+
+
 @dataclass
 class _Turn:
     """What happens in a turn, as it happens."""
 
     events: list[Event] = field(default_factory=list)
-    ttft: list[tuple[float, float]] = field(default_factory=list)  # (when, seconds)
-    itl: list[tuple[float, float]] = field(default_factory=list)
-    waiting: int = 0  # clients that have had no token yet
+    firsts: list[First] = field(default_factory=list)
+    itl: list[tuple[float, float]] = field(default_factory=list)  # (when, seconds)
+    waiting: set[int] = field(default_factory=set)  # clients that have had no token yet
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+
+class _Client(NamedTuple):
+    """Asks `target`; `where` as in First."""
+
+    http: aiohttp.ClientSession
+    target: Target
+    number: int
+    where: str
+    order: Iterator[Request]
+    state: _Turn
+
+    async def in_turn(self, clients: int) -> None:
+        """Requests one after the other until it is cancelled."""
+        request = next(self.order)
+        await self.ask(request, first_output(self.number, clients, request.output))
+        for request in self.order:
+            await self.ask(request, request.output)
+
+    async def on_time(self, load: Load) -> None:
+        """A request every `load.every` seconds until it is cancelled, whether the last one has its answer or not."""
+        at = time.perf_counter() + load.begins(self.number)
+        while True:
+            await asyncio.sleep(max(0.0, at - time.perf_counter()))
+            request = next(self.order)
+            self.state.tasks.append(asyncio.create_task(self.ask(request, request.output)))
+            at += load.every
+
+    async def ask(self, request: Request, output: int) -> None:
+        """One request; raises LoadFailed where it is not answered as it should be."""
+        body = b'%s, "max_tokens": %d}' % (request.body, output)
+        sent, got, first_at, last_at = time.perf_counter(), 0, 0.0, 0.0
+        headers = {"Content-Type": "application/json", **self.target.headers}
+        async with self.http.post(f"{self.target.url}/v1/completions", data=body, headers=headers) as answer:
+            if answer.status != 200:
+                raise LoadFailed(f"status {answer.status}: {(await answer.text())[:300]}")
+            rest = b""
+            async for piece in answer.content.iter_any():
+                whole, _, rest = (rest + piece).rpartition(b"\n\n")
+                told = max(map(int, _COUNT.findall(whole)), default=0)
+                if told <= got:
+                    continue
+                last_at = time.perf_counter()
+                self.state.events.append(Event(last_at, 0 if got else request.input, told - got))
+                if not got:
+                    first_at = last_at
+                    self.state.firsts.append(First(first_at, first_at - sent, self.where))
+                    self.state.waiting.discard(self.number)
+                got = told
+        if got != output:
+            raise LoadFailed(f"{got} of {output} tokens")
+        if output > 1:
+            self.state.itl.append((last_at, (last_at - first_at) / (output - 1)))
 
 
 async def turn(
-    urls: list[str], load: Load, pool: list[Request], first: int, ramp_s: float, length_s: float, limit_s: float
+    targets: list[Target], load: Load, pool: list[Request], first: int, ramp_s: float, length_s: float, limit_s: float
 ) -> Window:
-    """A steady load on a system, measured after every client has had a token and `ramp_s` more.
+    """A load on a system, measured after every client has had a token and `ramp_s` more.
 
-    first: of `pool`, the first request. limit_s: of waiting for tokens. Raises LoadFailed.
+    targets: an uneven load takes them by rank, any other one after the other. first: of `pool`, the first request.
+    limit_s: of waiting for tokens. Raises LoadFailed.
     """
-    state = _Turn(waiting=load.concurrency)
+    state = _Turn(waiting=set(range(load.concurrency)))
+    length_s = load.window(length_s)
     timeout = aiohttp.ClientTimeout(total=None, sock_read=limit_s)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=1 << 20) as http:
-        order = _cycle(pool, first)
-        clients = [
-            asyncio.create_task(_client(http, urls[i % len(urls)], i, load.concurrency, order, state))
-            for i in range(load.concurrency)
-        ]
+        kinds = 2 if load.uneven else 1
+        orders = [_cycle(pool[kind::kinds], first) for kind in range(kinds)]
+        for number in range(load.concurrency):
+            at = place(number, len(targets)) if load.uneven else None
+            target = targets[at.rank if at else number % len(targets)]
+            client = _Client(http, target, number, at.name if at else "", orders[number % kinds], state)
+            asks = client.on_time(load) if load.every else client.in_turn(load.concurrency)
+            state.tasks.append(asyncio.create_task(asks))
         try:
             deadline = time.perf_counter() + limit_s
             while state.waiting:
-                _check(clients, time.perf_counter() > deadline, load)
+                _check(state.tasks, time.perf_counter() > deadline, load)
                 await asyncio.sleep(0.02)
             begin = time.perf_counter() + ramp_s
             # A window ends with a first token; where requests are longer than it, at twice its length.
             while time.perf_counter() < begin + 2 * length_s:
-                _check(clients, False, load)
+                _check(state.tasks, False, load)
                 await asyncio.sleep(0.02)
-                if measured([at for at, _ in state.ttft], begin, length_s)[1] is not None:
+                if measured([each.at for each in state.firsts], begin, length_s)[1] is not None:
                     break
         finally:
-            for client in clients:
-                client.cancel()
-            await asyncio.gather(*clients, return_exceptions=True)
-    return window(state.events, state.ttft, state.itl, begin, length_s)
+            for task in state.tasks:
+                task.cancel()
+            await asyncio.gather(*state.tasks, return_exceptions=True)
+    return window(state.events, state.firsts, state.itl, begin, length_s)
 
 
 def window(
-    events: list[Event], ttft: list[tuple[float, float]], itl: list[tuple[float, float]], begin: float, length: float
+    events: list[Event], firsts: list[First], itl: list[tuple[float, float]], begin: float, length: float
 ) -> Window:
-    """The figures of `measured`'s window. ttft, itl: (when, seconds). Raises LoadFailed where nothing came in it."""
-    start, found = measured([at for at, _ in ttft], begin, length)
+    """The figures of `measured`'s window. itl: (when, seconds). Raises LoadFailed where nothing came in it."""
+    start, found = measured([each.at for each in firsts], begin, length)
     end = events[-1].at if found is None and events else found or start
     inside = [event for event in events if start < event.at <= end]
     if not inside:
         raise LoadFailed("no token came while it was measured")
     seconds, output = end - start, sum(event.output for event in inside)
+    first = [each for each in firsts if start < each.at <= end]
+    by: dict[str, list[float]] = {}
+    for each in first:
+        if each.where:
+            by.setdefault(each.where, []).append(round(each.seconds, 5))
     return Window(
         seconds,
         (output + sum(event.input for event in inside)) / seconds,
         output / seconds,
         sum(event.input > 0 for event in inside),
-        [round(value, 5) for at, value in ttft if start < at <= end],
+        [round(each.seconds, 5) for each in first],
         [round(value, 6) for at, value in itl if start < at <= end],
+        by,
     )
 
 
-def _check(clients: list[asyncio.Task[None]], late: bool, load: Load) -> None:
-    for client in clients:
-        if client.done() and (error := client.exception()):
+def _check(tasks: list[asyncio.Task[None]], late: bool, load: Load) -> None:
+    for task in tasks:
+        if task.done() and (error := task.exception()):
             raise LoadFailed(f"{load.name}: {type(error).__name__}: {error}"[:500])
     if late:
         raise LoadFailed(f"{load.name}: no token in time")
@@ -195,40 +217,7 @@ def _cycle(pool: list[Request], first: int) -> Iterator[Request]:
         first += 1
 
 
-async def _client(
-    http: aiohttp.ClientSession, url: str, number: int, clients: int, order: Iterator[Request], state: _Turn
-) -> None:
-    """Requests one after the other until it is cancelled."""
-    fresh = True
-    for request in order:
-        output = first_output(number, clients, request.output) if fresh else request.output
-        body = b'%s, "max_tokens": %d}' % (request.body, output)
-        sent, got, first_at, last_at = time.perf_counter(), 0, 0.0, 0.0
-        headers = {"Content-Type": "application/json"}
-        async with http.post(f"{url}/v1/completions", data=body, headers=headers) as answer:
-            if answer.status != 200:
-                raise LoadFailed(f"status {answer.status}: {(await answer.text())[:300]}")
-            rest = b""
-            async for piece in answer.content.iter_any():
-                whole, _, rest = (rest + piece).rpartition(b"\n\n")
-                told = max(map(int, _COUNT.findall(whole)), default=0)
-                if told <= got:
-                    continue
-                last_at = time.perf_counter()
-                state.events.append(Event(last_at, 0 if got else request.input, told - got))
-                if not got:
-                    first_at = last_at
-                    state.ttft.append((first_at, first_at - sent))
-                    state.waiting -= fresh
-                    fresh = False
-                got = told
-        if got != output:
-            raise LoadFailed(f"{got} of {output} tokens")
-        if output > 1:
-            state.itl.append((last_at, (last_at - first_at) / (output - 1)))
-
-
-async def different(urls: list[str], load: Load, pool: list[Request], limit_s: float) -> float:
+async def different(targets: list[Target], load: Load, pool: list[Request], limit_s: float) -> float:
     """How many different tokens the load's requests have after PROBE_TOKENS, by request: 1.0 where all differ.
 
     Requests that fall into the same tokens are sent to the same experts, which no real load does.
@@ -238,7 +227,7 @@ async def different(urls: list[str], load: Load, pool: list[Request], limit_s: f
         body: dict[str, Any] = json.loads(pool[number].body + b"}")
         del body["stream_options"]
         body.update(stream=False, max_tokens=PROBE_TOKENS, return_token_ids=True)
-        async with http.post(f"{urls[number % len(urls)]}/v1/completions", json=body) as answer:
+        async with http.post(f"{targets[number % len(targets)].url}/v1/completions", json=body) as answer:
             if answer.status != 200:
                 raise LoadFailed(f"status {answer.status}: {(await answer.text())[:300]}")
             return int((await answer.json())["choices"][0]["token_ids"][-1])

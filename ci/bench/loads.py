@@ -2,7 +2,7 @@
 
     dpep        data parallel attention with expert parallelism, vLLM's default all-to-all; what ratios are to
     dwdp        this project, `dwdp:NAME:{"experts_per_rank": 112}` for settings of its own
-    tp          tensor parallel
+    tp, tpep    tensor parallel, and with expert parallelism
     replicas    a server of its own on each device, half of the requests each; ratios are to these where there is no dpep
 
 At most three systems are up side by side on the same devices and are measured in turns, in changing order, the others being
@@ -21,7 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ci.bench.client import Load, longest, parse_load
+from ci.bench.load import Load, parse_load
 from ci.bench.models import MODELS, write_model
 from ci.bench.results import slower_bases
 from ci.bench.run import Bench, say
@@ -29,9 +29,11 @@ from ci.bench.servers import parse_systems
 from ci.report.loads_picture import draw
 from vllm_dwdp.errors import DwdpError
 
-#: In order of value.
+#: In order of value; what does not fit into --limit-s is left out.
 LOADS = (
-    "decode1=512/128/1 decode8=512/128/8 mixed=8192/128/16 decode64=512/256/64 prefill8k=8192/1/16 prefill2k=2048/1/32"
+    "prefill8k=8192/1/16 apart8k=8192/1/16,spread=0.8 mixed=8192/128/16 decode8=512/128/8 decode1=512/128/1 "
+    "uneven=8192/1/16,every=2,uneven bursts=8192/1/16,every=3,burst,spread=0.8 short=2048/256/16 decode64=512/256/64 "
+    "prefill2k=2048/1/32 prefill16k=16384/1/8"
 )
 CPU_LOADS = "decode1=64/32/1 mixed=256/16/4"
 SYSTEMS = ["dpep", 'dwdp:dwdp64:{"experts_per_rank": 64}', 'dwdp:dwdp112:{"experts_per_rank": 112}']
@@ -50,7 +52,7 @@ def devices_of(cpu: bool) -> list[str]:
 
 def common_words(args: argparse.Namespace, loads: list[Load]) -> list[str]:
     """Of every `vllm serve`."""
-    length = max(longest(load, args.spread) for load in loads) + 8
+    length = max(load.longest for load in loads) + 8
     words = ["--load-format", args.load_format, "--max-model-len", str(length), "--no-enable-prefix-caching"]
     words += ["--max-num-batched-tokens", str(args.batched_tokens), "--uvicorn-log-level", "warning"]
     words += ["--kv-cache-memory-bytes", str(int(args.kv_gib * 2**30))]
@@ -64,13 +66,18 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--systems", nargs="+", metavar="KIND[:NAME[:JSON]]", help=f"at most three; default: {' '.join(SYSTEMS)}")
-    add("--loads", nargs="+", metavar="NAME=IN/OUT/AT_A_TIME", help=f"default: {LOADS}")
+    add("--loads", nargs="+", metavar="NAME=IN/OUT/AT_A_TIME[,...]", help=f"see ci/bench/load.py; default: {LOADS}")
     add("--model", default="", help=f"{', '.join(MODELS)}, or a folder; default: qwen3")
     add("--layers", type=int, help="of a model that is named, instead of its own number")
     add("--load-format", default="dummy", help="of vLLM; weights are made by the servers unless this says otherwise")
     add("--kv-gib", type=float, default=3.0, help="KV cache of an engine and device")
     add("--batched-tokens", type=int, default=16384, help="tokens of a step")
-    add("--spread", type=float, default=0.2, help="lengths differ by this part of the mean (%(default)s)")
+    add(
+        "--spread",
+        type=float,
+        default=0.2,
+        help="lengths differ by this part of the mean, unless a load says (%(default)s)",
+    )
     add("--temperature", type=float, default=0.0)
     add("--turns", type=int, default=5)
     add("--turn-s", type=float, default=5.0, help="seconds measured in a turn")
@@ -80,6 +87,11 @@ def arguments() -> argparse.Namespace:
     add("--start-s", type=float, default=240.0, help="a server that takes longer is left out")
     add("--answer-s", type=float, default=60.0, help="a system that gives no token for so long is left out")
     add("--one-by-one", action="store_true", help="start servers one after the other")
+    add(
+        "--vllm-bench",
+        action="store_true",
+        help="after each load without times of its own: the same by vllm bench serve",
+    )
     add("--cpu", action="store_true", help="try this on two cores with a tiny model")
     add("--logs", type=Path, help="keep the servers' logs here")
     add("--json", type=Path, help="write the results here, and a picture beside it")
@@ -88,7 +100,9 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     try:
         args.systems = parse_systems(args.systems or (CPU_SYSTEMS if args.cpu else SYSTEMS))
-        args.loads = [parse_load(text) for text in args.loads or (CPU_LOADS if args.cpu else LOADS).split()]
+        args.loads = [
+            parse_load(text, args.spread) for text in args.loads or (CPU_LOADS if args.cpu else LOADS).split()
+        ]
     except ValueError as error:
         parser.error(str(error))
     args.model = args.model or ("tiny" if args.cpu else "qwen3")

@@ -62,12 +62,12 @@ def summary(turns: Turns, base: str | None) -> dict[str, dict[str, dict[str, Any
                 "turns": len(mine),
                 **_spread("tokens_per_s", rates),
                 "output_per_s": statistics.median(turn["output_per_s"] for turn in mine),
-                "ttft_p50_s": _of(mine, "ttft_s", 50),
-                "ttft_p99_s": _of(mine, "ttft_s", 99),
-                "itl_p50_s": _of(mine, "itl_s", 50),
+                **_ttft(mine),
+                "itl_p50_s": percentile((value for turn in mine for value in turn["itl_s"]), 50),
             }
             if by_turn := ratios(rates, bases):
                 row |= _spread("ratio", by_turn)
+                row |= _ttft_ratios(row, _ttft(systems[base or ""]))
             found[load][name] = row
     return found
 
@@ -83,10 +83,10 @@ def slower_bases(now: dict[str, Any], earlier: dict[str, Any], base: str) -> lis
 
 
 def table(found: dict[str, dict[str, dict[str, Any]]], base: str | None) -> str:
-    """A line per load and system. Ranges are those of the turns."""
+    """A line per load and system, and per place of an uneven load. Ranges are those of the turns."""
     lines = [
-        f"{'load':<11} {'system':<14} {'turns':>5} {'tokens/s (range)':>28} {'output/s':>9} "
-        f"{'TTFT ms p50, p99':>18} {'ITL ms':>7}  ratio to {base or 'nothing'} (range)"
+        f"{'load':<11} {'system':<14} {'turns':>5} {'tokens/s (range)':>28} {'output/s':>9} {'ITL ms':>7} "
+        f"{'TTFT ms p50, p99':>18} {'by base':>12}  ratio to {base or 'nothing'} (range)"
     ]
     for load, systems in found.items():
         for name, row in systems.items():
@@ -94,22 +94,62 @@ def table(found: dict[str, dict[str, dict[str, Any]]], base: str | None) -> str:
             ratio = ""
             if "ratio" in row and name != base:
                 ratio = f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})"
-            ttft = f"{_ms(row['ttft_p50_s'])}, {_ms(row['ttft_p99_s'])}"
-            lines.append(
-                f"{load:<11} {name:<14} {row['turns']:>5} {rate:>28} {row['output_per_s']:>9.0f} "
-                f"{ttft:>18} {_ms(row['itl_p50_s']):>7}  {ratio}".rstrip()
-            )
+            head = f"{load:<11} {name:<14} {row['turns']:>5} {rate:>28} {row['output_per_s']:>9.0f}"
+            lines.append(f"{head} {_ms(row['itl_p50_s']):>7} {_first(row, name != base)}  {ratio}".rstrip())
+            for where, part in row.get("ttft_by", {}).items():
+                lines.append(f"{'':<12}{'':<14}{where:>53} {_first(part, name != base)}".rstrip())
     return "\n".join(lines)
+
+
+def _first(row: dict[str, Any], by_base: bool) -> str:
+    """Columns of a table: percentiles of TTFT, and their ratios."""
+    ttft = f"{_ms(row['ttft_p50_s'])}, {_ms(row['ttft_p99_s'])}"
+    keys = [key for key in ("ttft_p50_ratio", "ttft_p99_ratio") if by_base and key in row]
+    return f"{ttft:>18} {', '.join(f'{row[key]:.2f}' for key in keys):>12}"
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
     return {name: statistics.median(values), f"{name}_low": min(values), f"{name}_high": max(values)}
 
 
-def _of(turns: Iterable[dict[str, Any]], key: str, percent: int) -> float | None:
-    """A percentile of what all turns saw."""
-    values = sorted(value for turn in turns for value in turn[key])
+def percentile(values: Iterable[float], percent: int) -> float | None:
+    """None of no values."""
+    values = sorted(values)
     return values[min(len(values) - 1, len(values) * percent // 100)] if values else None
+
+
+def first_tokens(turns: Iterable[dict[str, Any]]) -> dict[str, list[float]]:
+    """Seconds to the first token of all turns together: '' for all requests, and by place where a load is uneven."""
+    found: dict[str, list[float]] = {"": []}
+    for turn in turns:
+        found[""] += turn["ttft_s"]
+        for where, values in turn.get("ttft_by", {}).items():
+            found.setdefault(where, []).extend(values)
+    return found
+
+
+def _ttft(turns: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Percentiles of all turns together; ttft_by: of an uneven load, by place."""
+    both = {
+        where: {f"ttft_p{percent}_s": percentile(values, percent) for percent in (50, 99)}
+        for where, values in first_tokens(turns).items()
+    }
+    whole = both.pop("")
+    return {**whole, "ttft_by": both} if both else whole
+
+
+def _ttft_ratios(mine: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """Of percentiles, to those of the base; `mine` as `_ttft` gives it."""
+    found: dict[str, Any] = {
+        key.replace("_s", "_ratio"): mine[key] / base[key]
+        for key in ("ttft_p50_s", "ttft_p99_s")
+        if mine.get(key) and base.get(key)
+    }
+    by = {
+        where: mine["ttft_by"][where] | _ttft_ratios(mine["ttft_by"][where], base.get("ttft_by", {}).get(where, {}))
+        for where in mine.get("ttft_by", {})
+    }
+    return {**found, "ttft_by": by} if by else found
 
 
 def _ms(seconds: float | None) -> str:

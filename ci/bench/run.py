@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import os
 import platform
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -13,15 +14,19 @@ from typing import Any
 
 import aiohttp
 
-from ci.bench.client import Load, LoadFailed, Request, different, requests, turn
+from ci.bench.client import LoadFailed, different, turn
+from ci.bench.load import Load, Request, requests
 from ci.bench.models import vocabulary
 from ci.bench.results import Turns, as_text, order, settled, summary, table, turn_length
 from ci.bench.servers import Server, ServerFailed, System, base_of
+from ci.bench.vllm_bench import tokens_per_s
 
 WARM_UPS = 6
 WARM_UP_S = 2.0
 #: Of a turn besides what is measured: its ramp, and the last request of the window.
 TURN_MORE_S = 2.0
+#: Of one `vllm bench serve`.
+VLLM_BENCH_S = 60.0
 #: Of ending all servers.
 STOP_S = 20.0
 
@@ -54,6 +59,7 @@ class Bench:
             "base": base_of(systems),
             "starts": {},
             "different": {},
+            "vllm_bench": {},
         }
 
     def start(self, model: Path, common: list[str], devices: list[str], logs: Path) -> None:
@@ -100,8 +106,10 @@ class Bench:
             if time.monotonic() + len(self.servers) * least > self.deadline:
                 say(f"{load.name} was not run: out of time")
                 continue
-            self._measure(load, requests(load, vocabulary(model), self._args.spread, self._args.temperature))
+            self._measure(load, requests(load, vocabulary(model), self._args.temperature))
             self.write()
+            if self._args.vllm_bench and not load.every:
+                self._compare(load, model)
 
     def _measure(self, load: Load, pool: list[Request]) -> None:
         """Warm-ups and all turns of a load, as far as the time left allows."""
@@ -114,7 +122,7 @@ class Bench:
             self._args.turn_s, self._args.least_turn_s, TURN_MORE_S,
         )  # fmt: skip
         for number in range(self._args.turns):
-            if time.monotonic() + len(self.servers) * (length + TURN_MORE_S) > self.deadline:
+            if time.monotonic() + len(self.servers) * (load.window(length) + TURN_MORE_S) > self.deadline:
                 say(f"{load.name}: {number} of {self._args.turns} turns: out of time")
                 break
             for name in order(list(self.servers), number):
@@ -127,22 +135,43 @@ class Bench:
         whole = min((len(mine) for mine in rows.values()), default=0)
         self.turns[load.name] = {name: mine[:whole] for name, mine in rows.items()}
 
+    def _compare(self, load: Load, model: Path) -> None:
+        """What `vllm bench serve` says of the same load; a system that it fails with goes on."""
+        for name, mine in summary(self.turns, None).get(load.name, {}).items():
+            if time.monotonic() + VLLM_BENCH_S > self.deadline:
+                say(f"{load.name}: no vllm bench serve of {name}: out of time")
+                continue
+            rate, url = mine["tokens_per_s"], self.servers[name].targets(pinned=False)[0].url
+            try:
+                told = tokens_per_s(load, url, model, rate, VLLM_BENCH_S)
+            except ServerFailed as error:
+                say(f"{load.name}: {name}: {error}")
+                continue
+            self.found["vllm_bench"].setdefault(load.name, {})[name] = told
+            say(
+                f"{load.name}: {name} {told:.0f} tokens/s in vllm bench serve, {told / rate:.3f} of what was measured here"
+            )
+
     def _turn(self, name: str, load: Load, pool: list[Request], number: int, length: float) -> dict[str, Any]:
         server, limit_s = self.servers[name], min(self._args.answer_s, max(5.0, self.deadline - time.monotonic()))
         first = number * load.concurrency
-        found = asyncio.run(turn(server.urls, load, pool, first, self._args.ramp_s, length, limit_s))
-        say(f"{load.name}: {name} {found.tokens_per_s:.0f} tokens/s in {found.seconds:.1f} s")
+        targets = server.targets(pinned=load.uneven)
+        found = asyncio.run(turn(targets, load, pool, first, self._args.ramp_s, length, limit_s))
+        middle = f", TTFT {statistics.median(found.ttft_s) * 1e3:.0f} ms" if load.every and found.ttft_s else ""
+        say(f"{load.name}: {name} {found.tokens_per_s:.0f} tokens/s in {found.seconds:.1f} s{middle}")
         time.sleep(0.3)  # what was still in flight is given up
         return found._asdict()
 
     def _warm_up(self, name: str, load: Load, pool: list[Request]) -> None:
         rates: list[float] = []
-        while len(rates) < WARM_UPS and not settled(rates) and time.monotonic() < self.deadline:
+        # Requests at fixed times have a rate of their own: two rounds are enough.
+        most = 2 if load.every else WARM_UPS
+        while len(rates) < most and not settled(rates) and time.monotonic() < self.deadline:
             rates.append(self._turn(name, load, pool, len(rates), WARM_UP_S)["tokens_per_s"])
-        if not settled(rates):
+        if not load.every and not settled(rates):
             say(f"{load.name}: {name} has not settled in {len(rates)} warm-ups")
         if load.output > 1 and load.concurrency > 1:
-            part = asyncio.run(different(self.servers[name].urls, load, pool, self._args.answer_s))
+            part = asyncio.run(different(self.servers[name].targets(pinned=False), load, pool, self._args.answer_s))
             self.found["different"].setdefault(load.name, {})[name] = part
 
     def _attempt(self, name: str, do: Any, *words: Any) -> Any:

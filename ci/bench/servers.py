@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 from ci.checks.sessions import session
 from ci.root import ROOT
 
-KINDS: Final = ("dwdp", "dpep", "tp", "replicas")
+KINDS: Final = ("dwdp", "dpep", "tp", "tpep", "replicas")
 #: The first of these that is there is what the others are compared with.
 BASES: Final = ("dpep", "replicas")
 #: The name under which all of them serve the model.
@@ -39,6 +39,13 @@ class System(NamedTuple):
     dwdp: dict[str, Any]
 
 
+class Target(NamedTuple):
+    """Where requests go: a server, or with `headers` one of its ranks."""
+
+    url: str
+    headers: dict[str, str]
+
+
 class LogFacts(NamedTuple):
     """What a server's log says. kv_tokens: sum over its engines, with how many told. tiles: vLLM's lines on MoE tiles."""
 
@@ -49,7 +56,7 @@ class LogFacts(NamedTuple):
 
 
 def parse_system(text: str) -> System:
-    """'dpep', 'tp', 'replicas' or 'dwdp[:NAME[:JSON]]'; raises ValueError in one line."""
+    """'dpep', 'tp', 'tpep', 'replicas' or 'dwdp[:NAME[:JSON]]'; raises ValueError in one line."""
     kind, _, rest = text.partition(":")
     name, _, settings = rest.partition(":")
     if kind not in KINDS:
@@ -101,8 +108,8 @@ def read_log(text: str) -> LogFacts:
 
 def words_of(system: System, devices: int) -> list[str]:
     """What distinguishes its `vllm serve`; replicas: of each one."""
-    if system.kind == "tp":
-        return ["--tensor-parallel-size", str(devices)]
+    if system.kind in ("tp", "tpep"):
+        return ["--tensor-parallel-size", str(devices), *["--enable-expert-parallel"] * (system.kind == "tpep")]
     if system.kind == "replicas":
         return []
     words = ["--data-parallel-size", str(devices)]
@@ -150,7 +157,8 @@ class Server:
     def __init__(self, system: System, model: Path, common: list[str], devices: list[str], cpu: bool, logs: Path):
         """Returns before they are up. common: words that all systems have."""
         self.system = system
-        self.urls: list[str] = []
+        self._urls: list[str] = []
+        self._devices = len(devices)
         self._logs: list[Path] = []
         self._segments: set[Path] = set()
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -167,13 +175,19 @@ class Server:
                 process = subprocess.Popen(
                     words, env=environment(place), stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
                 )
-            self.urls.append(f"http://127.0.0.1:{port}")
+            self._urls.append(f"http://127.0.0.1:{port}")
             self._logs.append(log)
             self._processes.append(process)
 
+    def targets(self, pinned: bool) -> list[Target]:
+        """Its processes; pinned: its ranks, where it has such in one process."""
+        if pinned and self.system.kind in ("dwdp", "dpep"):
+            return [Target(self._urls[0], {"X-data-parallel-rank": str(rank)}) for rank in range(self._devices)]
+        return [Target(url, {}) for url in self._urls]
+
     def wait(self, deadline: float) -> None:
         """Return once all answer; deadline: of time.monotonic. Raises ServerFailed."""
-        for url, process, log in zip(self.urls, self._processes, self._logs, strict=True):
+        for url, process, log in zip(self._urls, self._processes, self._logs, strict=True):
             while not _healthy(url):
                 if process.poll() is not None or time.monotonic() > deadline:
                     why = f"ended with {process.poll()}" if process.poll() is not None else "was not up in time"

@@ -1,4 +1,4 @@
-"""ci/bench/loads.py: what is asked for, what a window counts, turns and their ratios, systems that fail."""
+"""ci/bench/loads.py: what a window counts, turns and their ratios, systems that fail."""
 
 from __future__ import annotations
 
@@ -20,19 +20,11 @@ from ci.bench import loads as bench_loads
 from ci.bench import results as bench_results
 from ci.bench import run as bench_run
 from ci.bench import servers as bench_servers
-from ci.bench.client import Event, Load
+from ci.bench.client import Event, First
+from ci.bench.load import Load, requests
 from ci.bench.models import write_model
+from ci.bench.servers import Target
 from ci.report import loads_picture as bench_picture
-
-
-def test_a_load_is_read() -> None:
-    assert bench_client.parse_load("mixed=8192/128/16") == Load("mixed", 8192, 128, 16)
-
-
-@pytest.mark.parametrize("text", ["8192/128/16", "mixed=8192/128", "mixed=8192/0/16", "mixed=a/b/c", ""])
-def test_what_is_no_load_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="NAME=INPUT/OUTPUT/CONCURRENCY"):
-        bench_client.parse_load(text)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -61,7 +53,7 @@ def test_a_turn_is_as_long_as_the_time_left_allows_within_bounds() -> None:
 
 
 def turn(rate: float) -> dict[str, Any]:
-    return {"tokens_per_s": rate, "output_per_s": rate / 2, "ttft_s": [0.1, rate / 1000], "itl_s": []}
+    return {"tokens_per_s": rate, "output_per_s": rate / 2, "ttft_s": [0.1, rate / 1000], "itl_s": [], "ttft_by": {}}
 
 
 def test_ratios_compare_what_two_systems_did_in_one_turn() -> None:
@@ -83,24 +75,12 @@ def test_a_base_that_became_slower_is_told() -> None:
     assert bench_results.slower_bases(now, {}, "dpep") == []
 
 
-def test_lengths_and_prompts_are_the_same_for_all_and_spread_as_asked() -> None:
-    load = Load("decode", 100, 20, 4)
-    made = bench_client.requests(load, 512, 0.2, 0.0)
-    assert made == bench_client.requests(load, 512, 0.2, 0.0) and len(made) == 64
-    assert {request.input for request in made} != {100} and all(80 <= request.input <= 120 for request in made)
-    assert all(16 <= request.output <= 24 for request in made)
-    assert all(request.input + request.output <= bench_client.longest(load, 0.2) for request in made)
-    body = json.loads(made[0].body + b"}")
-    assert len(body["prompt"]) == made[0].input and max(body["prompt"]) < 512 and body["stream"]
-    assert {request.input for request in bench_client.requests(load, 512, 0.0, 0.0)} == {100}
-
-
 def test_first_requests_end_evenly_spread() -> None:
     assert [bench_client.first_output(i, 4, 100) for i in range(4)] == [25, 50, 75, 100]
     assert bench_client.first_output(0, 16, 1) == 1
 
 
-def steady(clients: int, seconds: float, tokens: int, until: float) -> tuple[list[Event], list[tuple[float, float]]]:
+def steady(clients: int, seconds: float, tokens: int, until: float) -> tuple[list[Event], list[First]]:
     """Requests of `seconds` each in a closed loop, with ten tokens of input."""
     events: list[Event] = []
     for client in range(clients):
@@ -109,7 +89,7 @@ def steady(clients: int, seconds: float, tokens: int, until: float) -> tuple[lis
             events += [Event(at + seconds * (i + 1) / tokens, 0 if i else 10, 1) for i in range(tokens)]
             at += seconds
     events = sorted(event for event in events if 0 <= event.at <= until)
-    return events, [(event.at, 0.1) for event in events if event.input]
+    return events, [First(event.at, 0.1, "") for event in events if event.input]
 
 
 @pytest.mark.parametrize(("clients", "seconds"), [(1, 0.9), (1, 4.3), (16, 1.1), (16, 7.7)])
@@ -134,9 +114,11 @@ class Service:
     def __init__(self, wrong: int = 0) -> None:
         self.wrong = wrong
         self.inside, self.most = 0, 0
+        self.seen: list[tuple[float, str, int]] = []  # when, rank, tokens of the prompt
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        self.seen.append((time.monotonic(), request.headers.get("X-data-parallel-rank", ""), len(body["prompt"])))
         self.inside += 1
         self.most = max(self.most, self.inside)
         stream = web.StreamResponse()
@@ -154,8 +136,8 @@ class Service:
         return stream
 
 
-def play(service: Service, load: Load) -> bench_client.Window:
-    """A short turn on `service`."""
+def play(service: Service, load: Load, ranks: int = 0) -> bench_client.Window:
+    """A short turn on `service`, or on so many ranks of it."""
 
     async def go() -> bench_client.Window:
         app = web.Application(client_max_size=1 << 26)
@@ -166,7 +148,8 @@ def play(service: Service, load: Load) -> bench_client.Window:
         await site.start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         try:
-            return await bench_client.turn([url], load, bench_client.requests(load, 512, 0.2, 0.0), 3, 0.1, 0.5, 10)
+            targets = [Target(url, {"X-data-parallel-rank": str(rank)}) for rank in range(ranks)] or [Target(url, {})]
+            return await bench_client.turn(targets, load, requests(load, 512, 0.0), 3, 0.1, 0.5, 10)
         finally:
             await runner.cleanup()
 
@@ -187,15 +170,60 @@ def test_a_request_with_other_tokens_than_asked_fails_the_turn() -> None:
         play(Service(wrong=1), Load("small", 10, 4, 2))
 
 
+def test_requests_at_fixed_times_are_sent_whether_or_not_there_are_answers() -> None:
+    service = Service()
+    # An answer takes 50 ms, and a round 40: in turn there would never be more than four inside.
+    found = play(service, Load("timed", 10, 20, 4, every=0.04))
+    assert service.most > 4
+    assert found.requests / found.seconds == pytest.approx(4 / 0.04, rel=0.3)
+    gaps = [later[0] - one[0] for one, later in itertools.pairwise(service.seen[4:])]
+    assert sorted(gaps)[len(gaps) // 4] > 0.004, "evenly over the round"
+
+
+def test_a_burst_is_sent_at_once() -> None:
+    service = Service()
+    play(service, Load("burst", 10, 2, 8, every=0.25, burst=True))
+    times = [at for at, _, _ in service.seen]
+    assert len(times) >= 16 and all(max(times[i : i + 8]) - min(times[i : i + 8]) < 0.1 for i in (0, 8))
+    assert times[8] - times[7] > 0.1
+
+
+def test_an_uneven_load_sends_three_of_four_long_prompts_to_one_rank() -> None:
+    service = Service()
+    found = play(service, Load("uneven", 160, 2, 8, every=0.1, uneven=True), ranks=2)
+    whole = service.seen[: len(service.seen) // 8 * 8]
+    long = Counter(rank for _, rank, tokens in whole if tokens > 100)
+    short = Counter(rank for _, rank, tokens in whole if tokens < 20)
+    assert long["0"] == 3 * long["1"] > 0 and short["0"] == short["1"] == (long["0"] + long["1"]) / 2
+    assert set(found.ttft_by) == {f"{size}, {rank}" for size in ("long", "short") for rank in ("rank 0", "other ranks")}
+    assert sorted(itertools.chain(*found.ttft_by.values())) == sorted(found.ttft_s)
+
+
+def test_first_tokens_are_compared_by_place() -> None:
+    def told(seconds: float) -> list[dict[str, Any]]:
+        by = {"long, rank 0": [seconds] * 2, "short, other ranks": [seconds / 2]}
+        return [turn(40) | {"ttft_s": [seconds] * 2 + [seconds / 2], "ttft_by": by}]
+
+    found = bench_results.summary({"uneven": {"dpep": told(0.8), "dwdp": told(0.2)}}, "dpep")
+    row = found["uneven"]["dwdp"]
+    assert row["ttft_p99_ratio"] == row["ttft_by"]["long, rank 0"]["ttft_p99_ratio"] == pytest.approx(0.25)
+    assert row["ttft_by"]["short, other ranks"]["ttft_p50_s"] == 0.1
+    lines = bench_results.table(found, "dpep").splitlines()
+    assert len(lines) == 7 and "0.25, 0.25" in lines[5] and "short, other ranks" in lines[6]
+
+
 class Up:
     """A server that is up; its only address is its name."""
 
     def __init__(self, system: bench_servers.System, *_: Any) -> None:
-        self.urls = [system.name]
+        self._name = system.name
         self.stopped = 0
 
+    def targets(self, pinned: bool) -> list[Target]:
+        return [Target(self._name, {})]
+
     def wait(self, deadline: float) -> None:
-        if self.urls == ["late"]:
+        if self._name == "late":
             raise bench_servers.ServerFailed("late was not up in time")
 
     def facts(self) -> bench_servers.LogFacts:
@@ -226,11 +254,12 @@ def test_a_system_that_fails_is_left_out_and_the_others_go_on(
 ) -> None:
     asked: list[str] = []
 
-    async def play(urls: list[str], load: Load, *_: Any) -> bench_client.Window:
-        asked.append(urls[0])
-        if urls == ["weak"] and asked.count("weak") > 3 and load.name == "one":
+    async def play(targets: list[Target], load: Load, *_: Any) -> bench_client.Window:
+        name = targets[0].url
+        asked.append(name)
+        if name == "weak" and asked.count("weak") > 3 and load.name == "one":
             raise bench_client.LoadFailed("status 500")
-        return bench_client.Window(5.0, 100.0 if urls == ["replicas"] else 50.0, 1.0, 5, [0.1], [])
+        return bench_client.Window(5.0, 100.0 if name == "replicas" else 50.0, 1.0, 5, [0.1], [], {})
 
     monkeypatch.setattr(bench_run, "turn", play)
     made = bench(tmp_path, monkeypatch, ["replicas", "dwdp:weak", "dwdp:late"], "--turns", "4")
@@ -255,10 +284,10 @@ def test_what_does_not_fit_into_the_time_left_is_not_begun(tmp_path: Path, monke
     made.deadline = now + 48
     monkeypatch.setattr(bench_run.time, "monotonic", lambda: now)
 
-    async def play(urls: list[str], load: Load, pool: Any, first: int, ramp: float, length: float, limit: float) -> Any:
+    async def play(_: Any, load: Load, pool: Any, first: int, ramp: float, length: float, limit: float) -> Any:
         nonlocal now
         now += length
-        return bench_client.Window(length, 50.0, 1.0, 5, [0.1], [])
+        return bench_client.Window(length, 50.0, 1.0, 5, [0.1], [], {})
 
     monkeypatch.setattr(bench_run, "turn", play)
     made.run(tmp_path)
@@ -280,10 +309,20 @@ FOUND = {
 def test_a_picture_is_drawn_where_there_is_a_ratio(tmp_path: Path) -> None:
     turns = {"decode1": {"dpep": [turn(40)], "dwdp64": [turn(20)], "dwdp": [turn(60)]}}
     results = tmp_path / "r.json"
-    results.write_text(json.dumps({**FOUND, "summary": bench_results.summary(turns, "dpep")}))
-    assert bench_picture.draw(results, tmp_path / "r.png") and (tmp_path / "r.png").stat().st_size > 1000
-    results.write_text(json.dumps({**FOUND, "summary": {}}))
+    results.write_text(json.dumps({**FOUND, "turns": turns, "summary": bench_results.summary(turns, "dpep")}))
+    assert bench_picture.draw(results, tmp_path / "r.png") == [tmp_path / "r.png"]
+    assert (tmp_path / "r.png").stat().st_size > 1000
+    results.write_text(json.dumps({**FOUND, "turns": {}, "summary": {}}))
     assert not bench_picture.draw(results, tmp_path / "none.png")
+
+
+def test_first_tokens_are_drawn_where_requests_have_times_of_their_own(tmp_path: Path) -> None:
+    turns = {"burst": {"dpep": [turn(40)], "dwdp64": [turn(20)]}}
+    loads = [{"name": "burst", "input": 512, "output": 1, "concurrency": 8, "every": 2.0, "burst": True}]
+    results = tmp_path / "r.json"
+    whole = {**FOUND, "loads": loads, "turns": turns, "summary": bench_results.summary(turns, "dpep")}
+    results.write_text(json.dumps(whole))
+    assert bench_picture.draw(results, tmp_path / "r.png") == [tmp_path / "r.png", tmp_path / "r-ttft.png"]
 
 
 def test_numbers_of_a_turn_are_one_line_of_the_results() -> None:
