@@ -1,14 +1,17 @@
-"""Does a server grow? Many short requests through `vllm serve`: `python -m ci.checks.soak [--plain] [--json FILE]`.
+"""Does a server grow? Many requests through `vllm serve`: `python -m ci.checks.soak [--plain] [--json FILE]`.
 
-Two dwdp ranks on this machine's CPU, or with `--plain` one engine of plain vLLM, get the same requests: completions of 1 to
-8 tokens, a quarter streamed, 3 % aborted by closing the connection, 2 % refused, 10 % pinned to a rank. After every 1,000
-requests all connections are closed and every process of the server is measured. A table says what each held at the start
-(once the server was healthy), after the first 1,000 requests and at the end.
+Two dwdp ranks, on the GPUs of this machine or on its CPU, or with `--plain` one engine of plain vLLM, get the same requests:
+completions of 1 to 8 tokens, a quarter streamed, 3 % aborted by closing the connection, 2 % refused, 10 % pinned to a rank;
+with `--long`, a fifth of the prompts has up to so many words, so that steps of few and of many tokens take turns. After
+every `--part` requests all connections are closed and every process of the server is measured. A table says what each held
+at the start (once the server was healthy), after the first part and at the end; of ranks also what their GPUs held. Before
+the first request and after the last all experts are looked at as each rank's kernels see them.
 
 Exit status 1: a request failed that should not, requests were not sent within `--limit-s`, something of the server was left
-after its end, or a process grew after the first 1,000 requests: by a descriptor or a thread, or in private memory by more
-than `--memory-mib` per 1,000 requests. With `--against PLAIN.json`, written by a run with `--plain`, what plain vLLM's
-process of that kind grew by is allowed for in addition.
+after its end, experts changed or differ between ranks, or something grew after the first part: a process by a descriptor or
+a thread, or in private memory by more than `--memory-mib` per 1,000 requests, or what a GPU holds by more than DEVICE_MIB.
+With `--against PLAIN.json`, written by a run with `--plain`, what plain vLLM's process of that kind grew by is allowed for
+in addition.
 """
 
 from __future__ import annotations
@@ -32,13 +35,17 @@ from typing import Any
 from ci.checks.sessions import session
 from ci.checks.soak_processes import COLUMNS, Sample, role, sample, segments
 from ci.checks.soak_requests import Outcome, asks, send
+from ci.checks.visible import visible_gpus
 from ci.root import ROOT
 from vllm_dwdp.checkpoints import CheckpointSpec, write_checkpoint
 
 CACHE = ROOT / ".cache" / "soak"
-SPEC = CheckpointSpec(num_layers=2)
-PART = 1000
+SPEC = CheckpointSpec(num_layers=2, max_position=32768)
 MAX_MODEL_LEN = 256
+#: Most tokens of one of soak_requests's words.
+WORD_TOKENS = 4
+#: What a GPU may hold more after the first part: code of kernels is loaded when a shape first asks for it.
+DEVICE_MIB = 16.0
 #: Blocks of the KV cache, all of which the first 1,000 requests touch: before its first use a block takes no memory.
 KV_BLOCKS = 128
 START_LIMIT_S = 300
@@ -54,35 +61,38 @@ def say(text: str) -> None:
     print(f"soak: {text}", flush=True)
 
 
-def command(plain: bool, ranks: int, port: int) -> list[str]:
-    """`vllm serve` of the small model."""
+def longest(args: argparse.Namespace) -> int:
+    """Tokens of the longest request."""
+    return MAX_MODEL_LEN + WORD_TOKENS * int(args.long)
+
+
+def command(args: argparse.Namespace, port: int) -> list[str]:
+    """`vllm serve` of the small model; on GPUs as it is by default, with graphs and torch.compile."""
+    length = longest(args)
     words = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(write_checkpoint(SPEC, CACHE))]
-    words += ["--served-model-name", "soak", "--port", str(port), "--enforce-eager", "--max-num-seqs", "32"]
-    words += ["--num-gpu-blocks-override", str(KV_BLOCKS)]
-    words += [
-        "--max-model-len",
-        str(MAX_MODEL_LEN),
-        "--gpu-memory-utilization",
-        "0.2",
-        "--uvicorn-log-level",
-        "warning",
-    ]
-    if not plain:
-        words += ["--distributed-executor-backend", "dwdp", "--data-parallel-size", str(ranks)]
+    words += ["--served-model-name", "soak", "--port", str(port), "--max-num-seqs", "32"]
+    words += ["--num-gpu-blocks-override", str(KV_BLOCKS * -(-length // MAX_MODEL_LEN)), "--max-model-len", str(length)]
+    words += ["--gpu-memory-utilization", "0.2", "--uvicorn-log-level", "warning"]
+    words += [] if visible_gpus() else ["--enforce-eager"]
+    if not args.plain:
+        words += ["--distributed-executor-backend", "dwdp", "--data-parallel-size", str(args.ranks)]
+        words += ["--worker-extension-cls", "ci.checks.soak_worker.SoakWorker"]
     return words
 
 
 class Server:
     """`vllm serve` in a session and with a temporary folder of its own."""
 
-    def __init__(self, plain: bool, ranks: int, log: Path) -> None:
+    def __init__(self, args: argparse.Namespace, log: Path) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.shm_before = segments()
         self.temporary = Path(tempfile.mkdtemp(prefix="soak-"))
+        self._ranks = 0 if args.plain else args.ranks
         env = {**os.environ, "TMPDIR": str(self.temporary), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        env["VLLM_SERVER_DEV_MODE"] = "1"  # for /collective_rpc
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         # oneDNN keeps up to 1,024 kernels, one or more per shape of a batch: on CPU that alone is hundreds of MiB, which new
@@ -93,7 +103,7 @@ class Server:
         self._log = log
         with log.open("w") as stream:
             self.process = subprocess.Popen(
-                command(plain, ranks, port), env=env, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+                command(args, port), env=env, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
             )
 
     def wait_for_health(self) -> None:
@@ -112,7 +122,21 @@ class Server:
     def sample(self, requests: int) -> Sample:
         """See soak_processes; waits for closed connections to be seen first."""
         time.sleep(3)
-        return sample(self.process.pid, requests, self.shm_before, self.temporary)
+        devices = {
+            f"GPU of rank {n}": state["device_mib"] for n, state in self.states().items() if "device_mib" in state
+        }
+        return sample(self.process.pid, requests, self.shm_before, self.temporary, devices)
+
+    def states(self, digests: bool = False) -> dict[int, dict[str, Any]]:
+        """What soak_worker.py says of each rank; none of plain vLLM."""
+        if not self._ranks:
+            return {}
+        with tempfile.TemporaryDirectory(prefix="soak-state-") as folder:
+            body = {"method": "soak_state", "args": [folder, "yes" if digests else "no"]}
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{self.url}/collective_rpc", json.dumps(body).encode(), headers)
+            urllib.request.urlopen(request, timeout=120).close()
+            return {rank: json.loads((Path(folder) / f"rank-{rank}.json").read_text()) for rank in range(self._ranks)}
 
     def stop(self) -> list[str]:
         """End it; what was left: processes by id, segments and temporary files by name."""
@@ -131,13 +155,14 @@ class Server:
         return left
 
 
-def run(server: Server, args: argparse.Namespace, outcome: Outcome) -> tuple[list[Sample], float]:
-    """Samples at the start and after every part, and the seconds that requests took."""
+def run(server: Server, args: argparse.Namespace, outcome: Outcome) -> tuple[list[Sample], float, list[str]]:
+    """Samples at the start and after every part, the seconds that requests took, and digests before and after, by rank."""
     server.wait_for_health()
+    digests = [state["digest"] for state in server.states(digests=True).values()]
     samples, took = [server.sample(0)], 0.0
-    ranks, wanted = (1 if args.plain else args.ranks), asks(args.requests, "soak", MAX_MODEL_LEN)
-    while samples[-1].requests < args.requests and took < args.limit_s:
-        part = wanted[samples[-1].requests :][:PART]
+    ranks, length = (1 if args.plain else args.ranks), longest(args)
+    while took < args.limit_s and (took < args.seconds or samples[-1].requests < args.requests):
+        part = asks(args.part, "soak", length, seed=len(samples), long=args.long)
         started = time.monotonic()
         sent = asyncio.run(send(server.url, part, ranks, args.concurrency, args.limit_s - took, outcome))
         took += time.monotonic() - started
@@ -146,7 +171,8 @@ def run(server: Server, args: argparse.Namespace, outcome: Outcome) -> tuple[lis
             say(f"{samples[-1].requests} requests, {samples[-1].requests / took:.1f}/s, {len(outcome.wrong)} wrong")
         if server.process.poll() is not None:
             raise RuntimeError(f"the server ended with {server.process.poll()}")
-    return samples, took
+    digests += [state["digest"] for state in server.states(digests=True).values()]
+    return samples, took, digests
 
 
 def table(samples: list[Sample]) -> str:
@@ -161,6 +187,9 @@ def table(samples: list[Sample]) -> str:
             values = (begin, middle, end[column], end[column] - middle)
             unit = "" if digits == 0 else " MiB"
             lines.append(f"{name:<34}{column + unit:<14}" + "".join(f"{value:>10.{digits}f}" for value in values))
+    for name, end in last.devices.items():
+        values = (start.devices[name], first.devices[name], end, end - first.devices[name])
+        lines.append(f"{name:<34}{'MiB':<14}" + "".join(f"{value:>10.1f}" for value in values))
     for what in ("segments", "files"):
         counts = [getattr(part, what) for part in (start, first, last)]
         lines.append(f"{what:<48}" + "".join(f"{count:>10}" for count in (*counts, counts[2] - counts[1])))
@@ -170,7 +199,7 @@ def table(samples: list[Sample]) -> str:
 def growth(samples: list[Sample]) -> dict[str, dict[str, float]]:
     """By process, what its private memory (MiB per 1,000 requests), descriptors and threads grew by after the first part."""
     first, last = samples[min(1, len(samples) - 1)], samples[-1]
-    parts = max(1.0, (last.requests - first.requests) / PART)
+    parts = max(1.0, (last.requests - first.requests) / 1000)
     found = {}
     for name, end in last.processes.items():
         before = first.processes.get(name, dict.fromkeys(COLUMNS, 0.0))
@@ -197,10 +226,20 @@ def too_much(
     return lines
 
 
+def more_on_devices(samples: list[Sample]) -> list[str]:
+    """One line per GPU that holds more at the end than after the first part."""
+    first, last = samples[min(1, len(samples) - 1)], samples[-1]
+    grown = {name: end - first.devices[name] for name, end in last.devices.items()}
+    return [f"{name}: grew by {mib:.1f} MiB, more than {DEVICE_MIB}" for name, mib in grown.items() if mib > DEVICE_MIB]
+
+
 def main() -> None:
     """Serve, send, measure, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--requests", type=int, default=10_000, help="at least so many (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=0, help="and for at least so long")
+    parser.add_argument("--part", type=int, default=1000, help="requests between two measurements (%(default)s)")
+    parser.add_argument("--long", type=int, default=0, help="words of the longest prompts")
     parser.add_argument("--plain", action="store_true", help="plain vLLM, one engine")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--concurrency", type=int, default=16)
@@ -214,9 +253,9 @@ def main() -> None:
     outcome = Outcome()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server goes with this script
     with tempfile.TemporaryDirectory(prefix="soak-log-") as folder:
-        server = Server(args.plain, args.ranks, Path(folder) / "serve.log")
+        server = Server(args, Path(folder) / "serve.log")
         try:
-            samples, took = run(server, args, outcome)
+            samples, took, digests = run(server, args, outcome)
         finally:
             left = server.stop()
     trouble = [f"wrong: {text}" for text in outcome.wrong[:10]]
@@ -224,11 +263,14 @@ def main() -> None:
     trouble += [f"left behind: {name}" for name in left if not args.plain or name.startswith("process")]
     if samples[-1].requests < args.requests:
         trouble.append(f"{samples[-1].requests} of {args.requests} requests within {args.limit_s:.0f} s")
+    trouble += more_on_devices(samples)
+    if len(set(digests)) > 1:
+        trouble.append(f"experts changed, or differ between ranks: {' '.join(digests)}")
     plain: dict[str, Any] = json.loads(args.against.read_text())["growth"] if args.against else {}
     grown = growth(samples)
     trouble += too_much(grown, plain, args.memory_mib)
     if args.json:
-        data = {"samples": [part._asdict() for part in samples], "growth": grown, "seconds": took}
+        data = {"samples": [part._asdict() for part in samples], "growth": grown, "seconds": took, "digests": digests}
         args.json.write_text(json.dumps({**data, "done": outcome.done, "wrong": outcome.wrong, "left": left}, indent=1))
     print(table(samples))
     say(f"{'plain vLLM' if args.plain else f'{args.ranks} dwdp ranks'}: {samples[-1].requests / took:.1f} requests/s")

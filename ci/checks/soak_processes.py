@@ -21,12 +21,14 @@ _TITLES = (
 
 class Sample(NamedTuple):
     """processes: by name, its figures by the names of COLUMNS. segments: names in /dev/shm. files: in the temporary
-    folder of the server, folders and sockets too. Both are those that came since before the server."""
+    folder of the server, folders and sockets too. Both are those that came since before the server. devices: MiB in use
+    on the GPU of each rank."""
 
     requests: int
     processes: dict[str, dict[str, float]]
     segments: int
     files: int
+    devices: dict[str, float]
 
 
 def names_of(tree: list[psutil.Process]) -> dict[str, int]:
@@ -78,9 +80,10 @@ def segments() -> set[str]:
     return set(os.listdir("/dev/shm"))
 
 
-def sample(pid: int, requests: int, shm_before: set[str], temporary: Path) -> Sample:
+def sample(pid: int, requests: int, shm_before: set[str], temporary: Path, devices: dict[str, float]) -> Sample:
     """Everything that the server of process `pid` holds after `requests` requests."""
     front_end = psutil.Process(pid)
     names = names_of([front_end, *front_end.children(recursive=True)])
     files = sum(len(folders) + len(files) for _, folders, files in os.walk(temporary))
-    return Sample(requests, {name: measure(each) for name, each in names.items()}, len(segments() - shm_before), files)
+    figures = {name: measure(each) for name, each in names.items()}
+    return Sample(requests, figures, len(segments() - shm_before), files, devices)

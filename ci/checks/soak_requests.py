@@ -13,7 +13,7 @@ import aiohttp
 Kind = Literal["whole", "stream", "abort", "refused"]
 
 #: Of 100 requests.
-_ABORTED, _REFUSED, _STREAMED, _PINNED = 3, 2, 25, 10
+_ABORTED, _REFUSED, _STREAMED, _PINNED, _LONG = 3, 2, 25, 10, 20
 _WORDS = ("no", "rank", "waits", "while", "experts", "travel", "from", "peer", "to", "peer", "and", "back")
 
 
@@ -33,8 +33,8 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
 
 
-def asks(count: int, model: str, max_model_len: int, seed: int = 0) -> list[Ask]:
-    """The same requests for every server."""
+def asks(count: int, model: str, max_model_len: int, seed: int = 0, long: int = 0) -> list[Ask]:
+    """The same requests for every server. long: a fifth of the prompts has up to so many words."""
     rng = random.Random(seed)
     bad: list[dict[str, Any]] = [
         {"max_tokens": -1},
@@ -45,7 +45,8 @@ def asks(count: int, model: str, max_model_len: int, seed: int = 0) -> list[Ask]
     made = []
     for _ in range(count):
         draw = rng.randrange(100)
-        words = " ".join(rng.choices(_WORDS, k=rng.randint(1, 24)))
+        most = long if long and rng.randrange(100) < _LONG else 24
+        words = " ".join(rng.choices(_WORDS, k=rng.randint(1, most)))
         body: dict[str, Any] = {"model": model, "prompt": words, "max_tokens": rng.randint(1, 8), "ignore_eos": True}
         body["temperature"] = rng.choice([0, 0, 0.8])
         kind: Kind = "whole"

@@ -73,6 +73,8 @@ class Service:
 def test_requests_are_the_same_for_every_server_and_of_every_kind() -> None:
     wanted = asks(1000, "m", MAX_LEN)
     assert wanted == asks(1000, "m", MAX_LEN) and wanted != asks(1000, "m", MAX_LEN, seed=1)
+    lengths = sorted(len(ask.body["prompt"].split()) for ask in asks(1000, "m", 999, long=500) if ask.kind == "whole")
+    assert lengths[len(lengths) // 2] <= 24 and 400 < lengths[-1] <= 500
     kinds = Counter(ask.kind for ask in wanted)
     assert 10 < kinds["abort"] < 60 and 5 < kinds["refused"] < 50 and 200 < kinds["stream"] < 300
     assert 50 < sum(ask.pin is not None for ask in wanted) < 150
@@ -124,7 +126,9 @@ def samples(**grown: float) -> list[Sample]:
     """Of one process, before, after 1,000 and after 3,000 requests."""
     base = dict.fromkeys(COLUMNS, 100.0)
     more = {column: 100.0 + grown.get(column, 0) for column in COLUMNS}
-    return [Sample(count, {"worker 0": each}, 1, 2) for count, each in ((0, base), (1000, base), (3000, more))]
+    return [
+        Sample(n, {"worker 0": each}, 1, 2, {"GPU": each["rss"]}) for n, each in ((0, base), (1000, base), (3000, more))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -155,9 +159,15 @@ def test_what_plain_vllm_grows_by_is_allowed_for() -> None:
     assert len(soak.too_much({"coordinator": plain["worker 0"]}, plain)) == 2
 
 
+def test_a_gpu_that_fills_is_told() -> None:
+    assert soak.more_on_devices(samples(rss=15)) == []
+    assert soak.more_on_devices(samples(rss=17)) == ["GPU: grew by 17.0 MiB, more than 16.0"]
+
+
 def test_the_table() -> None:
     lines = soak.table(samples(private=8, threads=1)).splitlines()
     rows = {tuple(line.split()[:-4]): line.split()[-4:] for line in lines[1:]}
     assert rows["worker", "0", "private", "MiB"] == ["100.0", "100.0", "108.0", "8.0"]
     assert rows["worker", "0", "threads"] == ["100", "100", "101", "1"]
+    assert rows["GPU", "MiB"] == ["100.0", "100.0", "100.0", "0.0"]
     assert rows["segments",] == ["1", "1", "1", "0"]

@@ -1,0 +1,63 @@
+"""Digests of all experts, as a worker's kernels see them: for tests and for the soak."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+
+class Digests:
+    """Mixed into the worker with vLLM's own `worker_extension_cls`."""
+
+    model_runner: Any
+
+    def _expert_layers(self) -> list[tuple[str, Any]]:
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+        return [(n, m) for n, m in self.model_runner.model.named_modules() if isinstance(m, RoutedExperts)]
+
+    def probe_digests(self) -> dict[str, list[str]]:
+        """`layer.tensor` -> digest of every expert's row, as its kernels see it (behind acquire with dwdp)."""
+        import torch
+
+        digests: dict[str, list[str]] = {}
+        for name, layer in self._expert_layers():
+            gate = getattr(layer, "dwdp_gate", None)
+            tokens = 1 + self._direct_tokens()
+            if gate is not None:
+                gate.acquire(layer.dwdp_layer, tokens)
+            for tensor, parameter in layer.named_parameters():
+                if parameter.ndim > 1:
+                    rows = self._rows_by_address(layer, tensor)
+                    if rows is None:
+                        rows = parameter.data.contiguous().view(torch.uint8).flatten(1).cpu()
+                    digests[f"{name}.{tensor}"] = [hashlib.sha1(row.numpy().tobytes()).hexdigest() for row in rows]
+            if gate is not None:
+                gate.release(layer.dwdp_layer, tokens)
+        return digests
+
+    def _direct_tokens(self) -> int:
+        """The most tokens of a forward that reads experts where they are; 0 without dwdp, and where all or none do."""
+        sharing = getattr(self, "dwdp_sharing", None)
+        return 0 if sharing is None else sharing.direct_tokens or 0
+
+    def _rows_by_address(self, layer: Any, tensor: str) -> Any:
+        """uint8 [E, bytes of a row] as the split-weight kernels find them, by either table; None for tensors without."""
+        tables = getattr(layer, "dwdp_tables", None)
+        names = ("w13_weight", "w2_weight")
+        if tables is None or tensor not in names:
+            return None
+        import torch
+
+        sharing = self.dwdp_sharing  # type: ignore[attr-defined]
+        slabs = sharing.layers[layer.dwdp_layer]
+        found = []
+        for pair, elsewhere in ((tables.pulled, sharing.slots), (tables.direct, slabs.peers.values())):
+            table, rows = pair[names.index(tensor)], []
+            nbytes = table.rows * table.cols * table.dtype.itemsize
+            for address in table.addresses.tolist():
+                [memory] = [m for m in (slabs.slab, *elsewhere) if m.address <= address < m.address + m.nbytes]
+                rows.append(memory.tensor()[address - memory.address :][:nbytes].cpu())
+            found.append(torch.stack(rows))
+        assert torch.equal(*found), "owners hold other bytes than the slot"
+        return found[0]
