@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import tomllib
+
+from vllm_dwdp.compat.versions import TESTED
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 120
+BUILT_FROM = ("pyproject.toml", "setup.py", "README.md")
 MODEL = "Qwen/Qwen3-30B-A3B"
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
@@ -49,7 +54,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
     for name in ("vllm_dwdp", "kernels", "tests", "ci", "examples"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md"):
+    for name in BUILT_FROM:
         shutil.copy(ROOT / name, source)
     wheel, sdist = build("wheel", source, folder / "wheel"), build("sdist", source, folder / "sdist")
     with tarfile.open(sdist) as archive:
@@ -116,6 +121,17 @@ def test_the_installed_copy_works(bare: Path, tmp_path: Path) -> None:
     assert "h200" in run(bare / "vllm-dwdp", "hardware", cwd=tmp_path)
     planned = json.loads(run(bare / "vllm-dwdp", "plan", MODEL, "--json", cwd=tmp_path))
     assert planned["hardware"] == "H200" and planned["ranks"] == 4
+
+
+def test_the_image_is_made_of_what_a_build_needs() -> None:
+    """The image itself is not built here."""
+    lines = [line.split() for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
+    assert ["FROM", f"vllm/vllm-openai:v{TESTED[-1]}"] in lines
+    copied = {name for line in lines if line[0] == "COPY" for name in line[1:-1]}
+    assert copied == {*BUILT_FROM, "vllm_dwdp", "kernels"}
+    assert copied == set(re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE))
+    (extra,) = re.findall(r"\[(\w+)\]", " ".join(lines[-1]))
+    assert extra in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
 def test_the_doctor_works_where_nothing_is_installed(bare: Path, tmp_path: Path) -> None:
