@@ -14,6 +14,7 @@ import pytest
 from tests.unit.helpers import descriptors
 from vllm_dwdp import cli
 from vllm_dwdp.doctor import host, software
+from vllm_dwdp.doctor.examine import memory_file_trouble
 from vllm_dwdp.doctor.fits import planned
 from vllm_dwdp.doctor.line import Line, as_json, exit_status, failure, guarded, ok, shown, warning
 from vllm_dwdp.doctor.parts import PARTS
@@ -21,6 +22,7 @@ from vllm_dwdp.doctor.parts import run as run_part
 from vllm_dwdp.doctor.readings import Cupy, Torch, Unread, Vllm, decode
 from vllm_dwdp.doctor.smi import Gpu, Smi, ask_smi, parse
 from vllm_dwdp.errors import DOCTOR, DwdpError
+from vllm_dwdp.transport import memfd
 from vllm_dwdp.transport.limits import Available
 
 GIB = 1 << 30
@@ -186,6 +188,14 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("Python", "plugin", "vLLM", "vLLM's seams", "torch", "driver", "/proc", "/dev/shm"):
         assert lines[name]["state"] == "ok", lines[name]
     assert descriptors() == before and psutil.Process().children(recursive=True) == children
+
+
+def test_a_memory_file_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process is asked for it, under a number that is not this one's."""
+    assert memory_file_trouble() is None
+    monkeypatch.setattr(memfd.os, "getpid", lambda: 1 << 22)
+    trouble = memory_file_trouble()
+    assert trouble is not None and "is gone" in trouble and DOCTOR not in trouble
 
 
 def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

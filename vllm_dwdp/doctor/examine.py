@@ -59,7 +59,7 @@ def examine(model: str | None = None, ranks: int | None = None) -> list[Line]:
     lines += guarded("GPUs", lambda: [*gpus.number(found), *map(gpus.one, found), *gpus.wsl(platform.release(), found)])
     if isinstance(torch, Torch) and torch.gpus and isinstance(cupy, Cupy):
         lines += guarded("CUDA IPC", lambda: link_lines(measure(len(torch.gpus))))
-    lines += guarded("/proc", lambda: host.proc(_memory_file_trouble()))
+    lines += guarded("/proc", lambda: host.proc(memory_file_trouble()))
     lines += guarded("descriptors", lambda: host.descriptors(*resource.getrlimit(resource.RLIMIT_NOFILE)))
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     lines += guarded("locked memory", lambda: host.locked_memory(locked, bool(found)))
@@ -142,7 +142,7 @@ def _installed(names: Sequence[str]) -> list[str]:
     return found
 
 
-def _memory_file_trouble() -> str | None:
+def memory_file_trouble() -> str | None:
     """A memory file of this process, read by another one as peers do."""
     import ctypes
 
