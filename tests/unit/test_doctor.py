@@ -145,7 +145,7 @@ def test_nvidia_smi_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "trouble"), [("echo broken driver; exit 9", "status 9: broken driver"), ("sleep 77", "no answer")]
+    ("script", "trouble"), [("echo broken driver; exit 9", "status 9: broken driver"), ("sleep 9", "no answer")]
 )
 def test_nvidia_smi_that_fails_or_hangs(
     script: str, trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -159,7 +159,7 @@ def test_nvidia_smi_that_fails_or_hangs(
     begin = time.monotonic()
     smi = ask_smi()
     assert smi is not None and trouble in smi.trouble and not smi.gpus
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 8
 
 
 def test_what_a_part_raises_is_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from vllm_dwdp.doctor.child import Child, ChildFailed
 from vllm_dwdp.doctor.examine import Links, link_lines, measure
 from vllm_dwdp.doctor.gpu_rank import GpuRank, shares_descriptors
 from vllm_dwdp.doctor.line import Line
-from vllm_dwdp.doctor.readings import Offer, Read, Torch, Unread
+from vllm_dwdp.doctor.readings import Cupy, Offer, Read, Torch, Unread, Vllm
 from vllm_dwdp.doctor.smi import Gpu, Smi
 from vllm_dwdp.errors import DwdpError
 
@@ -141,6 +141,52 @@ def test_a_copy_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
     machine.frozen = True
     with pytest.raises(DwdpError, match=r"not done|did not end"):
         second.ask(1.0, [offer])
+
+
+class Answer:
+    """A child that has one answer."""
+
+    def __init__(self, answer: dict[str, Any]) -> None:
+        self.answer = answer
+
+    def ask(self, limit_s: float, order: Any = None) -> dict[str, Any]:
+        return self.answer if order is None else {"error": "no /proc here"}
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_a_machine_with_two_gpus(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every line of it, from made-up readings, and rates over simulated CUDA."""
+    smi = Smi((H200, replace(H200, index=1, uuid="GPU-b", free=100 * GIB)), "580.65", (13, 0))
+    answers: dict[str, dict[str, Any]] = {
+        "torch": asdict(Torch("2.13.0", "13.0", ["GPU-a", "GPU-b"])),
+        "vllm": asdict(Vllm("0.32.0")),
+        "cupy": asdict(Cupy("14.2.0", 13000)),
+        "memfd": {},
+    }
+
+    def part(name: str, *index: str) -> Any:
+        return Local(machine, int(*index)) if name == "gpu" else Answer(answers[name])
+
+    monkeypatch.setattr(examine, "Child", SimpleNamespace(part=part))
+    monkeypatch.setattr(examine, "ask_smi", lambda: smi)
+    lines = examine.examine("DeepSeek-R1-FP4", 4)
+    assert [line.name for line in lines] == [
+        "Python", "plugin", "vLLM", "vLLM's seams", "torch", "CuPy", "driver", "GPUs", "GPU 0", "GPU 1", "peer access",
+        "CUDA IPC", "CUDA VMM", "links of GPU 0", "links of GPU 1", "/proc", "descriptors", "locked memory", "/dev/shm",
+        "memory", "cores", "plan",
+    ]  # fmt: skip
+    found = told(lines)
+    assert {name for name, line in found.items() if line.state == "failure"} == {"/proc", "plan"}
+    assert "PCIe" in found["links of GPU 0"].text  # the simulated rate
+    assert found["GPU 1"].state == "warning" and "DeepSeek-R1-FP4 on 4 x H200" in found["plan"].text
+    answers["cupy"] = {"error": "No module named 'cupy'", "absent": True}
+    found = told(examine.examine())
+    assert found["CuPy"].state == "failure" and "CUDA IPC" not in found and "plan" not in found
 
 
 NO_PEER = replace(READS[0], access=False, rate=0.0)
