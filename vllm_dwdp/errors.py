@@ -1,5 +1,10 @@
 """The errors of the plugin: one line each, with the numbers that are wrong and what to do about them."""
 
+from typing import Final
+
+#: Ends an error that comes from the machine rather than from a setting.
+DOCTOR: Final = "; run `vllm-dwdp doctor`"
+
 
 class DwdpError(ValueError):
     """A configuration or a set-up that cannot work."""

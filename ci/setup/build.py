@@ -7,7 +7,6 @@ own wheel is for CUDA 13.
 from __future__ import annotations
 
 import platform
-import re
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import NamedTuple
 
 from ci.root import ROOT
 from ci.setup.quiet_pip import pip_install
+from vllm_dwdp.doctor.smi import parse
+from vllm_dwdp.doctor.software import CUPY
 
 CPU_LOCK = ROOT / "requirements" / "cpu.lock"
 CUDA_LOCK = ROOT / "requirements" / "cuda.lock"
@@ -22,8 +23,6 @@ VARIABLE = "DWDP_SETUP"
 BUILDS = ("cpu", "cuda12", "cuda13")
 #: CUDA of vLLM's own wheel.
 CUDA = 13
-#: Names under which CuPy may be installed; they overwrite each other.
-CUPY = ("cupy", "cupy-cuda12x", "cupy-cuda13x")
 SMI_LIMIT_S = 60
 
 
@@ -50,8 +49,7 @@ def _smi(*args: str) -> str | None:
 
 def driver_cuda() -> tuple[int, int] | None:
     """The newest CUDA that the driver can run; None where nvidia-smi does not tell."""
-    found = re.search(r"CUDA[\w ]* Version *: *(\d+)\.(\d+)", _smi() or "")
-    return (int(found[1]), int(found[2])) if found else None
+    return parse("", _smi() or "").cuda
 
 
 def choose(environ: Mapping[str, str]) -> Choice:

@@ -33,6 +33,7 @@ from ci.setup.build import (
     refuse_other_build,
 )
 from ci.setup.quiet_pip import PipFailed, pip_install, pip_would_install
+from vllm_dwdp.doctor.software import NEWEST, OLDEST
 
 DEV_LOCK = ROOT / "requirements" / "dev.lock"
 # What the stamp covers: a change in any of these means that the environment has to be looked at again.
@@ -42,8 +43,6 @@ INPUTS += sorted((ROOT / "ci" / "setup").glob("*.py")) + [ROOT / "ci" / "setup.s
 STAMP = ".dwdp-setup"
 # There where this script installed vLLM for CUDA: a full vLLM without it is the user's own.
 MADE_FOR_CUDA = ".dwdp-cuda"
-# vLLM's wheels ask for 3.11 or newer; the lock was tried with 3.11, and its compiled packages stop at 3.13.
-OLDEST, NEWEST = (3, 11), (3, 13)
 
 SELF_CHECK = """
 import importlib.metadata as m, sys, torch, vllm

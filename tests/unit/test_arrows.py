@@ -14,8 +14,8 @@ PACKAGE = ROOT / "vllm_dwdp"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("pure",),
     ("kernels", "transport", "predict", "checkpoints", "compat"),
-    ("prefetch", "group", "patches"),
-    ("layers",),
+    ("prefetch", "group", "patches", "doctor"),
+    ("layers", "cli"),
     ("engine",),
 )
 #: The two entry points, which every process of vLLM loads, and the word `dwdp` itself.

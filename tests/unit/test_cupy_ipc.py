@@ -13,7 +13,7 @@ import pytest
 
 from tests.unit.cuda_rank import process_id
 from tests.unit.fake_cuda import GIB, Machine
-from vllm_dwdp.errors import DwdpError, PeerLost
+from vllm_dwdp.errors import DOCTOR, DwdpError, PeerLost
 from vllm_dwdp.transport.base import Copy, Handle
 from vllm_dwdp.transport.cuda_memory import BLOCK
 from vllm_dwdp.transport.cuda_pinned import PinnedTransport
@@ -155,7 +155,7 @@ def test_no_peer_access_names_both_devices(pair: Pair) -> None:
     pair.machine.unreachable.add((1, 0))
     text = one_line(pair.reader, pair.handle())
     assert "GPU 1 (Fake H200, GPU-0001-uuid) has no peer access to GPU 0 (Fake H200, GPU-0000-uuid)" in text
-    assert "it reaches GPUs: 2:" in text and not pair.theirs.calls["ipc_open"]
+    assert "it reaches GPUs: 2:" in text and not pair.theirs.calls["ipc_open"] and text.endswith(DOCTOR)
     pair.machine.unreachable.add((1, 2))
     assert "it reaches GPUs: none:" in one_line(pair.reader, pair.handle())
 
@@ -198,8 +198,11 @@ def test_what_cuda_refuses_says_what_to_enable(pair: Pair) -> None:
     text = one_line(pair.reader, handle)
     for word in ("5000 bytes", "process 1000", "--ipc=host", "--pid=host", "MIG", "cudaErrorMapBufferObjectFailed"):
         assert word in text
+    assert text.endswith(DOCTOR)
     pair.mine.fail["ipc_handle"] = "cudaErrorNotSupported"
-    with pytest.raises(DwdpError, match=r"GPU 0 .* gives no IPC handle \(cudaErrorNotSupported\)"):
+    with pytest.raises(
+        DwdpError, match=r"GPU 0 .* gives no IPC handle \(cudaErrorNotSupported\).* run `vllm-dwdp doctor`$"
+    ):
         pair.handle()
 
 
@@ -318,4 +321,4 @@ def test_cupy_is_imported_only_when_a_device_is_opened() -> None:
         "CupyDevice(0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S)
-    assert "DwdpError: CuPy cannot be imported" in done.stderr and "cuda13" in done.stderr
+    assert "DwdpError: CuPy cannot be imported" in done.stderr and "cuda13" in done.stderr and DOCTOR in done.stderr

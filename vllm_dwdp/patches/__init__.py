@@ -45,9 +45,9 @@ def attempt(step: Callable[[], None]) -> None:
 def check() -> None:
     """Raise DwdpError with every known reason why `dwdp` cannot run here, in one line; none known: return."""
     if failures:
-        from vllm_dwdp.errors import DwdpError
+        from vllm_dwdp.errors import DOCTOR, DwdpError
 
-        raise DwdpError(f"dwdp cannot run on this vLLM: {'; '.join(failures)}; install the matching pair")
+        raise DwdpError(f"dwdp cannot run on this vLLM: {'; '.join(failures)}; install the matching pair{DOCTOR}")
 
 
 def install(create_engine_config: Callable[..., Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from vllm_dwdp.config import AUTO
@@ -90,8 +90,8 @@ def number(what: str, low: float, high: float) -> Any:
     return read
 
 
-def build() -> Parser:
-    """The parser of `vllm-dwdp`."""
+def build(more: Iterable[Callable[[Any], None]] = ()) -> Parser:
+    """The parser of `vllm-dwdp`. more: each adds a command of another package."""
     parser = Parser(prog="vllm-dwdp", description="Say before renting GPUs whether DWDP pays, and by how much.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     _plan(commands)
@@ -115,6 +115,8 @@ def build() -> Parser:
     show = commands.add_parser("hardware", help="list hardware files, or show one with its sources")
     show.add_argument("name", nargs="?", help="a shipped name or a .toml file")
     commands.add_parser("models", help="list the shipped models with their parameters")
+    for add in more:
+        add(commands)
     return parser
 
 

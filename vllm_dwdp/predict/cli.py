@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm_dwdp.errors import DwdpError
@@ -15,11 +16,11 @@ from vllm_dwdp.predict.arguments import build
 _MOST_CHARACTERS = 1000
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 1 (a promise missed), 2 (bad input)."""
-    args = build().parse_args(argv)
+def main(argv: list[str] | None = None, more: Iterable[Callable[[Any], None]] = ()) -> int:
+    """Returns the exit status: 0, 1 (a promise missed), 2 (bad input). more: as in `build`; each sets `run`."""
+    args = build(more).parse_args(argv)
     try:
-        return int(globals()[f"_{args.command}"](args))
+        return int(args.run(args) if "run" in args else globals()[f"_{args.command}"](args))
     except DwdpError as e:
         print(f"vllm-dwdp {args.command}: error: {one_line(str(e))}", file=sys.stderr)
         return 2

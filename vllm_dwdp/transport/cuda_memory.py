@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.errors import DOCTOR, DwdpError
 from vllm_dwdp.transport.base import PeerSlab, Slab, Slot
 from vllm_dwdp.transport.cuda_device import CudaDevice, CudaError
 from vllm_dwdp.transport.mapping import MappedMemory, Range, round_up
@@ -72,7 +72,7 @@ def _refuse(device: CudaDevice, nbytes: int, purpose: str, code: str) -> DwdpErr
     left = device.memory()
     return DwdpError(
         f"{purpose} needs {nbytes / 2**30:.2f} GiB but GPU {device.index} has {left.free / 2**30:.2f} of "
-        f"{left.total / 2**30:.2f} GiB free{code}: free memory, use more ranks or fewer slots"
+        f"{left.total / 2**30:.2f} GiB free{code}: free memory, use more ranks or fewer slots{DOCTOR}"
     )
 
 

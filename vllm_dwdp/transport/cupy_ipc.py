@@ -9,7 +9,7 @@ with opening a handle; enabling it separately would make a context, and take mem
 
 from typing import Final
 
-from vllm_dwdp.errors import DwdpError, PeerLost
+from vllm_dwdp.errors import DOCTOR, DwdpError, PeerLost
 from vllm_dwdp.transport.base import Handle, Slab
 from vllm_dwdp.transport.cuda_copy import CopyOptions, CudaCopyEngine
 from vllm_dwdp.transport.cuda_device import CudaDevice, CudaError, DeviceInfo
@@ -50,7 +50,7 @@ class CupyIpcTransport(LiveTransport):
         except CudaError as error:
             raise DwdpError(
                 f"{self._here()} gives no IPC handle ({error.code}): CUDA IPC needs Linux on bare metal or in a container, "
-                "not WSL, and a whole GPU or one MIG instance for all ranks"
+                f"not WSL, and a whole GPU or one MIG instance for all ranks{DOCTOR}"
             ) from error
         host = this_host()
         payload = {
@@ -115,7 +115,7 @@ class CupyIpcTransport(LiveTransport):
         reachable = ", ".join(str(index) for index in others if self._device.can_access_peer(index)) or "none"
         raise DwdpError(
             f"{self._here()} has no peer access to {peer}; it reaches GPUs: {reachable}: choose devices joined by NVLink or "
-            "one PCIe switch (nvidia-smi topo -p2p r shows them), or a dwdp.group_size that fits them"
+            f"one PCIe switch (nvidia-smi topo -p2p r shows them), or a dwdp.group_size that fits them{DOCTOR}"
         )
 
     def _refused(self, handle: Handle, owner: ProcessId, error: CudaError) -> DwdpError:
@@ -126,5 +126,5 @@ class CupyIpcTransport(LiveTransport):
         return DwdpError(
             f"mapping {handle.nbytes} bytes of process {owner.pid} on {handle.device} for {self._here()} was refused "
             f"({error.code}): check that the owner still holds them; containers need --ipc=host and --pid=host (or one "
-            "container for all ranks), all GPUs in each, and no MIG"
+            f"container for all ranks), all GPUs in each, and no MIG{DOCTOR}"
         )

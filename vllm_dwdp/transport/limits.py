@@ -8,7 +8,7 @@ import resource
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.errors import DOCTOR, DwdpError
 
 #: What the kernel gives back before a cgroup is out of memory, as fields of its memory.stat. Pages of memory files are in
 #: none of them: they are charged as anonymous ones are, since nothing could be written back.
@@ -106,7 +106,7 @@ def _meminfo(proc: Path) -> int:
     for line in _lines(proc / "meminfo"):
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    raise DwdpError(f"{proc}/meminfo has no MemAvailable: dwdp's shm transport needs Linux with /proc mounted")
+    raise DwdpError(f"{proc}/meminfo has no MemAvailable: dwdp's shm transport needs Linux with /proc mounted{DOCTOR}")
 
 
 def _lines(path: Path) -> list[str]:

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from vllm_dwdp.errors import DwdpError, PeerLost
+from vllm_dwdp.errors import DOCTOR, DwdpError, PeerLost
 from vllm_dwdp.transport.base import Handle
 from vllm_dwdp.transport.limits import require_descriptors, require_memory
 from vllm_dwdp.transport.mapping import Mapping, map_file
@@ -54,7 +54,7 @@ def this_host() -> Host:
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return Host(socket.gethostname(), boot_id, os.readlink("/proc/self/ns/pid"))
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, "dwdp's shm transport needs /proc mounted")
+        remedy = _REMEDIES.get(error.errno or 0, f"dwdp's shm transport needs /proc mounted{DOCTOR}")
         raise DwdpError(f"cannot identify this host ({error}): {remedy}") from error
 
 
@@ -134,7 +134,8 @@ def open_file(handle: Handle, writable: bool = False) -> int:
         fd = os.open(f"/proc/{pid}/fd/{number}", access | os.O_CLOEXEC | os.O_NONBLOCK)
     except PermissionError as error:
         raise DwdpError(
-            f"no permission to open the memory of {owner}: run all ranks as one user, in one PID namespace, not setuid"
+            f"no permission to open the memory of {owner}: run all ranks as one user, in one PID namespace, not "
+            f"setuid{DOCTOR}"
         ) from error
     except OSError as error:
         alive = os.path.exists(f"/proc/{pid}")
@@ -171,7 +172,7 @@ def _check_host(handle: Handle) -> None:
     if here._replace(pid_namespace="") == there._replace(pid_namespace=""):
         raise DwdpError(
             f"a slab of PID namespace {there.pid_namespace} cannot be opened from {here.pid_namespace} on one host: "
-            "run all ranks of a group in one container, or share its PID namespace"
+            f"run all ranks of a group in one container, or share its PID namespace{DOCTOR}"
         )
     raise DwdpError(
         f"a slab of host {there.name} (boot {there.boot_id[:8]}) cannot be opened on {here.name} "
