@@ -51,7 +51,7 @@ class Bench:
         self.found: dict[str, Any] = {
             "machine": machine(args.cpu),
             "model": f"{args.model}{f', {args.layers} layers' if args.layers else ''}",
-            "command": sys.argv,
+            "command": command(),
             "versions": versions(),
             "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(("VLLM_", "NCCL_", "TORCH"))},
             "systems": [system._asdict() for system in systems],
@@ -206,6 +206,11 @@ class Bench:
         for load, parts in self.found["different"].items():
             print(f"{load}: tokens that differ between requests: {', '.join(f'{n} {p:.0%}' for n, p in parts.items())}")
         print(f"\n{table(self.found['summary'], self.found['base'])}", flush=True)
+
+
+def command() -> list[str]:
+    """The one that runs, as it is typed in the repository's root."""
+    return ["python", "-m", f"ci.bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
 
 
 def machine(cpu: bool) -> str:

@@ -97,7 +97,7 @@ def read_log(text: str) -> LogFacts:
     tokens = [int(found.replace(",", "")) for found in _KV.findall(text)]
     lines = text.splitlines()
     tiles = dict.fromkeys(
-        line[line.index(word) :]
+        re.sub(r"/\S*/", "", line[line.index(word) :])
         for line in lines
         for word in ("Using default MoE config", "Using configuration from")
         if word in line

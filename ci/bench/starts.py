@@ -18,7 +18,7 @@ from typing import Any, Final
 from ci.bench.loads import devices_of
 from ci.bench.models import MODELS, write_model
 from ci.bench.results import as_text
-from ci.bench.run import machine, say, versions
+from ci.bench.run import command, machine, say, versions
 from ci.bench.servers import Server, ServerFailed, System, parse_system
 
 #: What keeps compiled code from one start to the next.
@@ -71,7 +71,7 @@ def main() -> int:
     words += (["--enforce-eager"] if args.cpu else []) + args.more
     deadline, failed = time.monotonic() + args.limit_s, False
     found: dict[str, Any] = {
-        "machine": machine(args.cpu), "model": args.model, "layers": args.layers, "command": sys.argv,
+        "machine": machine(args.cpu), "model": args.model, "layers": args.layers, "command": command(),
         "versions": versions(), "seconds": {},
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:

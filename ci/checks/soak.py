@@ -77,6 +77,8 @@ def command(args: argparse.Namespace, port: int) -> list[str]:
     if not args.plain:
         words += ["--distributed-executor-backend", "dwdp", "--data-parallel-size", str(args.ranks)]
         words += ["--worker-extension-cls", "ci.checks.soak_worker.SoakWorker"]
+        # All experts of the small model would fit on every GPU, and nothing would be pulled.
+        words += ["--additional-config", json.dumps({"dwdp": {"experts_per_rank": "partition"}})]
     return words
 
 

@@ -18,7 +18,12 @@ _DWDP: Final = (COLOURS["DWDP"], "#5fae93", "#a6d3c3")
 def ratio_by_load(found: dict[str, Any]) -> Any:
     """Bars: each system's tokens/s by the base's, by load, with the range over turns; None where nothing has a ratio."""
     base, rows = found["base"], found["summary"]
-    shown = [load for load in rows if any("ratio" in row for name, row in rows[load].items() if name != base)]
+    timed = _timed(found)
+    shown = [
+        load
+        for load in rows
+        if load not in timed and any("ratio" in row for name, row in rows[load].items() if name != base)
+    ]
     others = [system["name"] for system in found["systems"] if system["name"] != base]
     if not shown or not others:
         return None
@@ -48,18 +53,18 @@ def ratio_by_load(found: dict[str, Any]) -> Any:
 
 def first_tokens_by_load(found: dict[str, Any]) -> Any:
     """Of loads with times of their own: which part of the requests had its first token in how long; None without such."""
-    timed = [load["name"] for load in found["loads"] if load.get("every") and found["turns"].get(load["name"])]
+    timed = _timed(found)
     if not timed:
         return None
     figure, axes = pyplot().subplots(1, len(timed), figsize=(1.0 + 4.6 * len(timed), 3.8), squeeze=False, sharey=True)
     colours = _colours(found)
     for axis, load in zip(axes[0], timed, strict=True):
         for name, turns in found["turns"][load].items():
-            values = sorted(first_tokens(turns)[""])
+            values = sorted(1e3 * seconds for seconds in first_tokens(turns)[""])
             part = [100 * (i + 1) / len(values) for i in range(len(values))]
             axis.step(values, part, where="post", color=colours[name], lw=2, label=name)
-        axis.set_xscale("log")
-        axis.set_xlabel("seconds to the first token")
+        axis.set_xlim(left=0)
+        axis.set_xlabel("milliseconds to the first token")
         axis.set_title(f"{load}: {_label(found, load)}", fontsize=9)
     axes[0][0].set_ylabel("% of requests")
     figure.suptitle(f"{found['machine']}, {found['model']}: requests at fixed times", x=0.01, ha="left", fontsize=10)
@@ -68,6 +73,11 @@ def first_tokens_by_load(found: dict[str, Any]) -> Any:
         *axes[0][0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4, fontsize=9
     )
     return figure
+
+
+def _timed(found: dict[str, Any]) -> list[str]:
+    """Loads whose requests have times of their own: all systems that keep up do as many tokens."""
+    return [load["name"] for load in found["loads"] if load.get("every") and found["turns"].get(load["name"])]
 
 
 def _label(found: dict[str, Any], name: str) -> str:

@@ -322,7 +322,7 @@ def test_first_tokens_are_drawn_where_requests_have_times_of_their_own(tmp_path:
     results = tmp_path / "r.json"
     whole = {**FOUND, "loads": loads, "turns": turns, "summary": bench_results.summary(turns, "dpep")}
     results.write_text(json.dumps(whole))
-    assert bench_picture.draw(results, tmp_path / "r.png") == [tmp_path / "r.png", tmp_path / "r-ttft.png"]
+    assert bench_picture.draw(results, tmp_path / "r.png") == [tmp_path / "r-ttft.png"]
 
 
 def test_numbers_of_a_turn_are_one_line_of_the_results() -> None:
