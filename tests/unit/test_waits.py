@@ -49,12 +49,13 @@ class Rank(NamedTuple):
         return watch_waits(given, LAUNCH, 1, self.sharing)
 
     def forwards(self, count: int, tokens: int, watch: Waits, compute_s: float) -> None:
-        """Forwards whose layers each compute for a while."""
+        """Forwards whose layers each compute for so long."""
         for _ in range(count):
             watch.add(tokens)
             for module in self.modules:
                 module.dwdp_gate.acquire(module.dwdp_layer, tokens)
-                time.sleep(compute_s)
+                if compute_s:  # sleeping for nothing gives the core away, for as long as others like
+                    time.sleep(compute_s)
                 module.dwdp_gate.release(module.dwdp_layer, tokens)
 
 
