@@ -84,6 +84,8 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 
 def test_a_wait_that_was_foreseen_and_did_not_come(rank: Rank, said: list[tuple[str, str]]) -> None:
+    # On a busy machine products may be slow enough to hide even this.
+    vars(rank.sharing)["product_rate"] = 1e13
     watch = rank.watch(tokens=2)
     ((level, line),) = said
     assert level == "warning" and line.startswith("dwdp rank 1: copies of a forward take about ") and "\n" not in line
