@@ -1,4 +1,4 @@
-"""Parts around the engine that need none: cores, environment, launch, windows, placement on pages, gates, metrics."""
+"""Parts around the engine that need none: cores, environment, launch, placement on pages, gates, metrics."""
 
 from __future__ import annotations
 
@@ -24,12 +24,10 @@ from vllm_dwdp.group import environment
 from vllm_dwdp.group.launch import DwdpLaunch
 from vllm_dwdp.group.launch_folder import make_folder
 from vllm_dwdp.layers.build import ModelBuild
-from vllm_dwdp.layers.window import estimate
 from vllm_dwdp.page_placement import page_granularity
 from vllm_dwdp.patches.engine_liveness import killed
 from vllm_dwdp.platform import CPU, CUDA
 from vllm_dwdp.prefetch.counters import Counters
-from vllm_dwdp.transport.base import Program
 
 
 @given(st.integers(1, 64), st.integers(2, 16))
@@ -77,16 +75,6 @@ def test_what_the_user_set_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_groups_of_a_launch() -> None:
     launch = DwdpLaunch(DwdpConfig(group_size=2), 6, "/tmp/dwdp-launch", (0,))
     assert [launch.group_of(rank) for rank in (0, 3, 5)] == [[0, 1], [2, 3], [4, 5]]
-
-
-def test_window_says_how_many_tokens_it_takes() -> None:
-    programs = [Program(pulled_bytes=10**9, merged_bytes=10**9, copies=1)] * 2
-    short = estimate(programs, flop_per_token=10**9, tokens=100, rate=4e9, flop_rate=1e12)
-    assert not short.hides and short.pull_s == 1.0 and short.compute_s == 0.1
-    text = short.describe()
-    assert "2000.0 MB" in text and "1000.0 ms" in text and "100.0 ms" in text and "1001 tokens" in text
-    assert "\n" not in text
-    assert estimate(programs, 10**9, 1001, 4e9, 1e12).hides
 
 
 @pytest.mark.parametrize(("row", "experts"), [(4096, 1), (8192, 1), (2048, 2), (3072, 4), (6144, 2), (100, 1024)])

@@ -1,4 +1,4 @@
-"""`ExpertSharing` of GPU ranks over the simulated device: slabs, handles, views, ring, kernels, window, close."""
+"""`ExpertSharing` of GPU ranks over the simulated device: slabs, handles, views, ring, kernels, rates, close."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ def test_two_ranks_see_every_byte(view: str, transport: str, kind: type, monkeyp
         assert (
             len(sharing.slots) == 2 and len(sharing.refilled) == 2
         )  # the middle one of three layers has its slot alone
-        window = sharing.window(1000)
-        assert window is not None and window.pulled_bytes == sharing.bytes_per_forward > 0
+        copied = sum(program.pulled_bytes + program.merged_bytes for program in sharing.refilled)
+        assert sharing.copies_s * sharing.link_rate == pytest.approx(copied)
+        assert (copied > sharing.bytes_per_forward > 0) == (view == "contiguous")
         sharing.start()
     for _ in range(3):
         for rank in ranks:

@@ -98,7 +98,9 @@ class Loaded:
         return SimpleNamespace(
             direct_tokens=self._direct,
             describe=lambda place: "",
-            window=lambda tokens: None,
+            refilled=[],
+            build=build,
+            counters=SimpleNamespace(fields=None),
             start=lambda: setattr(self, "started", self.started + 1),
             close=lambda: None,
         )

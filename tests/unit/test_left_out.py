@@ -79,12 +79,14 @@ def test_layers_that_were_left_out_are_named_once(
     view: str, words: str, warm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warnings: list[str] = []
+    told: list[int] = []
     monkeypatch.setattr(worker.logger, "warning", lambda text, *values: warnings.append(text % values))
 
     class Made(worker.DwdpWorkerMixin, Base):
         def __init__(self) -> None:
             self.dwdp_rank = 3
             self.dwdp_sharing = Sharing(view)  # type: ignore[assignment]
+            self.dwdp_waits = SimpleNamespace(add=told.append)  # type: ignore[assignment]
             self.warm = ("a", "c") if warm else ()
 
     made: Any = Made()
@@ -95,7 +97,7 @@ def test_layers_that_were_left_out_are_named_once(
     # A step without tokens, as for transfers of KV blocks, is no forward.
     steps = [(step(0),), (step(7), "a", "c"), (step(0),), (step(1),), (step(2),)]
     assert [made.execute_model(*arguments) for arguments in steps] == ["output"] * 5
-    assert made.dwdp_sharing.counted == [7, 1, 2]
+    assert made.dwdp_sharing.counted == told == [7, 1, 2]
     assert len(warnings) == 1 and "execute_model" not in vars(made)
     assert all(part in warnings[0] for part in ("rank 3", "1 of 3", "forward: b;", words))
 

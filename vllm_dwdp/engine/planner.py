@@ -1,4 +1,4 @@
-"""In the front end: what the planner says of a launch, before anything is started."""
+"""What the planner is told of a launch; in the front end: what it says of it, before anything is started."""
 
 from __future__ import annotations
 
@@ -18,15 +18,10 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.dwdp")
 
 
-def ask_planner(vllm_config: VllmConfig, config: DwdpConfig, group_size: int, platform: Platform) -> None:
-    """Log one WARNING where DWDP is predicted to lose; on CPU and with GPUs that ranks share only `require_win` asks.
-
-    Raises DwdpError where `require_win` is set and DWDP is not predicted to win.
-    """
-    if (platform.on_cpu or config.ranks_per_device > 1) and not config.require_win:
-        return
+def planned(vllm_config: VllmConfig, config: DwdpConfig, group_size: int, platform: Platform) -> PlannedLaunch:
+    """The launch as the planner sees it."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    launch = PlannedLaunch(
+    return PlannedLaunch(
         config=model.hf_config.to_dict(),
         name=model.model,
         device="a CPU" if platform.on_cpu else _device(),
@@ -41,7 +36,16 @@ def ask_planner(vllm_config: VllmConfig, config: DwdpConfig, group_size: int, pl
         kv_element=1.0 if str(cache.cache_dtype).startswith("fp8") else 2.0,
         require_win=config.require_win,
     )
-    if loss := predicted_loss(launch):
+
+
+def ask_planner(vllm_config: VllmConfig, config: DwdpConfig, group_size: int, platform: Platform) -> None:
+    """Log one WARNING where DWDP is predicted to lose; on CPU and with GPUs that ranks share only `require_win` asks.
+
+    Raises DwdpError where `require_win` is set and DWDP is not predicted to win.
+    """
+    if (platform.on_cpu or config.ranks_per_device > 1) and not config.require_win:
+        return
+    if loss := predicted_loss(planned(vllm_config, config, group_size, platform)):
         logger.warning("dwdp: %s", loss)
 
 

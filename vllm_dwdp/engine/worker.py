@@ -26,6 +26,7 @@ from vllm_dwdp.engine.hits_writer import HitsWriter
 from vllm_dwdp.engine.loader import switch_loader
 from vllm_dwdp.engine.model_config import restore_moe
 from vllm_dwdp.engine.orphans import orphaned
+from vllm_dwdp.engine.waits import Waits, watch_waits
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.group.launch import DwdpLaunch, launch_of
 from vllm_dwdp.group.rendezvous import Identity, Rendezvous, identity_hash
@@ -79,6 +80,7 @@ class DwdpWorkerMixin:
 
     vllm_config: VllmConfig
     model_runner: Any
+    dwdp_waits: Waits
     #: What memory let this rank hold, where that decides.
     dwdp_held: Held | None = None
     #: With `hits`, once the model is warm.
@@ -133,9 +135,7 @@ class DwdpWorkerMixin:
                     self.dwdp_sharing = ExpertSharing(build, rendezvous, launch)
             sharing = self.dwdp_sharing
             logger.info("dwdp rank %d: %s", rank, sharing.describe(self.dwdp_place))
-            window = sharing.window(self.vllm_config.scheduler_config.max_num_batched_tokens)
-            if window is not None and not window.hides:
-                logger.warning("dwdp rank %d: %s", rank, window.describe())
+            self.dwdp_waits = watch_waits(self.vllm_config, launch, rank, sharing)
             freeze(self.model_runner)
             sharing.start()
         except BaseException as error:
@@ -204,6 +204,7 @@ class DwdpWorkerMixin:
         if tokens := scheduler_output.total_num_scheduled_tokens:
             assert self.dwdp_sharing is not None
             self.dwdp_sharing.forwards.add(tokens)
+            self.dwdp_waits.add(tokens)
         return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
 
     def _dwdp_first_forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -11,11 +11,11 @@ from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.coverage import check_slots
 from vllm_dwdp.layers.first_use import seal, unused
 from vllm_dwdp.layers.hits import HitCounts
+from vllm_dwdp.layers.rates import copy_rate, product_rate
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.slabs import map_peers, move_to_slabs, replicate_small
 from vllm_dwdp.layers.views import VIEWS, choose_view, contiguous, inplace
 from vllm_dwdp.layers.views.direct import DirectGate, ForwardCounts, measured_tokens, memory_rate
-from vllm_dwdp.layers.window import Window, copy_rate, estimate, product_rate
 from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.prefetch.prefetcher import Prefetcher
 from vllm_dwdp.prefetch.ring import Ring
@@ -133,9 +133,7 @@ class ExpertSharing:
             return 0
         self._captured = launch.captured_tokens
         if given == "auto":
-            fetched = self.layers[0].fetched[0]
-            memory = memory_rate(fetched.parameter.device)
-            given = measured_tokens(self.layers, self.build.rank, self._link_rate, memory, self._flop_rate)
+            given = measured_tokens(self.layers, self.build.rank, self.link_rate, self.memory_rate, self.product_rate)
         return max(given, self._captured)
 
     def _attach_ring(self) -> None:
@@ -150,12 +148,21 @@ class ExpertSharing:
             module.dwdp_attach(gate, i)
 
     @cached_property
-    def _link_rate(self) -> float:
-        """Bytes/s of copies from peers; fills slots, so not to be asked after the first forward."""
+    def link_rate(self) -> float:
+        """Bytes/s of copies, mostly from peers; fills slots, so not to be asked after the first forward."""
         return copy_rate(self.engine, self.programs[0], self.build.config.timeout_s)
 
     @cached_property
-    def _flop_rate(self) -> float:
+    def memory_rate(self) -> float:
+        """Bytes/s that kernels of this rank read and write."""
+        if self.build.platform.on_cpu:
+            # A copy reads and writes, and one thread copies: taken for half of what memory gives.
+            return 4 * self.link_rate
+        return memory_rate(self.layers[0].fetched[0].parameter.device)
+
+    @cached_property
+    def product_rate(self) -> float:
+        """FLOP/s of matrix products of this rank."""
         fetched = self.layers[0].fetched[0]
         return product_rate(fetched.dtype, fetched.parameter.device)
 
@@ -173,17 +180,10 @@ class ExpertSharing:
         if self.view != "inplace":
             seal(unused(self.layers), self.build.platform.on_cpu)
 
-    def window(self, tokens: int) -> Window | None:
-        """Whether the pull of a forward of `tokens` tokens can be hidden; None where nothing is pulled.
-
-        To be asked before the first forward: it fills slots.
-        """
-        if not self.refilled:
-            return None
-        tensors = [(layer.build.module, tensor) for layer in self.layers for tensor in layer.fetched]
-        flop = sum(2 * module.top_k * tensor.row_bytes // tensor.dtype.itemsize for module, tensor in tensors)
-        more = ", or the view inplace" if self.build.platform.on_cpu else ""
-        return estimate(self.refilled, flop, tokens, self._link_rate, self._flop_rate, more)
+    @property
+    def copies_s(self) -> float:
+        """Seconds of the copies of a forward that pulls, of which the merge copy is one. Asked as `link_rate`."""
+        return sum(program.pulled_bytes + program.merged_bytes for program in self.refilled) / self.link_rate
 
     @property
     def bytes_per_forward(self) -> int:

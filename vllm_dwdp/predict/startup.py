@@ -5,19 +5,23 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.hold import choose
-from vllm_dwdp.predict.hardware_file import load_hardware, shipped
+from vllm_dwdp.predict.hardware_file import MOST_RANKS, Hardware, load_hardware, shipped
 from vllm_dwdp.predict.memory_plan import UTILISATION
 from vllm_dwdp.predict.read_config import parse_model
-from vllm_dwdp.predict.strategies import Options
-from vllm_dwdp.predict.verdict import Case, check_case, judge
+from vllm_dwdp.predict.strategies import Options, Step
+from vllm_dwdp.predict.verdict import GRID, Case, check_case, judge, threshold
 from vllm_dwdp.predict.work import Lengths
 
 #: A prompt of this many tokens stands for the load, which a launch does not know.
 TYPICAL_PROMPT: Final = 8192
+#: Share of the time that compute may wait for pulls without a word.
+MUCH_WAIT: Final = 0.05
+#: What a rank measures on takes this one's place where there is no file: nothing is known but shares of peaks as usual.
+_UNKNOWN: Final = Hardware("no file", 0.0, 1.0, {"bf16": 1.0}, 1.0, "switch", MOST_RANKS, 0.0, 1.0, 1.0, 1.0, 0.0)
 
 
 def hardware_of(device: str) -> str | None:
@@ -30,8 +34,31 @@ def hardware_of(device: str) -> str | None:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """As a rank measured them. link, memory: bytes/s. products: FLOP/s, in BF16 where weights are FP8. copies_s: seconds of
+    all copies of a forward that pulls."""
+
+    link: float
+    memory: float
+    products: float
+    copies_s: float
+
+    def on(self, hardware: Hardware) -> Hardware:
+        """`hardware` with these rates; in what its file has beside them (other types, slow-downs) it stays as it is."""
+        reached = hardware.efficiency
+        faster = self.products / (hardware.rate("bf16") * reached.matmul)
+        return replace(
+            hardware,
+            peak={compute: rate * faster for compute, rate in hardware.peak.items()},
+            memory_bandwidth=self.memory / reached.memory,
+            link_rate=self.link / reached.link,
+            topology="switch",
+        )
+
+
+@dataclass(frozen=True)
 class PlannedLaunch:
-    """What a front end knows of a launch before anything is started.
+    """What a front end knows of a launch before anything is started, and every worker too.
 
     config: the model's config.json as a mapping. device: the GPU's name. share: experts per rank; None for a partition, or
     where memory decides (by_memory), of which the planner makes its own estimate. tokens: of a step at most. kv_element:
@@ -52,14 +79,17 @@ class PlannedLaunch:
     kv_element: float = 2.0
     require_win: bool = False
 
-    def case(self) -> Case:
-        """For the planner; raises DwdpError, or what a config that nobody foresaw makes of it."""
+    def case(self, rates: Rates | None = None) -> Case:
+        """For the planner, by the hardware file or by `rates`; raises DwdpError, or what a config that nobody foresaw makes
+        of it."""
         hardware = hardware_of(self.device)
-        if hardware is None:
+        if hardware is None and rates is None:
             raise DwdpError(f"there is no hardware file for {self.device!r} (shipped: {', '.join(shipped())})")
+        known = load_hardware(hardware) if hardware else _UNKNOWN
         prompt = max(1, min(TYPICAL_PROMPT, self.tokens, self.max_model_len - 1))
         case = Case(
-            parse_model(dict(self.config), self.name), load_hardware(hardware), self.ranks, Lengths(prompt), self.tokens,
+            parse_model(dict(self.config), self.name), rates.on(known) if rates else known, self.ranks, Lengths(prompt),
+            self.tokens, copies_s=rates.copies_s if rates else None,
             share=self.share, view="contiguous" if self.view == "contiguous" else "split", num_slots=self.num_slots,
             utilisation=self.utilisation, options=Options(kv_element=self.kv_element),
         )  # fmt: skip
@@ -102,6 +132,43 @@ def predicted_loss(launch: PlannedLaunch) -> str | None:
     if require_win:
         raise DwdpError(f"{line}; or leave require_win out")
     return line
+
+
+class FullStep(NamedTuple):
+    """A step of `tokens`, the most that a launch allows. needed: about how many would hide pulls; None where these do, or no
+    number does."""
+
+    tokens: int
+    step: Step
+    needed: int | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether compute will wait, and more than a little."""
+        return self.step.waiting > MUCH_WAIT
+
+    def describe(self, more: str) -> str:
+        """The figures, and what can be done; `more`: what else."""
+        step, tokens = self.step, "" if self.needed is None else f"about {self.needed} tokens per step, "
+        return (
+            f"copies of a forward take about {step.pull * 1e3:.1f} ms, but max_num_batched_tokens={self.tokens} gives about "
+            f"{(step.seconds - step.exposed) * 1e3:.1f} ms of compute to hide them: compute will wait; use {tokens}more "
+            f"experts_per_rank{more}"
+        )
+
+
+def full_step(launch: PlannedLaunch, rates: Rates) -> FullStep | None:
+    """What the planner says of a rank that measured `rates`; None where it cannot tell."""
+    try:
+        case = launch.case(rates)
+        prompt, found = case.lengths.isl, FullStep(case.tokens, case.step("DWDP"))
+        if not found.waits:
+            return found
+        prompts = threshold(lambda n: case.step("DWDP", n * prompt).waiting <= MUCH_WAIT, 1, GRID[-1] // prompt)
+    except Exception:
+        # As for `predicted_loss`.
+        return None
+    return found._replace(needed=prompts and prompts * prompt)
 
 
 def _as_vllm(knob: str) -> str:

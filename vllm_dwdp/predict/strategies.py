@@ -53,6 +53,11 @@ class Step:
         return self.compute + self.communication + self.synchronisation + self.merge + self.exposed
 
     @property
+    def waiting(self) -> float:
+        """Share of the time in which compute waits for pulls."""
+        return self.exposed / self.seconds
+
+    @property
     def tokens_per_gpu(self) -> float:
         """Tokens per second and accelerator."""
         share = self.ranks if self.way == "TP" else 1
@@ -102,12 +107,14 @@ def dwdp(
     *,
     sliced: bool = True,
     merge: bool = False,
+    copies_s: float | None = None,
     options: Options = PLAIN,
 ) -> Step:
     """DWDP on a group of `ranks` with `share` experts each (None: a partition).
 
     sliced: copies in slices that take turns over the peers. merge: the own share is copied into the slot too
-    (contiguous view). Pulls run on from one forward into the next, so only pulls longer than their window are exposed.
+    (contiguous view). copies_s: of all copies of the step, where they were measured. Pulls run on from one forward into the
+    next, so only pulls longer than their window are exposed.
     """
     check_group(hardware, ranks)
     local = _means(local_time(model, hardware, work, **vars(options)))
@@ -115,6 +122,8 @@ def dwdp(
     pulled = pull_bytes(model, ranks, share)
     held = model.experts - pulled / model.expert_bytes
     alone = pulled / hardware.pull_rate(ranks) + (hardware.link_latency if pulled else 0.0)
+    if copies_s is not None:
+        alone = copies_s / layers
     # Every rank is read as fast as it reads: its memory serves both directions.
     traffic = 2 * hardware.pull_rate(ranks) / (hardware.memory_bandwidth * hardware.efficiency.memory)
     congested = 1 / (1 - min(traffic, 0.9))

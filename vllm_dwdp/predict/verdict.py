@@ -37,7 +37,8 @@ GRID: Final = tuple(2**k for k in range(8, 19))
 
 @dataclass(frozen=True)
 class Case:
-    """What a user asks about. `view`: split or contiguous; `share`: experts per rank, None for a partition."""
+    """What a user asks about. `view`: split or contiguous; `share`: experts per rank, None for a partition; `copies_s`: of
+    the copies of a step, merge copies among them, where a rank measured them."""
 
     model: MoeModel
     hardware: Hardware
@@ -52,6 +53,7 @@ class Case:
     options: Options = PLAIN
     osl: int = 1
     utilisation: float = UTILISATION
+    copies_s: float | None = None
 
     def work(self, tokens: int | None = None) -> Work:
         """Steps of prefill at full load."""
@@ -63,7 +65,8 @@ class Case:
         if way == "DWDP":
             return dwdp(
                 self.model, self.hardware, work, self.ranks, self.share,
-                sliced=self.sliced, merge=self.view == "contiguous", options=self.options,
+                sliced=self.sliced, merge=self.view == "contiguous" and self.copies_s is None,
+                copies_s=self.copies_s, options=self.options,
             )  # fmt: skip
         if way == "DEP":
             return dep(self.model, self.hardware, work, self.ranks, options=self.options)
