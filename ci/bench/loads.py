@@ -21,6 +21,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
+from ci.bench import tiles
 from ci.bench.load import Load, parse_load
 from ci.bench.models import MODELS, write_model
 from ci.bench.results import slower_bases
@@ -92,6 +95,7 @@ def arguments() -> argparse.Namespace:
         action="store_true",
         help="after each load without times of its own: the same by vllm bench serve",
     )
+    add("--tiles", choices=("shipped", "alike"), default="shipped", help="see ci/bench/tiles.py")
     add("--cpu", action="store_true", help="try this on two cores with a tiny model")
     add("--logs", type=Path, help="keep the servers' logs here")
     add("--json", type=Path, help="write the results here, and a picture beside it")
@@ -105,6 +109,8 @@ def arguments() -> argparse.Namespace:
         ]
     except ValueError as error:
         parser.error(str(error))
+    if args.cpu and args.tiles == "alike":
+        parser.error("--tiles alike: on CPU there are no tiles")
     args.model = args.model or ("tiny" if args.cpu else "qwen3")
     if args.cpu:
         args.kv_gib, args.batched_tokens = min(args.kv_gib, 0.0625), min(args.batched_tokens, 1024)
@@ -123,6 +129,9 @@ def main() -> int:
         model = Path(args.model)
         if args.model in MODELS:
             model = write_model(args.model, args.layers, Path(scratch) / "model")
+        if args.tiles == "alike":
+            where = tiles.write(model, torch.device("cuda"), len(devices_of(args.cpu)), Path(scratch) / "tiles")
+            os.environ["VLLM_TUNED_CONFIG_FOLDER"] = str(where)
         try:
             bench.start(model, common_words(args, args.loads), devices_of(args.cpu), logs)
             bench.run(model)
