@@ -41,7 +41,8 @@ STEPS = ["digests", "tokens_each_rank", "batch", "counters"]
 BATCH_TOLERANCE = 0.1
 KV_BYTES = 256 << 20
 PROMPTS = ("The experts of a layer", "No rank waits", "Two slots")
-SHOWN = ("view", "experts_held", "slab_bytes", "slot_bytes", "forwards", "direct_forwards", "pulled_bytes", "on_demand")
+SHOWN = ("view", "experts_held", "slab_bytes", "slot_bytes")
+SHOWN += ("forwards", "direct_forwards", "pulled_bytes", "on_demand_fetches")
 
 
 class Plain:
