@@ -17,6 +17,7 @@ from ci.root import ROOT
 from ci.setup.quiet_pip import pip_install
 
 CPU_LOCK = ROOT / "requirements" / "cpu.lock"
+CPU_031_LOCK = ROOT / "requirements" / "cpu-0.31.lock"
 CUDA_LOCK = ROOT / "requirements" / "cuda.lock"
 VARIABLE = "DWDP_SETUP"
 BUILDS = ("cpu", "cuda12", "cuda13")
