@@ -26,9 +26,9 @@ from typing import Any
 
 from ci.checks.gpu_cases import CASES, Case
 from ci.checks.visible import visible_gpus, wanted
+from examples.checkpoints import CheckpointSpec, write_checkpoint
 from tests.e2e.engines import REPO, run_job
 from tests.e2e.server import start_server
-from vllm_dwdp.checkpoints import CheckpointSpec, write_checkpoint
 
 CACHE = REPO / ".cache" / "gpu"
 #: What a machine without FlashInfer and DeepGEMM needs; harmless elsewhere.

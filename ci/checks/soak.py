@@ -33,7 +33,7 @@ from ci.checks.sessions import session
 from ci.checks.soak_processes import COLUMNS, Sample, role, sample, segments
 from ci.checks.soak_requests import Outcome, asks, send
 from ci.root import ROOT
-from vllm_dwdp.checkpoints import CheckpointSpec, write_checkpoint
+from examples.checkpoints import CheckpointSpec, write_checkpoint
 
 CACHE = ROOT / ".cache" / "soak"
 SPEC = CheckpointSpec(num_layers=2)
