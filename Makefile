@@ -1,6 +1,11 @@
 # `make help` lists what there is. Every target sets up what it needs first.
 VENV ?= .venv
 BIN := $(VENV)/bin
+# A second environment, for the release before the newest one.
+VENV_031 ?= .venv-0.31
+TESTS_031 := $(addprefix tests/unit/test_,seams.py frozen.py patches.py loader.py graphs.py) tests/e2e/test_serve.py
+TESTS_031 += $(addprefix tests/e2e/test_offline.py::test_,tokens_and_bytes tampering_is_noticed \
+	weights_stay_as_they_were_loaded what_users_call nothing_stays_after_del)
 PYTEST := $(BIN)/python -m pytest -ra --durations=10
 
 # A small KV cache, and nothing from the network: the checkpoints of the tests are made on this machine.
@@ -9,10 +14,10 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full lint format bench clean
+.PHONY: help setup demo test test-full test-031 lint format bench clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: ## make .venv with vLLM (for CUDA where there are GPUs), the tools and this project (3 minutes once)
 	@ci/setup.sh --venv $(VENV)
@@ -23,8 +28,12 @@ demo: setup ## two ranks on this machine's GPUs, or its CPU: same tokens as plai
 test: setup ## unit tests and the shorter tests with a real engine
 	$(PYTEST) -v -m "not full"
 
-test-full: setup ## every test: all model families, launchers and failure cases
+test-full: setup test-031 ## every test: all model families, launchers and failure cases; and test-031
 	$(PYTEST) -v
+
+test-031: ## on CPU with vLLM 0.31, in a second environment: patches, loader, graphs, offline and serving
+	@DWDP_SETUP=cpu ci/setup.sh --venv $(VENV_031) --vllm 0.31
+	$(VENV_031)/bin/python -m pytest -ra -m "not full" $(TESTS_031)
 
 lint: setup ## style and types
 	$(BIN)/ruff check .
@@ -39,6 +48,6 @@ bench: setup ## the copy path, then throughput of DWDP beside vLLM's own ways, o
 	$(BIN)/python -m ci.bench.data_path
 	$(BIN)/python -m ci.bench.two_cores
 
-clean: ## remove caches and made checkpoints; keeps .venv
+clean: ## remove caches and made checkpoints; keeps environments
 	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './$(VENV_031)/*' -prune -exec rm -rf {} +

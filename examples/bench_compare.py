@@ -41,8 +41,9 @@ FIGURES = (
 
 def small_checkpoint() -> str:
     """Write a small random MoE checkpoint with a tokenizer, unless it is there, and return its folder."""
-    folder = Path(__file__).resolve().parent.parent / ".cache" / "examples" / "qwen3_moe"
-    subprocess.run([sys.executable, "-m", "vllm_dwdp.checkpoints", str(folder), "--experts", "16"], check=True)
+    here = Path(__file__).resolve().parent
+    folder = here.parent / ".cache" / "examples" / "qwen3_moe"
+    subprocess.run([sys.executable, "-m", "checkpoints", str(folder), "--experts", "16"], check=True, cwd=here)
     return str(folder)
 
 

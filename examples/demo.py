@@ -107,7 +107,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="dwdp-demo-") as folder:
         model = args.model
         if model is None:
-            from vllm_dwdp.checkpoints import CheckpointSpec, write_checkpoint
+            from checkpoints import CheckpointSpec, write_checkpoint
 
             say(f"writing a small random {args.family} checkpoint")
             model = str(write_checkpoint(CheckpointSpec(family=args.family, num_experts=16), Path(folder) / "model"))

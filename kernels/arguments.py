@@ -64,7 +64,7 @@ def prepare(
         )
     if a.dtype != weights.dtype:
         raise DwdpError(f"split GEMM of {a.dtype} with weights of {weights.dtype}: both must be the same")
-    scales, bias = weights.scales, weights.bias
+    scales = weights.scales
     if (scales is None) != (a_scale is None):
         raise DwdpError(
             f"weights with{'out' if scales is None else ''} scales, activations the other way: give both or none"
@@ -84,15 +84,13 @@ def prepare(
             a_scale = a_scale.reshape(1)
         else:
             a_strides = (a_scale.stride(0), a_scale.stride(1) if a_scale.ndim == 2 else 0)
-    scale_strides = scales.values.strides if scales else (0, 0, 0)
-    bias_strides = bias.strides if bias else (0, 0, 0)
     pointers = (
-        a, weights.addresses, out, bias.data if bias else None, a_scale, scales.values.data if scales else None,
+        a, weights.addresses, out, weights.bias, a_scale, scales.values if scales else None,
         router_weights, routes, assignment.experts, assignment.padded,
     )  # fmt: skip
     numbers = (
         weights.rows, weights.cols, em, num_routes,
         a.stride(0), weights.row_stride, out.stride(0), out.stride(1), *a_strides,
-        *scale_strides, bias_strides[0], bias_strides[1],
+        *weights.strides,
     )  # fmt: skip
     return Launch(pointers, numbers, -(-em // tiles.block_m), -(-weights.rows // tiles.block_n), a_kind)

@@ -22,7 +22,7 @@ from .direct_tiles import direct_tiles_for
 from .split_moe import Workspace, check_layer, split_experts
 from .tiles import Tiles
 from .torch_ops import QuantKind
-from .weight_table import PerExpert, Scales, WeightTable
+from .weight_table import Scales, WeightTable
 
 
 class _LayerOps:
@@ -187,7 +187,7 @@ class SplitExperts(TritonExperts):
 
 
 def _with_bias(table: WeightTable, bias: torch.Tensor | None) -> WeightTable:
-    return table if table.bias or bias is None else replace(table, bias=PerExpert.dense(bias))
+    return table if table.bias is not None or bias is None else replace(table, bias=bias)
 
 
 def _quant_kind(quant_config: FusedMoEQuantConfig) -> QuantKind:
@@ -211,6 +211,6 @@ def stand_in(table: WeightTable) -> torch.Tensor:
 def scales_of(values: torch.Tensor, block_shape: list[int] | None, rows: int) -> Scales:
     """Dense scales as vLLM keeps them after loading, by their shape: block [E, ., .], channel [E, rows(, 1)], tensor [E]."""
     if block_shape:
-        return Scales("block", PerExpert.dense(values), (block_shape[0], block_shape[1]))
+        return Scales("block", values, (block_shape[0], block_shape[1]))
     kind: Any = "channel" if values.ndim > 1 and values.shape[1] == rows and rows > 1 else "tensor"
-    return Scales(kind, PerExpert.dense(values))
+    return Scales(kind, values)

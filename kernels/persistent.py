@@ -29,8 +29,8 @@ def persistent_kernel(
     N, K, EM, num_routes,
     stride_am, stride_wn, stride_om, stride_on, stride_asm, stride_ask,
     stride_se, stride_sn, stride_sk, stride_be, stride_bn, origin,
-    WEIGHT_TYPE: tl.constexpr, COMPUTE_TYPE: tl.constexpr, BIAS_TYPE: tl.constexpr,
-    W_SCALE: tl.constexpr, A_SCALE: tl.constexpr, HOW_SCALE: tl.constexpr, HOW_BIAS: tl.constexpr,
+    WEIGHT_TYPE: tl.constexpr, COMPUTE_TYPE: tl.constexpr,
+    W_SCALE: tl.constexpr, A_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
     GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, TOP_K: tl.constexpr, MUL_ROUTER: tl.constexpr,
     EVEN_K: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -83,7 +83,7 @@ def persistent_kernel(
                 upper, readable, known, column, N, K, num_routes,
                 stride_am, stride_wn, stride_om, stride_on, stride_asm, stride_ask,
                 stride_se, stride_sn, stride_sk, stride_be, stride_bn,
-                COMPUTE_TYPE, BIAS_TYPE, W_SCALE, A_SCALE, HOW_SCALE, HOW_BIAS, GROUP_N, GROUP_K, TOP_K, MUL_ROUTER,
+                COMPUTE_TYPE, W_SCALE, A_SCALE, HAS_BIAS, GROUP_N, GROUP_K, TOP_K, MUL_ROUTER,
                 False, True, EVEN_K, INTERPRETED, BLOCK_M // 2, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
@@ -92,7 +92,7 @@ def persistent_kernel(
                 routes, readable, known, column, N, K, num_routes,
                 stride_am, stride_wn, stride_om, stride_on, stride_asm, stride_ask,
                 stride_se, stride_sn, stride_sk, stride_be, stride_bn,
-                COMPUTE_TYPE, BIAS_TYPE, W_SCALE, A_SCALE, HOW_SCALE, HOW_BIAS, GROUP_N, GROUP_K, TOP_K, MUL_ROUTER,
+                COMPUTE_TYPE, W_SCALE, A_SCALE, HAS_BIAS, GROUP_N, GROUP_K, TOP_K, MUL_ROUTER,
                 False, True, EVEN_K, INTERPRETED, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         address, routes, upper, lower = next_address, next_routes, next_upper, next_lower

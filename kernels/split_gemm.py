@@ -17,19 +17,7 @@ import triton.language as tl
 from . import launching, persistent
 from .arguments import Assignment, Launch, prepare
 from .block_order import joined_routes, order, spread_block
-from .tile_math import (
-    ABSENT,
-    BLOCKS,
-    DENSE,
-    INTERPRETED,
-    NO_SCALE,
-    ROWS,
-    TABLE,
-    TENSOR,
-    compute_tile,
-    halves,
-    tile_place,
-)
+from .tile_math import BLOCKS, INTERPRETED, NO_SCALE, ROWS, TENSOR, compute_tile, halves, tile_place
 from .tiles import Tiles
 from .weight_table import WeightTable
 
@@ -47,8 +35,8 @@ def split_gemm_kernel(
     N, K, EM, num_routes,
     stride_am, stride_wn, stride_om, stride_on, stride_asm, stride_ask,
     stride_se, stride_sn, stride_sk, stride_be, stride_bn,
-    WEIGHT_TYPE: tl.constexpr, COMPUTE_TYPE: tl.constexpr, BIAS_TYPE: tl.constexpr,
-    W_SCALE: tl.constexpr, A_SCALE: tl.constexpr, HOW_SCALE: tl.constexpr, HOW_BIAS: tl.constexpr,
+    WEIGHT_TYPE: tl.constexpr, COMPUTE_TYPE: tl.constexpr,
+    W_SCALE: tl.constexpr, A_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
     GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, TOP_K: tl.constexpr, MUL_ROUTER: tl.constexpr,
     EVEN_K: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -100,7 +88,7 @@ def split_gemm_kernel(
             upper, num_routes, expert, block_n * BLOCK_N, N, K, num_routes,
             stride_am, stride_wn, stride_om, stride_on, stride_asm, stride_ask,
             stride_se, stride_sn, stride_sk, stride_be, stride_bn,
-            COMPUTE_TYPE, BIAS_TYPE, W_SCALE, A_SCALE, HOW_SCALE, HOW_BIAS, GROUP_N, GROUP_K, TOP_K, MUL_ROUTER,
+            COMPUTE_TYPE, W_SCALE, A_SCALE, HAS_BIAS, GROUP_N, GROUP_K, TOP_K, MUL_ROUTER,
             SWAP, False, EVEN_K, INTERPRETED, BLOCK_M // 2, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
@@ -109,7 +97,7 @@ def split_gemm_kernel(
             routes, num_routes, expert, block_n * BLOCK_N, N, K, num_routes,
             stride_am, stride_wn, stride_om, stride_on, stride_asm, stride_ask,
             stride_se, stride_sn, stride_sk, stride_be, stride_bn,
-            COMPUTE_TYPE, BIAS_TYPE, W_SCALE, A_SCALE, HOW_SCALE, HOW_BIAS, GROUP_N, GROUP_K, TOP_K, MUL_ROUTER,
+            COMPUTE_TYPE, W_SCALE, A_SCALE, HAS_BIAS, GROUP_N, GROUP_K, TOP_K, MUL_ROUTER,
             SWAP, False, EVEN_K, INTERPRETED, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
@@ -128,16 +116,14 @@ def constants_of(
 ) -> dict[str, Any]:
     """The constants that both kernels take, and Triton's options."""
     *_, router_weights, _, _, _ = launch.pointers
-    scales, bias = weights.scales, weights.bias
+    scales = weights.scales
     block_k = min(tiles.block_k, *scales.group) if scales and scales.kind == "block" else tiles.block_k
     return {
         "WEIGHT_TYPE": TL_DTYPES[weights.dtype],
         "COMPUTE_TYPE": TL_DTYPES[compute_dtype],
-        "BIAS_TYPE": TL_DTYPES[bias.dtype] if bias else tl.float32,
         "W_SCALE": _KINDS[scales.kind] if scales else NO_SCALE.value,
         "A_SCALE": launch.a_kind,
-        "HOW_SCALE": _how(scales.values.is_table) if scales else ABSENT.value,
-        "HOW_BIAS": _how(bias.is_table) if bias else ABSENT.value,
+        "HAS_BIAS": weights.bias is not None,
         "GROUP_N": scales.group[0] if scales else 0,
         "GROUP_K": scales.group[1] if scales else 0,
         "TOP_K": top_k,
@@ -151,10 +137,6 @@ def constants_of(
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
-
-
-def _how(is_table: bool) -> int:
-    return int(TABLE.value if is_table else DENSE.value)
 
 
 def split_gemm(

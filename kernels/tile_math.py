@@ -18,19 +18,6 @@ TENSOR: tl.constexpr = tl.constexpr(1)
 ROWS: tl.constexpr = tl.constexpr(2)  # a channel of the weights, a token of the activations
 BLOCKS: tl.constexpr = tl.constexpr(3)
 
-# Constants of the kernels: how a tensor per expert is given.
-ABSENT: tl.constexpr = tl.constexpr(0)
-DENSE: tl.constexpr = tl.constexpr(1)
-TABLE: tl.constexpr = tl.constexpr(2)
-
-
-@triton.jit
-def expert_pointer(ptr, expert, stride, HOW: tl.constexpr, TYPE: tl.constexpr):
-    """First element of a tensor per expert, dense or by table."""
-    if HOW == TABLE:
-        return tl.load(ptr + expert).to(tl.pointer_type(TYPE))
-    return ptr + expert * stride
-
 
 @triton.jit
 def tile_place(tile, blocks_m, blocks_n, GROUP_M: tl.constexpr):
@@ -56,8 +43,7 @@ def compute_tile(
     routes, readable, expert, column, N, K, num_routes,
     stride_am, stride_wn, stride_om, stride_on, stride_asm, stride_ask,
     stride_se, stride_sn, stride_sk, stride_be, stride_bn,
-    COMPUTE_TYPE: tl.constexpr, BIAS_TYPE: tl.constexpr,
-    W_SCALE: tl.constexpr, A_SCALE: tl.constexpr, HOW_SCALE: tl.constexpr, HOW_BIAS: tl.constexpr,
+    COMPUTE_TYPE: tl.constexpr, W_SCALE: tl.constexpr, A_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
     GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, TOP_K: tl.constexpr, MUL_ROUTER: tl.constexpr,
     SWAP: tl.constexpr, DESCRIPTOR: tl.constexpr, EVEN_K: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -92,7 +78,7 @@ def compute_tile(
     a_scale = 1.0
     w_scale = 1.0
     if W_SCALE != NO_SCALE:
-        w_scale_base = expert_pointer(w_scale_ptr, expert, stride_se, HOW_SCALE, tl.float32)
+        w_scale_base = w_scale_ptr + expert * stride_se
         if W_SCALE == BLOCKS:
             if ONE_GROUP:
                 w_scales = w_scale_base + column // GROUP_N * stride_sn
@@ -108,8 +94,8 @@ def compute_tile(
             a_scale = tl.load(a_scale_ptr + tokens * stride_asm, mask=reads, other=0.0)[:, None]
         else:
             a_scale = tl.load(a_scale_ptr)
-    if HOW_BIAS != ABSENT:
-        bias_base = expert_pointer(bias_ptr, expert, stride_be, HOW_BIAS, BIAS_TYPE)
+    if HAS_BIAS:
+        bias_base = bias_ptr + expert * stride_be
         biased = tl.where(readable > 0, N, 0)
         bias = tl.load(bias_base + columns * stride_bn, mask=columns < biased, other=0.0)
     if MUL_ROUTER:
@@ -167,7 +153,7 @@ def compute_tile(
     # Dequantise, add the bias, weigh by the router, all in float32; round once.
     if W_SCALE != NO_SCALE and W_SCALE != BLOCKS:
         acc = acc * a_scale * w_scale
-    if HOW_BIAS != ABSENT:
+    if HAS_BIAS:
         acc += bias.to(tl.float32)[None, :]
     if MUL_ROUTER:
         acc *= router.to(tl.float32)[:, None]

@@ -37,49 +37,18 @@ def _address_tensor(
 
 
 @dataclass(frozen=True)
-class PerExpert:
-    """A small tensor per expert (a bias or the scales): dense, or by a table of addresses.
-
-    Attributes:
-        data: dense [E, ...] of `dtype`, or int64 [E] addresses if `is_table`; on the kernels' device.
-        dtype: of the elements.
-        strides: elements from one expert (0 for a table), row and column group to the next.
-    """
-
-    data: torch.Tensor
-    dtype: torch.dtype
-    strides: tuple[int, int, int]
-    is_table: bool
-
-    @classmethod
-    def dense(cls, data: torch.Tensor) -> PerExpert:
-        """From [E], [E, N] or [E, N, G]; any strides."""
-        if not 1 <= data.ndim <= 3:
-            raise DwdpError(f"a tensor per expert has 1 to 3 dimensions, this one {data.ndim} ({tuple(data.shape)})")
-        strides = (*data.stride(), 0, 0)[:3]
-        return cls(data, data.dtype, (strides[0], strides[1], strides[2]), False)
-
-    @classmethod
-    def table(
-        cls, addresses: Sequence[int], dtype: torch.dtype, device: torch.device | str, strides: tuple[int, int] = (1, 0)
-    ) -> PerExpert:
-        """From one address per expert, aligned to an element; `strides` of a row and of a column group in elements."""
-        signed = _address_tensor("scales or bias", addresses, dtype.itemsize, len(addresses), device)
-        return cls(signed, dtype, (0, *strides), True)
-
-
-@dataclass(frozen=True)
 class Scales:
     """Scales of FP8 weights, float32: weight = stored * scale.
 
     Attributes:
         kind: what a scale covers.
-        values: [E, ceil(N/group_n), ceil(K/group_k)] for block, [E, N] or [E, N, 1] for channel, [E] for tensor.
+        values: [E, ceil(N/group_n), ceil(K/group_k)] for block, [E, N] or [E, N, 1] for channel, [E] for tensor;
+            any strides.
         group: (group_n, group_k) for block, (0, 0) otherwise.
     """
 
     kind: ScaleKind
-    values: PerExpert
+    values: torch.Tensor
     group: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
@@ -105,7 +74,7 @@ class WeightTable:
         unit: bytes, 256 or 16, that divide every address's distance from `origin`; 0 where those distances are more than
             2^31 units, which no descriptor of all experts can address.
         scales: for FP8 weights, None otherwise.
-        bias: [E, rows], or None.
+        bias: [E, rows], any strides, or None.
     """
 
     addresses: torch.Tensor
@@ -114,7 +83,7 @@ class WeightTable:
     row_stride: int
     dtype: torch.dtype
     scales: Scales | None = None
-    bias: PerExpert | None = None
+    bias: torch.Tensor | None = None
     origin: int = 0
     unit: int = 0
 
@@ -127,9 +96,16 @@ class WeightTable:
     def kind(self) -> tuple[Any, ...]:
         """What the kernels are compiled for beside sizes and strides; the same for layers that are alike."""
         scales, bias = self.scales, self.bias
-        how = None if scales is None else (scales.kind, scales.group, scales.values.is_table)
-        added = None if bias is None else (bias.dtype, bias.is_table)
+        how = None if scales is None else (scales.kind, scales.group)
+        added = None if bias is None else bias.dtype
         return self.addresses.device, self.dtype, how, added, self.unit, self.origin >> 31 > 0
+
+    @cached_property
+    def strides(self) -> tuple[int, ...]:
+        """Elements from one expert, row and column group of the scales to the next; from one expert and row of the bias."""
+        scales = () if self.scales is None else self.scales.values.stride()
+        bias = (0, 0) if self.bias is None else self.bias.stride()
+        return (*scales, 0, 0, 0)[:3] + bias
 
     @classmethod
     def from_addresses(
@@ -141,7 +117,7 @@ class WeightTable:
         *,
         row_stride: int | None = None,
         scales: Scales | None = None,
-        bias: PerExpert | None = None,
+        bias: torch.Tensor | None = None,
     ) -> WeightTable:
         """From one base address per expert and the shape (E, rows, cols); raises DwdpError for what cannot be right."""
         num_experts, rows, cols = shape
@@ -157,15 +133,15 @@ class WeightTable:
                 f"weights of {dtype} with{'out' if scales is None else ''} scales: FP8 needs them, others have none"
             )
         for what, part in (("scales", scales.values if scales else None), ("bias", bias)):
-            if part is not None and part.data.shape[0] != num_experts:
-                raise DwdpError(f"{what} of {part.data.shape[0]} experts for weights of {num_experts}")
+            if part is not None and part.shape[0] != num_experts:
+                raise DwdpError(f"{what} of {part.shape[0]} experts for weights of {num_experts}")
         _check_extents(rows, cols, scales, bias)
         table = _address_tensor("weights", addresses, ALIGNMENT, num_experts, device)
         return cls(table, rows, cols, stride, dtype, scales, bias, min(addresses), _unit(addresses))
 
     @classmethod
     def of(
-        cls, experts: Sequence[torch.Tensor], *, scales: Scales | None = None, bias: PerExpert | None = None
+        cls, experts: Sequence[torch.Tensor], *, scales: Scales | None = None, bias: torch.Tensor | None = None
     ) -> WeightTable:
         """From one [rows, cols] tensor per expert (which the caller keeps); a [E, rows, cols] tensor is such a sequence."""
         first = experts[0]
@@ -195,13 +171,13 @@ def _unit(addresses: Sequence[int]) -> int:
     return 0
 
 
-def _check_extents(rows: int, cols: int, scales: Scales | None, bias: PerExpert | None) -> None:
-    """The kernel reads scales and biases unmasked up to rows and cols: dense ones must reach that far."""
-    if bias is not None and not bias.is_table and bias.data.shape[1:] != (rows,):
-        raise DwdpError(f"bias of shape {tuple(bias.data.shape)} for experts of {rows} rows: needs [E, {rows}]")
-    if scales is None or scales.values.is_table:
+def _check_extents(rows: int, cols: int, scales: Scales | None, bias: torch.Tensor | None) -> None:
+    """The kernel reads scales and biases unmasked up to rows and cols."""
+    if bias is not None and bias.shape[1:] != (rows,):
+        raise DwdpError(f"bias of shape {tuple(bias.shape)} for experts of {rows} rows: needs [E, {rows}]")
+    if scales is None:
         return
-    found = tuple(scales.values.data.shape[1:])
+    found = tuple(scales.values.shape[1:])
     if scales.kind == "block":
         wanted: tuple[tuple[int, ...], ...] = ((-(-rows // scales.group[0]), -(-cols // scales.group[1])),)
     elif scales.kind == "channel":

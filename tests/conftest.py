@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_dwdp.checkpoints import CheckpointSpec, write_checkpoint
+from examples.checkpoints import CheckpointSpec, write_checkpoint
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "checkpoints"
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from vllm_dwdp.checkpoints import CheckpointSpec
-from vllm_dwdp.checkpoints.families import make_config
-from vllm_dwdp.checkpoints.fp8 import FP8_CONFIG
+from examples.checkpoints import CheckpointSpec
+from examples.checkpoints.families import make_config
+from examples.checkpoints.fp8 import FP8_CONFIG
 
 _QWEN3: Final = CheckpointSpec(
     num_experts=128, num_layers=12, hidden=2048, intermediate=768, top_k=8, num_heads=32, num_kv_heads=4, head_dim=128,

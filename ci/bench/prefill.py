@@ -149,7 +149,7 @@ def main() -> int:
     parser.add_argument("--limit-s", type=float, default=400, help="begin no group after this many seconds")
     args = parser.parse_args()
     chosen = [] if args.write_only else choose(parser, args, 0 if args.cpu else visible_gpus())
-    from vllm_dwdp.checkpoints import CheckpointSpec, write_checkpoint
+    from examples.checkpoints import CheckpointSpec, write_checkpoint
 
     begun = time.monotonic()
     sizes = TINY if args.cpu else REAL

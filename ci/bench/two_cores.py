@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 from ci.bench.host import busy_s, cpu_s, memory, two_cores
 from ci.bench.run import say
 from ci.root import ROOT
-from vllm_dwdp.checkpoints import CheckpointSpec, write_checkpoint
+from examples.checkpoints import CheckpointSpec, write_checkpoint
 
 CACHE = ROOT / ".cache" / "bench"
 #: 32 experts of 1.5 MiB in 15 layers: 755 MB of experts.

@@ -19,8 +19,8 @@ import tempfile
 from pathlib import Path
 
 from ci.root import ROOT
+from examples.checkpoints import CheckpointSpec, write_checkpoint
 from tests.e2e.engines import Leftovers, dwdp, environment
-from vllm_dwdp.checkpoints import CheckpointSpec, write_checkpoint
 
 #: The status that each way has to end with.
 WAYS = {"return": 0, "exit": 3, "raise": 1, "del": 0}

@@ -26,9 +26,9 @@ from typing import Any
 
 from ci.checks.gpu_cases import CASES, Case
 from ci.checks.visible import visible_gpus, wanted
+from examples.checkpoints import CheckpointSpec, write_checkpoint
 from tests.e2e.engines import REPO, run_job
 from tests.e2e.server import start_server
-from vllm_dwdp.checkpoints import CheckpointSpec, write_checkpoint
 
 CACHE = REPO / ".cache" / "gpu"
 #: What a machine without FlashInfer and DeepGEMM needs; harmless elsewhere.
@@ -41,7 +41,8 @@ STEPS = ["digests", "tokens_each_rank", "batch", "counters"]
 BATCH_TOLERANCE = 0.1
 KV_BYTES = 256 << 20
 PROMPTS = ("The experts of a layer", "No rank waits", "Two slots")
-SHOWN = ("view", "experts_held", "slab_bytes", "slot_bytes", "forwards", "direct_forwards", "pulled_bytes", "on_demand")
+SHOWN = ("view", "experts_held", "slab_bytes", "slot_bytes")
+SHOWN += ("forwards", "direct_forwards", "pulled_bytes", "on_demand_fetches")
 
 
 class Plain:

@@ -37,7 +37,7 @@ from ci.checks.soak_processes import COLUMNS, Sample, role, sample, segments
 from ci.checks.soak_requests import Outcome, asks, send
 from ci.checks.visible import visible_gpus
 from ci.root import ROOT
-from vllm_dwdp.checkpoints import CheckpointSpec, write_checkpoint
+from examples.checkpoints import CheckpointSpec, write_checkpoint
 
 CACHE = ROOT / ".cache" / "soak"
 SPEC = CheckpointSpec(num_layers=2, max_position=32768)

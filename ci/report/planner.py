@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from ci.bench.prefill import REAL
-from vllm_dwdp.checkpoints.spec import VOCAB_SIZE
+from examples.checkpoints.spec import VOCAB_SIZE
 from vllm_dwdp.predict.fit import least_squares
 from vllm_dwdp.predict.hardware_file import Hardware
 from vllm_dwdp.predict.model import MoeModel

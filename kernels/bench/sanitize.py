@@ -28,7 +28,7 @@ from ..split_gemm import split_gemm
 from ..tile_math import INTERPRETED
 from ..tiles import KernelName, Tiles
 from ..torch_ops import FP8_MAX, assign
-from ..weight_table import PerExpert, ScaleKind, Scales, WeightTable
+from ..weight_table import ScaleKind, Scales, WeightTable
 from .shapes import Gemm
 
 #: Elements before and after an output that must not change.
@@ -109,15 +109,11 @@ def check(case: Case, device: torch.device) -> tuple[float, str]:
         exact = stored.double() * spread.double()
         wide = a_scale.double().repeat_interleave(GROUP, 1)[:, : case.cols] if case.scales == "block" else a_scale
         exact_a = given.double() * wide
-        scales = Scales(
-            case.scales, PerExpert.dense(at_the_end(kept, device)), (GROUP, GROUP) if case.scales == "block" else (0, 0)
-        )
+        scales = Scales(case.scales, at_the_end(kept, device), (GROUP, GROUP) if case.scales == "block" else (0, 0))
     bias = torch.randn(case.experts, case.rows).to(dtype) if case.bias else None
     # Made last to first, so that addresses are not in the order of experts.
     experts: Sequence[torch.Tensor] = [at_the_end(matrix, device) for matrix in reversed(list(stored))][::-1]
-    table = WeightTable.of(
-        experts, scales=scales, bias=None if bias is None else PerExpert.dense(at_the_end(bias, device))
-    )
+    table = WeightTable.of(experts, scales=scales, bias=None if bias is None else at_the_end(bias, device))
     ids = torch.stack([torch.randperm(case.experts)[: case.top_k] for _ in range(case.tokens)]).int()
     router = torch.rand(case.tokens, case.top_k)
     routes = case.tokens * case.top_k

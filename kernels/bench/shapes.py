@@ -12,7 +12,7 @@ import torch
 from ..configs import LayerShape
 from ..tiles import Tiles
 from ..torch_ops import FP8_MAX, Activation, MoeOps, TorchOps
-from ..weight_table import PerExpert, Scales, WeightTable
+from ..weight_table import Scales, WeightTable
 
 BLOCK = 128
 
@@ -152,13 +152,12 @@ class Problem:
             if model.bias:
                 bias = torch.randn(model.experts, rows, device=device).to(dtype)
             copies = list(scattered(dense, seed))
-            given = Scales("block", PerExpert.dense(scales), (BLOCK, BLOCK)) if scales is not None else None
-            dense_bias = None if bias is None else PerExpert.dense(bias)
+            given = Scales("block", scales, (BLOCK, BLOCK)) if scales is not None else None
             self.dense.append(dense)
             self.scales.append(scales)
             self.biases.append(bias)
-            self.tables.append(WeightTable.of(copies, scales=given, bias=dense_bias))
-            self.contiguous.append(WeightTable.of(list(dense), scales=given, bias=dense_bias))
+            self.tables.append(WeightTable.of(copies, scales=given, bias=bias))
+            self.contiguous.append(WeightTable.of(list(dense), scales=given, bias=bias))
             self._kept.append(copies)
 
     def batch(self, tokens: int, seed: int) -> Batch:

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,13 @@ def hits(llm: Any) -> dict[str, Any]:
 
 def ways(llm: Any) -> dict[str, Any]:
     """Ways to write or save weights, tried in every worker; then those of `LLM`, each with what it raised."""
+    from vllm.v1.engine.core import EngineCore
+
     dense = llm.collective_rpc("probe_dense")
     seen: dict[str, Any] = {"ranks": llm.collective_rpc("probe_ways"), "llm": {}}
     update: dict[str, Any] = {"update_info": {}}
-    for name, way in {
+    core = llm.llm_engine.engine_core
+    tries: dict[str, Callable[[], object]] = {
         "init": lambda: llm.init_weight_transfer_engine({"init_info": {}}),
         "start": llm.start_weight_update,
         "start_draft": llm.start_draft_weight_update,
@@ -121,9 +125,11 @@ def ways(llm: Any) -> dict[str, Any]:
         "finish": llm.finish_weight_update,
         "reload": lambda: llm.collective_rpc("reload_weights"),
         "sleep": lambda: llm.sleep(level=2),
-        "save_sharded_state": lambda: llm.llm_engine.engine_core.save_sharded_state("nowhere"),
-        "checksums": lambda: llm.llm_engine.engine_core.call_utility("compute_weight_checksums"),
-    }.items():
+        "save_sharded_state": lambda: core.save_sharded_state("nowhere"),
+    }
+    if hasattr(EngineCore, "compute_weight_checksums"):  # not in vLLM 0.31
+        tries["checksums"] = lambda: core.call_utility("compute_weight_checksums")
+    for name, way in tries.items():
         try:
             way()
             seen["llm"][name] = ""

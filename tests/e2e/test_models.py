@@ -147,7 +147,7 @@ def test_requests_are_balanced_and_counted(seen: Seen) -> None:
             ring = Ring(layers, seen.case.config.get("num_slots", 2))
             refilled = sum(ring.next_layer(layer) is not None for layer in range(layers))
             assert counter["pulls"] == ring.used_slots + counter["layers"] * refilled // layers
-            assert counter["on_demand"] == 0
+            assert counter["on_demand_fetches"] == 0
         else:
             assert counter["pulled_bytes"] == counter["slot_bytes"] == 0
 

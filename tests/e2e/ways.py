@@ -1,7 +1,8 @@
-"""Every way in which vLLM 0.32 can write or save weights after start, tried inside a real worker (docs/composition.md)."""
+"""Every way in which vLLM can write or save weights after start, tried inside a real worker (docs/composition.md)."""
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +18,10 @@ def ways(worker: Any) -> dict[str, Callable[[], object]]:
     )
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
     from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-    from vllm.model_executor.model_loader.reload.inplace import reload_weights
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
     from vllm.model_executor.models.utils import AutoWeightsLoader
 
-    from vllm_dwdp.engine.frozen import WORKER
+    from vllm_dwdp.engine.frozen import OPTIONAL, WORKER
 
     runner, config = worker.model_runner, worker.vllm_config
     model = runner.get_model()
@@ -35,8 +35,15 @@ def ways(worker: Any) -> dict[str, Callable[[], object]]:
     def weights() -> Any:
         return iter([(dense_name, wrong), ("model.layers.0.mlp.experts.0.gate_proj.weight", row)])
 
+    # What 0.31 has not: two methods of workers, and reloading in place.
+    found = {name: getattr(worker, name) for name in WORKER if name not in OPTIONAL or hasattr(worker, name)}
+    if importlib.util.find_spec("vllm.model_executor.model_loader.reload.inplace"):
+        from vllm.model_executor.model_loader.reload.inplace import reload_weights
+
+        found["reload in place"] = lambda: reload_weights(config, model, weights(), None, True)
+        found["reload in place, in kernel format"] = lambda: reload_weights(config, model, weights(), None, False)
     return {
-        **{name: getattr(worker, name) for name in WORKER},
+        **found,
         "load_model": worker.load_model,
         "runner.load_model": runner.load_model,
         "runner.reload_weights": lambda: runner.reload_weights(weights_iterator=weights()),
@@ -53,8 +60,6 @@ def ways(worker: Any) -> dict[str, Callable[[], object]]:
         "weight_loader of a dense tensor": lambda: dense.weight_loader(dense, wrong),
         "initialize_layerwise_reload": lambda: initialize_layerwise_reload(model),
         "initialize_layerwise_reload of a layer": lambda: initialize_layerwise_reload(experts),
-        "reload_weights": lambda: reload_weights(config, model, weights(), None, True),
-        "reload_weights in kernel format": lambda: reload_weights(config, model, weights(), None, False),
         "the loader": lambda: get_model_loader(config.load_config).load_weights(model, worker.model_config),
         "DummyModelLoader": lambda: DummyModelLoader.load_weights(None, model, worker.model_config),  # type: ignore[arg-type]
         "process_weights_after_loading": lambda: process_weights_after_loading(

@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 from vllm_dwdp.kernels.arguments import Assignment
 from vllm_dwdp.kernels.split_gemm import split_gemm
 from vllm_dwdp.kernels.tiles import Tiles
-from vllm_dwdp.kernels.weight_table import PerExpert, Scales, WeightTable
+from vllm_dwdp.kernels.weight_table import Scales, WeightTable
 
 told: dict[str, Any] = {}
 
@@ -73,10 +73,10 @@ def main() -> None:
     assignment, single = Assignment(routes, blocks, padded), Assignment(None, blocks, padded)
     wider = Assignment(routes.long(), blocks, padded)
     memory = torch.zeros(experts + 1, rows, cols, dtype=torch.bfloat16)
-    bias = PerExpert.dense(torch.zeros(experts, rows, dtype=torch.bfloat16))
+    bias = torch.zeros(experts, rows, dtype=torch.bfloat16)
     plain = WeightTable.of(memory[:experts])
     other = WeightTable.of(memory[1:])
-    scales = Scales("tensor", PerExpert.dense(torch.zeros(experts)))
+    scales = Scales("tensor", torch.zeros(experts))
     fp8 = WeightTable.of(memory.to(torch.float8_e4m3fn)[:experts], scales=scales)
     tables = {"plain": plain, "other": other, "biased": WeightTable.of(memory[:experts], bias=bias), "fp8": fp8}
     pointer, persistent = Tiles(32, 32, 64), Tiles(32, 32, 64, kernel="persistent")

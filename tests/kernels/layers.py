@@ -10,7 +10,7 @@ from vllm_dwdp.kernels.bench.reference import dequantize, reference_experts
 from vllm_dwdp.kernels.split_moe import RouterWeight, split_experts
 from vllm_dwdp.kernels.tiles import Tiles
 from vllm_dwdp.kernels.torch_ops import FP8_MAX, Activation, QuantKind, TorchOps, quantize_fp8
-from vllm_dwdp.kernels.weight_table import PerExpert, ScaleKind, Scales, WeightTable
+from vllm_dwdp.kernels.weight_table import ScaleKind, Scales, WeightTable
 
 TILES = Tiles(16, 32, 32)
 
@@ -48,7 +48,7 @@ def quantized(weights: torch.Tensor, kind: ScaleKind, group: tuple[int, int]) ->
         spread = values.repeat_interleave(group[0], 1).repeat_interleave(group[1], 2)[:, :rows, :cols]
     stored = (weights / spread).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     kept = {"block": values, "channel": values[:, :, 0], "tensor": values[:, 0, 0]}[kind].contiguous()
-    return stored, Scales(kind, PerExpert.dense(kept), group if kind == "block" else (0, 0))
+    return stored, Scales(kind, kept, group if kind == "block" else (0, 0))
 
 
 @dataclass
@@ -91,8 +91,7 @@ class Layer:
                 self.dense.append(dequantize(stored, scales))
             views = scatter(stored, row_gap=self.row_gap)
             self.scattered.append(views)
-            dense_bias = None if bias is None else PerExpert.dense(bias)
-            self.tables.append(WeightTable.of(views, scales=scales, bias=dense_bias))
+            self.tables.append(WeightTable.of(views, scales=scales, bias=bias))
 
     @property
     def static(self) -> torch.Tensor | None:

@@ -66,8 +66,8 @@ def _made(layer: Layer) -> SplitExperts:
     if layer.scales is not None:
         config = FusedMoEQuantConfig.make(
             torch.float8_e4m3fn,
-            w1_scale=layer.tables[0].scales.values.data,
-            w2_scale=layer.tables[1].scales.values.data,
+            w1_scale=layer.tables[0].scales.values,
+            w2_scale=layer.tables[1].scales.values,
             per_act_token_quant=layer.quant == "token",
             per_out_ch_quant=layer.scales == "channel",
             block_shape=list(layer.group) if layer.scales == "block" else None,

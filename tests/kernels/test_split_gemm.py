@@ -13,7 +13,7 @@ from vllm_dwdp.kernels.bench.reference import dequantize
 from vllm_dwdp.kernels.split_gemm import split_gemm
 from vllm_dwdp.kernels.tiles import Tiles
 from vllm_dwdp.kernels.torch_ops import assign
-from vllm_dwdp.kernels.weight_table import PerExpert, Scales, WeightTable
+from vllm_dwdp.kernels.weight_table import Scales, WeightTable
 
 PERSISTENT = Tiles(16, 32, 32, kernel="persistent")
 
@@ -97,7 +97,7 @@ def test_the_pointer_kernel_takes_what_no_descriptor_can(
 def test_sorted_blocks_of_expert_minus_one_are_zeroed(kernel: str) -> None:
     """Biases as well, in both kernels."""
     views = scatter(torch.ones(8, 16, 32))
-    table = WeightTable.of(views, bias=PerExpert.dense(torch.ones(8, 16)))
+    table = WeightTable.of(views, bias=torch.ones(8, 16))
     routes = torch.tensor([0, 2, *[3] * 14, 1, *[3] * 15], dtype=torch.int32)
     blocks = Assignment(routes, torch.tensor([-1, 4], dtype=torch.int32), torch.tensor([32], dtype=torch.int32))
     out = torch.full((3, 16), 7.0)
@@ -114,8 +114,8 @@ def test_a_block_of_expert_minus_one_is_zeroed() -> None:
 
 
 @pytest.mark.parametrize("kernel", ["pointer", "persistent"])
-def test_scales_and_biases_by_table(kernel: str) -> None:
-    """Scales and biases scattered like the weights, against the dense ones: the same bits."""
+def test_scales_and_biases_of_any_strides(kernel: str) -> None:
+    """Scales and biases with gaps between experts and rows, against dense ones: the same bits."""
     torch.manual_seed(1)
     stored, scales = quantized(torch.randn(4, 48, 96), "block", (32, 32))
     bias = torch.randn(4, 48)
@@ -123,12 +123,12 @@ def test_scales_and_biases_by_table(kernel: str) -> None:
     a_scale = torch.rand(21, 3)
     blocks = assign(torch.randint(0, 4, (21, 1)), 16, 4)
     views = scatter(stored)
-    parts = scatter(scales.values.data, row_gap=4)
-    rows = [part.clone() for part in bias]
-    tables = Scales("block", PerExpert.table([p.data_ptr() for p in parts], torch.float32, "cpu", (7, 1)), (32, 32))
-    bias_table = PerExpert.table([row.data_ptr() for row in rows], torch.float32, "cpu")
+    gaps = Scales("block", torch.full((5, 2, 7), torch.nan)[:4, :, :3], (32, 32))
+    gaps.values.copy_(scales.values)
+    bias_gaps = torch.full((48, 5), torch.nan)[:, :4].T
+    bias_gaps.copy_(bias)
     results = []
-    for given, offset in ((scales, PerExpert.dense(bias)), (tables, bias_table)):
+    for given, offset in ((scales, bias), (gaps, bias_gaps)):
         out = torch.empty(21, 48)
         table = WeightTable.of(views, scales=given, bias=offset)
         split_gemm(a, table, out, blocks, Tiles(16, 32, 32, kernel=kernel), top_k=1, a_scale=a_scale)  # type: ignore[arg-type]
@@ -151,10 +151,10 @@ def _with(**changes: Any) -> dict[str, Any]:
         ({"shape": (2, 0, 32)}, r"experts of shape \(2, 0, 32\)"),
         ({"dtype": torch.int8}, "no split-weight kernel for torch.int8"),
         ({"dtype": torch.float8_e4m3fn}, "FP8 needs them"),
-        ({"bias": PerExpert.dense(torch.zeros(3, 16))}, "bias of 3 experts for weights of 2"),
-        ({"bias": PerExpert.dense(torch.zeros(2, 15))}, r"bias of shape \(2, 15\) for experts of 16 rows"),
+        ({"bias": torch.zeros(3, 16)}, "bias of 3 experts for weights of 2"),
+        ({"bias": torch.zeros(2, 15)}, r"bias of shape \(2, 15\) for experts of 16 rows"),
         (
-            {"dtype": torch.float8_e4m3fn, "scales": Scales("channel", PerExpert.dense(torch.ones(2, 15)))},
+            {"dtype": torch.float8_e4m3fn, "scales": Scales("channel", torch.ones(2, 15))},
             "scales per channel of shape",
         ),
     ],

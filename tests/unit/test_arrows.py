@@ -13,7 +13,7 @@ PACKAGE = ROOT / "vllm_dwdp"
 #: From what everybody may import to what nobody may; a room imports from lines above its own, and from itself.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("pure",),
-    ("kernels", "transport", "predict", "checkpoints", "compat"),
+    ("kernels", "transport", "predict", "compat"),
     ("prefetch", "group", "patches", "doctor"),
     ("layers", "cli"),
     ("engine",),

@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.engine.arg_utils import EngineArgs
+
 from tests.unit.leftovers import build, check_message, refusal
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -114,6 +116,14 @@ WHOLE = ["reads the whole checkpoint on every rank", "leave it out"]
 )
 def test_options(tiny_moe: Path, arguments: dict[str, Any], words: list[str]) -> None:
     check_message(refusal(lambda: build(tiny_moe, **arguments)), words)
+
+
+def test_an_option_of_a_later_vllm(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM 0.33's arguments have it; these get it as a class attribute, and it is refused on the same way."""
+    monkeypatch.setattr(EngineArgs, "expert_substitution", None, raising=False)
+    assert build(tiny_moe).parallel_config.data_parallel_size == 2
+    monkeypatch.setattr(EngineArgs, "expert_substitution", "nearest")
+    check_message(refusal(lambda: build(tiny_moe)), ["expert_substitution changes which experts", "leave it out"])
 
 
 @pytest.mark.parametrize(

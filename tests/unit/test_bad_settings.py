@@ -76,6 +76,14 @@ def test_direct_tokens_on_gpus(view: Any, told: Any, words: list[str] | None, mo
         check_message(refusal(lambda: options.check_settings(config, platform=CUDA)), words)
 
 
+def test_a_vllm_that_was_run_on_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr("vllm.version.__version__", "0.31.0")
+    options.check_settings(DwdpConfig(), platform=CPU)
+    refused = refusal(lambda: options.check_settings(DwdpConfig(), platform=CUDA))
+    check_message(refused, ["vLLM 0.31.0 on CPU only", "use vLLM 0.32.0 on GPUs"])
+
+
 @pytest.mark.parametrize("told", [0, "auto"])
 def test_direct_tokens_that_cpus_take(told: Any) -> None:
     options.check_settings(DwdpConfig(direct_tokens=told), platform=CPU)

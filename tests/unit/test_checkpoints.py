@@ -17,9 +17,10 @@ pytest.importorskip("transformers")
 import torch
 from safetensors import safe_open
 
-from vllm_dwdp.checkpoints import FAMILIES, CheckpointSpec, expert_tensors, hot_experts, write_checkpoint
+from examples.checkpoints import FAMILIES, CheckpointSpec, expert_tensors, hot_experts, write_checkpoint
 from vllm_dwdp.errors import DwdpError
 
+ROOT = Path(__file__).resolve().parents[2]
 Checkpoint = Callable[..., Path]
 MOE = [name for name in FAMILIES if name != "qwen3"]
 
@@ -225,11 +226,11 @@ def test_impossible_sizes_are_refused_in_one_line(fields: dict[str, object], com
 
 
 def test_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "vllm_dwdp.checkpoints", str(tmp_path / "m"), "--experts", "4", "--layers", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "examples.checkpoints", str(tmp_path / "m"), "--experts", "4", "--layers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "qwen3_moe" in done.stdout
-    refused = subprocess.run([*command, "--hidden", "33"], capture_output=True, text=True)
+    refused = subprocess.run([*command, "--hidden", "33"], capture_output=True, text=True, cwd=ROOT)
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: hidden is 33")
 
@@ -254,7 +255,7 @@ def test_a_skewed_router_sends_most_tokens_to_known_experts(checkpoint: Checkpoi
 
 
 def test_fp8_blocks_come_out_close_to_what_went_in() -> None:
-    from vllm_dwdp.checkpoints.fp8 import as_fp8
+    from examples.checkpoints.fp8 import as_fp8
 
     weights = {
         "a.q_proj.weight": torch.randn(200, 300),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 from types import SimpleNamespace
@@ -16,7 +17,6 @@ pytest.importorskip("vllm")
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.model_executor.models.utils import AutoWeightsLoader
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -24,7 +24,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from tests.unit.leftovers import check_message, refusal
 from vllm_dwdp.engine.cpu_worker import DwdpCPUWorker
-from vllm_dwdp.engine.frozen import RUNNER, WORKER, freeze, refuse_methods
+from vllm_dwdp.engine.frozen import OPTIONAL, RUNNER, WORKER, freeze, refuse_methods
 from vllm_dwdp.engine.gpu_worker import DwdpGPUWorker
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 
@@ -40,7 +40,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("cls", [DwdpCPUWorker, DwdpGPUWorker])
-@pytest.mark.parametrize("name", WORKER)
+@pytest.mark.parametrize("name", [name for name in WORKER if name not in OPTIONAL or hasattr(Worker, name)])
 def test_workers_refuse(cls: Any, name: str) -> None:
     check_message(refusal(lambda: getattr(cls, name)(None, {"update_info": {}})), [f"{name} would", ":"])
 
@@ -49,14 +49,22 @@ def test_nothing_about_weights_is_forgotten() -> None:
     """A method that another vLLM adds shows here."""
     about = re.compile("weight|save|load|sleep|discard|elastic|wake|update_param|checksum")
     names = {name for name in dir(Worker) if about.search(name) and not name.startswith("_")}
-    assert names == set(WORKER) | HARMLESS
+    assert names - HARMLESS | OPTIONAL == set(WORKER)
     assert {name for name, _ in inspect.getmembers(GPUModelRunner, inspect.isfunction) if "load" in name} >= set(RUNNER)
 
 
 def test_a_name_that_vllm_no_longer_has() -> None:
     bare = type("Bare", (), {"reload_weights": None})
-    check_message(refusal(lambda: refuse_methods(bare)), ["no reset_weights any more", "does not know"])
+    check_message(refusal(lambda: refuse_methods(bare)), ["no init_weight_transfer_engine any more", "does not know"])
     check_message(refusal(lambda: freeze(SimpleNamespace(load_model=None))), ["no reload_weights any more"])
+
+
+def test_a_name_that_not_every_vllm_has() -> None:
+    """0.31 has no reset_weights: nothing is put there, and everything else is refused."""
+    old: Any = type("Old", (), dict.fromkeys(set(WORKER) - OPTIONAL))
+    refuse_methods(old)
+    assert not any(hasattr(old, name) for name in OPTIONAL)
+    assert set(WORKER) - OPTIONAL == {name for name in WORKER if callable(getattr(old, name, None))}
 
 
 class Method(QuantizeMethodBase):
@@ -110,13 +118,6 @@ WAYS: dict[str, Any] = {
     "layer's loader": lambda m: m.experts.weight_loader(m.experts.w13_weight, torch.zeros(4, 2, 2)),
     "layerwise": initialize_layerwise_reload,
     "layerwise of a layer": lambda m: initialize_layerwise_reload(m.experts),
-    "kernel format": lambda m: reload_weights(
-        SimpleNamespace(model_config=None, load_config=None, lora_config=None),  # type: ignore[arg-type]
-        m,
-        iter([("dense.weight", ZEROS)]),
-        None,
-        False,
-    ),
     "dummy": lambda m: DummyModelLoader.load_weights(None, m, None),  # type: ignore[arg-type]
     "processing": lambda m: process_weights_after_loading(
         m,
@@ -127,6 +128,17 @@ WAYS: dict[str, Any] = {
     "load_state_dict of a layer": lambda m: m.experts.load_state_dict({"w13_weight": torch.zeros(4, 2, 2)}),
     "state_dict": lambda m: m.state_dict(),
 }
+
+if importlib.util.find_spec("vllm.model_executor.model_loader.reload.inplace"):  # not in vLLM 0.31
+    from vllm.model_executor.model_loader.reload.inplace import reload_weights
+
+    WAYS["kernel format"] = lambda m: reload_weights(
+        SimpleNamespace(model_config=None, load_config=None, lora_config=None),  # type: ignore[arg-type]
+        m,
+        iter([("dense.weight", ZEROS)]),
+        None,
+        False,
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -52,7 +52,7 @@ def test_two_ranks_see_every_byte(view: str, transport: str, kind: type, monkeyp
     for rank in ranks:
         counted = rank.sharing.snapshot()
         assert rank.compared == 3 * LAYERS * len(SHAPES) and rank.wrong == 0
-        assert (counted["forwards"], counted["layers"], counted["on_demand"]) == (3, 3 * LAYERS, 0)
+        assert (counted["forwards"], counted["layers"], counted["on_demand_fetches"]) == (3, 3 * LAYERS, 0)
         assert (counted["direct_forwards"], counted["direct_bytes"]) == (0, 0)
         assert counted["view"] == rank.sharing.view
     for rank in ranks:

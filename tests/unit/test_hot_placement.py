@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples.checkpoints import CheckpointSpec, hot_experts
 from tests.unit.test_placement import check_covered, sources
-from vllm_dwdp.checkpoints import CheckpointSpec, hot_experts
 from vllm_dwdp.copy_plan import LayerLayout, TensorSpec, build_plan
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.hot_placement import missing_hits, place_hot

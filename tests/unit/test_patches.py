@@ -185,7 +185,7 @@ def test_hidden_by_vllm_plugins(found: Found) -> None:
 def test_another_vllm_is_refused_with_both_versions(found: Found, way: str) -> None:
     message = found("other_version")[way]
     assert message.startswith("DwdpError: ") and "\n" not in message
-    for word in ("vLLM 0.33.1", f"vLLM {TESTED[-1]}", "install the matching pair"):
+    for word in ("vLLM 0.33.1", f"vLLM {' and '.join(TESTED)}", "install the matching pair"):
         assert word in message
 
 

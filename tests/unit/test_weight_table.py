@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.kernels.weight_table import PerExpert, Scales, WeightTable
+from vllm_dwdp.kernels.weight_table import Scales, WeightTable
 
 SHAPE = (2, 4, 8)  # experts, rows, columns
 
 
 def table(
-    addresses: tuple[int, ...] = (4096, 8192), scales: Scales | None = None, bias: PerExpert | None = None
+    addresses: tuple[int, ...] = (4096, 8192), scales: Scales | None = None, bias: torch.Tensor | None = None
 ) -> WeightTable:
     dtype = torch.bfloat16 if scales is None else torch.float8_e4m3fn
     return WeightTable.from_addresses(addresses, SHAPE, dtype, "cpu", scales=scales, bias=bias)
@@ -32,17 +32,17 @@ def test_addresses() -> None:
 
 @pytest.mark.parametrize("experts", [1, 3])
 def test_scales_and_biases_are_of_as_many_experts(experts: int) -> None:
-    bias = PerExpert.dense(torch.zeros(experts, 4))
+    bias = torch.zeros(experts, 4)
     with pytest.raises(DwdpError, match=f"bias of {experts} experts for weights of 2"):
         table(bias=bias)
-    scales = Scales("tensor", PerExpert.dense(torch.zeros(experts)))
+    scales = Scales("tensor", torch.zeros(experts))
     with pytest.raises(DwdpError, match=f"scales of {experts} experts for weights of 2"):
         table(scales=scales)
 
 
 def test_scales_and_biases_reach_as_far_as_the_rows() -> None:
-    assert table(bias=PerExpert.dense(torch.zeros(2, 4))).bias is not None
+    assert table(bias=torch.zeros(2, 4)).bias is not None
     with pytest.raises(DwdpError, match=r"bias of shape \(2, 3\)"):
-        table(bias=PerExpert.dense(torch.zeros(2, 3)))
+        table(bias=torch.zeros(2, 3))
     with pytest.raises(DwdpError, match="scales per channel"):
-        table(scales=Scales("channel", PerExpert.dense(torch.zeros(2, 3))))
+        table(scales=Scales("channel", torch.zeros(2, 3)))

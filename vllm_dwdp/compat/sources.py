@@ -104,6 +104,12 @@ def parameters_of(node: Definition) -> list[str]:
     return [argument.arg for argument in named]
 
 
+def annotation_of(node: Definition) -> str:
+    """What a function returns, or the type of an attribute, as written; empty where nothing is."""
+    annotation = node.returns if isinstance(node, _FUNCTIONS) else getattr(node, "annotation", None)
+    return ast.unparse(annotation) if annotation else ""
+
+
 def _flat(node: ast.Module | ast.ClassDef) -> list[ast.stmt]:
     """Statements of a body and of its `if` and `try` branches."""
     statements: list[ast.stmt] = []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-TESTED: Final = ("0.32.0",)
+TESTED: Final = ("0.31.0", "0.32.0")
+#: Of these, what was run on CPU alone.
+NOT_ON_GPUS: Final = ("0.31.0",)
 
 
 def vllm_version() -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 
+from vllm_dwdp.compat.seams import SEAMS
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 
@@ -48,6 +49,10 @@ MODULE_WRITES: Final = ("load_weights", "load_state_dict", "weight_loader", "get
 MODULE_READS: Final = ("state_dict", "get_expert_weights")
 
 
+#: Of these, what a release of vLLM may lack.
+OPTIONAL: Final = WORKER.keys() & {seam.name.rpartition(".")[2] for seam in SEAMS if seam.optional}
+
+
 def refusal(what: str, why: str) -> Callable[..., NoReturn]:
     """A stand-in for a function called `what` that raises DwdpError."""
 
@@ -58,12 +63,14 @@ def refusal(what: str, why: str) -> Callable[..., NoReturn]:
 
 
 def refuse_methods(cls: type) -> None:
-    """Give `cls`, which extends a worker of vLLM, a refusal for every method of `WORKER`.
+    """Give `cls`, which extends a worker of vLLM, a refusal for every method of `WORKER` that it has.
 
-    Raises DwdpError for a name that vLLM no longer has: another may then write what it wrote.
+    Raises DwdpError for a name that vLLM no longer has and always had: another may then write what it wrote.
     """
     for name, why in WORKER.items():
         if not hasattr(cls, name):
+            if name in OPTIONAL:
+                continue
             raise DwdpError(
                 f"vLLM's workers have no {name} any more: this release of dwdp does not know what writes weights"
             )

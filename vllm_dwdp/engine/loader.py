@@ -35,7 +35,7 @@ from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 from vllm_dwdp.compat.versions import used_files
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild, numbers_in
-from vllm_dwdp.layers.coverage import check_coverage, check_memory
+from vllm_dwdp.layers.coverage import EXPERT_BY_EXPERT, check_coverage, check_memory
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.routed_experts import cover_subclasses
 from vllm_dwdp.layers.written import check_written, mark_rows
@@ -44,10 +44,6 @@ logger = init_logger("vllm.dwdp")
 
 #: The load format that workers are switched to.
 LOAD_FORMAT = "dwdp"
-
-#: Classes of experts whose model copies a fused tensor whole, but takes single experts as `experts.<id>.<name>`; the
-#: class that owns the experts, since any model may be around it (pooling, classification, multi-modal).
-_EXPERT_BY_EXPERT = frozenset({"GptOssRoutedExperts"})
 
 _FUSED = re.compile(r"\.experts\.(?!\d)")
 
@@ -98,7 +94,7 @@ class ShareOnlyLoader(_ShareOnlyMixin, DefaultModelLoader):
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         experts = {cls.__name__ for layer in ModelBuild.current().layers for cls in type(layer.module).__mro__}
-        self._expert_by_expert = bool(experts & _EXPERT_BY_EXPERT)
+        self._expert_by_expert = bool(experts & EXPERT_BY_EXPERT)
         super().load_weights(model, model_config)
 
     def _get_weights_iterator(

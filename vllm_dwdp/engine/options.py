@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm_dwdp import BACKEND
+from vllm_dwdp.compat.versions import NOT_ON_GPUS, TESTED, vllm_version
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.platform import Platform
@@ -183,6 +184,8 @@ def _on_cpu(config: DwdpConfig) -> Iterator[str]:
 
 
 def _on_gpu(config: DwdpConfig) -> Iterator[str]:
+    if (version := vllm_version()) in NOT_ON_GPUS:
+        yield f"dwdp was tried with vLLM {version} on CPU only: use vLLM {TESTED[-1]} on GPUs"
     if config.direct_tokens not in ("auto", 0) and config.weight_view == "contiguous":
         yield (
             f'dwdp.direct_tokens is {config.direct_tokens} with weight_view "contiguous", which pulls in every forward: use '

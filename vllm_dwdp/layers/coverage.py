@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -17,8 +17,10 @@ from vllm_dwdp.transport.limits import require_descriptors, require_memory
 #: Left for what vLLM opens between loading and the first request.
 _SPARE_DESCRIPTORS = 16
 
-#: Classes of experts with a loader of their own that takes single experts.
-KNOWN_LOADERS = ("GptOssRoutedExperts",)
+#: Classes of experts with a loader of their own: it copies a fused tensor whole, but takes single experts as
+#: `experts.<id>.<name>`. The class that owns the experts counts, since any model may be around it (pooling,
+#: classification, multi-modal).
+EXPERT_BY_EXPERT: Final = frozenset({"GptOssRoutedExperts"})
 
 
 def check_coverage(model: nn.Module, build: ModelBuild) -> None:
@@ -55,12 +57,11 @@ def check_coverage(model: nn.Module, build: ModelBuild) -> None:
 def _refused_loader(experts: type) -> str | None:
     """Why a class of experts cannot be loaded by its share; None where it can.
 
-    What counts is the class that owns the experts: the model around them may be a pooling or multi-modal one. A loader of
-    its own may copy the rows of all experts at once, as that of DBRX does.
+    A loader of its own may copy the rows of all experts at once, as that of DBRX does.
     """
     for method in ("weight_loader", "load_weights"):
         owner = next(cls for cls in experts.__mro__ if method in vars(cls))
-        if owner is not RoutedExperts and owner.__name__ not in KNOWN_LOADERS:
+        if owner is not RoutedExperts and owner.__name__ not in EXPERT_BY_EXPERT:
             return (
                 f"are loaded by {owner.__name__}.{method}, which this release of dwdp does not know and which may need all "
                 "experts at once: use another model"

@@ -16,7 +16,6 @@ from vllm_dwdp.transport.memfd import MemoryFile, create_file, map_handle
 MAGIC: Final = 0x44574450_50414745  # 'DWDPPAGE'
 VERSION: Final = 4
 VIEWS: Final = ("none", "split", "contiguous", "inplace")  # a view's code is its position
-_KEYS: Final = {"merged_bytes": "local_bytes", "on_demand_fetches": "on_demand"}
 _HEADER: Final = ("magic", "version", "view_code")
 
 
@@ -41,8 +40,8 @@ class Counters:
     on_demand_fetches: int  # acquires of a layer that was not in its slot nor on its way
 
     def to_dict(self) -> dict[str, int | str]:
-        """By field name, but for the keys that users of `vllm_dwdp.counters` know by another one."""
-        return {_KEYS.get(name, name): value for name, value in asdict(self).items()}
+        """By field name."""
+        return asdict(self)
 
 
 NUMBERS: Final = tuple(field.name for field in fields(Counters) if field.name != "view")

@@ -11,7 +11,7 @@ from vllm_dwdp.prefetch.prefetcher import bind_plan
 from vllm_dwdp.transport.base import CopyEngine, Memory, Program
 
 if TYPE_CHECKING:
-    from vllm_dwdp.kernels.weight_table import PerExpert, WeightTable
+    from vllm_dwdp.kernels.weight_table import WeightTable
 
 #: What the split-weight kernels fetch; everything else of a layer is small and replicated.
 WEIGHTS = ("w13_weight", "w2_weight")
@@ -84,13 +84,10 @@ def attach(layer: LayerSlab, rank: int, slot: Memory, engine: CopyEngine, slice_
 
 def _table(module: Any, tensor: ExpertTensor, where: list[int], small: tuple[ExpertTensor, ...]) -> WeightTable:
     from vllm_dwdp.kernels.experts import scales_of
-    from vllm_dwdp.kernels.weight_table import PerExpert, WeightTable
+    from vllm_dwdp.kernels.weight_table import WeightTable
 
     named = {other.name: other.parameter.data for other in small}
     prefix = tensor.name.removesuffix("_weight")
-    bias: PerExpert | None = None
-    if (values := named.get(f"{prefix}_bias")) is not None:
-        bias = PerExpert.dense(values)
     rows, cols = tensor.row_shape
     scales = named.get(f"{prefix}_weight_scale_inv", named.get(f"{prefix}_weight_scale"))
     block = getattr(module.quant_method, "moe_block_shape", None)
@@ -100,5 +97,5 @@ def _table(module: Any, tensor: ExpertTensor, where: list[int], small: tuple[Exp
         tensor.dtype,
         tensor.parameter.device,
         scales=None if scales is None else scales_of(scales, block, rows),
-        bias=bias,
+        bias=named.get(f"{prefix}_bias"),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_dwdp.checkpoints.spec import FP8_BLOCK
+from .spec import FP8_BLOCK
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from vllm_dwdp.checkpoints.spec import FAMILIES, CheckpointSpec
-from vllm_dwdp.checkpoints.write import SPEC_FILE
+from .spec import FAMILIES, CheckpointSpec
+from .write import SPEC_FILE
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from typing import TYPE_CHECKING
 
-from vllm_dwdp.checkpoints.spec import FAMILIES, CheckpointSpec
+from .spec import FAMILIES, CheckpointSpec
 
 if TYPE_CHECKING:
     import torch

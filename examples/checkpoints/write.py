@@ -9,12 +9,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_dwdp.checkpoints.families import make_config
-from vllm_dwdp.checkpoints.fp8 import FP8_CONFIG, as_fp8
-from vllm_dwdp.checkpoints.spec import CheckpointSpec
-from vllm_dwdp.checkpoints.tokenizer import make_tokenizer, special_ids, unreadable_ids
-from vllm_dwdp.checkpoints.weights import as_on_disk, mute, random_weights
 from vllm_dwdp.errors import DwdpError
+
+from .families import make_config
+from .fp8 import FP8_CONFIG, as_fp8
+from .spec import CheckpointSpec
+from .tokenizer import make_tokenizer, special_ids, unreadable_ids
+from .weights import as_on_disk, mute, random_weights
 
 if TYPE_CHECKING:
     import torch

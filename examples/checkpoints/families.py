@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_dwdp.checkpoints.spec import VOCAB_SIZE, CheckpointSpec
 from vllm_dwdp.errors import DwdpError
+
+from .spec import VOCAB_SIZE, CheckpointSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

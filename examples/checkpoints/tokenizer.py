@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_dwdp.checkpoints.spec import VOCAB_SIZE
+from .spec import VOCAB_SIZE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -1,19 +1,20 @@
-"""python -m vllm_dwdp.checkpoints OUT --family qwen3_moe --experts 8 ..."""
+"""python -m examples.checkpoints OUT --family qwen3_moe --experts 8 ..."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from vllm_dwdp.checkpoints.spec import FAMILIES, ITEM_SIZES, CheckpointSpec
-from vllm_dwdp.checkpoints.write import write_checkpoint
 from vllm_dwdp.errors import DwdpError
+
+from .spec import FAMILIES, ITEM_SIZES, CheckpointSpec
+from .write import write_checkpoint
 
 
 def main() -> None:
     default = CheckpointSpec()
     parser = argparse.ArgumentParser(
-        prog="python -m vllm_dwdp.checkpoints", description="Make a tiny random checkpoint that vLLM loads."
+        prog="python -m examples.checkpoints", description="Make a tiny random checkpoint that vLLM loads."
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     parser.add_argument("--family", choices=list(FAMILIES), default=default.family)
