@@ -194,7 +194,7 @@ def test_every_failure_is_raised(bench: Bench, call: str) -> None:
     bench.engine.submit(program)
     bench.device.fail[call] = "cudaErrorECCUncorrectable"
     with pytest.raises(CudaError, match="cudaErrorECCUncorrectable") as caught:
-        bench.engine.submit(program, release)
+        bench.engine.wait(bench.engine.submit(program, release), LIMIT_S)
     assert "\n" not in str(caught.value)
     copied = pickle.loads(pickle.dumps(caught.value))
     assert (str(copied), copied.code) == (str(caught.value), "cudaErrorECCUncorrectable")
