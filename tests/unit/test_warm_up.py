@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from tests.unit.gpu_sharing import LAYERS, share_on_gpus
 from vllm_dwdp.engine import gpu_worker
 from vllm_dwdp.engine.graphs import captured_tokens
+from vllm_dwdp.kernels.tiles import Tiles
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.warm_up import distinct_sizes, warm_up_sizes
 
@@ -32,19 +33,23 @@ def test_every_answer_is_among_those_of_the_sizes(answers: list[list[int]], firs
 
 
 def test_sizes_of_a_split_view(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other tiles from 8 and from 30 tokens on, pulled; one for all direct forwards; two routes a token."""
+    """Other tiles from 8 and from 30 tokens on, pulled; one for all direct forwards; two routes a token, five experts."""
     monkeypatch.setattr(ModelBuild, "_current", None)
     _, ranks = share_on_gpus(monkeypatch, "split")
     rank = ranks[0]
     for module in rank.modules:
         kernel: Any = module.quant_method.moe_kernel.fused_experts
-        kernel.tiles = lambda tokens, top_k, kernel=kernel: "direct" if kernel.direct else (tokens >= 8, tokens >= 30)
+
+        def tiles(tokens: int, top_k: int, kernel: Any = kernel) -> Tiles:
+            return Tiles(16, 128 if kernel.direct else 64 if tokens >= 30 else 32 if tokens >= 8 else 16, 64)
+
+        kernel.tiles = tiles
     layers = rank.sharing.layers
     assert len(layers) == LAYERS
-    # A multiple of 16 routes is apart: 8, 16, 32 tokens.
-    assert warm_up_sizes(layers, 0, 1, 40) == [1, 8, 9, 30, 32]
-    assert warm_up_sizes(layers, 8, 1, 40) == [1, 8, 9, 16, 30, 32]
-    assert warm_up_sizes(layers, 100, 1, 40) == [1, 8]
+    # A token alone, fewer routes than experts (whole blocks only), and multiples of 16 routes are apart: 1; 2; 8, 16, 32.
+    assert warm_up_sizes(layers, 0, 1, 40) == [1, 2, 3, 8, 9, 30, 32]
+    assert warm_up_sizes(layers, 8, 1, 40) == [1, 2, 3, 8, 9, 16, 30, 32]
+    assert warm_up_sizes(layers, 100, 1, 40) == [1, 2, 3, 8]
     assert warm_up_sizes(layers, 0, 41, 40) == []
     for one in ranks:
         one.sharing.close()
@@ -58,7 +63,7 @@ def test_layers_of_another_shape_have_kernels_of_their_own(monkeypatch: pytest.M
     asked = []
     for number, module in enumerate(modules):
         kernel: Any = module.quant_method.moe_kernel.fused_experts
-        kernel.tiles = lambda tokens, top_k, number=number: asked.append(number)
+        kernel.tiles = lambda tokens, top_k, number=number: asked.append(number) or Tiles(16, 64, 64)
     tables = modules[0].dwdp_tables
     narrow = tuple(replace(table, rows=table.rows // 2) for table in tables.pulled)
     modules[0].dwdp_tables = tables._replace(pulled=narrow)

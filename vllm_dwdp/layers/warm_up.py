@@ -1,8 +1,7 @@
 """Sizes of forwards that between them use every kernel that a split view will need, so that no request waits for a compiler.
 
-Triton compiles a kernel at its first launch, which takes seconds: once for each configuration of tiles, again where a number
-of routes is no multiple of 16, and for few routes, each of which is a block. What vLLM captures as a CUDA graph is
-compiled by that.
+Triton compiles a kernel at its first launch, which takes seconds: once for each configuration of tiles, and again for what
+`compiled_apart` tells. What vLLM captures as a CUDA graph is compiled by that.
 """
 
 from __future__ import annotations
@@ -12,9 +11,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vllm_dwdp.layers.slabs import LayerSlab
-
-#: Triton compiles apart what is and what is not a multiple of it.
-_MULTIPLE = 16
 
 
 def distinct_sizes(kernels_of: Iterable[Callable[[int], Hashable]], first: int, last: int) -> list[int]:
@@ -32,17 +28,15 @@ def distinct_sizes(kernels_of: Iterable[Callable[[int], Hashable]], first: int, 
 
 def warm_up_sizes(layers: Sequence[LayerSlab], direct_tokens: int, first: int, last: int) -> list[int]:
     """`distinct_sizes` of the split view's kernels, pulled and direct, between `first` and `last` tokens."""
+    from vllm_dwdp.kernels.compiled_apart import compiled_apart
 
     def kernel_of(layer: LayerSlab) -> Callable[[int], Hashable]:
-        module = layer.build.module
+        module, experts = layer.build.module, layer.build.placement.num_experts
 
         def at(tokens: int) -> Hashable:
             module.dwdp_compute_direct(tokens <= direct_tokens)
             tiles = module.quant_method.moe_kernel.fused_experts.tiles(tokens, module.top_k)
-            routes = tokens * module.top_k
-            # vLLM sorts fewer routes than a quarter of the experts into no blocks (torch_ops.py, vllm_ops.py).
-            single = routes * 4 <= layer.build.placement.num_experts and routes.bit_length()
-            return tiles, routes % _MULTIPLE == 0, single
+            return compiled_apart(tiles, tokens, module.top_k, experts)
 
         return at
 
