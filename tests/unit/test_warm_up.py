@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from tests.unit.gpu_sharing import LAYERS, share_on_gpus
 from vllm_dwdp.engine import gpu_worker
 from vllm_dwdp.engine.graphs import captured_tokens
+from vllm_dwdp.kernels import launching
 from vllm_dwdp.kernels.tiles import Tiles
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.warm_up import distinct_sizes, warm_up_sizes
@@ -100,6 +101,7 @@ def test_what_is_captured_is_compiled_by_that(mode: CUDAGraphMode | None, tokens
 
 def test_they_run_before_vllms_own_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[Any] = []
+    monkeypatch.setattr(launching, "_tell", None)
     monkeypatch.setattr(Worker, "compile_or_warm_up_model", lambda self: ran.append("vLLM") or "times")
     monkeypatch.setattr(Worker, "randomize_dummy_inputs", property(lambda self: True))
     asked: list[tuple[int, int, int]] = []
@@ -116,6 +118,7 @@ def test_they_run_before_vllms_own_warm_up(monkeypatch: pytest.MonkeyPatch) -> N
         seal_unused=lambda: ran.append("seal"),
         view="split",
         forwards=SimpleNamespace(reset=lambda: ran.append("reset")),
+        counters=SimpleNamespace(fields=SimpleNamespace(kernels_compiled_after_start=0)),
     )
     compilation = CompilationConfig(cudagraph_mode=CUDAGraphMode.PIECEWISE, cudagraph_capture_sizes=[1, 8])
     compilation.max_cudagraph_capture_size = 8
@@ -125,6 +128,15 @@ def test_they_run_before_vllms_own_warm_up(monkeypatch: pytest.MonkeyPatch) -> N
     made.model_runner = SimpleNamespace(
         _dummy_run=lambda size, skip_eplb, remove_lora, randomize_inputs: ran.append((size, randomize_inputs))
     )
+    page = made.dwdp_sharing.counters.fields
     assert made.compile_or_warm_up_model() == "times"
+    told: Any = launching._tell
+    made.dwdp_step_tokens = 77
+    logged: list[str] = []
+    monkeypatch.setattr(gpu_worker.logger, "warning", lambda text, *words: logged.append(text % words))
+    for kernels in (1, 2):
+        told("split_gemm_kernel")
+        assert page.kernels_compiled_after_start == kernels == len(logged)
+    assert "rank 0: a step of 77 tokens waited while split_gemm_kernel was compiled" in logged[0]
     assert asked == [(4, 9, 100)]
     assert ran == [(12, True), (9, True), "vLLM", "seal", "reset"]

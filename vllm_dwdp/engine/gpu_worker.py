@@ -12,6 +12,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_dwdp.engine.graphs import captured_tokens, limit_graphs
 from vllm_dwdp.engine.worker import DwdpWorkerMixin, in_engine, in_ray
 from vllm_dwdp.group.launch import launch_of
+from vllm_dwdp.kernels import launching
 from vllm_dwdp.layers.warm_up import warm_up_sizes
 
 logger = init_logger("vllm.dwdp")
@@ -57,7 +58,20 @@ class DwdpGPUWorker(DwdpWorkerMixin, Worker):
             self.model_runner._dummy_run(
                 size, skip_eplb=True, remove_lora=False, randomize_inputs=self.randomize_dummy_inputs
             )
-        return super().compile_or_warm_up_model()
+        times = super().compile_or_warm_up_model()
+        launching.watch(self._dwdp_compiled)
+        return times
+
+    def _dwdp_compiled(self, kernel: str) -> None:
+        """A step had `kernel` compiled, which the warm-up should have."""
+        assert self.dwdp_sharing is not None
+        self.dwdp_sharing.counters.fields.kernels_compiled_after_start += 1
+        logger.warning(
+            "dwdp rank %d: a step of %d tokens waited while %s was compiled, which the start left out: please report it",
+            self.dwdp_rank,
+            self.dwdp_step_tokens,
+            kernel,
+        )
 
     def determine_available_memory(self) -> int:
         """vLLM's profiling run; ranks that share a GPU take turns, so that their peaks do not add up."""

@@ -81,6 +81,8 @@ class DwdpWorkerMixin:
     model_runner: Any
     #: What memory let this rank hold, where that decides.
     dwdp_held: Held | None = None
+    #: Tokens of the step under way, or of the last one.
+    dwdp_step_tokens = 0
     #: With `hits`, once the model is warm.
     dwdp_hits_writer: HitsWriter | None = None
 
@@ -204,6 +206,7 @@ class DwdpWorkerMixin:
         if tokens := scheduler_output.total_num_scheduled_tokens:
             assert self.dwdp_sharing is not None
             self.dwdp_sharing.forwards.add(tokens)
+            self.dwdp_step_tokens = tokens
         return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
 
     def _dwdp_first_forward(self, *args: Any, **kwargs: Any) -> Any:
