@@ -50,7 +50,7 @@ def watch(tell: Callable[[str], None] | None) -> None:
     _tell = tell
 
 
-def _held(function: Any) -> int:
+def held(function: Any) -> int:
     """Kernels that Triton has compiled of a function, or read from its cache on disk; 0 where it interprets."""
     return sum(len(kernels) for kernels, *_ in getattr(function, "device_caches", {}).values())
 
@@ -75,9 +75,9 @@ def launch(key: Hashable | None, planned: Planned, arguments: tuple[Any, ...]) -
     arguments: all that are no constants, in the signature's order.
     """
     function, grid, constants, persistent = planned
-    held = _held(function)
+    before = held(function)
     compiled = function[grid](*arguments, **constants)
-    if _tell is not None and _held(function) > held:
+    if _tell is not None and held(function) > before:
         _tell(function.__name__)
     if key is None or compiled is None:  # None from the interpreter
         return

@@ -2,11 +2,11 @@
 
     python -m ci.bench.layer_calls [--simulated] [--json FILE]
 
-One GPU is enough: the copies lie within it, since their host side does not depend on where the source is. `--simulated` counts
-on a machine without a GPU, on the simulated device of the tests; its times are those of the simulation and are not shown.
+One GPU is enough: the copies lie within it, since their host side does not depend on where the source is. `--simulated`
+counts on a machine without a GPU, on the simulated device of the tests, whose times say nothing and are not shown.
 
-hidden: copies are done before compute wants them, and the host knows. ahead: the host is ahead of the device, so that every
-layer waits on the device. own slot: as many slots as layers, so that each is pulled once. direct: the layer's missing experts
+hidden: copies are done before compute wants them, and the host knows. ahead: the host is ahead of the device, so that
+every layer waits on the device. own slot: as many slots as layers, so that each is pulled once. direct: missing experts
 are read where they are.
 """
 

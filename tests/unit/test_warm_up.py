@@ -104,6 +104,7 @@ def test_they_run_before_vllms_own_warm_up(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(launching, "_tell", None)
     monkeypatch.setattr(Worker, "compile_or_warm_up_model", lambda self: ran.append("vLLM") or "times")
     monkeypatch.setattr(Worker, "randomize_dummy_inputs", property(lambda self: True))
+    monkeypatch.setattr(gpu_worker, "compile_at", lambda layers, direct, sizes: ran.append((direct, sizes)) or 5)
     asked: list[tuple[int, int, int]] = []
     monkeypatch.setattr(
         gpu_worker, "warm_up_sizes", lambda layers, direct, first, last: asked.append((direct, first, last)) or [9, 12]
@@ -139,4 +140,4 @@ def test_they_run_before_vllms_own_warm_up(monkeypatch: pytest.MonkeyPatch) -> N
         assert page.kernels_compiled_after_start == kernels == len(logged)
     assert "rank 0: a step of 77 tokens waited while split_gemm_kernel was compiled" in logged[0]
     assert asked == [(4, 9, 100)]
-    assert ran == [(12, True), (9, True), "vLLM", "seal", "reset"]
+    assert ran == [(4, [9, 12]), (12, True), (9, True), "vLLM", "seal", "reset"]
