@@ -6,17 +6,18 @@ Prints a JSON line: how many kernels the layers launch, how many were compiled, 
 import json
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
-import torch
 import triton.compiler
 from triton.runtime import driver
 from vllm import _custom_ops
 
 from tests.kernels.kernels_met import Layer
 from tests.kernels.launch_twice import Compiled, Driver
-from vllm_dwdp.kernels.compile_ahead import compile_ahead, compile_layer
+from vllm_dwdp.kernels.compile_ahead import compile_ahead
 from vllm_dwdp.kernels.configs import LayerShape
+from vllm_dwdp.kernels.experts import SplitExperts
 from vllm_dwdp.kernels.tiles import Tiles
 from vllm_dwdp.kernels.torch_ops import QuantKind
 
@@ -51,8 +52,10 @@ def main() -> None:
                 def job(layer: Layer = layer, size: int = size) -> None:
                     layer.direct = size <= 8
                     shape = layer.shape
-                    tiles, quant = layer.tiles(size, shape.top_k), kinds[shape.dtype]
-                    compile_layer(layer.tables, tiles, size, shape.top_k, quant, torch.bfloat16)
+                    experts: Any = SimpleNamespace(
+                        quant_kind=kinds[shape.dtype], tiles=layer.tiles, _attached=lambda: layer.tables
+                    )
+                    SplitExperts.compile(experts, size, shape.top_k)
 
                 yield job
 

@@ -18,7 +18,7 @@ from vllm_dwdp.engine.graphs import captured_tokens
 from vllm_dwdp.kernels import launching
 from vllm_dwdp.kernels.tiles import Tiles
 from vllm_dwdp.layers.build import ModelBuild
-from vllm_dwdp.layers.warm_up import distinct_sizes, warm_up_sizes
+from vllm_dwdp.layers.warm_up import compile_at, distinct_sizes, warm_up_sizes
 
 
 @given(st.lists(st.lists(st.integers(0, 4), min_size=20, max_size=20), max_size=3), st.integers(1, 12))
@@ -52,6 +52,12 @@ def test_sizes_of_a_split_view(monkeypatch: pytest.MonkeyPatch) -> None:
     assert warm_up_sizes(layers, 8, 1, 40) == [1, 2, 3, 8, 9, 16, 30, 32]
     assert warm_up_sizes(layers, 100, 1, 40) == [1, 2, 3, 8]
     assert warm_up_sizes(layers, 0, 41, 40) == []
+    compiled: list[tuple[bool, int, int]] = []
+    for module in rank.modules:
+        fused: Any = module.quant_method.moe_kernel.fused_experts
+        fused.compile = lambda tokens, top_k, fused=fused: compiled.append((fused.direct, tokens, top_k))
+    # One layer of each kind.
+    assert compile_at(layers, 8, [8, 9]) == 0 and compiled == [(True, 8, 2), (False, 9, 2)]
     for one in ranks:
         one.sharing.close()
 
