@@ -108,7 +108,7 @@ class Prefetcher:
             page.on_demand_fetches += 1
             # Behind all compute issued so far, which includes an aborted use, and behind the copy in flight.
             self._pull(layer, self._engine.record())
-        self._wait(slot, layer)
+        self._wait(slot)
         page.layers += 1
         slot.used_by = layer
         if page.layers % self._exposed_every == 0:
@@ -175,12 +175,12 @@ class Prefetcher:
         page.merged_bytes += program.merged_bytes
         return slot.copied
 
-    def _wait(self, slot: _Slot, layer: int) -> None:
-        assert slot.copied is not None
+    def _wait(self, slot: _Slot) -> None:
+        assert slot.copied is not None and slot.holds is not None
         try:
             self._engine.wait(slot.copied, self._timeout_s)
         except InCapture as error:
-            raise _captured(layer) from error
+            raise _captured(slot.holds) from error
         except DwdpTimeout:
             raise  # the copy may still end
         except DwdpError:
