@@ -45,6 +45,12 @@ class Launch(NamedTuple):
         return self.pointers + self.numbers
 
 
+def padded_routes(room: int | None, rows: int, num_routes: int, block_m: int) -> int:
+    """Routes of a launch with their padding, at most. room: of the sorted ones; None where a block is one route."""
+    # With fewer rows than a block has, at most one block per route is in use.
+    return num_routes * block_m if room is None else min(room, num_routes * block_m) if rows < block_m else room
+
+
 def prepare(
     a: torch.Tensor,
     weights: WeightTable,
@@ -70,13 +76,7 @@ def prepare(
             f"weights with{'out' if scales is None else ''} scales, activations the other way: give both or none"
         )
     routes = assignment.routes
-    if routes is None:
-        em = num_routes * tiles.block_m
-    else:
-        em = routes.shape[0]
-        if a.shape[0] < tiles.block_m:
-            # At most one block per route is in use.
-            em = min(em, num_routes * tiles.block_m)
+    em = padded_routes(None if routes is None else routes.shape[0], a.shape[0], num_routes, tiles.block_m)
     a_kind, a_strides = NO_SCALE.value, (0, 0)
     if scales is not None and a_scale is not None:
         a_kind = BLOCKS.value if scales.kind == "block" else (TENSOR.value if a_scale.numel() == 1 else ROWS.value)

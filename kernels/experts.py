@@ -17,6 +17,7 @@ from vllm_dwdp.errors import DwdpError
 
 from . import vllm_ops
 from .arguments import Assignment
+from .compile_ahead import compile_layer
 from .configs import layer_shape, tiles_for
 from .direct_tiles import direct_tiles_for
 from .split_moe import Workspace, check_layer, split_experts
@@ -132,6 +133,13 @@ class SplitExperts(TritonExperts):
             choose = direct_tiles_for if self.direct else tiles_for
             self._tiles[key] = choose(shape, num_tokens, w13.addresses.device, block)  # type: ignore[arg-type]
         return self._tiles[key]
+
+    def compile(self, num_tokens: int, top_k: int) -> None:
+        """Have Triton compile what `apply` launches for a batch of this size, and launch nothing."""
+        quantized = self.quant_kind != "none"
+        dtype = torch.bfloat16 if quantized else self._attached()[0].dtype
+        tiles = self.tiles(num_tokens, top_k)
+        compile_layer(self._attached(), tiles, num_tokens, top_k, self.quant_kind, dtype)
 
     def _attached(self) -> tuple[WeightTable, WeightTable]:
         tables = self._direct if self.direct else self._tables

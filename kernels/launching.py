@@ -7,7 +7,7 @@ search would look at is the same as when it was found.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -41,6 +41,18 @@ class Known(NamedTuple):
 
 
 _known: dict[Hashable, Known] = {}
+_tell: Callable[[str], None] | None = None
+
+
+def watch(tell: Callable[[str], None] | None) -> None:
+    """From now on `tell` is given the name of every kernel that a launch had Triton compile; None: nobody is."""
+    global _tell
+    _tell = tell
+
+
+def held(function: Any) -> int:
+    """Kernels that Triton has compiled of a function, or read from its cache on disk; 0 where it interprets."""
+    return sum(len(kernels) for kernels, *_ in getattr(function, "device_caches", {}).values())
 
 
 def find(key: Hashable) -> Known | None:
@@ -63,7 +75,10 @@ def launch(key: Hashable | None, planned: Planned, arguments: tuple[Any, ...]) -
     arguments: all that are no constants, in the signature's order.
     """
     function, grid, constants, persistent = planned
+    before = held(function)
     compiled = function[grid](*arguments, **constants)
+    if _tell is not None and held(function) > before:
+        _tell(function.__name__)
     if key is None or compiled is None:  # None from the interpreter
         return
     if len(_known) >= MOST:

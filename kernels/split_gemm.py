@@ -182,10 +182,11 @@ def compile_gemm(
     a: torch.Tensor, weights: WeightTable, out: torch.Tensor, assignment: Assignment, tiles: Tiles, *, top_k: int,
     router_weights: torch.Tensor | None = None, a_scale: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Compile what `split_gemm` would launch, and launch nothing."""
+    """Compile what `split_gemm` would launch, and launch nothing; tensors may be on the device `meta`."""
     laid_out = prepare(a, weights, out, assignment, tiles, top_k, router_weights, a_scale)
     planned = _planned(laid_out, weights, assignment, tiles, top_k, out.dtype)
-    arguments = laid_out.arguments + _more(weights, planned.persistent)
+    pointers = (tensor.dtype if tensor is not None and tensor.is_meta else tensor for tensor in laid_out.pointers)
+    arguments = (*pointers, *laid_out.numbers, *_more(weights, planned.persistent))
     planned.function.warmup(*arguments, grid=planned.grid, **planned.constants)
 
 

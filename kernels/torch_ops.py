@@ -70,11 +70,16 @@ def room_for_routes(num_routes: int, block_m: int, num_experts: int) -> int:
     return min(num_routes * block_m, most) if num_routes < num_experts else most
 
 
+def are_single(num_routes: int, num_experts: int) -> bool:
+    """Whether routes are so few that they are not sorted, and each is a block; as vLLM has it."""
+    return num_routes * 4 <= num_experts
+
+
 def assign(topk_ids: torch.Tensor, block_m: int, num_experts: int) -> Assignment:
     """Sort the routes of int [M, top_k] by expert, each expert's padded to whole blocks; ids below 0 are left out."""
     flat = topk_ids.reshape(-1).long()
     routes = flat.numel()
-    if routes * 4 <= num_experts:
+    if are_single(routes, num_experts):
         padded = torch.full((1,), routes * block_m, dtype=torch.int32, device=flat.device)
         return Assignment(None, flat.to(torch.int32), padded)
     keys = torch.where(flat < 0, num_experts, flat)

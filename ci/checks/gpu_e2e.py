@@ -41,8 +41,8 @@ STEPS = ["digests", "tokens_each_rank", "batch", "counters"]
 BATCH_TOLERANCE = 0.1
 KV_BYTES = 256 << 20
 PROMPTS = ("The experts of a layer", "No rank waits", "Two slots")
-SHOWN = ("view", "experts_held", "slab_bytes", "slot_bytes")
-SHOWN += ("forwards", "direct_forwards", "pulled_bytes", "on_demand_fetches")
+SHOWN = ("view", "experts_held", "slab_bytes", "slot_bytes", "forwards", "direct_forwards", "pulled_bytes",
+         "on_demand_fetches", "kernels_compiled_after_start")  # fmt: skip
 
 
 class Plain:
@@ -148,6 +148,9 @@ def check(case: Case, folder: Path, plain: Plain, args: argparse.Namespace) -> d
     largest = max((min(found) for found in apart if found), default=float("inf"))
     if sum(map(bool, apart)) < 0.9 * len(rows) or largest > BATCH_TOLERANCE:
         wrong.append("logprobs")
+    late = [counted["kernels_compiled_after_start"] for counted in job["counters"]]
+    if any(late):
+        wrong.append(f"kernels compiled after start: {late}")
     wrong += left_behind(job["left"], args.parallel == 1)
     first = job["counters"][0]
     return {
@@ -197,6 +200,9 @@ def check_serve(case: Case, folder: Path, plain: Plain, args: argparse.Namespace
     forwards = [value for name, value in metrics.items() if name.startswith("dwdp:forwards_total")]
     if len(forwards) != case.ranks or not all(forwards):
         wrong.append(f"metrics: forwards {forwards}")
+    late = [value for name, value in metrics.items() if name.startswith("dwdp:kernels_compiled_after_start_total")]
+    if len(late) != case.ranks or any(late):
+        wrong.append(f"metrics: kernels compiled after start {late}")
     wrong += left_behind(left, args.parallel == 1)
     return {"wrong": wrong, "seconds": time.monotonic() - started, "same_tokens": same_tokens, "metrics": metrics}
 

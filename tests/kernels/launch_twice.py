@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from vllm_dwdp.kernels import launching
 from vllm_dwdp.kernels.arguments import Assignment
 from vllm_dwdp.kernels.split_gemm import split_gemm
 from vllm_dwdp.kernels.tiles import Tiles
@@ -67,6 +68,7 @@ def compile_nothing(self: Any, key: Any, signature: Any, device: int, *more: Any
 def main() -> None:
     driver.set_active(Driver())
     JITFunction._do_compile = compile_nothing  # type: ignore[method-assign]
+    launching.watch(lambda name: told.update(compiled=name))
     experts, rows, cols, top_k = 4, 64, 128, 2
     routes, blocks = torch.zeros(256, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
     padded = torch.zeros(1, dtype=torch.int32)

@@ -64,3 +64,13 @@ def test_layers_that_are_alike_share_a_kernel() -> None:
     for own in (1, 25):
         assert second["arguments"][own] != first["arguments"][own] == third["arguments"][own]
     assert [a == b for a, b in zip(first["arguments"], third["arguments"], strict=True)].count(False) <= 2
+
+
+def test_what_is_compiled_is_told_and_what_is_only_searched_for_is_not(found: dict[str, list[dict[str, Any]]]) -> None:
+    told = [first for first, _ in found.values() if "compiled" in first]
+    assert len(told) == len({first["kernel"] for first, _ in found.values()})
+    assert {first["compiled"] for first in told} == {"split_gemm_kernel", "persistent_kernel"}
+    assert not any("compiled" in second for _, second in found.values())
+    first, second, third = launches("plain,pointer,16", "plain,pointer,32", "plain,pointer,33")
+    assert second["searched"] and second["kernel"] == first["kernel"] and "compiled" not in second
+    assert first["compiled"] == third["compiled"] == "split_gemm_kernel"

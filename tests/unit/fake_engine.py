@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
-from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Exposed, Program, Span
+from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Exposed, InCapture, Program, Span
 
 Step = Callable[[], bool]  # one step of a stream; False where it has to wait for the other stream
 
@@ -78,6 +78,8 @@ class FakeEngine(CopyEngine):
 
     def wait(self, event: Event, timeout_s: float) -> None:
         assert isinstance(event, FakeEvent)
+        if self.capturing():
+            raise InCapture("made to be")
         if self.queued:
             self.compute.append(lambda: event.done)
             return

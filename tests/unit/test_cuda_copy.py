@@ -8,7 +8,7 @@ import pytest
 from tests.unit.cuda_bench import SIZE, Bench, open_bench
 from tests.unit.cuda_rank import LIMIT_S
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
-from vllm_dwdp.transport.base import Event, Program
+from vllm_dwdp.transport.base import Event, InCapture, Program
 from vllm_dwdp.transport.cuda_device import CudaError
 from vllm_dwdp.transport.cuda_events import NOISE_S
 from vllm_dwdp.transport.shm_copy import ShmEvent
@@ -160,6 +160,36 @@ def test_no_more_work_is_given_once_a_copy_is_overdue(bench: Bench, monkeypatch:
     engine.record()  # long ago, and done
 
 
+def test_a_copy_that_is_done_tells_nothing_of_later_ones(bench: Bench) -> None:
+    """Nor does a wait that was read: what is not known to be done is waited for at the end."""
+    engine, machine, program = bench.engine, bench.machine, bench.program()
+    first = engine.submit(program)
+    machine.drain()
+    machine.frozen = True
+    engine.submit(program)
+    engine.wait(first, LIMIT_S)
+    with pytest.raises(DwdpTimeout):
+        engine.close(0.01)
+    engine.wait(engine.submit(program), LIMIT_S)
+    machine.frozen = False
+    machine.drain()
+    machine.frozen = True
+    engine.submit(program)
+    assert engine.take_exposed().waits <= 1
+    with pytest.raises(DwdpTimeout):
+        engine.close(0.01)
+
+
+def test_a_wait_in_a_capture_is_refused_by_cuda_itself(bench: Bench) -> None:
+    event = bench.engine.submit(bench.program())
+    bench.machine.drain()
+    bench.device.begin_torch_capture()
+    with pytest.raises(InCapture, match="inside of a CUDA graph"):
+        bench.engine.wait(event, LIMIT_S)
+    bench.device.destroy_graph(bench.device.end_torch_capture())
+    bench.engine.wait(event, LIMIT_S)
+
+
 def test_events_that_outlive_the_engine_are_destroyed_too(bench: Bench) -> None:
     event: Event | None = bench.engine.submit(bench.program())
     bench.engine.close(LIMIT_S)
@@ -194,7 +224,7 @@ def test_every_failure_is_raised(bench: Bench, call: str) -> None:
     bench.engine.submit(program)
     bench.device.fail[call] = "cudaErrorECCUncorrectable"
     with pytest.raises(CudaError, match="cudaErrorECCUncorrectable") as caught:
-        bench.engine.submit(program, release)
+        bench.engine.wait(bench.engine.submit(program, release), LIMIT_S)
     assert "\n" not in str(caught.value)
     copied = pickle.loads(pickle.dumps(caught.value))
     assert (str(copied), copied.code) == (str(caught.value), "cudaErrorECCUncorrectable")

@@ -18,6 +18,7 @@ from tests.unit.gpu_sharing import LAYERS, MANY, GpuRank, end_process, share_on_
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.views.split import SplitTables
+from vllm_dwdp.transport.base import InCapture
 
 FEW = 16  # tokens of the largest direct forward
 
@@ -148,9 +149,14 @@ def stale_table(rank: GpuRank) -> None:
 
 
 def no_wait(rank: GpuRank) -> None:
-    """Pulled forwards do not wait for their copies."""
-    prefetcher: Any = rank.sharing.prefetcher
-    prefetcher._wait = lambda slot: None
+    """Pulled forwards do not wait for their copies; that they are refused in a capture stays."""
+    engine: Any = rank.sharing.engine
+
+    def wait(event: Any, timeout_s: float) -> None:
+        if engine.capturing():
+            raise InCapture("made to be")
+
+    engine.wait = wait
 
 
 @pytest.mark.parametrize("fault", [stale_table, no_wait])

@@ -15,8 +15,10 @@ from vllm.v1.worker.gpu_worker import Worker
 from tests.unit.gpu_sharing import LAYERS, share_on_gpus
 from vllm_dwdp.engine import gpu_worker
 from vllm_dwdp.engine.graphs import captured_tokens
+from vllm_dwdp.kernels import launching
+from vllm_dwdp.kernels.tiles import Tiles
 from vllm_dwdp.layers.build import ModelBuild
-from vllm_dwdp.layers.warm_up import distinct_sizes, warm_up_sizes
+from vllm_dwdp.layers.warm_up import compile_at, distinct_sizes, warm_up_sizes
 
 
 @given(st.lists(st.lists(st.integers(0, 4), min_size=20, max_size=20), max_size=3), st.integers(1, 12))
@@ -32,20 +34,30 @@ def test_every_answer_is_among_those_of_the_sizes(answers: list[list[int]], firs
 
 
 def test_sizes_of_a_split_view(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other tiles from 8 and from 30 tokens on, pulled; one for all direct forwards; two routes a token."""
+    """Other tiles from 8 and from 30 tokens on, pulled; one for all direct forwards; two routes a token, five experts."""
     monkeypatch.setattr(ModelBuild, "_current", None)
     _, ranks = share_on_gpus(monkeypatch, "split")
     rank = ranks[0]
     for module in rank.modules:
         kernel: Any = module.quant_method.moe_kernel.fused_experts
-        kernel.tiles = lambda tokens, top_k, kernel=kernel: "direct" if kernel.direct else (tokens >= 8, tokens >= 30)
+
+        def tiles(tokens: int, top_k: int, kernel: Any = kernel) -> Tiles:
+            return Tiles(16, 128 if kernel.direct else 64 if tokens >= 30 else 32 if tokens >= 8 else 16, 64)
+
+        kernel.tiles = tiles
     layers = rank.sharing.layers
     assert len(layers) == LAYERS
-    # A multiple of 16 routes is apart: 8, 16, 32 tokens.
-    assert warm_up_sizes(layers, 0, 1, 40) == [1, 8, 9, 30, 32]
-    assert warm_up_sizes(layers, 8, 1, 40) == [1, 8, 9, 16, 30, 32]
-    assert warm_up_sizes(layers, 100, 1, 40) == [1, 8]
+    # A token alone, fewer routes than experts (whole blocks only), and multiples of 16 routes are apart: 1; 2; 8, 16, 32.
+    assert warm_up_sizes(layers, 0, 1, 40) == [1, 2, 3, 8, 9, 30, 32]
+    assert warm_up_sizes(layers, 8, 1, 40) == [1, 2, 3, 8, 9, 16, 30, 32]
+    assert warm_up_sizes(layers, 100, 1, 40) == [1, 2, 3, 8]
     assert warm_up_sizes(layers, 0, 41, 40) == []
+    compiled: list[tuple[bool, int, int]] = []
+    for module in rank.modules:
+        fused: Any = module.quant_method.moe_kernel.fused_experts
+        fused.compile = lambda tokens, top_k, fused=fused: compiled.append((fused.direct, tokens, top_k))
+    # One layer of each kind.
+    assert compile_at(layers, 8, [8, 9]) == 0 and compiled == [(True, 8, 2), (False, 9, 2)]
     for one in ranks:
         one.sharing.close()
 
@@ -58,7 +70,7 @@ def test_layers_of_another_shape_have_kernels_of_their_own(monkeypatch: pytest.M
     asked = []
     for number, module in enumerate(modules):
         kernel: Any = module.quant_method.moe_kernel.fused_experts
-        kernel.tiles = lambda tokens, top_k, number=number: asked.append(number)
+        kernel.tiles = lambda tokens, top_k, number=number: asked.append(number) or Tiles(16, 64, 64)
     tables = modules[0].dwdp_tables
     narrow = tuple(replace(table, rows=table.rows // 2) for table in tables.pulled)
     modules[0].dwdp_tables = tables._replace(pulled=narrow)
@@ -95,8 +107,10 @@ def test_what_is_captured_is_compiled_by_that(mode: CUDAGraphMode | None, tokens
 
 def test_they_run_before_vllms_own_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[Any] = []
+    monkeypatch.setattr(launching, "_tell", None)
     monkeypatch.setattr(Worker, "compile_or_warm_up_model", lambda self: ran.append("vLLM") or "times")
     monkeypatch.setattr(Worker, "randomize_dummy_inputs", property(lambda self: True))
+    monkeypatch.setattr(gpu_worker, "compile_at", lambda layers, direct, sizes: ran.append((direct, sizes)) or 5)
     asked: list[tuple[int, int, int]] = []
     monkeypatch.setattr(
         gpu_worker, "warm_up_sizes", lambda layers, direct, first, last: asked.append((direct, first, last)) or [9, 12]
@@ -111,6 +125,7 @@ def test_they_run_before_vllms_own_warm_up(monkeypatch: pytest.MonkeyPatch) -> N
         seal_unused=lambda: ran.append("seal"),
         view="split",
         forwards=SimpleNamespace(reset=lambda: ran.append("reset")),
+        counters=SimpleNamespace(fields=SimpleNamespace(kernels_compiled_after_start=0)),
     )
     compilation = CompilationConfig(cudagraph_mode=CUDAGraphMode.PIECEWISE, cudagraph_capture_sizes=[1, 8])
     compilation.max_cudagraph_capture_size = 8
@@ -120,6 +135,15 @@ def test_they_run_before_vllms_own_warm_up(monkeypatch: pytest.MonkeyPatch) -> N
     made.model_runner = SimpleNamespace(
         _dummy_run=lambda size, skip_eplb, remove_lora, randomize_inputs: ran.append((size, randomize_inputs))
     )
+    page = made.dwdp_sharing.counters.fields
     assert made.compile_or_warm_up_model() == "times"
+    told: Any = launching._tell
+    made.dwdp_step_tokens = 77
+    logged: list[str] = []
+    monkeypatch.setattr(gpu_worker.logger, "warning", lambda text, *words: logged.append(text % words))
+    for kernels in (1, 2):
+        told("split_gemm_kernel")
+        assert page.kernels_compiled_after_start == kernels == len(logged)
+    assert "rank 0: a step of 77 tokens waited while split_gemm_kernel was compiled" in logged[0]
     assert asked == [(4, 9, 100)]
-    assert ran == [(12, True), (9, True), "vLLM", "seal", "reset"]
+    assert ran == [(4, [9, 12]), (12, True), (9, True), "vLLM", "seal", "reset"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_dwdp.engine.graphs import captured_tokens, limit_graphs
 from vllm_dwdp.engine.worker import DwdpWorkerMixin, in_engine, in_ray
 from vllm_dwdp.group.launch import launch_of
-from vllm_dwdp.layers.warm_up import warm_up_sizes
+from vllm_dwdp.kernels.launching import watch
+from vllm_dwdp.layers.warm_up import compile_at, warm_up_sizes
 
 logger = init_logger("vllm.dwdp")
 
@@ -51,13 +53,46 @@ class DwdpGPUWorker(DwdpWorkerMixin, Worker):
         first = captured_tokens(config.compilation_config) + 1
         sizes = warm_up_sizes(sharing.layers, sharing.direct_tokens or 0, first, largest)
         if sizes:
-            logger.info("dwdp rank %d: compiling kernels at %d sizes of steps", self.dwdp_rank, len(sizes))
+            self._dwdp_compile(sizes)
         for size in reversed(sizes):
             # As vLLM warms up sizes of its own.
             self.model_runner._dummy_run(
                 size, skip_eplb=True, remove_lora=False, randomize_inputs=self.randomize_dummy_inputs
             )
-        return super().compile_or_warm_up_model()
+        times = super().compile_or_warm_up_model()
+        watch(self._dwdp_compiled)
+        return times
+
+    def _dwdp_compile(self, sizes: list[int]) -> None:
+        """Compile in threads what the forwards of `sizes` would compile one by one, and say so."""
+        assert self.dwdp_sharing is not None
+        started = time.monotonic()
+        try:
+            count = compile_at(self.dwdp_sharing.layers, self.dwdp_sharing.direct_tokens or 0, sizes)
+        except Exception as error:  # a compiler's may be of any kind
+            logger.warning(
+                "dwdp rank %d: kernels are compiled one by one, which takes longer: %s", self.dwdp_rank, repr(error)
+            )
+            return
+        spent = time.monotonic() - started
+        logger.info(
+            "dwdp rank %d: %d kernels compiled in %.1f s, for %d sizes of steps",
+            self.dwdp_rank,
+            count,
+            spent,
+            len(sizes),
+        )
+
+    def _dwdp_compiled(self, kernel: str) -> None:
+        """A step had `kernel` compiled, which the warm-up should have."""
+        assert self.dwdp_sharing is not None
+        self.dwdp_sharing.counters.fields.kernels_compiled_after_start += 1
+        logger.warning(
+            "dwdp rank %d: a step of %d tokens waited while %s was compiled, which the start left out: please report it",
+            self.dwdp_rank,
+            self.dwdp_step_tokens,
+            kernel,
+        )
 
     def determine_available_memory(self) -> int:
         """vLLM's profiling run; ranks that share a GPU take turns, so that their peaks do not add up."""

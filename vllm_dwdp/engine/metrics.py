@@ -37,6 +37,12 @@ COUNTERS = (
     Series(
         "dwdp:on_demand_fetches", "on_demand_fetches", 1, "MoE layers that were not on their way when they were needed."
     ),
+    Series(
+        "dwdp:kernels_compiled_after_start",
+        "kernels_compiled_after_start",
+        1,
+        "Kernels of the split view that a request waited for the compiler for; 0 is right.",
+    ),
 )
 GAUGES = (
     Series("dwdp:experts_held", "experts_held", 1, "Experts of a layer resident on the rank."),

@@ -83,6 +83,8 @@ class DwdpWorkerMixin:
     dwdp_waits: Waits
     #: What memory let this rank hold, where that decides.
     dwdp_held: Held | None = None
+    #: Tokens of the step under way, or of the last one.
+    dwdp_step_tokens = 0
     #: With `hits`, once the model is warm.
     dwdp_hits_writer: HitsWriter | None = None
 
@@ -205,6 +207,7 @@ class DwdpWorkerMixin:
             assert self.dwdp_sharing is not None
             self.dwdp_sharing.forwards.add(tokens)
             self.dwdp_waits.add(tokens)
+            self.dwdp_step_tokens = tokens
         return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
 
     def _dwdp_first_forward(self, *args: Any, **kwargs: Any) -> Any:

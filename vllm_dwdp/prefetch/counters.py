@@ -14,7 +14,7 @@ from vllm_dwdp.transport.mapping import PAGE, Mapping
 from vllm_dwdp.transport.memfd import MemoryFile, create_file, map_handle
 
 MAGIC: Final = 0x44574450_50414745  # 'DWDPPAGE'
-VERSION: Final = 4
+VERSION: Final = 5
 VIEWS: Final = ("none", "split", "contiguous", "inplace")  # a view's code is its position
 _HEADER: Final = ("magic", "version", "view_code")
 
@@ -38,6 +38,7 @@ class Counters:
     slot_waits: int  # acquires that had to wait for a copy
     exposed_wait_ns: int  # time they waited
     on_demand_fetches: int  # acquires of a layer that was not in its slot nor on its way
+    kernels_compiled_after_start: int  # of the split view, each by a forward that waited for it
 
     def to_dict(self) -> dict[str, int | str]:
         """By field name."""
@@ -67,6 +68,7 @@ class CounterFields(ctypes.Structure):
     slot_waits: int
     exposed_wait_ns: int
     on_demand_fetches: int
+    kernels_compiled_after_start: int
 
     _fields_ = [(name, ctypes.c_int64) for name in (*_HEADER, *NUMBERS)]
 

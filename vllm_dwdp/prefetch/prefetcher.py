@@ -19,7 +19,7 @@ from vllm_dwdp.copy_plan import CopyPlan, Slice
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
 from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.prefetch.ring import Ring
-from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Program
+from vllm_dwdp.transport.base import Copy, CopyEngine, Event, InCapture, Program
 
 
 class _Slot:
@@ -43,6 +43,13 @@ def bind_plan(engine: CopyEngine, plan: CopyPlan, slabs: Mapping[int, int], slot
     return engine.bind(absolute(plan.pulls), absolute(plan.local))
 
 
+def _captured(layer: int) -> DwdpError:
+    return DwdpError(
+        f"layer {layer} would be pulled inside of a CUDA graph, whose replays would read stale slots: raise "
+        "dwdp.direct_tokens to the largest captured size, or choose -cc.cudagraph_mode NONE"
+    )
+
+
 class Prefetcher:
     """Keeps the slots of one rank filled; one thread calls it, the engine copies in the background."""
 
@@ -62,6 +69,7 @@ class Prefetcher:
         self._programs = tuple(programs)
         self._page = counters.fields
         self._timeout_s = timeout_s
+        self._exposed_every = engine.exposed_every
         self._slots = [_Slot(number) for number in range(ring.used_slots)]
         self._of_layer = [self._slots[ring.slot_of(layer)] for layer in range(ring.num_layers)]
         self._next = [ring.next_layer(layer) for layer in range(ring.num_layers)]
@@ -87,24 +95,24 @@ class Prefetcher:
         Raises DwdpTimeout, after which it may be tried again, and DwdpError if the copy failed, while a CUDA graph is
         captured, or if all is closed.
         """
-        if self._engine.capturing():
-            raise DwdpError(
-                f"layer {layer} would be pulled inside of a CUDA graph, whose replays would read stale slots: raise "
-                "dwdp.direct_tokens to the largest captured size, or choose -cc.cudagraph_mode NONE"
-            )
         slot = self._of_layer[layer]
+        # The engine's wait finds out by itself whether it is captured; all else that is done here has to ask.
+        if (slot.used_by == layer or slot.holds != layer) and self._engine.capturing():
+            raise _captured(layer)
         if slot.used_by == layer:
             return
         self._check_open()
         page = self._page
-        slot.used_by = None
         if slot.holds != layer:
+            slot.used_by = None
             page.on_demand_fetches += 1
             # Behind all compute issued so far, which includes an aborted use, and behind the copy in flight.
             self._pull(layer, self._engine.record())
         self._wait(slot)
         page.layers += 1
         slot.used_by = layer
+        if page.layers % self._exposed_every == 0:
+            self._count_exposed()
 
     def release(self, layer: int) -> None:
         """Compute has been given all work that reads the experts of `layer`; begins to pull the slot's next layer.
@@ -168,14 +176,18 @@ class Prefetcher:
         return slot.copied
 
     def _wait(self, slot: _Slot) -> None:
-        assert slot.copied is not None
+        assert slot.copied is not None and slot.holds is not None
         try:
             self._engine.wait(slot.copied, self._timeout_s)
+        except InCapture as error:
+            raise _captured(slot.holds) from error
         except DwdpTimeout:
             raise  # the copy may still end
         except DwdpError:
             slot.holds = None  # what is there is no layer
             raise
+
+    def _count_exposed(self) -> None:
         waits, seconds = self._engine.take_exposed()
         if waits:
             self._page.slot_waits += waits

@@ -148,8 +148,17 @@ class Event(ABC):
         """For a program that has ended: when it ran. None before, for other events, and where no times are kept."""
 
 
+class InCapture(DwdpError):
+    """Compute is captured into a CUDA graph, where the engine can do nothing."""
+
+
 class CopyEngine(ABC):
-    """Copies in the background, one program after the other in the order of submission."""
+    """Copies in the background, one program after the other in the order of submission.
+
+    exposed_every: of so many waits one is worth a look at `take_exposed`, which may cost calls of the device.
+    """
+
+    exposed_every: int = 1
 
     @abstractmethod
     def bind(self, pulls: Sequence[Copy], local: Sequence[Copy] = ()) -> Program:
@@ -167,7 +176,7 @@ class CopyEngine(ABC):
     def wait(self, event: Event, timeout_s: float) -> None:
         """Let compute wait for `event`; where compute is a stream the host goes on.
 
-        Raises DwdpTimeout after `timeout_s`, and DwdpError if the copy failed.
+        Raises DwdpTimeout after `timeout_s`, InCapture, and another DwdpError if the copy failed.
         """
 
     @abstractmethod

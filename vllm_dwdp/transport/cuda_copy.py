@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
-from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Exposed, Program
-from vllm_dwdp.transport.cuda_device import CudaDevice
-from vllm_dwdp.transport.cuda_events import CudaEvent, EventPool, ExposedWaits
+from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Exposed, InCapture, Program
+from vllm_dwdp.transport.cuda_device import CudaDevice, CudaError
+from vllm_dwdp.transport.cuda_events import AT_A_TIME, CudaEvent, EventPool, ExposedWaits
 
 _POLL_S: Final = 100e-6
+#: Copies that nobody waited for, before the device is asked which of them are done.
+_MOST_UNDER_WAY: Final = 256
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,13 @@ class CudaCopyEngine(CopyEngine):
     CUDA itself blocks a host that has given a stream about a thousand pieces of work that do not end, so limits are looked
     at before work is given; what is not ours (kernels, the wait for a step's tokens) blocks without one.
 
-    Nothing may be submitted, recorded or waited for while the compute stream is captured (`capturing`).
+    Nothing may be submitted, recorded or waited for while the compute stream is captured (`capturing`). `wait` begins with a
+    query, which CUDA refuses in a capture, so that it need not ask.
+
+    Copies end in the order of submission: one that is known to be done tells of all before it, without a call.
     """
+
+    exposed_every = AT_A_TIME
 
     def __init__(self, device: CudaDevice, options: CopyOptions) -> None:
         self._device = device
@@ -54,7 +61,9 @@ class CudaCopyEngine(CopyEngine):
         #: On which programs run, one after the other; measurements read it.
         self.stream = device.make_stream()
         self._events = EventPool(device, timing=False)
-        self._exposed = ExposedWaits(device)
+        self._ends = EventPool(device, timing=True)
+        self._exposed = ExposedWaits(device, self._forget)
+        self._submitted = 0
         self._graphs: list[int] = []
         self._under_way: deque[CudaEvent] = deque()
         self._closed = False
@@ -74,13 +83,16 @@ class CudaCopyEngine(CopyEngine):
             raise DwdpError(f"a {type(program).__name__} reached the CUDA copy engine: submit what its bind returned")
         device, stream = self._device, self.stream
         self._check_overdue()
+        if len(self._under_way) >= _MOST_UNDER_WAY:
+            self._forget_ended()
         if after is not None:
             device.wait_event(stream, _own(after).raw)
         if program.graph is not None:
             device.launch(program.graph, stream)
         else:
             self._issue(program.slices)
-        end = CudaEvent(self._events, deadline=time.monotonic() + self._options.timeout_s)
+        self._submitted += 1
+        end = CudaEvent(self._ends, time.monotonic() + self._options.timeout_s, self._submitted)
         device.record(end.raw, stream)
         self._under_way.append(end)
         return end
@@ -88,8 +100,7 @@ class CudaCopyEngine(CopyEngine):
     def record(self) -> CudaEvent:
         """See CopyEngine. Raises DwdpTimeout where a copy is overdue."""
         self._check_open()
-        if self._under_way and time.monotonic() > self._under_way[0].deadline:
-            self._check_overdue()
+        self._check_overdue()
         event = CudaEvent(self._events)
         self._device.record(event.raw, self._device.compute_stream())
         return event
@@ -98,13 +109,24 @@ class CudaCopyEngine(CopyEngine):
         """See CopyEngine. Raises DwdpTimeout where the copy was submitted `timeout_s` ago or more and is not done."""
         self._check_open()
         mine, device = _own(event), self._device
-        # A query costs a microsecond and spares a wait on the device and two events.
-        if not device.query(mine.raw):
-            submitted = mine.deadline - self._options.timeout_s
-            if mine.deadline and time.monotonic() > submitted + timeout_s:
-                raise _overdue(timeout_s)
-            self._check_overdue()
-            self._exposed.bracket(device.compute_stream(), mine.raw)
+        try:
+            # A query costs a microsecond and spares a wait on the device, an event and its time.
+            done = device.query(mine.raw)
+        except CudaError as error:
+            if error.in_capture:
+                raise InCapture(f"a copy was waited for inside of a CUDA graph: {error}") from error
+            raise
+        if done:
+            self._forget(mine)
+            return
+        submitted = mine.deadline - self._options.timeout_s
+        if mine.deadline and time.monotonic() > submitted + timeout_s:
+            raise _overdue(timeout_s)
+        self._check_overdue()
+        if mine.number:
+            self._exposed.wait(device.compute_stream(), mine)
+        else:
+            device.wait_event(device.compute_stream(), mine.raw)
 
     def take_exposed(self) -> Exposed:
         """See CopyEngine."""
@@ -140,6 +162,7 @@ class CudaCopyEngine(CopyEngine):
             self._device.destroy_graph(graph)
         self._exposed.close()
         self._events.close()
+        self._ends.close()
         self._device.destroy_stream(self.stream)
 
     def _build(self, slices: Sequence[Copy]) -> int:
@@ -164,11 +187,20 @@ class CudaCopyEngine(CopyEngine):
             raise DwdpError("the copy engine is closed: close the prefetcher first, and use neither any more")
 
     def _check_overdue(self) -> None:
-        """Forget copies that have ended; raises DwdpTimeout where the oldest of the others is overdue."""
+        """Raises DwdpTimeout where a copy that has not ended is overdue; asks the device only where one may be."""
+        if self._under_way and time.monotonic() > self._under_way[0].deadline:
+            self._forget_ended()
+            if self._under_way and time.monotonic() > self._under_way[0].deadline:
+                raise _overdue(self._options.timeout_s)
+
+    def _forget_ended(self) -> None:
         while self._under_way and self._device.query(self._under_way[0].raw):
             self._under_way.popleft()
-        if self._under_way and time.monotonic() > self._under_way[0].deadline:
-            raise _overdue(self._options.timeout_s)
+
+    def _forget(self, copy: CudaEvent) -> None:
+        """`copy` is done, and so are all before it."""
+        while self._under_way and self._under_way[0].number <= copy.number:
+            self._under_way.popleft()
 
 
 def _overdue(timeout_s: float) -> DwdpTimeout:

@@ -23,6 +23,11 @@ class CudaError(DwdpError):
         self.code = code
         self.reason = reason
 
+    @property
+    def in_capture(self) -> bool:
+        """Whether CUDA refused the call for a stream that is captured."""
+        return self.code.startswith("cudaErrorStreamCapture") or self.code == "cudaErrorCapturedEvent"
+
     def __reduce__(self) -> tuple[type["CudaError"], tuple[str, str, str]]:
         return type(self), (self.call, self.code, self.reason)
 
@@ -147,7 +152,8 @@ class CudaDevice(ABC):
 
     @abstractmethod
     def elapsed_s(self, begin: int, end: int) -> float:
-        """Seconds between two events with timing that are done, to about half a microsecond."""
+        """Seconds between two events with timing that are done, to about half a microsecond; of any streams of the device,
+        negative where `end` came first."""
 
     @abstractmethod
     def copy_async(self, dst: int, src: int, nbytes: int, stream: int) -> None:

@@ -1,16 +1,17 @@
 """CUDA events without making any per step: a pool of them, and the measurement of how long compute stood still."""
 
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.transport.base import NOTHING_EXPOSED, Event, Exposed, Span
 from vllm_dwdp.transport.cuda_device import CudaDevice
 
-# Two events around a wait that is over at once are 1 to 5 microseconds apart: shorter waits count as none.
+# What an event and a wait cost the device itself: shorter waits count as none.
 NOISE_S: Final = 5e-6
-#: Waits that are not read yet, before a further one looks for those that can be.
-_MOST_PAIRS: Final = 8
+#: Waits that are read at a time: where the last of them is over, so are the others.
+AT_A_TIME: Final = 8
 
 
 class EventPool:
@@ -49,13 +50,14 @@ class EventPool:
 class CudaEvent(Event):
     """A point in a stream. Its raw event goes back to the pool with it."""
 
-    __slots__ = ("_pool", "deadline", "raw")
+    __slots__ = ("_pool", "deadline", "number", "raw")
 
-    def __init__(self, pool: EventPool, deadline: float = 0.0) -> None:
-        """deadline: of time.monotonic, for copies."""
+    def __init__(self, pool: EventPool, deadline: float = 0.0, number: int = 0) -> None:
+        """deadline: of time.monotonic, for copies. number: of copies, in the order in which they end."""
         self._pool = pool
         self.raw = pool.take()
         self.deadline = deadline
+        self.number = number
 
     def __del__(self) -> None:
         raw = getattr(self, "raw", None)
@@ -68,42 +70,55 @@ class CudaEvent(Event):
 
 
 class ExposedWaits:
-    """How long a stream stood still: a pair of timing events around each wait, read later, by query, without waiting."""
+    """How long a stream stood still for copies: from when it came to a wait to the copy's end, read later, by query."""
 
-    def __init__(self, device: CudaDevice) -> None:
+    def __init__(self, device: CudaDevice, ended: Callable[[CudaEvent], None]) -> None:
+        """ended: is told of copies that turn out to be done, not of each."""
         self._device = device
+        self._ended = ended
         self.pool = EventPool(device, timing=True)
-        self._pairs: deque[tuple[int, int]] = deque()
+        self._waits: deque[tuple[int, CudaEvent]] = deque()
         self._known = NOTHING_EXPOSED
 
-    def bracket(self, stream: int, event: int) -> None:
-        """Let `stream` wait for `event`, and remember to measure it."""
-        if len(self._pairs) >= _MOST_PAIRS:
-            self._read()  # where nobody asks, so that events go back to the pool
-        begin, end = self.pool.take(), self.pool.take()
+    def wait(self, stream: int, copy: CudaEvent) -> None:
+        """Let `stream` wait for the end of `copy`, an event with timing, and remember to measure it."""
+        if self._waits and len(self._waits) % AT_A_TIME == 0:
+            self._read_all()  # where nobody asks, so that events go back to the pool
+        begin = self.pool.take()
         self._device.record(begin, stream)
-        self._device.wait_event(stream, event)
-        self._device.record(end, stream)
-        self._pairs.append((begin, end))
+        self._device.wait_event(stream, copy.raw)
+        self._waits.append((begin, copy))
 
     def take(self) -> Exposed:
-        """The waits not told yet whose end is known, shorter ones than NOISE_S left out."""
-        self._read()
+        """The waits not told yet that are over, shorter ones than NOISE_S left out."""
+        self._read_all()
         taken, self._known = self._known, NOTHING_EXPOSED
         return taken
 
-    def _read(self) -> None:
-        while self._pairs and self._device.query(self._pairs[0][1]):
-            begin, end = self._pairs.popleft()
-            seconds = self._device.elapsed_s(begin, end)
+    def _read_all(self) -> None:
+        while len(self._waits) >= AT_A_TIME:
+            if not self._read(AT_A_TIME):
+                return
+        while self._waits and self._read(1):
+            pass
+
+    def _read(self, count: int) -> bool:
+        """Read the `count` oldest waits; False where one of them is not over. Copies end in order, and so do begins."""
+        newest = max((self._waits[i][1] for i in range(count)), key=lambda copy: copy.number)
+        if not (self._device.query(newest.raw) and self._device.query(self._waits[count - 1][0])):
+            return False
+        self._ended(newest)
+        for _ in range(count):
+            begin, copy = self._waits.popleft()
+            # Negative where the copy was done before compute came to it.
+            seconds = self._device.elapsed_s(begin, copy.raw)
             self.pool.give(begin)
-            self.pool.give(end)
             if seconds >= NOISE_S:
                 self._known = Exposed(self._known.waits + 1, self._known.seconds + seconds)
+        return True
 
     def close(self) -> None:
         """Forget what is not known yet; idempotent."""
-        while self._pairs:
-            for raw in self._pairs.popleft():
-                self.pool.give(raw)
+        while self._waits:
+            self.pool.give(self._waits.popleft()[0])
         self.pool.close()
