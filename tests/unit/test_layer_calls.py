@@ -14,6 +14,7 @@ from ci.bench.layer_calls import OF_TORCH, Simulated, measure
 )
 def test_calls_of_a_layer(case: str, most: float, of_torch: int) -> None:
     calls, _ = measure(Simulated(), case, count=True)
+    once_a_forward = calls.pop("capturing", 0)
     asked = sum(calls.pop(name, 0) for name in OF_TORCH)
-    assert 0.9 * most <= sum(calls.values()) <= most and 0.9 * of_torch <= asked <= of_torch, calls
-    assert "capturing" not in calls and "make_event" not in calls
+    assert 0.9 * most <= sum(calls.values()) <= most and "make_event" not in calls, calls
+    assert once_a_forward < 0.05 and 0.9 * of_torch <= asked <= of_torch + once_a_forward

@@ -73,6 +73,7 @@ class Prefetcher:
         self._slots = [_Slot(number) for number in range(ring.used_slots)]
         self._of_layer = [self._slots[ring.slot_of(layer)] for layer in range(ring.num_layers)]
         self._next = [ring.next_layer(layer) for layer in range(ring.num_layers)]
+        self._acquired = ring.num_layers  # the last one, which tells where a forward begins
         self._closed = False
         self._computed: Event | None = None  # the end of all compute, once closed
 
@@ -96,9 +97,11 @@ class Prefetcher:
         captured, or if all is closed.
         """
         slot = self._of_layer[layer]
-        # The engine's wait finds out by itself whether it is captured; all else that is done here has to ask.
-        if (slot.used_by == layer or slot.holds != layer) and self._engine.capturing():
+        # Asked once in a forward, whose layers come in order: a wait in a capture would be refused, and spoil it.
+        first = layer <= self._acquired
+        if (first or slot.used_by == layer or slot.holds != layer) and self._engine.capturing():
             raise _captured(layer)
+        self._acquired = layer
         if slot.used_by == layer:
             return
         self._check_open()
