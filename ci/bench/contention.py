@@ -1,9 +1,10 @@
 """What ranks that pull at once cost each other: `python -m ci.bench.contention --json FILE`, on all GPUs of this machine.
 
 A process per rank and GPU, over the transport that engines use. Each pulls the experts that it lacks of one layer again and
-again: first rank 0 alone, then all at once, for every way of cutting and ordering the copies. `rotated`: slices of all peers
-take turns, beginning with the next rank; `in order`: rank by rank, beginning with rank 0 for everybody, so that all read the
-same source. Goal: with all ranks pulling 0.9 of one rank's own rate.
+again: first rank 0 alone, then all at once, for every way of cutting and ordering the copies. `rotated`, as engines do it:
+slices of all peers take turns, beginning with the next rank. `in order`: rank by rank, beginning with rank 0 for everybody,
+so that all read the same source. `together`: those of each peer on a stream of their own, so that a busy source holds up no
+other. Goal: with all ranks pulling 0.9 of one rank's own rate.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from ci.bench.results import as_text
 from ci.checks.gpu_ranks import LIMIT_S, make_transport
 from vllm_dwdp.copy_plan import LayerLayout, TensorSpec, build_plan
 from vllm_dwdp.placement import place
 from vllm_dwdp.prefetch.prefetcher import bind_plan
+from vllm_dwdp.transport.base import CopyEngine, Program
 from vllm_dwdp.transport.cuda_copy import CopyOptions
 
 MIB: Final = 1 << 20
@@ -35,16 +37,17 @@ class Way(NamedTuple):
     """slice_bytes: None for the default by layer."""
 
     slice_bytes: int | None
-    rotated: bool = True
+    order: Literal["rotated", "in order", "together"] = "rotated"
 
     @property
     def name(self) -> str:
         size = {None: "default slices", WHOLE: "whole ranges"}.get(self.slice_bytes)
-        return f"{size or f'{(self.slice_bytes or 0) // MIB} MiB'}, {'rotated' if self.rotated else 'in order'}"
+        return f"{size or f'{(self.slice_bytes or 0) // MIB} MiB'}, {self.order}"
 
 
 WAYS: Final = (
-    Way(None), Way(WHOLE), Way(16 * MIB), Way(4 * MIB), Way(MIB), Way(WHOLE, False), Way(4 * MIB, False),
+    Way(None), Way(WHOLE), Way(16 * MIB), Way(4 * MIB), Way(MIB), Way(WHOLE, "in order"), Way(4 * MIB, "in order"),
+    Way(WHOLE, "together"), Way(16 * MIB, "together"),
 )  # fmt: skip
 
 
@@ -68,28 +71,40 @@ def run_rank(pipe: Connection, rank: int, shape: Shape) -> None:
     mapped = {peer: transport.map_peer(handle) for peer, handle in enumerate(handles) if peer != rank}
     addresses = {peer: slab.address for peer, slab in mapped.items()} | {rank: own.address}
     slot = transport.allocate_slot(layout.slot(rank, True).nbytes)
-    engine = transport.copy_engine()
-    programs = []
+    engines = [transport.copy_engine() for _ in mapped]  # the first one alone, or one for each peer
+    programs: list[list[tuple[CopyEngine, Program]]] = []
     for way in WAYS:
         plan = build_plan(layout, rank, way.slice_bytes, split=True)
-        if not way.rotated:
-            plan = replace(plan, pulls=tuple(sorted(plan.pulls, key=lambda each: each.source)))
-        programs.append(bind_plan(engine, plan, addresses, slot.address))
+        parts = [plan]
+        if way.order == "in order":
+            parts = [replace(plan, pulls=tuple(sorted(plan.pulls, key=lambda each: each.source)))]
+        elif way.order == "together":
+            parts = [replace(plan, pulls=tuple(p for p in plan.pulls if p.source == peer)) for peer in mapped]
+        bound = zip(engines, parts, strict=False)
+        programs.append([(engine, bind_plan(engine, part, addresses, slot.address)) for engine, part in bound])
     pipe.send(len(programs))
     while (order := pipe.recv()) is not None:
         number, length = order
-        engine.finish(engine.submit(programs[number]), LIMIT_S)
+        pull(programs[number])
         nbytes, begun = 0, time.perf_counter()
         while (seconds := time.perf_counter() - begun) < length:
-            engine.finish(engine.submit(programs[number]), LIMIT_S)
-            nbytes += programs[number].pulled_bytes
+            pull(programs[number])
+            nbytes += sum(program.pulled_bytes for _, program in programs[number])
         pipe.send((nbytes, seconds))
-    engine.close(LIMIT_S)
+    for engine in engines:
+        engine.close(LIMIT_S)
     for slab in mapped.values():
         transport.unmap_peer(slab)
     pipe.send("unmapped")
     pipe.recv()
     transport.close()
+
+
+def pull(parts: list[tuple[CopyEngine, Program]]) -> None:
+    """All parts at once; returns when they are there."""
+    ends = [engine.submit(program) for engine, program in parts]
+    for (engine, _), end in zip(parts, ends, strict=True):
+        engine.finish(end, LIMIT_S)
 
 
 class Ranks:
