@@ -26,9 +26,18 @@ MODELS: Final[dict[str, tuple[CheckpointSpec, int]]] = {
         ),
         129280,
     ),
+    "gpt-oss": (
+        CheckpointSpec(
+            family="gpt_oss", num_experts=128, num_layers=12, hidden=2880, intermediate=2880, top_k=4, num_heads=64,
+            num_kv_heads=8, head_dim=64, max_position=40960,
+        ),
+        201088,
+    ),
     "tiny": (CheckpointSpec(), 512),
 }  # fmt: skip
-_ARCHITECTURES: Final = {"qwen3_moe": "Qwen3MoeForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
+_ARCHITECTURES: Final = {
+    "qwen3_moe": "Qwen3MoeForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM", "gpt_oss": "GptOssForCausalLM",
+}  # fmt: skip
 #: Of the tokenizer: <s>, </s> and padding.
 _SPECIAL: Final = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 

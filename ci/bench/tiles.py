@@ -24,7 +24,7 @@ def shape_of(model: Path) -> LayerShape:
     """Of a model's MoE layers."""
     config = json.loads((model / "config.json").read_text())
     experts = config.get("num_experts") or config.get("n_routed_experts") or config["num_local_experts"]
-    width, hidden = config["moe_intermediate_size"], config["hidden_size"]
+    width, hidden = config.get("moe_intermediate_size") or config["intermediate_size"], config["hidden_size"]
     dtype = "fp8_block" if "quantization_config" in config else "bf16"
     return LayerShape(experts, 2 * width, hidden, width, dtype, config["num_experts_per_tok"])
 

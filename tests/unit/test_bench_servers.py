@@ -78,7 +78,7 @@ def test_a_log_tells_tokens_of_all_engines_tiles_and_dwdp() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["tiny", "qwen3-fp8", "deepseek-v3"])
+@pytest.mark.parametrize("name", ["tiny", "qwen3-fp8", "deepseek-v3", "gpt-oss"])
 def test_models_are_written_as_transformers_reads_them(name: str, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
@@ -87,7 +87,8 @@ def test_models_are_written_as_transformers_reads_them(name: str, tmp_path: Path
     config = AutoConfig.from_pretrained(folder)
     assert config.num_hidden_layers == 3 and config.vocab_size == vocab == vocabulary(folder)
     values = json.loads((folder / "config.json").read_text())
-    assert values.get("num_experts", values.get("n_routed_experts")) == spec.num_experts
+    names = ("num_experts", "n_routed_experts", "num_local_experts")
+    assert [values[name] for name in names if name in values] == [spec.num_experts]
     assert bool(values.get("quantization_config")) == spec.fp8
     assert AutoTokenizer.from_pretrained(folder).decode([7, vocab - 1]) == f"w7 w{vocab - 1}"
 
