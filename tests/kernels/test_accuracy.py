@@ -22,6 +22,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *more: str) -> int:
     return accuracy.main()
 
 
+@pytest.mark.full  # two minutes, of a tool
 def test_every_kind_of_layer_is_near_float64(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

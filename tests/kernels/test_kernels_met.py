@@ -29,6 +29,7 @@ def test_layers_of_any_shape_and_tiles() -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.full
 def test_every_shape_of_the_shipped_tables_and_vllms_tiles() -> None:
     found = looked("300", 290)
     assert found["layers"] >= 24 and found["kernels"] < found["launches"] / 10
