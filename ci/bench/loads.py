@@ -3,7 +3,8 @@
     dpep        data parallel attention with expert parallelism, vLLM's default all-to-all; what ratios are to
     dwdp        this project, `dwdp:NAME:{"experts_per_rank": 112}` for settings of its own
     tp, tpep    tensor parallel, and with expert parallelism
-    replicas    a server of its own on each device, half of the requests each; ratios are to these where there is no dpep
+    replicas    a server of its own on each device, half of the requests each; ratios are to these where there is no dpep,
+                and to tp where there is neither
 
 At most three systems are up side by side on the same devices and are measured in turns, in changing order, the others being
 idle. Every load is warmed up on every system first. A turn is a steady load, measured for at least --turn-s seconds; ratios

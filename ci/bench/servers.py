@@ -23,7 +23,7 @@ from ci.root import ROOT
 
 KINDS: Final = ("dwdp", "dpep", "tp", "tpep", "replicas")
 #: The first of these that is there is what the others are compared with.
-BASES: Final = ("dpep", "replicas")
+BASES: Final = ("dpep", "replicas", "tp")
 #: The name under which all of them serve the model.
 SERVED: Final = "bench"
 _KV: Final = re.compile(r"KV cache size: ([\d,]+) tokens")

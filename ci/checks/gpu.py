@@ -1,6 +1,6 @@
-"""Every check and benchmark of the GPU data path. `python -m ci.checks.gpu [STAGE ...] [--out FOLDER]`.
+"""Every check and benchmark on GPUs. `python -m ci.checks.gpu [STAGE ...] [--out FOLDER]`.
 
-One GPU is enough for all stages but "link", which needs two; the others see the first one only.
+One GPU is enough for all stages but "link" and "serve", which need two; the others see the first one only.
 
 Stages run in order of value, each as processes of its own with a time limit below eight minutes. What a stage found goes
 into FOLDER/gpu_check.json after every step, with its raw results beside it, so that a run that was cut off goes on where it
@@ -18,29 +18,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ci.checks.gpu_stages import STAGES, Step
 from ci.root import ROOT
-
-STAGE_LIMIT_S = 470
-#: memcheck sees a read past a tensor only where every tensor has an allocation of its own.
-UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command. `{out}` in its words is the results' folder; trial: its words without a GPU, None where it needs one.
-
-    gpus: how many it is made for; it sees no more.
-    """
-
-    name: str
-    words: tuple[str, ...]
-    limit_s: float
-    trial: tuple[str, ...] | None = None
-    env: dict[str, str] = field(default_factory=dict)
-    gpus: int = 1
 
 
 @dataclass
@@ -55,111 +37,6 @@ class Found:
     @property
     def passed(self) -> bool:
         return self.code == 0
-
-
-def _script(name: str, *more: str) -> tuple[str, ...]:
-    return ("python", "-m", f"ci.{name}", *more)
-
-
-def _kernels(name: str, *more: str) -> tuple[str, ...]:
-    return ("python", "-m", "vllm_dwdp.kernels.bench" + (f".{name}" if name else ""), *more)
-
-
-def _checked(tool: str, *cases: str) -> tuple[str, ...]:
-    more = ("--case", *cases) if cases else ()
-    return (*_checker(tool), *_kernels("sanitize", "--limit-s", "60", *more))
-
-
-def _checker(tool: str) -> tuple[str, ...]:
-    return ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
-
-
-#: The rest is the same on one GPU and on two.
-LINK_CASES = "qwen3-split,qwen3-full-split,qwen3-ray,qwen3-serve,deepseek-fp8-split,big-qwen3-split-4"
-TINY = ("--device", "cpu", "--tiny")
-BENCH = ("--both", "--alike", "--limit-s", "400")
-#: A shortened play of two ranks: under a memory checker everything takes fifty times as long.
-PAIR = ("--only", "pair", "--acquires", "60", "--limit", "140", "--json", "{out}/pair.json")
-STAGES: dict[str, tuple[Step, ...]] = {
-    "kernels": (
-        Step(
-            "accuracy",
-            _kernels("accuracy", "--limit-s", "100", "--json", "{out}/accuracy.json"),
-            150,
-            (
-                *("env", "TRITON_INTERPRET=1"),
-                *_kernels("accuracy", *TINY, "--seed", "1", "--json", "{out}/accuracy.json"),
-            ),
-        ),
-        Step("results", _kernels("sanitize", "--limit-s", "60"), 90),
-        Step("tune", _kernels("tune", "--folder", "{out}/tables", "--limit-s", "150"), 180),
-        Step(
-            "bench",
-            _kernels("", "--goal", *BENCH, "--tables", "{out}/tables", "--json", "{out}/kernels.json"),
-            460,
-            ("env", "TRITON_INTERPRET=1", *_kernels("", *TINY, "--tokens", "3", "--json", "{out}/kernels.json")),
-        ),
-    ),
-    "e2e": (
-        Step(
-            "engines",
-            _script("checks.gpu_e2e", "--parallel", "5", "--limit-s", "300", "--json", "{out}/e2e.json"),
-            460,
-            _script("checks.gpu_e2e", "--cpu", "--only", "qwen3-contiguous", "--json", "{out}/e2e.json"),
-        ),
-    ),
-    "ipc": (
-        Step(
-            "transport",
-            _script("checks.gpu_ipc", "--json", "{out}/ipc.json"),
-            240,
-            _script("checks.gpu_ipc", "--cpu", "--acquires", "40", "--json", "{out}/ipc.json"),
-        ),
-    ),
-    "prefill": (
-        Step(
-            "prefill and decode",
-            _script("bench.prefill", "--limit-s", "330", "--json", "{out}/prefill.json"),
-            460,
-            _script("bench.prefill", "--cpu", "--json", "{out}/prefill.json"),
-        ),
-    ),
-    "link": (
-        Step("transport between GPUs", _script("checks.gpu_ipc", "--json", "{out}/ipc-link.json"), 240, None, gpus=2),
-        Step(
-            "engines on two GPUs",
-            _script("checks.gpu_e2e", "--only", LINK_CASES, "--parallel", "3", "--json", "{out}/e2e-link.json"),
-            300,
-            None,
-            gpus=2,
-        ),
-        Step(
-            "prefill and decode over the link",
-            _script("bench.prefill", "--limit-s", "330", "--json", "{out}/prefill-link.json"),
-            460,
-            None,
-            gpus=2,
-        ),
-    ),
-    "backends": (
-        Step(
-            "vLLM's other backends",
-            _kernels("backends", "--limit-s", "120", "--tokens", "8192", "128", "--json", "{out}/backends.json"),
-            150,
-        ),
-    ),
-    "sanitize": (
-        Step("memcheck", _checked("memcheck"), 150, None, UNCACHED),
-        Step("racecheck", _checked("racecheck", "half tiles", "swapped"), 150, None, UNCACHED),
-        Step(
-            "two ranks",
-            (*_checker("memcheck"), "--target-processes", "all", *_script("checks.gpu_ipc", *PAIR)),
-            150,
-            None,
-            UNCACHED,
-        ),
-    ),
-}
 
 
 def command(step: Step, out: Path, cpu: bool) -> list[str]:

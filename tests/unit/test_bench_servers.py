@@ -43,7 +43,7 @@ def test_systems_are_read() -> None:
         (["dpep", "dwdp:a:[1]"], "no JSON object"),
         (["dpep", "dwdp", "dwdp"], "its own name"),
         (["dpep", "dwdp", "tp", "replicas"], "at most three"),
-        (["dwdp", "tp"], "add dpep or replicas"),
+        (["dwdp", "tpep"], "add dpep or replicas or tp"),
     ],
 )
 def test_systems_that_cannot_be_compared_are_refused(texts: list[str], why: str) -> None:

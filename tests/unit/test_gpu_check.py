@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from ci.bench import servers as bench_servers
+from ci.bench.load import parse_load
 from ci.checks import gpu as gpu_check
 from ci.checks import gpu_e2e as gpu_e2e_check
+from ci.checks import gpu_stages
 from ci.checks.visible import wanted
 
 
@@ -30,10 +33,14 @@ def step(code: str, limit_s: float = 30) -> gpu_check.Step:
 @pytest.mark.parametrize("stage", gpu_check.STAGES)
 def test_stages_fit_their_limit_and_name_scripts_that_exist(stage: str, tmp_path: Path) -> None:
     for item in gpu_check.STAGES[stage]:
-        assert item.limit_s <= gpu_check.STAGE_LIMIT_S
+        assert item.limit_s <= gpu_stages.STAGE_LIMIT_S
         words = gpu_check.command(item, tmp_path, cpu=False)
-        assert not any("{" in word for word in words)
-        modules = [word.removeprefix("vllm_dwdp.") for word in words if re.match(r"(ci|vllm_dwdp\.kernels)\.", word)]
+        assert not any("{out}" in word or "{{" in word for word in words)
+        if "ci.bench.loads" in words:
+            assert bench_servers.parse_systems(words[words.index("--systems") + 1 : words.index("--loads")])
+            assert [parse_load(word) for word in words[words.index("--loads") + 1 : words.index("--json")]]
+        modules = [word for word in words if re.match(r"(ci|vllm_dwdp)\.", word)]
+        modules = [re.sub(r"^vllm_dwdp\.kernels", "kernels", module) for module in modules]
         files = [gpu_check.ROOT / module.replace(".", "/") for module in modules]
         scripts = [file / "__main__.py" if file.is_dir() else file.with_suffix(".py") for file in files]
         assert scripts and all(script.exists() for script in scripts)
@@ -42,12 +49,14 @@ def test_stages_fit_their_limit_and_name_scripts_that_exist(stage: str, tmp_path
 def test_without_a_gpu_only_steps_with_a_trial() -> None:
     names = [name for name, _ in gpu_check.steps(list(gpu_check.STAGES), gpus=0)]
     assert "ipc/transport" in names and "sanitize/memcheck" not in names
-    assert not any(name.startswith("link/") for name in names)
+    assert not any(name.startswith("link/") for name in names) and "serve/doctor" in names
 
 
 def test_steps_for_two_gpus_are_left_out_on_one() -> None:
     one, two = (dict(gpu_check.steps(list(gpu_check.STAGES), gpus)) for gpus in (1, 2))
-    assert set(two) - set(one) == {f"link/{step.name}" for step in gpu_check.STAGES["link"]}
+    assert set(two) - set(one) == {
+        f"{stage}/{step.name}" for stage in ("link", "serve") for step in gpu_check.STAGES[stage]
+    }
     assert "sanitize/memcheck" in one
 
 
@@ -138,4 +147,4 @@ def test_a_whole_name_means_that_case_alone_and_a_part_all_that_have_it() -> Non
 def test_the_cases_of_the_link_exist() -> None:
     from ci.checks.gpu_cases import CASES
 
-    assert set(gpu_check.LINK_CASES.split(",")) <= set(CASES)
+    assert set(gpu_stages.LINK_CASES.split(",")) <= set(CASES)

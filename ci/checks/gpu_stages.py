@@ -1,0 +1,173 @@
+"""The stages of gpu.py and their steps: commands, time limits, and what of them can be tried without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+STAGE_LIMIT_S = 470
+#: memcheck sees a read past a tensor only where every tensor has an allocation of its own.
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command. `{out}` in its words is the results' folder; trial: its words without a GPU, None where it needs one.
+
+    gpus: how many it is made for; it sees no more.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    limit_s: float
+    trial: tuple[str, ...] | None = None
+    env: dict[str, str] = field(default_factory=dict)
+    gpus: int = 1
+
+
+def _script(name: str, *more: str) -> tuple[str, ...]:
+    return ("python", "-m", f"ci.{name}", *more)
+
+
+def _kernels(name: str, *more: str) -> tuple[str, ...]:
+    return ("python", "-m", "vllm_dwdp.kernels.bench" + (f".{name}" if name else ""), *more)
+
+
+def _checked(tool: str, *cases: str) -> tuple[str, ...]:
+    more = ("--case", *cases) if cases else ()
+    return (*_checker(tool), *_kernels("sanitize", "--limit-s", "60", *more))
+
+
+def _loads(name: str, *more: str) -> Step:
+    """Servers under load on two GPUs."""
+    words = ("--limit-s", "440", "--start-s", "240", *more, "--json", f"{{out}}/{name.replace(' ', '-')}.json")
+    return Step(name, _script("bench.loads", *words), 470, None, gpus=2)
+
+
+def _checker(tool: str) -> tuple[str, ...]:
+    return ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
+
+
+#: The rest is the same on one GPU and on two.
+LINK_CASES = "qwen3-split,qwen3-full-split,qwen3-ray,qwen3-serve,deepseek-fp8-split,big-qwen3-split-4"
+TINY = ("--device", "cpu", "--tiny")
+BENCH = ("--both", "--alike", "--limit-s", "400")
+#: A shortened play of two ranks: under a memory checker everything takes fifty times as long.
+PAIR = ("--only", "pair", "--acquires", "60", "--limit", "140", "--json", "{out}/pair.json")
+#: Two GPUs hold two systems with all layers of that model.
+WHOLE = ("--layers", "48")
+HALF = 'dwdp:dwdp64:{{"experts_per_rank": 64}}'
+STEADY = ("prefill8k=8192/1/16", "apart8k=8192/1/16,spread=0.8", "mixed=8192/128/16")
+LAUNCHERS = (
+    'dwdp:uni:{{"experts_per_rank": 112, "launcher": "uni"}}',
+    'dwdp:mp:{{"experts_per_rank": 112, "launcher": "mp"}}',
+)
+SOAK = ("--long", "500", "--concurrency", "64", "--part", "10000")
+TIMED = ("uneven=8192/1/16,every=2,uneven", "bursts=8192/1/16,every=3,burst,spread=0.8")
+STAGES: dict[str, tuple[Step, ...]] = {
+    "kernels": (
+        Step(
+            "accuracy",
+            _kernels("accuracy", "--limit-s", "100", "--json", "{out}/accuracy.json"),
+            150,
+            (
+                *("env", "TRITON_INTERPRET=1"),
+                *_kernels("accuracy", *TINY, "--seed", "1", "--json", "{out}/accuracy.json"),
+            ),
+        ),
+        Step("results", _kernels("sanitize", "--limit-s", "60"), 90),
+        Step("tune", _kernels("tune", "--folder", "{out}/tables", "--limit-s", "150"), 180),
+        Step(
+            "bench",
+            _kernels("", "--goal", *BENCH, "--tables", "{out}/tables", "--json", "{out}/kernels.json"),
+            460,
+            ("env", "TRITON_INTERPRET=1", *_kernels("", *TINY, "--tokens", "3", "--json", "{out}/kernels.json")),
+        ),
+    ),
+    "e2e": (
+        Step(
+            "engines",
+            _script("checks.gpu_e2e", "--parallel", "5", "--limit-s", "300", "--json", "{out}/e2e.json"),
+            460,
+            _script("checks.gpu_e2e", "--cpu", "--only", "qwen3-contiguous", "--json", "{out}/e2e.json"),
+        ),
+    ),
+    "ipc": (
+        Step(
+            "transport",
+            _script("checks.gpu_ipc", "--json", "{out}/ipc.json"),
+            240,
+            _script("checks.gpu_ipc", "--cpu", "--acquires", "40", "--json", "{out}/ipc.json"),
+        ),
+    ),
+    "prefill": (
+        Step(
+            "prefill and decode",
+            _script("bench.prefill", "--limit-s", "330", "--json", "{out}/prefill.json"),
+            460,
+            _script("bench.prefill", "--cpu", "--json", "{out}/prefill.json"),
+        ),
+    ),
+    "link": (
+        Step("transport between GPUs", _script("checks.gpu_ipc", "--json", "{out}/ipc-link.json"), 240, None, gpus=2),
+        Step(
+            "engines on two GPUs",
+            _script("checks.gpu_e2e", "--only", LINK_CASES, "--parallel", "3", "--json", "{out}/e2e-link.json"),
+            300,
+            None,
+            gpus=2,
+        ),
+        Step(
+            "prefill and decode over the link",
+            _script("bench.prefill", "--limit-s", "330", "--json", "{out}/prefill-link.json"),
+            460,
+            None,
+            gpus=2,
+        ),
+    ),
+    "serve": (
+        Step(
+            "doctor",
+            ("python", "-m", "vllm_dwdp.cli", "doctor"),
+            200,
+            ("python", "-m", "vllm_dwdp.cli", "doctor"),
+            gpus=2,
+        ),
+        Step(
+            "soak",
+            _script("checks.soak", *SOAK, "--seconds", "300", "--limit-s", "360", "--json", "{out}/soak.json"),
+            460,
+            _script("checks.soak", "--requests", "1000", "--json", "{out}/soak.json"),
+            gpus=2,
+        ),
+        _loads("all layers", *WHOLE, "--systems", "dpep", HALF, "--loads", *STEADY),
+        _loads("at fixed times", *WHOLE, "--systems", "dpep", HALF, "--loads", *TIMED),
+        _loads("beside tensor parallelism", *WHOLE, "--systems", "tp", HALF, "--loads", *STEADY),
+        _loads("same tiles", "--tiles", "alike", "--systems", "dpep", "tp", HALF, "--loads", STEADY[0]),
+        _loads("FP8", "--model", "qwen3-fp8", "--systems", "dpep", "tp", HALF, "--loads", *STEADY),
+        _loads("full replicas", "--systems", "dpep", "replicas", HALF, "--loads", *STEADY),
+        _loads("gpt-oss", "--model", "gpt-oss", "--systems", "dpep", "tp", HALF, "--loads", STEADY[0]),
+        _loads("DeepSeek-V3", "--model", "deepseek-v3", "--systems", "dpep", "tp", "dwdp", "--loads", STEADY[0]),
+        _loads("launchers", "--systems", "dpep", *LAUNCHERS, "--loads", "mixed=8192/128/16", "decode8=512/128/8"),
+        Step("starts", _script("bench.starts", "--limit-s", "300", "--json", "{out}/starts.json"), 460, None, gpus=2),
+        Step("at once", _script("bench.contention", "--json", "{out}/contention.json"), 100, None, gpus=2),
+        Step("calls of a layer", _script("bench.layer_calls"), 60, _script("bench.layer_calls", "--simulated"), gpus=2),
+    ),
+    "backends": (
+        Step(
+            "vLLM's other backends",
+            _kernels("backends", "--limit-s", "120", "--tokens", "8192", "128", "--json", "{out}/backends.json"),
+            150,
+        ),
+    ),
+    "sanitize": (
+        Step("memcheck", _checked("memcheck"), 150, None, UNCACHED),
+        Step("racecheck", _checked("racecheck", "half tiles", "swapped"), 150, None, UNCACHED),
+        Step(
+            "two ranks",
+            (*_checker("memcheck"), "--target-processes", "all", *_script("checks.gpu_ipc", *PAIR)),
+            150,
+            None,
+            UNCACHED,
+        ),
+    ),
+}
