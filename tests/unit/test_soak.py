@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 
 import psutil
@@ -112,6 +113,9 @@ def test_a_server_that_is_gone_and_a_limit() -> None:
 def test_processes_are_named_and_measured() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()", "VLLM::EngineCore_DP1"], stdin=subprocess.PIPE)
     try:
+        deadline = time.monotonic() + 10
+        while not psutil.Process(child.pid).cmdline() and time.monotonic() < deadline:
+            time.sleep(0.01)  # under load it has none yet
         names = names_of([psutil.Process(), psutil.Process(child.pid)])
         assert names == {"front end": os.getpid(), "engine 1": child.pid}
         found = measure(child.pid)
