@@ -25,7 +25,7 @@ from vllm_dwdp.kernels.arguments import prepare
 from vllm_dwdp.kernels.configs import LayerShape
 from vllm_dwdp.kernels.split_gemm import _planned
 from vllm_dwdp.kernels.tiles import Tiles
-from vllm_dwdp.kernels.weight_table import PerExpert, ScaleKind, Scales, WeightTable
+from vllm_dwdp.kernels.weight_table import ScaleKind, Scales, WeightTable
 from vllm_dwdp.layers.warm_up import warm_up_sizes
 
 META = torch.device("meta")
@@ -39,7 +39,7 @@ def table(shape: LayerShape, rows: int, cols: int) -> WeightTable:
     scales = None
     if (kind := FP8.get(shape.dtype)) is not None:
         dense = {"block": (-(-rows // 128), -(-cols // 128)), "channel": (rows,)}[kind]
-        values = PerExpert.dense(torch.empty(shape.experts, *dense, device=META))
+        values = torch.empty(shape.experts, *dense, device=META)
         scales = Scales(kind, values, (128, 128) if kind == "block" else (0, 0))
     addresses = torch.empty(shape.experts, dtype=torch.int64, device=META)
     dtype = DTYPES.get(shape.dtype, torch.float8_e4m3fn)
