@@ -27,10 +27,14 @@ _MOST_THREADS = 16
 
 
 def compile_ahead(layers: Iterable[Callable[[], None]]) -> int:
-    """Call each of `layers`, which call `compile_layer`, and compile in threads; returns how many kernels there are more."""
+    """Call each of `layers`, which call `compile_layer`, and compile in threads; returns how many kernels there are more.
+
+    A kernel that cannot be compiled is left to the launch that needs it, which raises why.
+    """
     held = _held()
     threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(threads, "dwdp-compile") as pool, triton.AsyncCompileMode(pool):
+    # An error would end Triton's clearing up, and leave promises where launches look for kernels.
+    with ThreadPoolExecutor(threads, "dwdp-compile") as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         for compile_one in layers:
             compile_one()
     return _held() - held

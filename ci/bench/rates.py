@@ -235,17 +235,18 @@ def exposed(device: CudaDevice, compute: Compute, source: Memory, slot: Memory, 
     program: Program = engine.bind([Copy(slot.address, source.address, 256)])
 
     def told(delay: float, hidden: float) -> tuple[float, float]:
-        """(from compute's arrival at the wait to the copy's end, what the engine tells)."""
+        """(from compute's arrival at the wait until it went on, what the engine tells)."""
         stream = device.compute_stream()
         begin, end = device.make_event(timing=True), device.make_event(timing=True)
         compute.sleep(engine.stream, delay)
         event = engine.submit(program)
-        device.record(end, engine.stream)
         if hidden:
             compute.sleep(stream, hidden)
         # Not where the delay begins: until compute comes to its wait, the delay is no wait.
         device.record(begin, stream)
         engine.wait(event, LIMIT_S)
+        # Of compute, and not the copy's end, which the engine takes: so a wait that is none shows.
+        device.record(end, stream)
         assert not engine.take_exposed().waits, "an earlier wait was told late"
         engine.finish(engine.record(), LIMIT_S)
         settle(device, end)

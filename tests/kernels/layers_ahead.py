@@ -1,6 +1,8 @@
 """Program for test_compile_ahead.py: compiles layers ahead, with a compiler that compiles nothing.
 
-Prints a JSON line: how many kernels the layers launch, how many were compiled, by which threads, and how many again.
+Prints a JSON line: how many kernels the layers launch, how many were compiled, by which threads, and how many again; and
+where one of them failed in its thread, how many are not there afterwards, and how many are promises still, which the second
+launch of a remembered kernel cannot use.
 """
 
 import json
@@ -9,6 +11,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import triton
 import triton.compiler
 from triton.runtime import driver
 from vllm import _custom_ops
@@ -18,16 +21,27 @@ from tests.kernels.launch_twice import Compiled, Driver
 from vllm_dwdp.kernels.compile_ahead import compile_ahead
 from vllm_dwdp.kernels.configs import LayerShape
 from vllm_dwdp.kernels.experts import SplitExperts
+from vllm_dwdp.kernels.persistent import persistent_kernel
+from vllm_dwdp.kernels.split_gemm import split_gemm_kernel
 from vllm_dwdp.kernels.tiles import Tiles
 from vllm_dwdp.kernels.torch_ops import QuantKind
 
 threads: list[str] = []
+failing: list[Exception] = []
 
 
 def compile_nothing(*given: Any, **more: Any) -> Compiled:
     threads.append(threading.current_thread().name)
     time.sleep(0.02)
+    if failing:
+        raise failing.pop()
     return Compiled()
+
+
+def kept() -> list[Any]:
+    """What Triton keeps of both kernels."""
+    functions = split_gemm_kernel, persistent_kernel
+    return [kernel for function in functions for held, *_ in function.device_caches.values() for kernel in held.values()]
 
 
 def main() -> None:
@@ -64,6 +78,11 @@ def main() -> None:
     told = {"launched": len(launched), "compiled": count, "calls": len(threads), "threads": len(set(threads))}
     told["in_main"] = threads.count(threading.main_thread().name)
     told["again"] = compile_ahead(jobs())
+    for function in (split_gemm_kernel, persistent_kernel):
+        function.device_caches.clear()
+    failing.append(RuntimeError("no room for what is compiled"))
+    told["missing"] = told["compiled"] - compile_ahead(jobs())
+    told["promises"] = sum(isinstance(kernel, triton.FutureKernel) for kernel in kept())
     print(json.dumps(told))
 
 

@@ -22,5 +22,6 @@ def test_what_is_compiled_ahead_is_what_is_launched() -> None:
     found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     assert found["launched"] == found["compiled"] == found["calls"] > 30
     assert found["again"] == 0 == found["in_main"]
+    assert (found["missing"], found["promises"]) == (1, 0), "a kernel that failed took others with it"
     if len(os.sched_getaffinity(0)) > 1:
         assert found["threads"] > 1

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -47,10 +51,12 @@ SOFTWARE = [
     (software.plugin(["dwdp"], "a, dwdp"), "ok", "finds"),
     (software.plugin(["dwdp"], "a"), "failure", "VLLM_PLUGINS is 'a'"),
     (software.plugin(["a"], None), "failure", "pip install ."),
-    (software.vllm(Vllm("0.32.0")), "ok", "0.32.0"),
-    (software.vllm(Vllm("0.33.0", "vLLM 0.33.0 is installed, this is for 0.32.0")), "failure", "0.33.0 is installed"),
-    (software.vllm(GONE), "failure", "not installed"),
-    (software.vllm(BROKEN), "failure", "cannot be imported: libx.so is missing"),
+    (software.vllm(Vllm("0.32.0"), CUDA13), "ok", "0.32.0"),
+    (software.vllm(Vllm("0.31.0"), CPU), "ok", "0.31.0"),
+    (software.vllm(Vllm("0.31.0"), CUDA13), "failure", "tested on CPU only -> install vLLM 0.32.0 for GPUs"),
+    (software.vllm(Vllm("0.33.0", "vLLM 0.33.0 is here, not 0.32.0"), CPU), "failure", "install vLLM 0.31.0 or 0.32.0"),
+    (software.vllm(GONE, CUDA13), "failure", "not installed -> install vLLM 0.32.0 ("),
+    (software.vllm(BROKEN, BROKEN), "failure", "cannot be imported: libx.so is missing"),
     (software.seams([]), "ok", "expected"),
     (software.seams(["a.b: found nothing", "c"]), "failure", "2 are not as expected: a.b: found nothing"),
     (software.seams(None), "warning", "install vLLM"),
@@ -188,6 +194,35 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("Python", "plugin", "vLLM", "vLLM's seams", "torch", "driver", "/proc", "/dev/shm"):
         assert lines[name]["state"] == "ok", lines[name]
     assert descriptors() == before and psutil.Process().children(recursive=True) == children
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_where_the_doctor_is_ended(how: signal.Signals) -> None:
+    """`timeout` and service managers tell the doctor alone; its children import for seconds, in groups of their own."""
+    doctor = subprocess.Popen([sys.executable, "-m", "vllm_dwdp.cli", "doctor"], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        children: list[psutil.Process] = []
+        # Until two of them import: torch does for a second at least.
+        while len([child for child in children if child.is_running() and child.memory_info().rss > 30 << 20]) < 2:
+            assert doctor.poll() is None and time.monotonic() < deadline
+            children = psutil.Process(doctor.pid).children()
+            time.sleep(0.01)
+    finally:
+        doctor.send_signal(how)
+        doctor.wait(60)
+    ended, left = psutil.wait_procs(children, timeout=0.3)
+    assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE], (ended, left)
+
+
+def test_a_machine_that_starts_no_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: object, **__: object) -> object:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr("vllm_dwdp.doctor.child.subprocess.Popen", full)
+    assert cli.main(["doctor", "--json"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("cannot be started (Resource temporarily unavailable)") >= 3, out
 
 
 def test_a_memory_file_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:

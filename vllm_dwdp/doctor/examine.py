@@ -44,13 +44,13 @@ def examine(model: str | None = None, ranks: int | None = None) -> list[Line]:
     """All lines, of the software, the GPUs, the host and, where a model is named, the plan."""
     with ExitStack() as stack:
         # All at once, as most of the time is imports.
-        children = {kind: stack.enter_context(Child.part(name)) for name, kind in _IMPORTED.items()}
+        children = {kind: _started(stack, name) for name, kind in _IMPORTED.items()}
         smi = ask_smi()
         torch, vllm, cupy = (_imported(children[kind], kind) for kind in (Torch, Vllm, Cupy))
     found = gpus.visible(smi, torch)
     lines = guarded("Python", lambda: software.python(sys.version_info[:3]))
     lines += guarded("plugin", lambda: software.plugin(_plugins(), os.environ.get("VLLM_PLUGINS")))
-    lines += guarded("vLLM", lambda: software.vllm(vllm))
+    lines += guarded("vLLM", lambda: software.vllm(vllm, torch))
     lines += guarded("vLLM's seams", lambda: software.seams(_changed()))
     listed = 0 if smi is None else len(smi.gpus)
     lines += guarded("torch", lambda: software.torch(torch, listed))
@@ -112,8 +112,17 @@ def link_lines(links: Links) -> list[Line]:
     return [*lines, *gpus.vmm(offers), *gpus.links(offers, links.reads)]
 
 
-def _imported(child: Child, kind: type[Any]) -> Any:
+def _started(stack: ExitStack, part: str) -> Child | Unread:
+    try:
+        return stack.enter_context(Child.part(part))
+    except ChildFailed as error:
+        return Unread(str(error))
+
+
+def _imported(child: Child | Unread, kind: type[Any]) -> Any:
     """A reading of `kind`, or Unread."""
+    if isinstance(child, Unread):
+        return child
     try:
         return decode(kind, child.ask(IMPORT_S))
     except ChildFailed as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -13,8 +14,9 @@ from typing import Any, Final
 from vllm_dwdp.doctor.readings import Cupy, Torch, Vllm
 from vllm_dwdp.errors import DOCTOR
 
-#: The kernel ends a child that is still there then, whatever it hangs in and whoever started it is gone.
+#: The kernel ends a child that is still there then, whatever it hangs in, and one whose doctor has ended, however that did.
 LIFE_S: Final = 600
+_PR_SET_PDEATHSIG: Final = 1
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -105,6 +107,7 @@ def _orders() -> Iterator[Any]:
 def main() -> None:
     """What libraries print goes to stderr: stdout has answers only."""
     signal.alarm(LIFE_S)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

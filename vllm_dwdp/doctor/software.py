@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from vllm_dwdp.compat.versions import TESTED
+from vllm_dwdp.compat.versions import NOT_ON_GPUS, TESTED
 from vllm_dwdp.doctor.line import Line, failure, ok, warning
 from vllm_dwdp.doctor.readings import Cupy, Torch, Unread, Vllm
 from vllm_dwdp.doctor.smi import Smi, version_in
@@ -33,13 +33,18 @@ def plugin(loaded: Iterable[str], allowed: str | None) -> Line:
     return ok("plugin", "vLLM finds `dwdp`")
 
 
-def vllm(found: Vllm | Unread) -> Line:
-    wanted = f"vLLM {' or '.join(TESTED)}"
+def vllm(found: Vllm | Unread, of: Torch | Unread) -> Line:
+    """of: the torch that it goes with."""
+    on_gpus = isinstance(of, Torch) and of.cuda is not None
+    known = [version for version in TESTED if not (on_gpus and version in NOT_ON_GPUS)]
+    wanted = f"vLLM {' or '.join(known)}"
     if isinstance(found, Unread):
         text = "not installed" if found.absent else f"cannot be imported: {found.why}"
         return failure("vLLM", text, f"install {wanted} (docs/install.md)")
     if found.refused:
         return failure("vLLM", found.refused, f"install {wanted}; without dwdp the other version works as it is")
+    if found.version not in known:
+        return failure("vLLM", f"{found.version}, tested on CPU only", f"install {wanted} for GPUs (docs/install.md)")
     return ok("vLLM", f"{found.version}, tested")
 
 

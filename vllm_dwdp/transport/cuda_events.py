@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.transport.base import NOTHING_EXPOSED, Event, Exposed, Span
@@ -69,6 +69,14 @@ class CudaEvent(Event):
         return None
 
 
+class _Wait(NamedTuple):
+    """`stream` came to its wait for `copy` at the raw event `begin`."""
+
+    stream: int
+    begin: int
+    copy: CudaEvent
+
+
 class ExposedWaits:
     """How long a stream stood still for copies: from when it came to a wait to the copy's end, read later, by query."""
 
@@ -77,7 +85,7 @@ class ExposedWaits:
         self._device = device
         self._ended = ended
         self.pool = EventPool(device, timing=True)
-        self._waits: deque[tuple[int, CudaEvent]] = deque()
+        self._waits: deque[_Wait] = deque()
         self._known = NOTHING_EXPOSED
 
     def wait(self, stream: int, copy: CudaEvent) -> None:
@@ -87,7 +95,7 @@ class ExposedWaits:
         begin = self.pool.take()
         self._device.record(begin, stream)
         self._device.wait_event(stream, copy.raw)
-        self._waits.append((begin, copy))
+        self._waits.append(_Wait(stream, begin, copy))
 
     def take(self) -> Exposed:
         """The waits not told yet that are over, shorter ones than NOISE_S left out."""
@@ -103,13 +111,16 @@ class ExposedWaits:
             pass
 
     def _read(self, count: int) -> bool:
-        """Read the `count` oldest waits; False where one of them is not over. Copies end in order, and so do begins."""
-        newest = max((self._waits[i][1] for i in range(count)), key=lambda copy: copy.number)
-        if not (self._device.query(newest.raw) and self._device.query(self._waits[count - 1][0])):
+        """Read the `count` oldest waits; False where one of them is not over."""
+        waits = [self._waits[i] for i in range(count)]
+        # Copies end in order, and begins in that of their stream.
+        newest = max((wait.copy for wait in waits), key=lambda copy: copy.number)
+        begins = {wait.stream: wait.begin for wait in waits}
+        if not (self._device.query(newest.raw) and all(self._device.query(begin) for begin in begins.values())):
             return False
         self._ended(newest)
         for _ in range(count):
-            begin, copy = self._waits.popleft()
+            _, begin, copy = self._waits.popleft()
             # Negative where the copy was done before compute came to it.
             seconds = self._device.elapsed_s(begin, copy.raw)
             self.pool.give(begin)
@@ -120,5 +131,5 @@ class ExposedWaits:
     def close(self) -> None:
         """Forget what is not known yet; idempotent."""
         while self._waits:
-            self.pool.give(self._waits.popleft()[0])
+            self.pool.give(self._waits.popleft().begin)
         self.pool.close()
