@@ -41,7 +41,9 @@ def compile_nothing(*given: Any, **more: Any) -> Compiled:
 def kept() -> list[Any]:
     """What Triton keeps of both kernels."""
     functions = split_gemm_kernel, persistent_kernel
-    return [kernel for function in functions for held, *_ in function.device_caches.values() for kernel in held.values()]
+    return [
+        kernel for function in functions for held, *_ in function.device_caches.values() for kernel in held.values()
+    ]
 
 
 def main() -> None:
