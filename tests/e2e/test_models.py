@@ -31,12 +31,12 @@ CASES = {
     "deepseek_v3-fp32-contiguous": Case("deepseek_v3", "float32", 2, "contiguous", {"num_layers": 4}, {"trace": True}),
     # 7 experts on 3 ranks: uneven shares.
     "mixtral-fp16-inplace": Case("mixtral", "float16", 3, "inplace", {"num_experts": 7}, {}),
+}
+FULL = {
     # Fused expert tensors, biases, its own RoutedExperts subclass; overlapping shares.
     "gpt_oss-bf16-contiguous": Case(
         "gpt_oss", "bfloat16", 2, "contiguous", {"num_experts": 8}, {"experts_per_rank": 5, "num_slots": 3}
     ),
-}
-FULL = {
     "qwen3_moe-bf16-inplace": Case("qwen3_moe", "bfloat16", 2, "inplace", {"num_experts": 16}, {}),
     "deepseek_v3-bf16-inplace": Case("deepseek_v3", "bfloat16", 2, "inplace", {"num_layers": 5}, {}),
     "gpt_oss-fp32-inplace": Case("gpt_oss", "float32", 3, "inplace", {"num_experts": 12}, {}),

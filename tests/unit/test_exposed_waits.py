@@ -20,7 +20,7 @@ STEPS = st.tuples(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(STEPS, max_size=120))
 def test_every_wait_is_told_once_and_right(steps: list[tuple[str, int]]) -> None:
     """Copies are waited for late, twice or never, their events dropped, and compute changes its stream."""
