@@ -174,17 +174,23 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, help="default: as many as GPUs, or 3 with --cpu")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of each measurement")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each measurement (%(default)s)")
+    parser.add_argument("--turns", type=int, default=3, help="of which medians are taken (%(default)s)")
     parser.add_argument("--cpu", action="store_true", help="over shared memory, to try this")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
     if args.cpu:
         shape = Shape(args.ranks or 3, "shm", experts=12, row_bytes=1 << 20)
     else:
         from ci.checks.visible import visible_gpus
 
-        shape = Shape(args.ranks or visible_gpus())
+        if not (gpus := visible_gpus()):
+            parser.error("there is no GPU here: --cpu tries this over shared memory")
+        shape = Shape(args.ranks or gpus)
+    if shape.ranks < 2:
+        parser.error(f"{shape.ranks} rank has nobody to pull from: --ranks 2 or more")
+    if args.turns < 1:
+        parser.error(f"--turns {args.turns}: write 1 or more")
     ranks = Ranks(shape)
     try:
         rows = measure(ranks, args.seconds, args.turns)

@@ -150,9 +150,13 @@ def measure(place: Simulated | Gpu, case: str, count: bool) -> tuple[dict[str, f
 def main() -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--simulated", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--simulated", action="store_true", help="count calls, without a GPU and without times")
+    parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
+    from ci.checks.visible import visible_gpus
+
+    if not (options.simulated or visible_gpus()):
+        parser.error("there is no GPU here: --simulated counts without one")
     make: Callable[[], Simulated | Gpu] = Simulated if options.simulated else Gpu
     rows = []
     print(f"{'case':9} {'CUDA calls':>10} {'of torch':>8} {'host us':>8}  by name")

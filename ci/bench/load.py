@@ -6,14 +6,15 @@ import json
 import math
 import random
 import re
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from ci.bench.servers import SERVED
 
 _SHAPE: Final = re.compile(r"([\w.-]+)=(\d+)/(\d+)/(\d+)((?:,[^,]+)*)")
-_HELP: Final = (
-    "write NAME=INPUT/OUTPUT/AT_A_TIME[,spread=PART][,every=SECONDS[,burst]][,uneven], such as decode8=512/128/8"
-)
+#: How a load is written; docs/testing.md says what its options do.
+SHAPE: Final = "NAME=INPUT/OUTPUT/AT_A_TIME[,spread=PART][,every=SECONDS[,burst]][,uneven]"
+_HELP: Final = f"write {SHAPE}, such as decode8=512/128/8"
 #: A long prompt of an uneven load has so many times the tokens of a short one.
 _SHORTER: Final = 16
 
@@ -100,6 +101,15 @@ def parse_load(text: str, spread: float = 0.2) -> Load:
     if load.uneven and load.concurrency % 8:
         raise ValueError(f"load {text!r}: an uneven load has a multiple of 8 requests at a time")
     return load
+
+
+def parse_loads(texts: Iterable[str], spread: float) -> list[Load]:
+    """With different names, as results go by them. Raises ValueError in one line."""
+    loads = [parse_load(text, spread) for text in texts]
+    names = [load.name for load in loads]
+    if len(set(names)) < len(names):
+        raise ValueError(f"loads {', '.join(names)}: give each its own name")
+    return loads
 
 
 def place(client: int, ranks: int) -> Place:

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from ci.bench import tiles
-from ci.bench.load import Load, parse_load
+from ci.bench.load import SHAPE, Load, parse_loads
 from ci.bench.models import MODELS, write_model
 from ci.bench.results import slower_bases
 from ci.bench.run import Bench, say
@@ -54,6 +54,14 @@ def devices_of(cpu: bool) -> list[str]:
     return given.split(",") if given else [str(i) for i in range(visible_gpus())]
 
 
+def check(args: argparse.Namespace) -> None:
+    """Of loads.py and starts.py: raises ValueError where no server could come up."""
+    if args.model not in MODELS and not (Path(args.model) / "config.json").is_file():
+        raise ValueError(f"--model {args.model}: write {', '.join(MODELS)}, or a folder with a config.json")
+    if not devices_of(args.cpu):
+        raise ValueError("there is no GPU here: --cpu tries this on two cores")
+
+
 def common_words(args: argparse.Namespace, loads: list[Load]) -> list[str]:
     """Of every `vllm serve`."""
     length = max(load.longest for load in loads) + 8
@@ -70,7 +78,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--systems", nargs="+", metavar="KIND[:NAME[:JSON]]", help=f"at most three; default: {' '.join(SYSTEMS)}")
-    add("--loads", nargs="+", metavar="NAME=IN/OUT/AT_A_TIME[,...]", help=f"see ci/bench/load.py; default: {LOADS}")
+    add("--loads", nargs="+", metavar="NAME=IN/OUT/AT_A_TIME[,...]", help=f"{SHAPE}; default: {LOADS}")
     add("--model", default="", help=f"{', '.join(MODELS)}, or a folder; default: qwen3")
     add("--layers", type=int, help="of a model that is named, instead of its own number")
     add("--load-format", default="dummy", help="of vLLM; weights are made by the servers unless this says otherwise")
@@ -83,7 +91,7 @@ def arguments() -> argparse.Namespace:
         help="lengths differ by this part of the mean, unless a load says (%(default)s)",
     )
     add("--temperature", type=float, default=0.0)
-    add("--turns", type=int, default=5)
+    add("--turns", type=int, default=5, help="of each load on each system (%(default)s)")
     add("--turn-s", type=float, default=5.0, help="seconds measured in a turn")
     add("--least-turn-s", type=float, default=5.0, help="a turn may be this short where time is short (%(default)s)")
     add("--ramp-s", type=float, default=0.5, help="after every client's first token, before it is measured")
@@ -96,23 +104,35 @@ def arguments() -> argparse.Namespace:
         action="store_true",
         help="after each load without times of its own: the same by vllm bench serve",
     )
-    add("--tiles", choices=("shipped", "alike"), default="shipped", help="see ci/bench/tiles.py")
+    add(
+        "--tiles",
+        choices=("shipped", "alike"),
+        default="shipped",
+        help="shipped: those that vLLM and DWDP ship; alike: DWDP's for all systems",
+    )
     add("--cpu", action="store_true", help="try this on two cores with a tiny model")
     add("--logs", type=Path, help="keep the servers' logs here")
-    add("--json", type=Path, help="write the results here, and a picture beside it")
+    add(
+        "--json",
+        type=Path,
+        help="write the results here; beside it a picture of ratios, and one (-ttft) of loads with times of their own",
+    )
     add("--earlier", type=Path, help="results of an earlier run: is the base as fast as it was?")
     add("--more", nargs=argparse.REMAINDER, default=[], help="last: words for every `vllm serve`")
     args = parser.parse_args()
     try:
         args.systems = parse_systems(args.systems or (CPU_SYSTEMS if args.cpu else SYSTEMS))
-        args.loads = [
-            parse_load(text, args.spread) for text in args.loads or (CPU_LOADS if args.cpu else LOADS).split()
-        ]
+        args.loads = parse_loads(args.loads or (CPU_LOADS if args.cpu else LOADS).split(), args.spread)
+        args.model = args.model or ("tiny" if args.cpu else "qwen3")
+        check(args)
     except ValueError as error:
         parser.error(str(error))
+    if args.turns < 1:
+        parser.error(f"--turns {args.turns}: write 1 or more")
     if args.cpu and args.tiles == "alike":
         parser.error("--tiles alike: on CPU there are no tiles")
-    args.model = args.model or ("tiny" if args.cpu else "qwen3")
+    if args.cpu and any(system.kind == "dpep" for system in args.systems):
+        parser.error("system dpep: does not run on CPU; replicas does")
     if args.cpu:
         args.kv_gib, args.batched_tokens = min(args.kv_gib, 0.0625), min(args.batched_tokens, 1024)
         args.one_by_one, args.start_s = True, 2 * args.start_s
@@ -146,7 +166,8 @@ def main() -> int:
     if args.json:
         say(f"results in {args.json}")
         try:
-            draw(args.json, args.json.with_suffix(".png"))
+            for picture in draw(args.json, args.json.with_suffix(".png")):
+                say(f"picture in {picture}")
         except DwdpError as error:
             say(f"no picture: {error}")
     return int(bool(bench.failed) or not bench.found["summary"])

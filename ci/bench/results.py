@@ -86,7 +86,7 @@ def table(found: dict[str, dict[str, dict[str, Any]]], base: str | None) -> str:
     """A line per load and system, and per place of an uneven load. Ranges are those of the turns."""
     lines = [
         f"{'load':<11} {'system':<14} {'turns':>5} {'tokens/s (range)':>28} {'output/s':>9} {'ITL ms':>7} "
-        f"{'TTFT ms p50, p99':>18} {'by base':>12}  ratio to {base or 'nothing'} (range)"
+        f"{'TTFT ms p50, p99':>18} {'TTFT / base':>12}  ratio to {base or 'nothing'} (range)"
     ]
     for load, systems in found.items():
         for name, row in systems.items():

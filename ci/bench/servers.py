@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 
 from ci.checks.sessions import session
 from ci.root import ROOT
+from vllm_dwdp.config import DwdpConfig
 
 KINDS: Final = ("dwdp", "dpep", "tp", "tpep", "replicas")
 #: The first of these that is there is what the others are compared with.
@@ -69,6 +70,7 @@ def parse_system(text: str) -> System:
         raise ValueError(f"system {text!r}: its settings are no JSON: {error}") from None
     if not isinstance(dwdp, dict):
         raise ValueError(f"system {text!r}: its settings are no JSON object")
+    DwdpConfig.parse(dwdp)
     return System(kind, name or kind, dwdp)
 
 

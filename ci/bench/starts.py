@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from ci.bench.loads import devices_of
+from ci.bench.loads import check, devices_of
 from ci.bench.models import MODELS, write_model
 from ci.bench.results import as_text
 from ci.bench.run import command, machine, say, versions
@@ -57,9 +57,10 @@ def arguments() -> argparse.Namespace:
     texts = args.systems or (["replicas", "dwdp"] if args.cpu else ["dwdp", "dpep", "replicas", "tp"])
     try:
         args.systems = [parse_system(text) for text in texts]
+        args.model = args.model or ("tiny" if args.cpu else "qwen3")
+        check(args)
     except ValueError as error:
         parser.error(str(error))
-    args.model = args.model or ("tiny" if args.cpu else "qwen3")
     return args
 
 

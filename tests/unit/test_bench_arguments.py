@@ -1,0 +1,80 @@
+"""Command lines of ci/bench that could not measure anything: refused in one line, before a server or a rank is started."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from ci.bench import contention, layer_calls, loads, starts
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--cpu", "--loads", "a=1/1/1", "a=2/1/1"], "loads a, a: give each its own name"),
+        (["--cpu", "--turns", "0"], "--turns 0: write 1 or more"),
+        (["--cpu", "--model", "nope"], "--model nope: write qwen3, .*, or a folder with a config.json"),
+        (["--cpu", "--systems", "dpep", "dwdp"], "dpep: does not run on CPU; replicas does"),
+        (["--cpu", "--systems", "replicas", 'dwdp:a:{"experts_per_rnk": 4}'], "did you mean 'experts_per_rank'"),
+        ([], "no GPU here: --cpu tries this on two cores"),
+    ],
+)
+def test_loads(words: list[str], why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("ci.checks.visible.visible_gpus", lambda: 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    refused(monkeypatch, capsys, loads.arguments, words, why)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--cpu", "--model", "nope"], "--model nope: write qwen3, .*, or a folder with a config.json"),
+        ([], "no GPU here: --cpu tries this on two cores"),
+    ],
+)
+def test_starts(
+    words: list[str], why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ci.checks.visible.visible_gpus", lambda: 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    refused(monkeypatch, capsys, starts.arguments, words, why)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--cpu", "--ranks", "1"], "1 rank has nobody to pull from: --ranks 2 or more"),
+        (["--cpu", "--turns", "0"], "--turns 0: write 1 or more"),
+        ([], "no GPU here: --cpu tries this over shared memory"),
+    ],
+)
+def test_contention(
+    words: list[str], why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ci.checks.visible.visible_gpus", lambda: 0)
+    monkeypatch.setattr(contention, "Ranks", None)
+    refused(monkeypatch, capsys, contention.main, words, why)
+
+
+def test_layer_calls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("ci.checks.visible.visible_gpus", lambda: 0)
+    refused(monkeypatch, capsys, layer_calls.main, [], "no GPU here: --simulated counts without one")
+
+
+def refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    call: Callable[[], object],
+    words: list[str],
+    why: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", *words])
+    with pytest.raises(SystemExit) as caught:
+        call()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2
+    assert last.startswith("program: error: ")
+    assert re.search(why, last), last
