@@ -9,7 +9,7 @@ the first request and after the last all experts are looked at as each rank's ke
 
 Exit status 1: a request failed that should not, requests were not sent within `--limit-s`, something of the server was left
 after its end, experts changed or differ between ranks, or something grew after the first part: a process by a descriptor or
-a thread, or in private memory by more than `--memory-mib` per 1,000 requests, or what a GPU holds by more than DEVICE_MIB.
+a thread, or in private memory by more than `--memory-mib` per 1,000 requests, or what a GPU holds by more than 16 MiB.
 With `--against PLAIN.json`, written by a run with `--plain`, what plain vLLM's process of that kind grew by is allowed for
 in addition.
 """
@@ -241,7 +241,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000, help="at least so many (%(default)s)")
     parser.add_argument("--seconds", type=float, default=0, help="and for at least so long")
     parser.add_argument("--part", type=int, default=1000, help="requests between two measurements (%(default)s)")
-    parser.add_argument("--long", type=int, default=0, help="words of the longest prompts")
+    parser.add_argument(
+        "--long", type=int, default=0, help="a fifth of the prompts has up to so many words (default: all are short)"
+    )
     parser.add_argument("--plain", action="store_true", help="plain vLLM, one engine")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--concurrency", type=int, default=16)

@@ -107,6 +107,7 @@ PLANS = [
     (planned("OLMoE-1B-7B-0924", 8, "NVIDIA H200"), "ok", "OLMoE"),  # of 4,096 positions
     (planned("DeepSeek-R1", 2, "NVIDIA H200"), "failure", "--ranks"),
     (planned("DeepSeek-R1", 4, None), "warning", "no GPU to plan for"),
+    (planned("DeepSeek-R1", 4, None), "warning", "vllm-dwdp plan DeepSeek-R1 --ranks 4 --hardware NAME"),
     (planned("DeepSeek-R1", 4, "NVIDIA H100 PCIe"), "warning", "no hardware file for NVIDIA H100 PCIe"),
     (planned("DeepSeek-R1", 9, "NVIDIA H200"), "warning", "2..8 ranks"),
     (planned("DeepSeek-R1-FP4", 4, "NVIDIA GB200"), "ok", "auto would hold 64 of 256 experts"),
@@ -123,7 +124,8 @@ def test_states_make_the_exit_status_and_the_output() -> None:
     good, odd, bad = ok("a", "fine"), warning("b", "odd", "turn it " * 20 + "--end=all"), failure("c", "bad", "mend it")
     assert [exit_status(lines) for lines in ([], [good], [good, odd], [bad, good])] == [0, 0, 0, 1]
     text = shown([good, odd, bad])
-    assert text.splitlines()[0].split() == ["ok", "a", "fine"] and text.endswith("1 ok, 1 warnings, 1 failures")
+    assert text.splitlines()[0].split() == ["ok", "a", "fine"] and text.endswith("1 ok, 1 warning, 1 failure")
+    assert shown([good]).endswith("1 ok, 0 warnings, 0 failures")
     assert "-> mend it" in text and "--end=all" in text and max(map(len, text.splitlines())) <= 110
     told = json.loads(as_json([good, odd, bad]))
     assert (told["ok"], told["warning"], told["failure"]) == (1, 1, 1)

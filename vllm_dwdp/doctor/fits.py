@@ -18,7 +18,9 @@ def planned(model: str, ranks: int, device: str | None) -> Line:
     hardware = None if device is None else hardware_of(device)
     if hardware is None:
         text = "there is no GPU to plan for" if device is None else f"there is no hardware file for {device}"
-        remedy = f"vllm-dwdp plan {model} --hardware NAME plans for another one ({', '.join(shipped())})"
+        remedy = (
+            f"vllm-dwdp plan {model} --ranks {ranks} --hardware NAME plans for another one ({', '.join(shipped())})"
+        )
         return warning("plan", text, remedy)
     try:
         args = build().parse_args(["plan", model, "--hardware", hardware, "--ranks", str(ranks)])

@@ -51,7 +51,8 @@ def guarded(name: str, check: Callable[[], Line | Sequence[Line]]) -> list[Line]
 
 def summary(lines: Sequence[Line]) -> str:
     count = Counter(line.state for line in lines)
-    return f"{count['ok']} ok, {count['warning']} warnings, {count['failure']} failures"
+    words = [f"{count[state]} {state}{'s' * (count[state] != 1)}" for state in ("warning", "failure")]
+    return ", ".join([f"{count['ok']} ok", *words])
 
 
 def shown(lines: Sequence[Line]) -> str:

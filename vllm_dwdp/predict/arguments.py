@@ -92,7 +92,8 @@ def number(what: str, low: float, high: float) -> Any:
 
 def build(more: Iterable[Callable[[Any], None]] = ()) -> Parser:
     """The parser of `vllm-dwdp`. more: each adds a command of another package."""
-    parser = Parser(prog="vllm-dwdp", description="Say before renting GPUs whether DWDP pays, and by how much.")
+    about = "Whether DWDP pays, and by how much, before you rent GPUs; and whether a machine is ready for it."
+    parser = Parser(prog="vllm-dwdp", description=about)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     _plan(commands)
     sim = commands.add_parser("simulate", help="run fleets of ranks on a scenario", description="Simulate a scenario.")
