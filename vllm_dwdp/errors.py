@@ -6,6 +6,11 @@ from typing import Final
 DOCTOR: Final = "; run `vllm-dwdp doctor`"
 
 
+def install(extra: str) -> str:
+    """How to get what one of the project's extras brings; no package index has the project."""
+    return f"pip install '.[{extra}]' in vllm-dwdp's folder"
+
+
 class DwdpError(ValueError):
     """A configuration or a set-up that cannot work."""
 

@@ -150,8 +150,11 @@ class Ranks:
 
     def _answer(self, pipe: Connection) -> Any:
         if not pipe.poll(2 * LIMIT_S):
-            raise SystemExit("contention: a rank does not answer")
-        return pipe.recv()
+            raise SystemExit(f"contention: a rank has not answered for {2 * LIMIT_S:.0f} s: look for a stalled device")
+        try:
+            return pipe.recv()
+        except EOFError:
+            raise SystemExit("contention: a rank ended; its error is above") from None
 
 
 def measure(ranks: Ranks, seconds: float, turns: int) -> list[dict[str, Any]]:

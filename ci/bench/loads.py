@@ -26,7 +26,7 @@ import torch
 
 from ci.bench import tiles
 from ci.bench.load import SHAPE, Load, parse_loads
-from ci.bench.models import MODELS, write_model
+from ci.bench.models import MODELS, model_in
 from ci.bench.results import slower_bases
 from ci.bench.run import Bench, say
 from ci.bench.servers import parse_systems
@@ -147,11 +147,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         logs = args.logs or Path(scratch)
         logs.mkdir(parents=True, exist_ok=True)
-        model = Path(args.model)
-        if args.model in MODELS:
-            model = write_model(args.model, args.layers, Path(scratch) / "model")
+        model = model_in(args.model, args.layers, Path(scratch))
         if args.tiles == "alike":
-            where = tiles.write(model, torch.device("cuda"), len(devices_of(args.cpu)), Path(scratch) / "tiles")
+            try:
+                where = tiles.write(model, torch.device("cuda"), len(devices_of(args.cpu)), Path(scratch) / "tiles")
+            except ValueError as error:
+                raise SystemExit(f"bench: {error}") from None
             os.environ["VLLM_TUNED_CONFIG_FOLDER"] = str(where)
         try:
             bench.start(model, common_words(args, args.loads), devices_of(args.cpu), logs)

@@ -63,6 +63,11 @@ def write_model(name: str, layers: int | None, folder: Path) -> Path:
     return folder
 
 
+def model_in(name: str, layers: int | None, scratch: Path) -> Path:
+    """The folder of a model: `name` itself, or where it is one of MODELS, written into `scratch`."""
+    return write_model(name, layers, scratch / "model") if name in MODELS else Path(name)
+
+
 def vocabulary(model: Path) -> int:
     """Tokens of a model's vocabulary."""
     return int(json.loads((model / "config.json").read_text())["vocab_size"])

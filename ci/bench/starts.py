@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ci.bench.loads import check, devices_of
-from ci.bench.models import MODELS, write_model
+from ci.bench.models import MODELS, model_in
 from ci.bench.results import as_text
 from ci.bench.run import command, machine, say, versions
 from ci.bench.servers import Server, ServerFailed, System, parse_system
@@ -67,6 +68,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Start, time, tell; 1 where a system did not start."""
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server goes with this program
     words = ["--load-format", args.load_format, "--max-model-len", "256", "--uvicorn-log-level", "warning"]
     words += ["--kv-cache-memory-bytes", str(64 << 20 if args.cpu else 3 << 30), "--gpu-memory-utilization", "0.1"]
     words += (["--enforce-eager"] if args.cpu else []) + args.more
@@ -78,9 +80,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         logs = args.logs or Path(scratch)
         logs.mkdir(parents=True, exist_ok=True)
-        model = Path(args.model)
-        if args.model in MODELS:
-            model = write_model(args.model, args.layers, Path(scratch) / "model")
+        model = model_in(args.model, args.layers, Path(scratch))
         for system in args.systems:
             took: list[float] = []
             for number in range(1 + args.again):

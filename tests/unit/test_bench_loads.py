@@ -1,11 +1,9 @@
-"""ci/bench/loads.py: what a window counts, turns and their ratios, systems that fail."""
+"""ci/bench/loads.py: turns and their ratios, systems that fail, pictures."""
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
-import random
 import sys
 import time
 from collections import Counter
@@ -13,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
 
 from ci.bench import client as bench_client
 from ci.bench import loads as bench_loads
 from ci.bench import results as bench_results
 from ci.bench import run as bench_run
 from ci.bench import servers as bench_servers
-from ci.bench.client import Event, First
-from ci.bench.load import Load, requests
+from ci.bench.load import Load
 from ci.bench.models import write_model
 from ci.bench.servers import Target
 from ci.report import loads_picture as bench_picture
@@ -73,130 +69,6 @@ def test_a_base_that_became_slower_is_told() -> None:
     assert len(bench_results.slower_bases(now, earlier, "dpep")) == 1
     assert bench_results.slower_bases(earlier, now, "dpep") == []
     assert bench_results.slower_bases(now, {}, "dpep") == []
-
-
-def test_first_requests_end_evenly_spread() -> None:
-    assert [bench_client.first_output(i, 4, 100) for i in range(4)] == [25, 50, 75, 100]
-    assert bench_client.first_output(0, 16, 1) == 1
-
-
-def steady(clients: int, seconds: float, tokens: int, until: float) -> tuple[list[Event], list[First]]:
-    """Requests of `seconds` each in a closed loop, with ten tokens of input."""
-    events: list[Event] = []
-    for client in range(clients):
-        at = seconds * client / clients - seconds
-        while at < until:
-            events += [Event(at + seconds * (i + 1) / tokens, 0 if i else 10, 1) for i in range(tokens)]
-            at += seconds
-    events = sorted(event for event in events if 0 <= event.at <= until)
-    return events, [First(event.at, 0.1, "") for event in events if event.input]
-
-
-@pytest.mark.parametrize(("clients", "seconds"), [(1, 0.9), (1, 4.3), (16, 1.1), (16, 7.7)])
-def test_a_window_counts_whole_requests_however_long_they_are(clients: int, seconds: float) -> None:
-    tokens = 8
-    for begin in (random.Random(0).uniform(2, 8) for _ in range(20)):
-        events, ttft = steady(clients, seconds, tokens, begin + 12)
-        found = bench_client.window(events, ttft, [], begin, 5.0)
-        assert found.tokens_per_s == pytest.approx(clients * (10 + tokens) / seconds, rel=0.01)
-        assert found.output_per_s == pytest.approx(clients * tokens / seconds, rel=0.01)
-        assert found.seconds >= 5 and found.requests == len(found.ttft_s) > 0
-
-
-def test_a_window_without_tokens_fails() -> None:
-    with pytest.raises(bench_client.LoadFailed):
-        bench_client.window([], [], [], 1.0, 5.0)
-
-
-class Service:
-    """An HTTP server that streams as vLLM's does; `wrong` adds to the tokens of every request, `ended` counts."""
-
-    def __init__(self, wrong: int = 0) -> None:
-        self.wrong = wrong
-        self.inside, self.most = 0, 0
-        self.seen: list[tuple[float, str, int]] = []  # when, rank, tokens of the prompt
-
-    async def complete(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
-        self.seen.append((time.monotonic(), request.headers.get("X-data-parallel-rank", ""), len(body["prompt"])))
-        self.inside += 1
-        self.most = max(self.most, self.inside)
-        stream = web.StreamResponse()
-        await stream.prepare(request)
-        try:
-            for i in range(0, body["max_tokens"] + self.wrong, 2):  # two tokens in a piece
-                told = min(i + 2, body["max_tokens"] + self.wrong)
-                text = b'data: {"choices": [], "usage": {"completion_tokens": %d}}\n\n' % told
-                await stream.write(text[:20])
-                await asyncio.sleep(0.005)
-                await stream.write(text[20:])
-            await stream.write(b"data: [DONE]\n\n")
-        finally:
-            self.inside -= 1
-        return stream
-
-
-def play(service: Service, load: Load, ranks: int = 0) -> bench_client.Window:
-    """A short turn on `service`, or on so many ranks of it."""
-
-    async def go() -> bench_client.Window:
-        app = web.Application(client_max_size=1 << 26)
-        app.router.add_post("/v1/completions", service.complete)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        try:
-            targets = [Target(url, {"X-data-parallel-rank": str(rank)}) for rank in range(ranks)] or [Target(url, {})]
-            return await bench_client.turn(targets, load, requests(load, 512, 0.0), 3, 0.1, 0.5, 10)
-        finally:
-            await runner.cleanup()
-
-    return asyncio.run(go())
-
-
-def test_a_turn_keeps_as_many_requests_in_flight_as_asked_and_counts_every_token() -> None:
-    service = Service()
-    found = play(service, Load("small", 50, 20, 4))
-    assert service.most == 4
-    # Every request makes 20 and takes 50 on the average; both ends of the window are first tokens.
-    assert found.tokens_per_s / found.output_per_s == pytest.approx(70 / 20, rel=0.25)
-    assert found.seconds >= 0.5 and found.ttft_s and found.itl_s
-
-
-def test_a_request_with_other_tokens_than_asked_fails_the_turn() -> None:
-    with pytest.raises(bench_client.LoadFailed, match="tokens"):
-        play(Service(wrong=1), Load("small", 10, 4, 2))
-
-
-def test_requests_at_fixed_times_are_sent_whether_or_not_there_are_answers() -> None:
-    service = Service()
-    # An answer takes 50 ms, and a round 40: in turn there would never be more than four inside.
-    found = play(service, Load("timed", 10, 20, 4, every=0.04))
-    assert service.most > 4
-    assert found.requests / found.seconds == pytest.approx(4 / 0.04, rel=0.3)
-    gaps = [later[0] - one[0] for one, later in itertools.pairwise(service.seen[4:])]
-    assert sorted(gaps)[len(gaps) // 4] > 0.004, "evenly over the round"
-
-
-def test_a_burst_is_sent_at_once() -> None:
-    service = Service()
-    play(service, Load("burst", 10, 2, 8, every=0.25, burst=True))
-    times = [at for at, _, _ in service.seen]
-    assert len(times) >= 16 and all(max(times[i : i + 8]) - min(times[i : i + 8]) < 0.1 for i in (0, 8))
-    assert times[8] - times[7] > 0.1
-
-
-def test_an_uneven_load_sends_three_of_four_long_prompts_to_one_rank() -> None:
-    service = Service()
-    found = play(service, Load("uneven", 160, 2, 8, every=0.1, uneven=True), ranks=2)
-    whole = service.seen[: len(service.seen) // 8 * 8]
-    long = Counter(rank for _, rank, tokens in whole if tokens > 100)
-    short = Counter(rank for _, rank, tokens in whole if tokens < 20)
-    assert long["0"] == 3 * long["1"] > 0 and short["0"] == short["1"] == (long["0"] + long["1"]) / 2
-    assert set(found.ttft_by) == {f"{size}, {rank}" for size in ("long", "short") for rank in ("rank 0", "other ranks")}
-    assert sorted(itertools.chain(*found.ttft_by.values())) == sorted(found.ttft_s)
 
 
 def test_first_tokens_are_compared_by_place() -> None:

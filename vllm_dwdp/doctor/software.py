@@ -9,6 +9,7 @@ from vllm_dwdp.compat.versions import NOT_ON_GPUS, TESTED
 from vllm_dwdp.doctor.line import Line, failure, ok, warning
 from vllm_dwdp.doctor.readings import Cupy, Torch, Unread, Vllm
 from vllm_dwdp.doctor.smi import Smi, version_in
+from vllm_dwdp.errors import install
 
 #: vLLM's wheels ask for 3.11 or newer; the lock was tried with 3.11, and its compiled packages stop at 3.13.
 OLDEST, NEWEST = (3, 11), (3, 13)
@@ -84,18 +85,18 @@ def cupy(found: Cupy | Unread, packages: Sequence[str], of: Torch | Unread) -> L
     built = of.cuda if isinstance(of, Torch) else None
     extra = f"cuda{built.split('.')[0] if built else '13'}"
     package = f"cupy-{extra}x"
-    install = f"pip install 'vllm-dwdp[{extra}]' in this environment"
+    how = install(extra)
     if len(packages) > 1:
-        remedy = f"pip uninstall {' '.join(packages)}, then {install}"
+        remedy = f"pip uninstall {' '.join(packages)}, then {how}"
         return failure("CuPy", f"{' and '.join(packages)} overwrite each other", remedy)
     if isinstance(found, Unread):
         if built is None:
             return ok("CuPy", "not there, and not needed on CPU")
-        return failure("CuPy", "not installed" if found.absent else f"cannot be imported: {found.why}", install)
+        return failure("CuPy", "not installed" if found.absent else f"cannot be imported: {found.why}", how)
     cuda = (found.cuda // 1000, found.cuda % 1000 // 10)
     text = f"{found.version}, with CUDA {cuda[0]}.{cuda[1]}"
     if built is not None and cuda[0] != int(built.split(".")[0]):
-        remedy = f"pip uninstall {' '.join(packages) or 'cupy'}, then {install} ({package})"
+        remedy = f"pip uninstall {' '.join(packages) or 'cupy'}, then {how} ({package})"
         return failure("CuPy", f"{text}, beside a torch for CUDA {built}", remedy)
     return ok("CuPy", text)
 

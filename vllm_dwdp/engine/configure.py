@@ -22,7 +22,7 @@ from vllm_dwdp.engine.orphans import value_of_parent, watch_forked
 from vllm_dwdp.engine.planner import ask_planner
 from vllm_dwdp.engine.popularity import check_popularity, popularity_of, with_hits_file
 from vllm_dwdp.engine.rank_pages import watch_ranks
-from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.errors import DwdpError, install
 from vllm_dwdp.group.environment import set_for_children, sockets_in
 from vllm_dwdp.group.launch import RENDEZVOUS_ENV, DwdpLaunch, attach_launch
 from vllm_dwdp.group.launch_folder import make_folder
@@ -40,7 +40,7 @@ def resolve_launcher(launcher: str, platform: Platform) -> str:
     if launcher == "auto":
         return platform.launcher
     if launcher == "ray" and importlib.util.find_spec("ray") is None:
-        raise DwdpError('launcher "ray" needs Ray: pip install "vllm-dwdp[ray]", or leave launcher out')
+        raise DwdpError(f'launcher "ray" needs Ray: {install("ray")}, or leave launcher out')
     return launcher
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vllm_dwdp import BACKEND
 from vllm_dwdp.compat.versions import NOT_ON_GPUS, TESTED, vllm_version
 from vllm_dwdp.config import DwdpConfig
-from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.errors import DwdpError, install
 from vllm_dwdp.platform import Platform
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _on_gpu(config: DwdpConfig) -> Iterator[str]:
             "leave one of them out"
         )
     if importlib.util.find_spec("cupy") is None:
-        yield 'dwdp needs CuPy on GPUs: pip install "vllm-dwdp[cuda13]" (or [cuda12], as your vLLM is built)'
+        yield f"dwdp needs CuPy on GPUs: {install('cuda13')} (or cuda12, as your vLLM is built)"
 
 
 def check_model(model_config: ModelConfig, platform: Platform) -> int:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.errors import DwdpError, install
 from vllm_dwdp.predict.arguments import build
 
 _MOST_CHARACTERS = 1000
@@ -150,7 +150,7 @@ def _check_plot(path: str | None) -> None:
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise DwdpError(f"--plot {path}: {folder} is no folder that can be written to; give another path")
     if importlib.util.find_spec("matplotlib") is None:
-        raise DwdpError("--plot needs matplotlib: pip install 'vllm-dwdp[predict]'")
+        raise DwdpError(f"--plot needs matplotlib: {install('predict')}")
 
 
 def _drawn(paths: list[str], quiet: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.errors import DwdpError, install
 from vllm_dwdp.predict.decode import decode_steps
 from vllm_dwdp.predict.strategies import dwdp
 from vllm_dwdp.predict.units import show_count
@@ -23,7 +23,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise DwdpError("--plot needs matplotlib: pip install 'vllm-dwdp[predict]', or leave --plot out") from None
+        raise DwdpError(f"--plot needs matplotlib: {install('predict')}, or leave --plot out") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

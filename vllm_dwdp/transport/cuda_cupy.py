@@ -7,7 +7,7 @@ the last error, so that a query that says 'not ready' leaves nothing behind for 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from vllm_dwdp.errors import DOCTOR, DwdpError
+from vllm_dwdp.errors import DOCTOR, DwdpError, install
 from vllm_dwdp.transport.cuda_device import CudaDevice, CudaError, DeviceInfo, DeviceMemory
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def _import_runtime() -> Any:
         from cupy.cuda import runtime
     except ImportError as error:
         raise DwdpError(
-            f"CuPy cannot be imported ({error}): install vllm-dwdp[cuda13], or [cuda12] with vLLM for CUDA 12{DOCTOR}"
+            f"CuPy cannot be imported ({error}): {install('cuda13')}, cuda12 with vLLM for CUDA 12{DOCTOR}"
         ) from error
     return runtime
 
