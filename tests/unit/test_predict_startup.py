@@ -130,7 +130,7 @@ def test_required_wins() -> None:
 
 
 def test_four_h200s_are_foreseen_as_they_were_measured() -> None:
-    """All 48 layers of Qwen3-30B-A3B, 8K prompts: 52,700 tokens/s a GPU, expert parallelism 39,700; on two 53,900, 44,300."""
+    """All 48 layers of Qwen3-30B-A3B, 8K prompts: tokens/s per GPU, and those of expert parallelism."""
     config = json.loads((MODELS / "Qwen3-30B-A3B.json").read_text())
     for ranks, dwdp, dep in ((4, 52_700, 39_700), (2, 53_900, 44_300)):
         case = PlannedLaunch(config, "m", "NVIDIA H200", ranks, 16384, 32768).case()
