@@ -71,7 +71,9 @@ def test_what_does_not_fit_names_what_makes_room(capsys: pytest.CaptureFixture[s
     assert main([*case, "32K"]) == 0
     assert "Instead: --tokens-per-step 16384" in capsys.readouterr().out
     assert main([*case, "16384"]) == 0
-    assert "DWDP: use it" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    # That eight ranks cost each other time, by the paper's model, makes it marginal; it fits.
+    assert "DWDP: marginal" in told and "it does not fit" not in told
 
 
 def test_a_launch_is_never_stopped_by_the_planner() -> None:
