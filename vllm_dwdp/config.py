@@ -47,8 +47,8 @@ class DwdpConfig:
     experts_per_rank: experts resident on a rank; more than E/N means overlap, "auto" as many as the KV cache leaves room
         for (hold.py), "partition" E/N. None means "partition" on CPU; on GPUs "auto", or a partition where memory cannot be
         foreseen.
-    num_slots: prefetch buffers per rank. slice_bytes: bytes of one copy; None means 1 MiB on CPU,
-        by the layer on GPUs.
+    num_slots: prefetch buffers per rank. slice_bytes: the most bytes of one copy; None means 1 MiB on CPU,
+        whole ranges on GPUs.
     ranks_per_device: ranks that share one accelerator. timeout_s: limit of every wait, in seconds.
     trace: record the times of acquire, ready, release and of every copy.
     require_win: refuse to start where the planner predicts a loss, or cannot tell.
@@ -127,7 +127,7 @@ class DwdpConfig:
         return self.experts_per_rank == AUTO
 
     def resolve_slice_bytes(self, platform: Platform) -> int | None:
-        """Bytes of one copy; None where the plan of each layer chooses."""
+        """The most bytes of one copy; None for whole ranges."""
         return platform.slice_bytes if self.slice_bytes is None else self.slice_bytes
 
     def resolve_group_size(self, num_ranks: int) -> int:

@@ -1,16 +1,16 @@
 """The plan of a layer: which bytes a reader copies from which rank, in which order (pure).
 
 Slabs and slots keep one block per tensor: the rows of the experts one after the other, a row being all bytes of one
-expert. Experts that are consecutive both at the source and in the slot make one range; ranges are cut into slices, and
-the slices of all peers interleave, beginning with the next rank, so that no two readers begin at the same source and, of
-several, none is read in one long stretch (paper: time-division multiplexing).
+expert. Experts that are consecutive both at the source and in the slot make one range, and a range is one copy unless it is
+cut into slices. The copies of all peers take turns, beginning with the next rank, so that no two readers begin at the same
+source.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.placement import Placement
@@ -91,22 +91,6 @@ class LayerLayout:
         return Layout(tuple(tensor for tensor in self.tensors if tensor.fetched), experts, self.alignment)
 
 
-#: Copies of a layer from several peers where no size is given, beside one more for the end of each range, and the size that
-#: ranges are not cut below. Over NVLink (two H100s) a copy costs the device some 3 microseconds and the host 2, so that
-#: 1 MiB at a time reaches 206 GB/s, 4 MiB 322 and 64 MiB 388 (ci/bench/copy_calls.py).
-SLICES: Final = 32
-LEAST_SLICE_BYTES: Final = 4 << 20
-_SLICE_MULTIPLE: Final = 1 << 20
-
-
-def slice_bytes_for(pulled_bytes: int, num_sources: int) -> int:
-    """Bytes of one slice of a layer: large, but several sources still take turns; one source is read whole."""
-    if num_sources <= 1:
-        return max(pulled_bytes, LEAST_SLICE_BYTES)
-    share = -(-pulled_bytes // SLICES)
-    return max(LEAST_SLICE_BYTES, -(-share // _SLICE_MULTIPLE) * _SLICE_MULTIPLE)
-
-
 class Slice(NamedTuple):
     """One copy."""
 
@@ -120,7 +104,7 @@ class Slice(NamedTuple):
 class CopyPlan:
     """The copies that fill a slot with all E experts of a layer, or with those that the reader lacks.
 
-    pulls: from peers, at most slice_bytes each, in issue order. local: from the reader's own slab (the merge copy), one
+    pulls: from peers, in issue order. local: from the reader's own slab (the merge copy), one
     per range; none in the split view. slot: the layout that dst_offset refers to.
     """
 
@@ -141,7 +125,8 @@ class CopyPlan:
 
 
 def build_plan(layout: LayerLayout, reader: int, slice_bytes: int | None, split: bool = False) -> CopyPlan:
-    """Plan how rank `reader` fills a slot; split: with the experts it lacks only. slice_bytes: None for `slice_bytes_for`.
+    """Plan how rank `reader` fills a slot; split: with the experts it lacks only. slice_bytes: the most of one
+    pull; None for whole ranges.
 
     Raises DwdpError for empty tensors or a slice_bytes below 1.
     """
@@ -156,17 +141,13 @@ def build_plan(layout: LayerLayout, reader: int, slice_bytes: int | None, split:
             begin, to = slabs[run.owner].offset(name, run.first), slot.offset(name, run.first)
             ranges[run.owner].append(Slice(run.owner, begin, to, run.length * row_bytes))
     peers = [(reader + step) % placement.num_ranks for step in range(1, placement.num_ranks)]
-    if slice_bytes is None:
-        pulled = [sum(whole.nbytes for whole in ranges[peer]) for peer in peers]
-        slice_bytes = slice_bytes_for(sum(pulled), sum(nbytes > 0 for nbytes in pulled))
     turns = zip_longest(*(_cut(ranges[peer], slice_bytes) for peer in peers))
     pulls = tuple(item for turn in turns for item in turn if item is not None)
     return CopyPlan(reader, slot, pulls, tuple(ranges[reader]))
 
 
-def _cut(ranges: list[Slice], slice_bytes: int) -> Iterator[Slice]:
+def _cut(ranges: list[Slice], slice_bytes: int | None) -> Iterator[Slice]:
     for whole in ranges:
-        for done in range(0, whole.nbytes, slice_bytes):
-            yield Slice(
-                whole.source, whole.src_offset + done, whole.dst_offset + done, min(slice_bytes, whole.nbytes - done)
-            )
+        most = slice_bytes or whole.nbytes
+        for done in range(0, whole.nbytes, most):
+            yield Slice(whole.source, whole.src_offset + done, whole.dst_offset + done, min(most, whole.nbytes - done))

@@ -11,7 +11,8 @@ class Platform:
     name: as users call it. on_cpu: kernels read host memory. worker: vLLM's class and ours with it in front.
     transports, views: by preference; `choose_view` says whether layers can have a view.
     launcher: as in plain vLLM; on CPU a copy thread would share the engine's interpreter lock.
-    slice_bytes: of one copy; None where the plan of each layer chooses.
+    slice_bytes: the most of one copy, None for whole ranges. On CPU a program of few copies needs the interpreter's lock
+        between them (transport/shm_copy.py), one of many does not.
     quantisations: of checkpoints. methods: classes of vLLM whose weights may lie in slabs and slots.
     """
 

@@ -2,7 +2,7 @@
 
 A process per rank and GPU, over the transport that engines use. Each pulls the experts that it lacks of one layer again and
 again: first rank 0 alone, then all at once, for every way of cutting and ordering the copies. `rotated`, as engines do it:
-slices of all peers take turns, beginning with the next rank. `in order`: rank by rank, beginning with rank 0 for everybody,
+copies of all peers take turns, beginning with the next rank. `in order`: rank by rank, beginning with rank 0 for everybody,
 so that all read the same source. `together`: those of each peer on a stream of their own, so that a busy source holds up no
 other. Goal: with all ranks pulling 0.9 of one rank's own rate.
 """
@@ -29,25 +29,24 @@ from vllm_dwdp.transport.base import CopyEngine, Program
 from vllm_dwdp.transport.cuda_copy import CopyOptions
 
 MIB: Final = 1 << 20
-#: Of all copies of a peer in one piece.
-WHOLE: Final = 1 << 40
 
 
 class Way(NamedTuple):
-    """slice_bytes: None for the default by layer."""
+    """slice_bytes: None for whole ranges."""
 
     slice_bytes: int | None
     order: Literal["rotated", "in order", "together"] = "rotated"
 
     @property
     def name(self) -> str:
-        size = {None: "default slices", WHOLE: "whole ranges"}.get(self.slice_bytes)
-        return f"{size or f'{(self.slice_bytes or 0) // MIB} MiB'}, {self.order}"
+        size = f"{self.slice_bytes // MIB} MiB" if self.slice_bytes else "whole ranges"
+        return f"{size}, {self.order}"
 
 
+#: 27 MiB: this layer in 32 slices, as engines once cut it.
 WAYS: Final = (
-    Way(None), Way(WHOLE), Way(16 * MIB), Way(4 * MIB), Way(MIB), Way(WHOLE, "in order"), Way(4 * MIB, "in order"),
-    Way(WHOLE, "together"), Way(16 * MIB, "together"),
+    Way(27 * MIB), Way(None), Way(16 * MIB), Way(4 * MIB), Way(MIB), Way(None, "in order"), Way(4 * MIB, "in order"),
+    Way(None, "together"), Way(16 * MIB, "together"),
 )  # fmt: skip
 
 

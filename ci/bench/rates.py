@@ -118,8 +118,8 @@ def same_bytes(device: CudaDevice, source: Memory, slot: Memory) -> Row:
 def launch_times(
     device: CudaDevice, transport: Transport, source: Memory, layer: Layer, sizes: Sequence[int]
 ) -> list[Row]:
-    """Host time to submit one layer's graph, against its pull at NVLINK, for slices of these sizes and of the default one,
-    which must be below LAUNCH_SHARE. source: stands for the slabs of all ranks."""
+    """Host time to submit one layer's graph, against its pull at NVLINK, for slices of these sizes and for whole ranges,
+    the default, which must be below LAUNCH_SHARE. source: stands for the slabs of all ranks."""
     layout, rows = LayerLayout(place(layer.experts, layer.ranks), layer.tensors), []
     slot = transport.allocate_slot(layout.slot(0).nbytes)
     for size in (*sizes, None):

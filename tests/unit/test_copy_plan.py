@@ -8,15 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_dwdp.copy_plan import (
-    LEAST_SLICE_BYTES,
-    SLICES,
     CopyPlan,
     LayerLayout,
     Layout,
     Slice,
     TensorSpec,
     build_plan,
-    slice_bytes_for,
 )
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.placement import place
@@ -25,7 +22,9 @@ row_sizes = st.lists(st.integers(1, 40), min_size=1, max_size=3)
 
 
 @st.composite
-def cases(draw: st.DrawFn, views: tuple[bool, ...] = (False, True)) -> tuple[LayerLayout, int, CopyPlan, int, bool]:
+def cases(
+    draw: st.DrawFn, views: tuple[bool, ...] = (False, True)
+) -> tuple[LayerLayout, int, CopyPlan, int | None, bool]:
     num_ranks = draw(st.integers(2, 6))
     num_experts = draw(st.integers(max(num_ranks, 3), 20))
     share = draw(st.none() | st.integers(-(-num_experts // num_ranks), num_experts - 1))
@@ -35,7 +34,7 @@ def cases(draw: st.DrawFn, views: tuple[bool, ...] = (False, True)) -> tuple[Lay
     rows = draw(row_sizes)
     fetched = draw(st.permutations([True, *[draw(st.booleans()) for _ in rows[1:]]]))
     specs = tuple(TensorSpec(f"t{i}", row, there) for i, (row, there) in enumerate(zip(rows, fetched, strict=True)))
-    slice_bytes = draw(st.integers(1, 100))
+    slice_bytes = draw(st.none() | st.integers(1, 100))
     split = draw(st.sampled_from(views))
     layout = LayerLayout(placement, specs, draw(st.sampled_from([1, 16, 256])))
     return layout, reader, build_plan(layout, reader, slice_bytes, split), slice_bytes, split
@@ -77,7 +76,7 @@ def test_the_slot_gets_every_byte_of_its_experts_once(case: tuple) -> None:  # t
     assert writes.sum() == row_bytes * len(slot_experts)
     assert plan.pulled_bytes == row_bytes * len(placement.missing(reader))
     assert plan.merged_bytes == (0 if split else row_bytes * len(placement.shares[reader]))
-    assert all(item.source != reader and 0 < item.nbytes <= slice_bytes for item in plan.pulls)
+    assert all(item.source != reader and 0 < item.nbytes <= (slice_bytes or item.nbytes) for item in plan.pulls)
     assert all(item.source == reader for item in plan.local)
 
 
@@ -123,30 +122,18 @@ def test_page_alignment() -> None:
     assert (layout.offset("a", 5), layout.offset("b", 1)) == (8192, 12388)
 
 
-@given(st.integers(1, 1 << 40), st.integers(2, 71))
-def test_slices_of_several_sources_are_few_and_not_small(pulled: int, sources: int) -> None:
-    size = slice_bytes_for(pulled, sources)
-    assert size >= LEAST_SLICE_BYTES and size % (1 << 20) == 0
-    assert -(-pulled // size) <= SLICES
-    assert size == LEAST_SLICE_BYTES or size < pulled / SLICES + (1 << 20)  # no larger than it must be
-
-
 @given(st.integers(2, 12), st.integers(12, 300), st.lists(st.integers(1 << 10, 64 << 20), min_size=1, max_size=4))
-def test_a_layer_has_few_copies_whatever_its_ranges(ranks: int, experts: int, rows: list[int]) -> None:
+def test_without_a_size_every_range_is_one_copy(ranks: int, experts: int, rows: list[int]) -> None:
     specs = tuple(TensorSpec(str(i), nbytes) for i, nbytes in enumerate(rows))
     plan = build_plan(LayerLayout(place(experts, ranks), specs), 0, None, split=True)
-    ranges = (len(place(experts, ranks).runs(0)) - 1) * len(rows)  # but the reader's own
-    assert len(plan.pulls) <= SLICES + ranges
+    assert len(plan.pulls) == (len(place(experts, ranks).runs(0)) - 1) * len(rows)  # but the reader's own
 
 
-def test_without_a_size_one_source_is_read_whole_and_several_in_turns() -> None:
+def test_without_a_size_sources_still_take_turns() -> None:
     specs = (TensorSpec("w13", 6 << 20), TensorSpec("w2", 3 << 20))
-    alone = build_plan(LayerLayout(place(8, 2), specs), 0, None, split=True)
-    assert [item.nbytes for item in alone.pulls] == [24 << 20, 12 << 20]
-    several = build_plan(LayerLayout(place(64, 4), specs), 0, None, split=True)
-    assert max(item.nbytes for item in several.pulls) == 14 << 20  # 432 MiB in 32 turns
-    assert [item.source for item in several.pulls[:6]] == [1, 2, 3] * 2
-    assert sum(item.nbytes for item in several.pulls) == several.pulled_bytes == 48 * (9 << 20)
+    plan = build_plan(LayerLayout(place(64, 4), specs), 2, None, split=True)
+    assert [item.source for item in plan.pulls] == [3, 0, 1] * 2
+    assert [item.nbytes for item in plan.pulls] == [96 << 20] * 3 + [48 << 20] * 3
 
 
 def test_refusals() -> None:

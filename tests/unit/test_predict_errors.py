@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.cli import main
+from vllm_dwdp.predict.hardware_file import FOLDER, load_hardware
 from vllm_dwdp.predict.read_config import parse_model
 from vllm_dwdp.predict.startup import PlannedLaunch, hardware_of, predicted_loss
 
@@ -71,7 +73,9 @@ def test_what_does_not_fit_names_what_makes_room(capsys: pytest.CaptureFixture[s
     assert main([*case, "32K"]) == 0
     assert "Instead: --tokens-per-step 16384" in capsys.readouterr().out
     assert main([*case, "16384"]) == 0
-    assert "DWDP: use it" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    # That eight ranks cost each other time, by the paper's model, makes it marginal; it fits.
+    assert "DWDP: marginal" in told and "it does not fit" not in told
 
 
 def test_a_launch_is_never_stopped_by_the_planner() -> None:
@@ -91,3 +95,11 @@ def test_a_long_list_of_layers_is_gone_through_once() -> None:
     begin = time.monotonic()
     assert parse_model(config, "long").moe_layers == 10_000
     assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize(("figures", "why"), [("9 = 0.6", "at_once.9 is unknown"), ("2 = 1.9", "at_once.2 is 1.9")])
+def test_rates_of_ranks_that_pull_at_once_are_shares(figures: str, why: str, tmp_path: Path) -> None:
+    text = (FOLDER / "h200.toml").read_text().replace("2 = 0.91, 4 = 0.63", figures)
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(DwdpError, match=why):
+        load_hardware(str(tmp_path / "mine.toml"))

@@ -103,6 +103,12 @@ def test_contention_only_without_slices() -> None:
     assert exposed(1.0, 0.5, 2, 1.0, sliced=False) == (1.0, 0.5)
 
 
+def test_what_was_measured_comes_before_the_model() -> None:
+    assert exposed(1.0, 1.2, 4, 1.0, at_once=0.625) == pytest.approx((1.6, 0.4))
+    assert exposed(1.0, 1.0, 4, 0.5, at_once=0.625) == pytest.approx((1.3, 0.3))
+    assert exposed(1.0, 1.0, 2, 0.0, at_once=0.5) == (1.0, 0.0)
+
+
 def test_the_table_in_the_docs_is_what_the_command_prints() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "predict.md").read_text()
     assert page.endswith(report()[0] + "\n"), "write the output of `vllm-dwdp paper` to the end of docs/predict.md"

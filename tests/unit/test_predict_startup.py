@@ -10,7 +10,8 @@ from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.hardware_file import load_hardware
 from vllm_dwdp.predict.read_config import MODELS
-from vllm_dwdp.predict.startup import FullStep, PlannedLaunch, Rates, full_step, hardware_of, predicted_loss
+from vllm_dwdp.predict.startup import CPU_DEVICE, FullStep, PlannedLaunch, Rates, full_step, hardware_of, predicted_loss
+from vllm_dwdp.predict.strategies import rate_at_once
 
 
 def ask(**changed: Any) -> str | None:
@@ -103,7 +104,7 @@ def test_few_tokens_wait_and_are_told_how_many_do_not(rates: tuple[float, float,
 
 def test_measured_rates_are_those_that_count() -> None:
     known = load_hardware("h100")
-    hardware = Rates(3e11, 2e12, 6e14, 0.01).on(known)
+    hardware = Rates(3e11, 2e12, 6e14, 0.01).on(known, 2)
     assert hardware.rate("bf16") * hardware.efficiency.matmul == pytest.approx(6e14)
     assert hardware.rate("fp8") / hardware.rate("bf16") == pytest.approx(known.rate("fp8") / known.rate("bf16"))
     assert hardware.memory_bandwidth * hardware.efficiency.memory == pytest.approx(2e12)
@@ -126,3 +127,23 @@ def test_required_wins() -> None:
     assert DwdpConfig.parse({"require_win": True}).require_win
     with pytest.raises(DwdpError, match="require_win is 1"):
         DwdpConfig.parse({"require_win": 1})
+
+
+def test_four_h200s_are_foreseen_as_they_were_measured() -> None:
+    """All 48 layers of Qwen3-30B-A3B, 8K prompts: tokens/s per GPU, and those of expert parallelism."""
+    config = json.loads((MODELS / "Qwen3-30B-A3B.json").read_text())
+    for ranks, dwdp, dep in ((4, 52_700, 39_700), (2, 53_900, 44_300)):
+        case = PlannedLaunch(config, "m", "NVIDIA H200", ranks, 16384, 32768).case()
+        assert case.step("DWDP").tokens_per_gpu == pytest.approx(dwdp, rel=0.1)
+        assert case.step("DEP").tokens_per_gpu == pytest.approx(dep, rel=0.1)
+
+
+def test_ranks_cost_each_other_what_was_measured_and_nothing_on_a_cpu() -> None:
+    def at_once(device: str, ranks: int) -> float:
+        config = json.loads((MODELS / "Qwen3-30B-A3B.json").read_text())
+        launch = PlannedLaunch(config, "m", device, ranks, 8192, 32768, view="split")
+        return rate_at_once(launch.case(Rates(3e11, 4e12, 6e14, 0.01)).hardware, ranks)
+
+    assert (at_once("NVIDIA H200", 2), at_once("NVIDIA H200", 4)) == pytest.approx((0.91, 0.63))
+    assert at_once("NVIDIA H100 80GB HBM3", 4) == at_once("a card without a file", 4) == pytest.approx(0.6)
+    assert at_once("AMD Instinct MI300X", 4) == at_once(CPU_DEVICE, 4) == 1

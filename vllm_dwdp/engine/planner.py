@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_dwdp.predict.startup import PlannedLaunch, predicted_loss
+from vllm_dwdp.predict.startup import CPU_DEVICE, PlannedLaunch, predicted_loss
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -24,7 +24,7 @@ def planned(vllm_config: VllmConfig, config: DwdpConfig, group_size: int, platfo
     return PlannedLaunch(
         config=model.hf_config.to_dict(),
         name=model.model,
-        device="a CPU" if platform.on_cpu else _device(),
+        device=CPU_DEVICE if platform.on_cpu else _device(),
         ranks=group_size,
         tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         max_model_len=model.max_model_len,

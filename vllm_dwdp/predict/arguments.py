@@ -166,7 +166,6 @@ def _plan(commands: Any) -> None:
     how.add_argument(
         "--weight-view", choices=("split", "contiguous"), default="split", help="how kernels see the experts"
     )
-    how.add_argument("--no-slices", action="store_true", help="pull whole tensors, one peer after the other")
     how.add_argument(
         "--cached-experts", type=count("--cached-experts", 0), default=0, help="hot experts kept for decode"
     )

@@ -1,4 +1,5 @@
-"""How many pulls meet at one source, and what it costs: the paper's binomial model (T2), with and without slices."""
+"""What ranks that pull at once cost each other: as measured, else by the paper's binomial model (T2) of pulls that meet at
+one source, with and without slices."""
 
 from __future__ import annotations
 
@@ -52,19 +53,26 @@ def _spread(ranks: int, duty: float) -> tuple[np.ndarray, np.ndarray]:
     return (1 + np.arange(pulls + 1)[keep] / (ranks - 1)), chance[keep] / chance[keep].sum()
 
 
-def slowdowns(ranks: int, duty: float, sliced: bool) -> tuple[np.ndarray, np.ndarray]:
+def slowdowns(
+    ranks: int, duty: float, sliced: bool = False, at_once: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(factor, probability): how much longer a layer's pulls take than alone.
 
-    sliced: slices of all peers take turns, starting at another peer on every rank, so every source serves its readers
-    evenly: the factor is 1. Otherwise each of the N-1 pulls takes C times as long, C as in `meeting`.
+    at_once: measured rate of a rank while all pull all the time (duty 1), over its rate alone; with duty the factor grows
+    evenly to that. None, nothing measured, is the paper's model: each of the N-1 pulls takes C times as long, C as in
+    `meeting`; with `sliced`, where slices of all peers take turns, every source serves its readers evenly: the factor is 1.
     """
+    if at_once is not None:
+        return np.array([1 + min(max(duty, 0.0), 1.0) * (1 / at_once - 1)]), np.ones(1)
     if sliced or ranks <= 2:
         return np.ones(1), np.ones(1)
     return _spread(ranks, round(min(max(duty, 0.0), 1.0), 3))
 
 
-def exposed(pull: float, window: float, ranks: int, duty: float, sliced: bool) -> tuple[float, float]:
+def exposed(
+    pull: float, window: float, ranks: int, duty: float, sliced: bool = False, at_once: float | None = None
+) -> tuple[float, float]:
     """(mean seconds of the pull, mean seconds of it that `window` does not hide), per layer."""
-    factor, chance = slowdowns(ranks, duty, sliced)
+    factor, chance = slowdowns(ranks, duty, sliced, at_once)
     durations = pull * factor
     return float(durations @ chance), float(np.clip(durations - window, 0, None) @ chance)

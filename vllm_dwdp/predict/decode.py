@@ -12,7 +12,7 @@ from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.hardware_file import Hardware
 from vllm_dwdp.predict.model import MoeModel
 from vllm_dwdp.predict.roofline import local_time
-from vllm_dwdp.predict.strategies import PLAIN, Options, balanced_share, dep, pull_bytes, tensor_parallel
+from vllm_dwdp.predict.strategies import PLAIN, Options, balanced_share, dep, exposed_pull, pull_bytes, tensor_parallel
 from vllm_dwdp.predict.work import decoding
 
 
@@ -110,7 +110,9 @@ def decode_steps(
         moved = experts * model.expert_bytes
         wire = moved / rate + (latency if experts else 0.0)
         layer = compute / layers
-        seconds = layers * (max(layer, wire) if hidden else layer + wire)
+        # Copies that are hidden run on all the time.
+        duty = 1.0 if hidden else wire / (layer + wire)
+        seconds = layers * (layer + exposed_pull(hardware, wire, layer if hidden else 0.0, ranks, duty)[1])
         return Decode(way, seconds, moved * layers, sequences / seconds)
 
     other = compute - float(local.grouped.mean())

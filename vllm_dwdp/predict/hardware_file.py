@@ -21,7 +21,7 @@ _TABLES: Final = {"peak", "link", "interference", "efficiency", "sources"}
 #: Ranks of a link domain, as far as anyone has built one, and more.
 MOST_RANKS: Final = 4096
 _LEAST: Final = 1e-4  # of an efficiency or a share of time
-_LINK: Final = {"rate", "topology", "max_ranks", "latency", "copy_efficiency"}
+_LINK: Final = {"rate", "topology", "max_ranks", "latency", "copy_efficiency", "at_once"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Hardware:
     """One accelerator. Bytes, bytes/s, FLOP/s, s, W; `link_rate` is one way, to all peers together.
 
     topology: 'switch' (any peer at the full rate) or 'mesh' (each of `max_ranks` - 1 peers has its part of the rate).
+    at_once: ranks -> measured rate of one while all of them pull, over its rate alone (ci/bench/contention.py).
     attention_slowdown, matmul_slowdown: time under copies over time alone, from `slowdown_duty` of the time on.
     """
 
@@ -58,6 +59,7 @@ class Hardware:
     board_power: float
     efficiency: Efficiency = field(default_factory=Efficiency)
     sources: dict[str, str] = field(default_factory=dict)
+    at_once: dict[int, float] = field(default_factory=dict)
 
     def rate(self, compute: str) -> float:
         """Peak FLOP/s of a type; a type that the chip lacks is computed in the next wider one."""
@@ -143,7 +145,13 @@ def _hardware(raw: dict[str, Any], where: str) -> Hardware:
         board_power=quantity(raw, "board_power", "watts"),
         efficiency=Efficiency(**efficiency),
         sources=_table(raw, "sources", where) if "sources" in raw else {},
+        at_once=_at_once(_table(link, "at_once", where), ranks, where) if "at_once" in link else {},
     )
+
+
+def _at_once(raw: dict[str, Any], most: int, where: str) -> dict[int, float]:
+    known_keys(raw, {str(ranks) for ranks in range(2, most + 1)}, where, "link.at_once.")
+    return {int(ranks): _number(raw, ranks, where, "link.at_once.", _LEAST, 1) for ranks in raw}
 
 
 def _table(raw: dict[str, Any], key: str, where: str) -> dict[str, Any]:

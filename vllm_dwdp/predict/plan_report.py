@@ -12,7 +12,7 @@ from vllm_dwdp.predict.decode import decode_steps, predicted_tokens
 from vllm_dwdp.predict.hardware_file import Hardware
 from vllm_dwdp.predict.memory_plan import MemoryPlan, largest_kv, smallest_group
 from vllm_dwdp.predict.plan_request import PlanRequest
-from vllm_dwdp.predict.strategies import Step, balanced_share
+from vllm_dwdp.predict.strategies import Step, balanced_share, rate_at_once
 from vllm_dwdp.predict.units import show_bytes, show_count, show_time
 from vllm_dwdp.predict.verdict import (
     Case,
@@ -188,9 +188,14 @@ def _window_lines(case: Case) -> list[str]:
     s: Step = case.step("DWDP")
     state = "hidden" if s.exposed <= 0.001 * s.seconds else f"{show_time(s.exposed)} of a step exposed"
     moved = (case.model.experts - case.memory().share_experts) * case.model.expert_bytes
+    at_once = f"{rate_at_once(case.hardware, case.ranks):.2f} of that while all {case.ranks} pull"
+    apart = case.hardware.topology == "mesh"
+    known = "not measured: a link for each pair" if apart else "not measured: the paper's model"
+    known = "measured" if case.ranks in case.hardware.at_once else known
     lines = [
         f"  window {show_time(s.window)}, pull {show_time(s.pull_layer)} ({show_bytes(moved)} at "
-        f"{show_bytes(case.hardware.pull_rate(case.ranks))}/s): {state}"
+        f"{show_bytes(case.hardware.pull_rate(case.ranks))}/s): {state}",
+        f"  a rank alone pulls at that rate, and at {at_once} ({known})",
     ]
     for over in ("DEP", "TP", "DP"):
         tokens = crossover_tokens(case, over)
@@ -270,11 +275,14 @@ def hardware_text(h: Hardware) -> str:
     """A hardware file with the source of each figure."""
     peaks = ", ".join(f"{k.upper()} {v / 1e15:.2f} PFLOP/s" for k, v in h.peak.items())
     eff = ", ".join(f"{k} {v:.3g}" for k, v in vars(h.efficiency).items())
+    model = "1, a link for each pair" if h.topology == "mesh" else "the paper's model"
+    at_once = ", ".join(f"{ranks} ranks {share:g}" for ranks, share in h.at_once.items())
     lines = [
         h.name,
         f"  memory {show_bytes(h.memory)} at {show_bytes(h.memory_bandwidth)}/s, board power {h.board_power:.0f} W",
         f"  peak rates, dense: {peaks}",
         f"  link {show_bytes(h.link_rate)}/s one way, {h.topology}, up to {h.max_ranks} ranks",
+        f"  ranks that all pull, of the rate of one alone: {at_once or 'not measured'}; else {model}",
         f"  under copies: attention x {h.attention_slowdown}, products x {h.matmul_slowdown}",
         f"  efficiencies: {eff}",
         "  sources:",

@@ -42,7 +42,6 @@ def case_of(args: argparse.Namespace) -> PlanRequest:
         share=None if args.experts_per_rank == AUTO else args.experts_per_rank,
         view=args.weight_view,
         num_slots=args.num_slots,
-        sliced=not args.no_slices,
         cached=args.prefix_cache_hits,
         options=Options(kv_element=KV_BYTES[args.kv_cache_dtype]),
         osl=args.osl,

@@ -78,7 +78,7 @@ def window_plot(case: Case) -> Any:
     most = min(case.model.context_limit or 131072, 131072)
     lengths = [n for n in (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072) if n <= most]
     figure, axis = pyplot().subplots(figsize=(6.4, 3.8))
-    steps = [dwdp(case.model, case.hardware, prefill(Lengths(n), n), case.ranks, case.share, sliced=case.sliced,
+    steps = [dwdp(case.model, case.hardware, prefill(Lengths(n), n), case.ranks, case.share,
                   options=case.options) for n in lengths]  # fmt: skip
     windows, pulls = ([getattr(s, key) * 1e3 for s in steps] for key in ("window", "pull_layer"))
     axis.plot(lengths, windows, "o-", color=COLOURS["DWDP"], label="window: compute of one MoE layer")

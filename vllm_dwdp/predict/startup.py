@@ -22,6 +22,9 @@ TYPICAL_PROMPT: Final = 8192
 MUCH_WAIT: Final = 0.05
 #: What a rank measures on takes this one's place where there is no file: nothing is known but shares of peaks as usual.
 _UNKNOWN: Final = Hardware("no file", 0.0, 1.0, {"bf16": 1.0}, 1.0, "switch", MOST_RANKS, 0.0, 1.0, 1.0, 1.0, 0.0)
+#: As a device is called that has memory but no link, so that no pulls meet at one.
+CPU_DEVICE: Final = "a CPU"
+_CPU: Final = replace(_UNKNOWN, topology="mesh")
 
 
 def hardware_of(device: str) -> str | None:
@@ -43,16 +46,16 @@ class Rates:
     products: float
     copies_s: float
 
-    def on(self, hardware: Hardware) -> Hardware:
-        """`hardware` with these rates; in what its file has beside them (other types, slow-downs) it stays as it is."""
+    def on(self, hardware: Hardware, ranks: int) -> Hardware:
+        """`hardware` with these rates, as one of `ranks` measured them; in what its file has beside them (other types,
+        slow-downs, what ranks cost each other) it stays as it is."""
         reached = hardware.efficiency
         faster = self.products / (hardware.rate("bf16") * reached.matmul)
         return replace(
             hardware,
             peak={compute: rate * faster for compute, rate in hardware.peak.items()},
             memory_bandwidth=self.memory / reached.memory,
-            link_rate=self.link / reached.link,
-            topology="switch",
+            link_rate=hardware.link_rate * self.link / hardware.pull_rate(ranks),
         )
 
 
@@ -85,11 +88,11 @@ class PlannedLaunch:
         hardware = hardware_of(self.device)
         if hardware is None and rates is None:
             raise DwdpError(f"there is no hardware file for {self.device!r} (shipped: {', '.join(shipped())})")
-        known = load_hardware(hardware) if hardware else _UNKNOWN
+        known = load_hardware(hardware) if hardware else _CPU if self.device == CPU_DEVICE else _UNKNOWN
         prompt = max(1, min(TYPICAL_PROMPT, self.tokens, self.max_model_len - 1))
         case = Case(
-            parse_model(dict(self.config), self.name), rates.on(known) if rates else known, self.ranks, Lengths(prompt),
-            self.tokens, copies_s=rates.copies_s if rates else None,
+            parse_model(dict(self.config), self.name), rates.on(known, self.ranks) if rates else known,
+            self.ranks, Lengths(prompt), self.tokens, copies_s=rates.copies_s if rates else None,
             share=self.share, view="contiguous" if self.view == "contiguous" else "split", num_slots=self.num_slots,
             utilisation=self.utilisation, options=Options(kv_element=self.kv_element),
         )  # fmt: skip

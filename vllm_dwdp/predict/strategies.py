@@ -105,14 +105,14 @@ def dwdp(
     ranks: int,
     share: int | None = None,
     *,
-    sliced: bool = True,
+    sliced: bool = False,
     merge: bool = False,
     copies_s: float | None = None,
     options: Options = PLAIN,
 ) -> Step:
     """DWDP on a group of `ranks` with `share` experts each (None: a partition).
 
-    sliced: copies in slices that take turns over the peers. merge: the own share is copied into the slot too
+    sliced: as the paper has slices, which let no pulls meet. merge: the own share is copied into the slot too
     (contiguous view). copies_s: of all copies of the step, where they were measured. Pulls run on from one forward into the
     next, so only pulls longer than their window are exposed.
     """
@@ -129,7 +129,6 @@ def dwdp(
     congested = 1 / (1 - min(traffic, 0.9))
     merge_seconds = 2 * held * model.expert_bytes * layers * congested if merge else 0.0
     merge_seconds /= hardware.memory_bandwidth * hardware.efficiency.memory
-    uncontended = sliced or hardware.topology == "mesh"
 
     # Copies slow compute, compute hides copies: a fixed point, reached within a few rounds.
     duty, rows, pull, waits, window = 0.5, local, alone, 0.0, 0.0
@@ -145,12 +144,25 @@ def dwdp(
             "others": local["others"] * moved,
         }
         window = (sum(rows.values()) + merge_seconds) / layers
-        pull, waits = exposed(alone, window, ranks, duty, uncontended)
+        pull, waits = exposed_pull(hardware, alone, window, ranks, duty, sliced)
         duty = (duty + min(1.0, pull / (window + waits))) / 2
     return Step(
         "DWDP", ranks, float(np.mean(work.tokens)), **rows, merge=merge_seconds, exposed=waits * layers,
         pull=pull * layers, window=window, pull_layer=pull,
     )  # fmt: skip
+
+
+def exposed_pull(
+    hardware: Hardware, alone: float, window: float, ranks: int, duty: float, sliced: bool = False
+) -> tuple[float, float]:
+    """`contention.exposed`, with what is known of `hardware`; alone: seconds of a pull while nobody else pulls."""
+    apart = sliced or hardware.topology == "mesh"
+    return exposed(alone, window, ranks, duty, apart, hardware.at_once.get(ranks))
+
+
+def rate_at_once(hardware: Hardware, ranks: int) -> float:
+    """Rate of a rank while all of `ranks` pull all the time, over its rate alone."""
+    return 1 / exposed_pull(hardware, 1.0, 0.0, ranks, 1.0)[0]
 
 
 def remote_copies(ranks: int, top_k: int) -> float:

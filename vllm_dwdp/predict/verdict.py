@@ -48,7 +48,6 @@ class Case:
     share: int | None = None
     view: str = "split"
     num_slots: int = 2
-    sliced: bool = True
     cached: float = 0.0
     options: Options = PLAIN
     osl: int = 1
@@ -65,7 +64,7 @@ class Case:
         if way == "DWDP":
             return dwdp(
                 self.model, self.hardware, work, self.ranks, self.share,
-                sliced=self.sliced, merge=self.view == "contiguous" and self.copies_s is None,
+                merge=self.view == "contiguous" and self.copies_s is None,
                 copies_s=self.copies_s, options=self.options,
             )  # fmt: skip
         if way == "DEP":

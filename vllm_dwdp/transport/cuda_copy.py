@@ -1,10 +1,10 @@
 """The copy engine of GPUs: a copy stream beside the compute stream, one pre-built graph of copy nodes per layer.
 
-    copy stream   wait(after) | graph of the layer's slices | record(end)         compute: wait(end)
+    copy stream   wait(after) | graph of the layer's copies | record(end)         compute: wait(end)
 
-A graph costs the host 32 microseconds per 1,024 slices within one GPU, and 3 to 50 and 1 to 2 a slice over NVLink; a loop
-over memcpyAsync costs 3 to 16 a slice (measured). Slices keep the plan's borders, for they are the unit in which sources
-are shared fairly, and run one after the other: several at a time gained nothing over NVLink.
+A graph costs the host 32 microseconds per 1,024 copies within one GPU, and 3 to 50 and 1 to 2 a copy over NVLink; a loop
+over memcpyAsync costs 3 to 16 a copy (measured). Copies keep the plan's borders and run one after the other: several at a
+time, also one from each peer, gained nothing over NVLink.
 """
 
 import time

@@ -113,7 +113,6 @@ class DwdpCurve:
         hardware: Hardware,
         ranks: int,
         share: int | None,
-        sliced: bool,
         merge: bool,
         options: Options,
     ) -> None:
@@ -123,7 +122,7 @@ class DwdpCurve:
             work = prefill(Lengths(int(min(tokens, 8192))), int(tokens))
             pairs = tuple(float(np.sum(_pairs(model, w, work.new, work.context))) / len(work.new) for w in cost.windows)
             alone = cost.seconds(Chunk(int(tokens), pairs, work.sequences, 0.0))
-            step = dwdp(model, hardware, work, ranks, share, sliced=sliced, merge=merge, options=options)
+            step = dwdp(model, hardware, work, ranks, share, merge=merge, options=options)
             points.append((alone, step.seconds, step.exposed))
         points.sort()
         self._x = [p[0] for p in points]

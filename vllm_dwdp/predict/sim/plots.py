@@ -50,13 +50,15 @@ def timeline_plot(s: Scenario) -> Any:
     """Some layers of one forward of a group: compute of every rank, and the pulls under it."""
     plt = pyplot()
     work = prefill(s.stream.lengths, s.tokens_per_step)
-    step = dwdp(s.model, s.hardware, work, s.group_size, s.share, sliced=s.sliced, merge=s.merge, options=s.options)
+    step = dwdp(s.model, s.hardware, work, s.group_size, s.share, merge=s.merge, options=s.options)
     shown = min(s.group_size, 4)
     rng = np.random.default_rng(s.seed)
     windows = step.window * (1 + 0.05 * rng.standard_normal((s.group_size, _LAYERS)))
     starts = list(rng.uniform(0, step.window, s.group_size))
-    run = simulate_layers(windows, pull_bytes(s.model, s.group_size, s.share), s.hardware.pull_rate(s.group_size),
-                          sliced=s.sliced, starts=starts, seed=s.seed, keep=True)  # fmt: skip
+    pulled = pull_bytes(s.model, s.group_size, s.share)
+    # What ranks cost each other is in the planner's time of a pull.
+    run = simulate_layers(windows, pulled, pulled / step.pull_layer if pulled else 1.0,
+                          sliced=True, starts=starts, seed=s.seed, keep=True)  # fmt: skip
     figure, axis = plt.subplots(figsize=(7.6, 0.75 * shown + 1.6))
     looks = {
         "compute": (COLOURS["DWDP"], 0.0, 0.42),

@@ -50,7 +50,7 @@ def run_scenario(scenario: Scenario, progress: bool = False) -> list[Result]:
     limits = Limits(s.seconds, s.tokens_per_step, s.max_sequences)
     groups = s.ranks // s.group_size
     whole = StepCost(s.model, s.hardware, options=s.options)
-    curve = DwdpCurve(s.model, s.hardware, s.group_size, s.share, s.sliced, s.merge, s.options)
+    curve = DwdpCurve(s.model, s.hardware, s.group_size, s.share, s.merge, s.options)
     shared = StepCost(s.model, s.hardware, resident=s.model.experts / s.group_size, options=s.options)
     split = StepCost(s.model, s.hardware, split=s.group_size, options=s.options)
     logs = {way: Log() for way in s.ways}

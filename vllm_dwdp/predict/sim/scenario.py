@@ -22,7 +22,7 @@ from vllm_dwdp.predict.work import Lengths
 WAYS: Final = ("DWDP", "DEP", "TP", "DP")
 _TOP: Final = {
     "model", "hardware", "ranks", "group_size", "seconds", "seed", "ways", "tokens_per_step", "max_sequences",
-    "experts_per_rank", "slices", "weight_view", "kv_cache_dtype", "expert_format", "linear_format", "requests", "faults",
+    "experts_per_rank", "weight_view", "kv_cache_dtype", "expert_format", "linear_format", "requests", "faults",
 }  # fmt: skip
 #: What a run may be made of: twice the largest in docs/predict.md, which takes three minutes; and a group's requests, which
 #: are in memory together.
@@ -49,7 +49,6 @@ class Scenario:
     stream: Stream
     faults: dict[int, Fault]
     share: int | None = None
-    sliced: bool = True
     merge: bool = False
     options: Options = PLAIN
 
@@ -99,9 +98,6 @@ def _scenario(raw: dict[str, Any], where: str) -> Scenario:
     share = raw.get("experts_per_rank")
     if share is not None:
         share = parse_count(share, f"{where}: experts_per_rank")
-    sliced = raw.get("slices", True)
-    if not isinstance(sliced, bool):
-        raise DwdpError(f"{where}: slices is {sliced!r}: it must be true or false")
     pull_bytes(model, size, share)
     view = raw.get("weight_view", "split")
     if view not in ("split", "contiguous"):
@@ -122,7 +118,6 @@ def _scenario(raw: dict[str, Any], where: str) -> Scenario:
         stream=_stream(load, where),
         faults=_faults(_tables(raw.get("faults", []), where), ranks, where),
         share=share,
-        sliced=sliced,
         merge=view == "contiguous",
         options=Options(kv_element=KV_BYTES[kv]),
     )
