@@ -30,7 +30,7 @@ STATE_ROWS = 8
 #: Layers that an owner is left alone after a late answer: doubled each time, up to the second.
 FIRST_SKIP, MOST_SKIP = 4, 256
 
-# A mailbox: int32 [16] of which two are used, then routes, weights, tokens at the offsets of `MailLayout`.
+# A mailbox: two int32, then routes, weights, scales and tokens at the offsets of `MailLayout`.
 NUMBER: tl.constexpr = tl.constexpr(0)
 LAYER: tl.constexpr = tl.constexpr(1)
 
@@ -61,16 +61,19 @@ def _now_ns(INTERPRETED: tl.constexpr):
     return now
 
 
-@triton.jit(do_not_specialize=["num_tokens", "layer"])
+@triton.jit(do_not_specialize=["num_tokens", "room", "bucket", "layer"])
 def ask_kernel(
-    tokens_ptr, ids_ptr, weights_ptr, owners_ptr, own_ids_ptr, state_ptr, mails_ptr, bells_ptr,
-    num_tokens, stride_t, layer,
-    E: tl.constexpr, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, ROOM: tl.constexpr, BUCKET: tl.constexpr,
-    ME: tl.constexpr, RANKS: tl.constexpr, WEIGHTS_AT: tl.constexpr, TOKENS_AT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, INTERPRETED: tl.constexpr,
+    tokens_ptr, scales_ptr, ids_ptr, weights_ptr, owners_ptr, own_ids_ptr, state_ptr, mails_ptr, bells_ptr,
+    num_tokens, stride_t, stride_st, stride_sg, room, bucket, layer,
+    E: tl.constexpr, HIDDEN: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr,
+    ME: tl.constexpr, RANKS: tl.constexpr,
+    IDS_AT: tl.constexpr, WEIGHTS_AT: tl.constexpr, SCALES_AT: tl.constexpr, TOKENS_AT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A token per program; the last one rings. Routes of others than the one they are meant for are E, which no sorting
-    takes. Programs from num_tokens to ROOM write routes only: the owner computes batches of ROOM."""
+    takes. Programs from num_tokens to `room` write routes only: the owner computes batches of `room`.
+
+    GROUPS: scales of a token, which FP8 has; 0 for none."""
     token = tl.program_id(0)
     k = tl.arange(0, BLOCK_K)
     inside = k < TOP_K
@@ -84,9 +87,16 @@ def ask_kernel(
         if rank != ME:  # noqa: SIM102  (a constant)
             if tl.load(state_ptr + OPEN * RANKS + rank) != 0:
                 mail = tl.load(mails_ptr + rank)
-                tl.store((mail + 64).to(tl.pointer_type(tl.int32)) + at, tl.where(owners == rank, ids, E), mask=inside)
+                tl.store(
+                    (mail + IDS_AT).to(tl.pointer_type(tl.int32)) + at, tl.where(owners == rank, ids, E), mask=inside
+                )
                 tl.store((mail + WEIGHTS_AT).to(tl.pointer_type(tl.float32)) + at, weights, mask=inside)
                 if token < num_tokens:
+                    if GROUPS > 0:
+                        g = tl.arange(0, BLOCK_G)
+                        scale = tl.load(scales_ptr + token * stride_st + g * stride_sg, mask=g < GROUPS)
+                        to = (mail + SCALES_AT).to(tl.pointer_type(tl.float32)) + token * GROUPS + g
+                        tl.store(to, scale, mask=g < GROUPS)
                     row = (mail + TOKENS_AT).to(tl.pointer_type(tokens_ptr.dtype.element_ty)) + token * HIDDEN
                     for begin in range(0, HIDDEN, BLOCK_H):
                         h = begin + tl.arange(0, BLOCK_H)
@@ -94,7 +104,7 @@ def ask_kernel(
                         tl.store(row + h, part, mask=h < HIDDEN)
     tl.debug_barrier()
     done_ptr = state_ptr + ENABLED * RANKS + 1
-    if tl.atomic_add(done_ptr, 1, sem="acq_rel", scope="sys") == ROOM - 1:
+    if tl.atomic_add(done_ptr, 1, sem="acq_rel", scope="sys") == room - 1:
         tl.store(done_ptr, 0)
         for rank in tl.static_range(RANKS):
             if rank != ME:  # noqa: SIM102  (a constant)
@@ -107,26 +117,22 @@ def ask_kernel(
                     mail = tl.load(mails_ptr + rank).to(tl.pointer_type(tl.int32))
                     tl.store(mail + NUMBER, number)
                     tl.store(mail + LAYER, layer)
-                    _ring(tl.load(bells_ptr + rank), number.to(tl.int64) * 256 + BUCKET, INTERPRETED)
+                    _ring(tl.load(bells_ptr + rank), number.to(tl.int64) * 256 + bucket, INTERPRETED)
 
 
-@triton.jit(do_not_specialize=["num_routes"])
+@triton.jit(do_not_specialize=["num_routes", "bucket"])
 def wait_kernel(
-    ids_ptr, owners_ptr, late_ids_ptr, state_ptr, flags_ptr, limit_ptr, num_routes,
+    ids_ptr, owners_ptr, late_ids_ptr, state_ptr, flags_ptr, limits_ptr, num_routes, bucket,
     E: tl.constexpr, ME: tl.constexpr, RANKS: tl.constexpr, FIRST: tl.constexpr, MOST: tl.constexpr,
     BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One program: waits up to `limit` nanoseconds in all, and leaves as late_ids the routes that nobody computes (E for
-    all others). Interpreted it does not wait."""
+    """One program of one warp: waits up to the limit of a bucket, nanoseconds for all owners together, and leaves as
+    late_ids the routes that nobody computes (E for all others). Interpreted it does not wait."""
     begun = _now_ns(INTERPRETED)
-    limit = tl.load(limit_ptr)
+    limit = tl.load(limits_ptr + bucket)
     enabled = tl.load(state_ptr + ENABLED * RANKS)
-    at = tl.arange(0, BLOCK)
-    ids = tl.load(ids_ptr + at, mask=at < num_routes, other=0).to(tl.int32)
-    owners = tl.load(owners_ptr + ids, mask=at < num_routes, other=ME)
-    late = tl.where(owners == ME, E, ids)
     for rank in tl.static_range(RANKS):
-        if rank != ME:  # noqa: SIM102  (a constant)
+        if rank != ME:
             asked = tl.load(state_ptr + OPEN * RANKS + rank)
             sent = tl.load(state_ptr + SENT * RANKS + rank)
             skip = tl.load(state_ptr + SKIP * RANKS + rank)
@@ -136,21 +142,27 @@ def wait_kernel(
             if not INTERPRETED:
                 while (asked != 0) & (seen != sent) & (_now_ns(INTERPRETED) - begun < limit):
                     seen = tl.atomic_add(flags_ptr + rank, 0, sem="acquire", scope="sys")
-            tl.debug_barrier()
             here = (seen == sent).to(tl.int32)
             answered = (asked != 0).to(tl.int32) * here
             missed = (asked != 0).to(tl.int32) * (1 - here)
-            late = tl.where((owners == rank) & (answered != 0), E, late)
             skip = tl.where(missed != 0, back_off, tl.maximum(skip - 1, 0))
             longer = tl.minimum(back_off * 2, MOST)
             back_off = tl.where(missed != 0, longer, tl.where(answered != 0, FIRST, back_off))
+            opens = (enabled != 0) & (here != 0) & (skip == 0)
+            tl.debug_barrier()
             tl.store(state_ptr + ANSWERED * RANKS + rank, answered)
             tl.store(state_ptr + SKIP * RANKS + rank, skip)
             tl.store(state_ptr + BACK_OFF * RANKS + rank, back_off)
             tl.store(state_ptr + LATE * RANKS + rank, lates + missed)
-            opens = (enabled != 0) & (here != 0) & (skip == 0)
             tl.store(state_ptr + OPEN * RANKS + rank, opens.to(tl.int32))
-    tl.store(late_ids_ptr + at, late, mask=at < num_routes)
+    tl.debug_barrier()
+    for begin in range(0, num_routes, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        inside = at < num_routes
+        ids = tl.load(ids_ptr + at, mask=inside, other=0).to(tl.int32)
+        owners = tl.load(owners_ptr + ids, mask=inside, other=ME)
+        done = tl.load(state_ptr + ANSWERED * RANKS + owners)
+        tl.store(late_ids_ptr + at, tl.where((owners == ME) | (done != 0), E, ids), mask=inside)
 
 
 @triton.jit

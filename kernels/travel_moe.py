@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -35,30 +36,47 @@ _PIECE = 4096  # words a program of `take` copies
 
 
 class MailLayout(NamedTuple):
-    """Offsets in a mailbox, and in the memory of an answer, for batches of at most `room` tokens."""
+    """Offsets in a mailbox, and in the memory of an answer, for batches of at most `room` tokens.
+
+    groups: float32 scales of a token, 0 where tokens are not quantised. token_type: of what travels; row_type: of answers.
+    """
 
     room: int
     top_k: int
     hidden: int
-    itemsize: int
+    groups: int
+    token_type: torch.dtype
+    row_type: torch.dtype
+
+    @property
+    def ids_at(self) -> int:
+        return _ALIGNED
 
     @property
     def weights_at(self) -> int:
-        return _aligned(64 + 4 * self.room * self.top_k)
+        return self.ids_at + _aligned(4 * self.room * self.top_k)
+
+    @property
+    def scales_at(self) -> int:
+        return self.weights_at + _aligned(4 * self.room * self.top_k)
 
     @property
     def tokens_at(self) -> int:
-        return _aligned(self.weights_at + 4 * self.room * self.top_k)
+        return self.scales_at + _aligned(4 * self.room * self.groups)
 
     @property
     def mail_bytes(self) -> int:
         """Of a mailbox."""
-        return _aligned(self.tokens_at + self.room * self.hidden * self.itemsize)
+        return self.tokens_at + _aligned(self.room * self.hidden * self.token_type.itemsize)
 
     @property
     def rows_bytes(self) -> int:
         """Of the rows of an answer."""
-        return _aligned(self.room * self.top_k * self.hidden * self.itemsize)
+        return _aligned(self.room * self.top_k * self.hidden * self.row_type.itemsize)
+
+    def part(self, mail: torch.Tensor, at: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        """[shape] of `mail`, uint8 [mail_bytes], from byte `at` on."""
+        return mail[at:][: prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 def _aligned(nbytes: int) -> int:
@@ -105,53 +123,99 @@ class Requester:
     def experts(
         self, hidden: torch.Tensor, tables: tuple[WeightTable, WeightTable], topk_weights: torch.Tensor,
         topk_ids: torch.Tensor, *, layer: int, owners: torch.Tensor, ops: MoeOps, tiles: Tiles, workspace: Workspace,
-        out: torch.Tensor,
+        out: torch.Tensor, a1_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """The routed experts of a layer; arguments as `split_experts`. owners: int32 [E], who computes an expert.
 
-        `tables` are those of direct reads, `tiles` for the bucket of the batch, `workspace` has room for twice the routes.
+        `tables` are those of direct reads, `tiles` for the bucket of the batch, `workspace.gemm` has room for a row of
+        2 I and one of H per route.
         """
-        (tokens, top_k), (w13, w2), layout = topk_ids.shape, tables, self.layout
-        experts, routes, index = w13.num_experts, tokens * top_k, self.bucket(tokens)
-        width = ops.width(w13.rows)
-        masked = topk_ids.new_empty(2, self.buckets[index], top_k, dtype=torch.int32)
-        own_ids, late_ids = masked[0], masked[1, :tokens]
-        block_h = min(1024, 1 << (layout.hidden - 1).bit_length())
-        ask_kernel[(self.buckets[index],)](
-            hidden, topk_ids, topk_weights, owners, own_ids, self.state, self.mails, self.bells,
-            tokens, hidden.stride(0), layer,
-            E=experts, HIDDEN=layout.hidden, TOP_K=top_k, ROOM=self.buckets[index], BUCKET=index,
-            ME=self.rank, RANKS=self.ranks, WEIGHTS_AT=layout.weights_at, TOKENS_AT=layout.tokens_at,
-            BLOCK_K=1 << (top_k - 1).bit_length(), BLOCK_H=block_h, INTERPRETED=INTERPRETED,
-        )  # fmt: skip
+        (tokens, top_k), (w13, w2) = topk_ids.shape, tables
+        routes, index, width = tokens * top_k, self.bucket(tokens), ops.width(w13.rows)
+        room = self.buckets[index]
+        own_ids, late_ids = (topk_ids.new_empty(size, top_k, dtype=torch.int32) for size in (room, tokens))
+        self.ask(hidden, topk_weights, topk_ids, own_ids, owners, layer, room, index, a1_scale)
         gate_up = workspace.gemm.flatten()[: routes * w13.rows].view(routes, w13.rows)
         partial = workspace.gemm.flatten()[routes * w13.rows :][: routes * w2.rows].view(routes, w2.rows)
         activated = workspace.activated.flatten()[: routes * width].view(routes, width)
         for ids in (own_ids[:tokens], late_ids):
             if ids is late_ids:
-                wait_kernel[(1,)](
-                    topk_ids, owners, late_ids, self.state, self.flags, self.limits[index:], routes,
-                    E=experts, ME=self.rank, RANKS=self.ranks, FIRST=FIRST_SKIP, MOST=MOST_SKIP,
-                    BLOCK=1 << (self.buckets[index] * top_k - 1).bit_length(), INTERPRETED=INTERPRETED, num_warps=1,
-                )  # fmt: skip
-            _products(hidden, tables, topk_weights, sort(ids, tiles, experts), ops, tiles, gate_up, activated, partial)
+                self.wait(topk_ids, late_ids, owners, index)
+            assignment = sort(ids, tiles, w13.num_experts)
+            _products(hidden, tables, topk_weights, assignment, ops, tiles, gate_up, activated, partial, a1_scale)
         merge_kernel[(routes,)](
             topk_ids, owners, self.state, self.answers, partial, partial.stride(0),
-            ME=self.rank, RANKS=self.ranks, HIDDEN=layout.hidden, BLOCK_H=block_h,
+            ME=self.rank, RANKS=self.ranks, HIDDEN=self.layout.hidden,
+            BLOCK_H=self._block_h,
         )  # fmt: skip
         ops.reduce(partial.view(tokens, top_k, w2.rows), out)
         return out
+
+    @property
+    def _block_h(self) -> int:
+        return min(1024, _power(self.layout.hidden))
+
+    def ask(
+        self, hidden: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, own_ids: torch.Tensor,
+        owners: torch.Tensor, layer: int, room: int, index: int, a1_scale: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Send a batch to the owners that are asked; own_ids: int32 [room, top_k], filled with what is left to this rank."""
+        layout, scales = self.layout, hidden if a1_scale is None else a1_scale
+        (tokens, top_k), experts = topk_ids.shape, owners.shape[0]
+        ask_kernel[(room,)](
+            hidden, scales, topk_ids, topk_weights, owners, own_ids, self.state, self.mails, self.bells,
+            tokens, hidden.stride(0), *scales.stride(), room, index, layer,
+            E=experts, HIDDEN=layout.hidden, GROUPS=layout.groups, TOP_K=top_k, ME=self.rank, RANKS=self.ranks,
+            IDS_AT=layout.ids_at, WEIGHTS_AT=layout.weights_at, SCALES_AT=layout.scales_at, TOKENS_AT=layout.tokens_at,
+            BLOCK_K=_power(top_k), BLOCK_G=_power(layout.groups), BLOCK_H=self._block_h, INTERPRETED=INTERPRETED,
+        )  # fmt: skip
+
+    def wait(self, topk_ids: torch.Tensor, late_ids: torch.Tensor, owners: torch.Tensor, index: int) -> None:
+        """Wait for the owners that were asked; late_ids: int32 [tokens, top_k], filled with what nobody computes."""
+        wait_kernel[(1,)](
+            topk_ids, owners, late_ids, self.state, self.flags, self.limits, topk_ids.numel(), index,
+            E=owners.shape[0], ME=self.rank, RANKS=self.ranks, FIRST=FIRST_SKIP, MOST=MOST_SKIP,
+            BLOCK=512, INTERPRETED=INTERPRETED, num_warps=1,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Journey:
+    """How the tokens of one layer travel. layer: its row in `Layers`. owners: int32 [E], see `Requester.experts`."""
+
+    requester: Requester
+    layer: int
+    owners: torch.Tensor
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a batch that travels."""
+        return self.requester.buckets[-1]
+
+    def room(self, tokens: int) -> int:
+        """Tokens of the batch that owners compute."""
+        return self.requester.buckets[self.requester.bucket(tokens)]
+
+    def experts(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`Requester.experts` of this layer."""
+        return self.requester.experts(*args, layer=self.layer, owners=self.owners, **kwargs)
 
 
 def _products(
     hidden: torch.Tensor, tables: tuple[WeightTable, WeightTable], topk_weights: torch.Tensor, assignment: Assignment,
     ops: MoeOps, tiles: Tiles, gate_up: torch.Tensor, activated: torch.Tensor, partial: torch.Tensor,
+    a1_scale: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """Rows of `partial` for the assigned routes."""
     w13, w2 = tables
-    split_gemm(hidden, w13, gate_up, assignment, tiles, top_k=topk_weights.shape[1])
+    split_gemm(hidden, w13, gate_up, assignment, tiles, top_k=topk_weights.shape[1], a_scale=a1_scale)
     second, scale = ops.activate_quantize(activated, gate_up, None)
     split_gemm(second, w2, partial, assignment, tiles, top_k=1, a_scale=scale, router_weights=topk_weights)
+
+
+def _power(number: int) -> int:
+    """The least power of two that is no less."""
+    return 1 << max(number - 1, 0).bit_length()
 
 
 def sort(topk_ids: torch.Tensor, tiles: Tiles, experts: int) -> Assignment:
@@ -209,26 +273,27 @@ class Layers:
 
     def serve(
         self, mail: torch.Tensor, layout: MailLayout, room: int, rows: torch.Tensor, flag: torch.Tensor, ops: MoeOps,
-        tiles: Tiles, dtype: torch.dtype,
+        tiles: Tiles,
     ) -> None:  # fmt: skip
         """Answer what is in `mail`, a batch of `room` tokens: to be captured once, and replayed for each request.
 
-        mail: uint8 of this rank's memory. rows: [room * top_k, H], and flag: int32 [1], of the requester's memory.
+        mail: uint8 [mail_bytes] of this rank's memory. rows: [room * top_k, H], and flag: int32 [1], of the requester's.
         """
         top_k, routes = layout.top_k, room * layout.top_k
-        head = mail[:64].view(torch.int32)
-        ids = mail[64:][: 4 * routes].view(torch.int32).view(room, top_k)
-        weights = mail[layout.weights_at :][: 4 * routes].view(torch.float32).view(room, top_k)
-        tokens = mail[layout.tokens_at :][: room * layout.hidden * layout.itemsize].view(dtype).view(room, -1)
+        head = layout.part(mail, 0, torch.int32, 2)
+        ids = layout.part(mail, layout.ids_at, torch.int32, room, top_k)
+        weights = layout.part(mail, layout.weights_at, torch.float32, room, top_k)
+        tokens = layout.part(mail, layout.tokens_at, layout.token_type, room, layout.hidden)
+        scale = layout.part(mail, layout.scales_at, torch.float32, room, layout.groups) if layout.groups else None
         count = len(self.words)
         take_kernel[(count, -(-self.most_words // _PIECE))](
             head, self.sources, self.targets, self.words, count, BLOCK=_PIECE
         )
         w13 = self.tables[0]
-        gate_up = tokens.new_empty(routes, w13.rows)
-        activated = tokens.new_empty(routes, ops.width(w13.rows))
+        gate_up = rows.new_empty(routes, w13.rows, device=mail.device)
+        activated = rows.new_empty(routes, ops.width(w13.rows), device=mail.device)
         assignment = sort(ids, tiles, w13.num_experts)
-        _products(tokens, self.tables, weights, assignment, ops, tiles, gate_up, activated, rows)
+        _products(tokens, self.tables, weights, assignment, ops, tiles, gate_up, activated, rows, scale)
         answer_kernel[(1,)](head, flag)
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import multiprocessing
+import os
+import signal
 import statistics
 import sys
 import time
@@ -58,31 +59,26 @@ class Rank:
     def exported(self) -> list[Any]:
         """Handles of the slabs and of the memory that the other side writes, and the bells' file."""
         from vllm_dwdp.kernels.travel_moe import MailLayout
-        from vllm_dwdp.transport.memfd import create_file
+        from vllm_dwdp.travel.exchange import Exchange, Places
 
-        self.layout = MailLayout(max(TOKENS), self.model.top_k, self.model.hidden, 2)
-        self.flag_at = self.layout.mail_bytes + self.layout.rows_bytes
-        self.inbox = self.transport.allocate_slab(self.flag_at + 4096)
-        self.bell_file = create_file(4096, "bells", shared_writes=True)
-        slabs = [self.transport.export_handle(slab) for slab in (*self.slabs, self.inbox)]
-        return [slabs, self.bell_file.handle]
+        kind = self.torch.bfloat16
+        self.layout = MailLayout(max(TOKENS), self.model.top_k, self.model.hidden, 0, kind, kind)
+        places = Places(2, self.layout.mail_bytes, self.layout.rows_bytes)
+        self.exchange = Exchange(self.transport, self.cuda, places)
+        return [[self.transport.export_handle(slab) for slab in self.slabs], self.exchange.handles()]
 
-    def join(self, slabs: list[Any], bells: Any) -> None:
+    def join(self, slabs: list[Any], handles: dict[str, Any]) -> None:
         """Map the other side; capture what is launched for it; attend."""
-        import numpy as np
-
         from vllm_dwdp.kernels.configs import layer_shape
         from vllm_dwdp.kernels.direct_tiles import direct_tiles_for
         from vllm_dwdp.kernels.travel_moe import Layers, Requester
         from vllm_dwdp.kernels.weight_table import WeightTable
-        from vllm_dwdp.transport.memfd import map_handle
         from vllm_dwdp.travel.attendant import Attendant
 
         torch, device, model = self.torch, self.device, self.model
-        self.mapped = [self.transport.map_peer(handle) for handle in slabs]
-        *theirs, there = self.mapped
-        self.bells_there = map_handle(bells, "the other side's bells", writable=True)
-        self.cuda.host_register(self.bells_there.address, 4096)
+        other = 1 - self.rank
+        theirs = self.mapped = [self.transport.map_peer(handle) for handle in slabs]
+        self.exchange.map({other: handles})
         half = model.experts // 2
         self.local, self.direct = [], []
         for own, far in zip(self.slabs, theirs, strict=True):
@@ -101,40 +97,38 @@ class Rank:
         self.shape = layer_shape(*self.local[0], model.top_k)
         self.tiles = {tokens: direct_tiles_for(self.shape, tokens, device, None) for tokens in TOKENS}
         self.owners = (torch.arange(model.experts, device=device) >= half).to(torch.int32)
-        here = self.inbox
+        exchange, places = self.exchange, self.exchange.places
 
         def at(address: int) -> Any:
             return torch.tensor([address, address], dtype=torch.int64, device=device)
 
         self.state = Requester.new_state(2, device)
-        memory = here.tensor()
-        self.flags = memory[self.flag_at :][:8].view(torch.int32)
+        memory, outside = exchange.own.tensor(), exchange.memory(other).tensor()
+        self.flags = memory[places.flags :][:8].view(torch.int32)
         limits = torch.full((len(TOKENS),), int(self.limit_us * 1000), dtype=torch.int64, device=device)
         self.requester = Requester(
-            self.rank, 2, self.layout, TOKENS, self.state, self.flags, at(there.address), at(self.bells_there.address),
-            at(here.address + self.layout.mail_bytes), limits,
+            self.rank, 2, self.layout, TOKENS, self.state, self.flags,
+            at(exchange.memory(other).address + places.mail(self.rank)), at(exchange.bell(other, self.rank)),
+            at(exchange.own.address + places.rows(other)), limits,
         )  # fmt: skip
-        # The answers of the other side go here; ours to its memory.
         served = Layers.of(self.direct)
-        mail, outside = memory[: self.layout.mail_bytes], there.tensor()
-        rows = outside[self.layout.mail_bytes :][: self.layout.rows_bytes].view(torch.bfloat16)
-        flag = outside[self.flag_at :][4 * self.rank :][:4].view(torch.int32)
+        mail = memory[places.mail(other) :][: self.layout.mail_bytes]
+        rows = outside[places.rows(self.rank) :][: self.layout.rows_bytes].view(torch.bfloat16)
+        flag = outside[places.flags + 4 * self.rank :][:4].view(torch.int32)
         self.kept: list[Any] = [served, rows, flag]
         graphs = []
         for tokens in TOKENS:
             part = rows[: tokens * model.top_k * model.hidden].view(-1, model.hidden)
 
             def serve(tokens: int = tokens, part: Any = part) -> None:
-                served.serve(mail, self.layout, tokens, part, flag, self.ops, self.tiles[tokens], torch.bfloat16)
+                served.serve(mail, self.layout, tokens, part, flag, self.ops, self.tiles[tokens])
 
             graphs.append(self.captured_raw(serve))
         from vllm_dwdp.kernels.travel import answer_kernel
 
         graphs.append(self.captured_raw(lambda: answer_kernel[(1,)](mail[:64].view(torch.int32), flag)))
         torch.cuda.synchronize()
-        stream = self.cuda.make_stream()
-        view = np.frombuffer((ctypes.c_char * 4096).from_address(self.bell_file.mapping.address), np.int64)
-        self.attendant = Attendant(view[:1], [graphs], [stream])
+        self.attendant = Attendant(exchange.bells(), {other: graphs}, {other: self.cuda.make_stream()})
         self.attendant.start(lambda: torch.cuda.set_device(device))
 
     def captured_raw(self, call: Callable[[], None]) -> int:
@@ -155,8 +149,6 @@ class Rank:
         from vllm_dwdp.kernels.bench.timing import captured
         from vllm_dwdp.kernels.configs import tiles_for
         from vllm_dwdp.kernels.split_moe import Workspace, split_experts
-        from vllm_dwdp.kernels.tile_math import INTERPRETED
-        from vllm_dwdp.kernels.travel import ask_kernel, wait_kernel
 
         if (way, tokens) in self.graphs:
             return self.graphs[way, tokens]
@@ -181,17 +173,9 @@ class Rank:
                         tiles=self.tiles[tokens], workspace=room, out=out[layer],
                     )  # fmt: skip
                 elif way == "echo":
-                    masked = ids.new_empty(2, 1, self.model.top_k)
-                    ask_kernel[(1,)](
-                        hidden, ids, weights, self.owners, masked[0], self.state, self.requester.mails,
-                        self.requester.bells, 1, hidden.stride(0), layer, E=128, HIDDEN=self.model.hidden, TOP_K=8,
-                        ROOM=1, BUCKET=len(TOKENS), ME=self.rank, RANKS=2, WEIGHTS_AT=self.layout.weights_at,
-                        TOKENS_AT=self.layout.tokens_at, BLOCK_K=8, BLOCK_H=1024, INTERPRETED=INTERPRETED,
-                    )  # fmt: skip
-                    wait_kernel[(1,)](
-                        ids, self.owners, masked[1], self.state, self.flags, self.requester.limits, 8, E=128,
-                        ME=self.rank, RANKS=2, FIRST=4, MOST=256, BLOCK=8, INTERPRETED=INTERPRETED, num_warps=1,
-                    )  # fmt: skip
+                    own, late = ids.new_empty(1, self.model.top_k), ids.new_empty(1, self.model.top_k)
+                    self.requester.ask(hidden, weights, ids, own, self.owners, layer, room=1, index=len(TOKENS))
+                    self.requester.wait(ids, late, self.owners, 0)
                 else:
                     tabled = self.direct[layer] if way == "direct" else self.local[layer]
                     tiles = self.tiles.get(tokens) if way == "direct" else None
@@ -253,7 +237,7 @@ def run_rank(pipe: Connection, rank: int, layers: int, limit_us: float) -> None:
     side.torch.cuda.synchronize()
     pipe.send("stopped")
     pipe.recv()
-    side.cuda.host_unregister(side.bells_there.address)
+    side.exchange.close()
     for memory in side.mapped:
         side.transport.unmap_peer(memory)
     pipe.send("unmapped")
@@ -318,6 +302,9 @@ def main() -> int:
                 found = ask((0, 1), ("load", way, tokens, s), ("load", "local", PREFILL, s))
                 told(f"{way}, other side in long steps", tokens, found[0])
                 told(f"  long steps beside {way}", PREFILL, found[1])
+        for name, number in (("stopped", signal.SIGSTOP), ("going on", signal.SIGCONT)):
+            os.kill(processes[1].pid or 0, number)
+            told(f"travel, other side {name}", 32, ask((0,), ("load", "travel", 32, s))[0])
         for _ in range(3):
             for pipe in pipes:
                 pipe.send(None)

@@ -194,6 +194,7 @@ class DwdpWorkerMixin:
             # vLLM's CPU platform does not warm eager models up: the first forward shows.
             vars(self)["execute_model"] = self._dwdp_first_forward
         self.dwdp_sharing.seal_unused()
+        self.dwdp_sharing.warmed_up(self.dwdp_rendezvous, self.dwdp_launch.group_of(self.dwdp_rank))
         self.dwdp_sharing.forwards.reset()
         if self.dwdp_sharing.hits is not None:
             self.dwdp_sharing.hits.reset()

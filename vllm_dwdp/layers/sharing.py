@@ -15,7 +15,7 @@ from vllm_dwdp.layers.rates import copy_rate, product_rate
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.slabs import map_peers, move_to_slabs, replicate_small
 from vllm_dwdp.layers.views import VIEWS, choose_view, contiguous, inplace
-from vllm_dwdp.layers.views.direct import DirectGate, ForwardCounts, measured_tokens, memory_rate
+from vllm_dwdp.layers.views.direct import DirectGate, ForwardCounts, layer_costs, measured_tokens, memory_rate
 from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.prefetch.prefetcher import Prefetcher
 from vllm_dwdp.prefetch.ring import Ring
@@ -26,6 +26,7 @@ from vllm_dwdp.transport.shm import ShmTransport
 if TYPE_CHECKING:
     from vllm_dwdp.group.launch import DwdpLaunch
     from vllm_dwdp.group.rendezvous import Rendezvous
+    from vllm_dwdp.layers.travel import Travel
 
 _CLOSE_TIMEOUT_S = 5.0
 
@@ -67,6 +68,7 @@ class ExpertSharing:
         self.prefetcher: Prefetcher | None = None
         self.refilled: list[Program] = []
         self.direct_tokens: int | None = 0
+        self.travel: Travel | None = None
         self._captured = 0
         self._closing = contextlib.ExitStack()
         self._closing.callback(self.transport.close)
@@ -85,6 +87,8 @@ class ExpertSharing:
                     # The least of the group, so that its ranks behave alike.
                     self.direct_tokens = min(rendezvous.gather("direct_tokens", self._most_direct(launch), group))
                 self._attach_ring()
+                if most := self._most_travelling():
+                    self._set_out(most, rendezvous, group)
             self.forwards = ForwardCounts(self.counters, self.layers, build.rank, self.direct_tokens)
             device = self.layers[0].fetched[0].parameter.device
             self.hits = HitCounts(build.layers, build.rank, device) if build.config.hits else None
@@ -134,7 +138,35 @@ class ExpertSharing:
         self._captured = launch.captured_tokens
         if given == "auto":
             given = measured_tokens(self.layers, self.build.rank, self.link_rate, self.memory_rate, self.product_rate)
-        return max(given, self._captured)
+            if self.build.config.decode != "direct":
+                from vllm_dwdp.layers.travel import MOST_TOKENS, why_not
+
+                given = max(given, 0 if why_not(self.build, self.layers) else MOST_TOKENS)
+        return max(int(given), self._captured)
+
+    def _most_travelling(self) -> int:
+        """The most tokens of a forward whose tokens travel; 0 where none do.
+
+        Raises DwdpError where they should and cannot.
+        """
+        decode = self.build.config.decode
+        why = "experts are not read directly" if not self.direct_tokens else None
+        if why is None and decode != "direct":
+            from vllm_dwdp.layers.travel import MOST_TOKENS, why_not
+
+            why = why_not(self.build, self.layers)
+        if decode == "travel" and why is not None:
+            raise DwdpError(f'dwdp.decode is "travel", but {why}: leave it out, or write "direct"')
+        if decode == "direct" or why is not None:
+            return 0
+        return min(MOST_TOKENS, self.direct_tokens or 0)
+
+    def _set_out(self, most: int, rendezvous: Rendezvous, group: list[int]) -> None:
+        from vllm_dwdp.layers.travel import Travel
+
+        layer = self.layers[0]
+        costs = layer_costs(layer, self.build.rank, self.link_rate, self.memory_rate, self.product_rate)
+        self.travel = Travel(self.build, self.layers, self.transport, rendezvous, group, costs, most)
 
     def _attach_ring(self) -> None:
         config, ring, programs = self.build.config, self.ring, self.programs
@@ -165,6 +197,12 @@ class ExpertSharing:
         """FLOP/s of matrix products of this rank."""
         fetched = self.layers[0].fetched[0]
         return product_rate(fetched.dtype, fetched.parameter.device)
+
+    def warmed_up(self, rendezvous: Rendezvous, group: list[int]) -> None:
+        """No graph is captured here any more: once that is so everywhere, tokens may travel."""
+        if self.travel is not None:
+            rendezvous.gather("warmed_up", True, group)
+            self.travel.enable()
 
     def start(self) -> None:
         """Begin to prefetch; the model may run."""
@@ -205,6 +243,7 @@ class ExpertSharing:
         return {
             **self.counters.snapshot().to_dict(),
             **({} if self.hits is None else {"hits": self.hits.summary()}),
+            **({} if self.travel is None else self.travel.counts()),
             "replicated_bytes": self.replicated_bytes,
             "bytes_per_forward": self.bytes_per_forward,
             "read_expert_bytes": READ.expert_bytes,
@@ -232,13 +271,18 @@ class ExpertSharing:
         how = "as measured" if told == "auto" else "as told"
         if self.direct_tokens == self._captured and told != self.direct_tokens:
             how = "as the sizes of CUDA graphs ask"
-        return f", one of at most {self.direct_tokens} tokens ({how}) reads missing experts where they are"
+        said = f", one of at most {self.direct_tokens} tokens ({how}) reads missing experts where they are"
+        if self.travel is not None:
+            said += f", or has their owners compute, up to {self.travel.buckets[-1]} tokens"
+        return said
 
     def close(self) -> None:
         """Wait for copies in flight, then let go of peers and slabs; idempotent. Peers' mappings outlive ours.
 
         Raises DwdpTimeout where a copy does not end; its memory then stays mapped.
         """
+        if self.travel is not None:
+            self.travel.close(_CLOSE_TIMEOUT_S)
         if self.prefetcher is not None:
             self.prefetcher.close(_CLOSE_TIMEOUT_S)
             # Before anything is let go: memory is not freed under a copy, for which CUDA would wait without a limit.

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 
-from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.errors import DwdpTimeout
 
 # Words of the control array.
 _STOP: Final = 0
@@ -23,8 +23,6 @@ _FAILED: Final = 2  # CUDA's code of a launch that failed; the loop has ended th
 #: Looks without a request before the loop sleeps between them, and for how long.
 _BUSY_LOOKS: Final = 200_000
 _SLEEP_US: Final = 20
-#: A bell is the number of a request times this, and its bucket.
-BUCKETS: Final = 256
 
 
 def _cuda_launch() -> Any:
@@ -43,6 +41,7 @@ def _compiled(launch: Any) -> Callable[..., None]:
     sleep.argtypes, sleep.restype = (ctypes.c_uint,), ctypes.c_int
     busy_looks, sleep_us = _BUSY_LOOKS, _SLEEP_US
 
+    # A bell is the number of a request times 256, and its bucket (kernels/travel.py).
     def loop(bells, served, graphs, streams, control):  # type: ignore[no-untyped-def]
         idle = 0
         while control[0] == 0:
@@ -70,15 +69,23 @@ def _compiled(launch: Any) -> Callable[..., None]:
 class Attendant:
     """Serves from `start` to `stop`.
 
-    bells: int64 [requesters], written by them. graphs: by requester and bucket, CUgraphExec; streams: one per requester.
+    bells: int64 [ranks], written by requesters, by rank. graphs: CUgraphExec of each requester, by bucket. streams: on which
+    those of a requester are launched. launch: cuGraphLaunch, unless a test says otherwise.
     """
 
-    def __init__(self, bells: Any, graphs: Sequence[Sequence[int]], streams: Sequence[int], launch: Any = None) -> None:
-        self._bells = bells
-        self._served = bells >> 8
-        self._graphs = np.array(graphs, dtype=np.uint64).reshape(len(bells), -1)
-        self._streams = np.array(streams, dtype=np.uint64)
-        self._control = np.zeros(4, dtype=np.int64)
+    def __init__(
+        self,
+        bells: np.ndarray[Any, Any],
+        graphs: Mapping[int, Sequence[int]],
+        streams: Mapping[int, int],
+        launch: Any = None,
+    ) -> None:
+        table = np.zeros((len(bells), max(map(len, graphs.values()))), dtype=np.uint64)
+        for requester, row in graphs.items():
+            table[requester, : len(row)] = row
+        launched_on = [streams.get(requester, 0) for requester in range(len(bells))]
+        self._control = np.zeros(3, dtype=np.int64)
+        self._arguments = (bells, bells >> 8, table, np.array(launched_on, dtype=np.uint64), self._control)
         self._loop = _compiled(launch or _cuda_launch())
         self._thread: threading.Thread | None = None
 
@@ -87,22 +94,28 @@ class Attendant:
         """Requests so far."""
         return int(self._control[_SERVED])
 
+    @property
+    def failed(self) -> int:
+        """CUDA's code of a launch that failed, after which nobody is served any more; 0 while all is well."""
+        return int(self._control[_FAILED])
+
     def start(self, prepare: Callable[[], None]) -> None:
         """prepare: called first in the thread, to make the device current there."""
 
         def run() -> None:
             prepare()
-            self._loop(self._bells, self._served, self._graphs, self._streams, self._control)
+            self._loop(*self._arguments)
 
         self._thread = threading.Thread(target=run, name="dwdp-attendant", daemon=True)
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
-        """End the thread; raises DwdpError where a launch had failed or the thread does not end."""
+        """End the thread; idempotent. Raises DwdpTimeout where it does not end: something in CUDA holds it."""
         self._control[_STOP] = 1
         if self._thread is not None:
             self._thread.join(timeout_s)
             if self._thread.is_alive():
-                raise DwdpError(f"the thread that answers requests has not ended after {timeout_s:.3g} s")
-        if self._control[_FAILED]:
-            raise DwdpError(f"a launch for another rank failed with CUDA error {self._control[_FAILED]}")
+                raise DwdpTimeout(
+                    f"the thread that answers other ranks has not ended after {timeout_s:.3g} s: look for a stalled device"
+                )
+            self._thread = None

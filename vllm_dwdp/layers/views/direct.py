@@ -94,16 +94,16 @@ def memory_rate(device: torch.device) -> float:
     return 2 * _MEMORY_BYTES / statistics.median(seconds[1:])
 
 
+def layer_costs(layer: LayerSlab, rank: int, link: float, memory: float, flops: float) -> LayerCosts:
+    """Of a layer on `rank`, its rates as in LayerCosts."""
+    placement, top_k = layer.build.placement, layer.build.module.top_k
+    nbytes = sum(tensor.row_bytes for tensor in layer.fetched)
+    missing = len(placement.missing(rank))
+    flop = sum(2 * top_k * tensor.row_bytes // tensor.dtype.itemsize for tensor in layer.fetched)
+    return LayerCosts(placement.num_experts, missing, top_k, nbytes, missing * nbytes / link, link, memory, flops, flop)
+
+
 def measured_tokens(layers: Sequence[LayerSlab], rank: int, link: float, memory: float, flops: float) -> int:
     """`direct_tokens` of the layer for which it is least: all layers of a forward go one way. Rates as in LayerCosts."""
-    found = []
-    for layer in {(layer.build.placement, layer.build.module.top_k): layer for layer in layers}.values():
-        placement, top_k = layer.build.placement, layer.build.module.top_k
-        nbytes = sum(tensor.row_bytes for tensor in layer.fetched)
-        missing = len(placement.missing(rank))
-        flop = sum(2 * top_k * tensor.row_bytes // tensor.dtype.itemsize for tensor in layer.fetched)
-        costs = LayerCosts(
-            placement.num_experts, missing, top_k, nbytes, missing * nbytes / link, link, memory, flops, flop
-        )
-        found.append(direct_tokens(costs))
-    return min(found)
+    kinds = {(layer.build.placement, layer.build.module.top_k): layer for layer in layers}.values()
+    return min(direct_tokens(layer_costs(layer, rank, link, memory, flops)) for layer in kinds)
