@@ -20,10 +20,10 @@ from .arguments import Assignment
 from .compile_ahead import compile_layer
 from .configs import layer_shape, tiles_for
 from .direct_tiles import direct_tiles_for
+from .requester import Journey
 from .split_moe import Workspace, check_layer, split_experts
 from .tiles import Tiles
 from .torch_ops import MoeOps, QuantKind
-from .travel_moe import Journey
 from .weight_table import Scales, WeightTable
 
 

@@ -58,7 +58,7 @@ class Rank:
 
     def exported(self) -> list[Any]:
         """Handles of the slabs and of the memory that the other side writes, and the bells' file."""
-        from vllm_dwdp.kernels.travel_moe import MailLayout
+        from vllm_dwdp.kernels.mail import MailLayout
         from vllm_dwdp.travel.exchange import Exchange, Places
 
         kind = self.torch.bfloat16
@@ -71,7 +71,8 @@ class Rank:
         """Map the other side; capture what is launched for it; attend."""
         from vllm_dwdp.kernels.configs import layer_shape
         from vllm_dwdp.kernels.direct_tiles import direct_tiles_for
-        from vllm_dwdp.kernels.travel_moe import Layers, Requester
+        from vllm_dwdp.kernels.requester import Requester
+        from vllm_dwdp.kernels.served import Layers
         from vllm_dwdp.kernels.weight_table import WeightTable
         from vllm_dwdp.travel.attendant import Attendant
 

@@ -12,9 +12,11 @@ import torch
 from vllm_dwdp.kernels.bench.shapes import BLOCK, TINY_MODELS, Problem
 from vllm_dwdp.kernels.configs import layer_shape
 from vllm_dwdp.kernels.direct_tiles import direct_tiles_for
+from vllm_dwdp.kernels.mail import MailLayout
+from vllm_dwdp.kernels.requester import Requester
+from vllm_dwdp.kernels.served import Layers
 from vllm_dwdp.kernels.split_moe import Workspace, split_experts
 from vllm_dwdp.kernels.travel import ANSWERED, BACK_OFF, ENABLED, LATE, OPEN, SENT, SKIP
-from vllm_dwdp.kernels.travel_moe import Layers, MailLayout, Requester
 
 CPU = torch.device("cpu")
 LAYERS = 2

@@ -206,7 +206,7 @@ class DwdpWorkerMixin:
         """vLLM's; forwards are counted here, since replayed CUDA graphs run no code of layers."""
         if tokens := scheduler_output.total_num_scheduled_tokens:
             assert self.dwdp_sharing is not None
-            self.dwdp_sharing.forwards.add(tokens)
+            self.dwdp_sharing.count(tokens)
             self.dwdp_waits.add(tokens)
             self.dwdp_step_tokens = tokens
         return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]

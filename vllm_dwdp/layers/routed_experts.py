@@ -24,7 +24,7 @@ from vllm_dwdp.layers.gates import LayerGate, register_gate, replace_gate
 from vllm_dwdp.layers.hits import count, ids_of
 
 if TYPE_CHECKING:
-    from vllm_dwdp.kernels.travel_moe import Journey
+    from vllm_dwdp.kernels.requester import Journey
     from vllm_dwdp.layers.views.split import SplitTables
 
 

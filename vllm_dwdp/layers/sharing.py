@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from vllm_dwdp.layers.travel import Travel
 
 _CLOSE_TIMEOUT_S = 5.0
+#: Forwards between looks at what the device has counted.
+_PUBLISHED_EVERY = 64
 
 
 def make_transport(build: ModelBuild, cores: tuple[int, ...]) -> Transport:
@@ -89,7 +91,8 @@ class ExpertSharing:
                 self._attach_ring()
                 if most := self._most_travelling():
                     self._set_out(most, rendezvous, group)
-            self.forwards = ForwardCounts(self.counters, self.layers, build.rank, self.direct_tokens)
+            travels = self.travel.buckets[-1] if self.travel else 0
+            self.forwards = ForwardCounts(self.counters, self.layers, build.rank, self.direct_tokens, travels)
             device = self.layers[0].fetched[0].parameter.device
             self.hits = HitCounts(build.layers, build.rank, device) if build.config.hits else None
             slots = sum(slot.nbytes for slot in self.slots)
@@ -166,7 +169,7 @@ class ExpertSharing:
 
         layer = self.layers[0]
         costs = layer_costs(layer, self.build.rank, self.link_rate, self.memory_rate, self.product_rate)
-        self.travel = Travel(self.build, self.layers, self.transport, rendezvous, group, costs, most)
+        self.travel = Travel(self.build, self.layers, self.transport, rendezvous, group, costs, most, self.counters)
 
     def _attach_ring(self) -> None:
         config, ring, programs = self.build.config, self.ring, self.programs
@@ -209,6 +212,12 @@ class ExpertSharing:
         if self.prefetcher is not None:
             self.prefetcher.start()
 
+    def count(self, tokens: int) -> None:
+        """A forward of `tokens` tokens begins."""
+        self.forwards.add(tokens)
+        if self.travel is not None and self.counters.fields.forwards % _PUBLISHED_EVERY == 0:
+            self.travel.counts.publish()
+
     def unused(self) -> list[str]:
         """Names of the layers that were never acquired."""
         return [layer.build.name for layer in unused(self.layers)]
@@ -240,10 +249,11 @@ class ExpertSharing:
 
     def snapshot(self) -> dict[str, Any]:
         """The counters, with what was read of the checkpoint and what small tensors cost."""
+        if self.travel is not None:
+            self.travel.counts.publish(now=True)
         return {
             **self.counters.snapshot().to_dict(),
             **({} if self.hits is None else {"hits": self.hits.summary()}),
-            **({} if self.travel is None else self.travel.counts()),
             "replicated_bytes": self.replicated_bytes,
             "bytes_per_forward": self.bytes_per_forward,
             "read_expert_bytes": READ.expert_bytes,

@@ -17,8 +17,11 @@ import torch
 from vllm_dwdp.direct import LayerCosts
 from vllm_dwdp.errors import DwdpTimeout
 from vllm_dwdp.kernels.compile_ahead import compile_ahead
-from vllm_dwdp.kernels.travel import ASKED, ENABLED, LATE
-from vllm_dwdp.kernels.travel_moe import Journey, Layers, MailLayout, Requester
+from vllm_dwdp.kernels.mail import MailLayout
+from vllm_dwdp.kernels.requester import Journey, Requester
+from vllm_dwdp.kernels.served import Layers
+from vllm_dwdp.kernels.travel import ENABLED
+from vllm_dwdp.layers.travel_counts import TravelCounts
 from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
 from vllm_dwdp.travel.attendant import Attendant
 from vllm_dwdp.travel.exchange import Exchange, Places
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from vllm_dwdp.group.rendezvous import Rendezvous
     from vllm_dwdp.layers.build import ModelBuild
     from vllm_dwdp.layers.slabs import LayerSlab
+    from vllm_dwdp.prefetch.counters import CounterPage
     from vllm_dwdp.transport.base import Transport
 
 #: The most tokens of a forward whose tokens travel. Beyond, weights that are pulled serve enough tokens.
@@ -77,6 +81,7 @@ class Travel:
         group: list[int],
         costs: LayerCosts,
         most: int,
+        counters: CounterPage,
     ) -> None:
         assert isinstance(transport, CupyIpcTransport)
         self._device, self._rank, self._ranks = transport.device, build.rank, len(group)
@@ -100,6 +105,7 @@ class Travel:
             self._requester = self._make_requester(costs)
             self._attach(layers)
             self.attendant = self._make_attendant(layers)
+            self.counts = TravelCounts(self.state, self.attendant, counters)
             self.attendant.start(partial(torch.cuda.set_device, self._device.index))
         except BaseException:
             self.close(0.0)
@@ -181,15 +187,6 @@ class Travel:
     def enable(self) -> None:
         """From here on owners are asked."""
         self.state[ENABLED.value, 0] = 1
-
-    def counts(self) -> dict[str, int]:
-        """Requests so far: of this rank, those of them that were late, and those that it served. Waits for the device."""
-        asked, late = (int(self.state[row.value].sum()) for row in (ASKED, LATE))
-        return {
-            "travel_requests": asked,
-            "travel_late": late,
-            "travel_served": self.attendant.served if self.attendant else 0,
-        }
 
     def close(self, timeout_s: float) -> None:
         """Serve nobody any more, and let go of what the peers gave; idempotent.

@@ -50,11 +50,19 @@ class DirectGate:
 class ForwardCounts:
     """Counts forwards of the model by the way they go; told by the worker, since replayed graphs run none of our code.
 
-    most_direct: the most tokens of a direct forward; None where every forward reads in place.
+    most_direct: the most tokens of a direct forward; None where every forward reads in place. most_travel: of those, the
+    most whose tokens travel.
     """
 
-    def __init__(self, counters: CounterPage, layers: Sequence[LayerSlab], rank: int, most_direct: int | None) -> None:
-        self._counters, self._most_direct = counters, most_direct
+    def __init__(
+        self,
+        counters: CounterPage,
+        layers: Sequence[LayerSlab],
+        rank: int,
+        most_direct: int | None,
+        most_travel: int = 0,
+    ) -> None:
+        self._counters, self._most_direct, self._most_travel = counters, most_direct, most_travel
         # Layers are alike but for few; a forward costs one power for each kind.
         kinds: dict[tuple[int, int], int] = {}
         for layer in layers:
@@ -67,13 +75,15 @@ class ForwardCounts:
     def reset(self) -> None:
         """Forget vLLM's warm-up."""
         page = self._counters.fields
-        page.forwards = page.direct_forwards = page.direct_bytes = 0
+        page.forwards = page.direct_forwards = page.direct_bytes = page.travel_forwards = 0
 
     def add(self, tokens: int) -> None:
         """A forward of `tokens` tokens begins. Padding does not matter: graphs pad to sizes that are read directly."""
         page = self._counters.fields
         page.forwards += 1
-        if self._most_direct is None or tokens <= self._most_direct:
+        if tokens <= self._most_travel:
+            page.travel_forwards += 1
+        elif self._most_direct is None or tokens <= self._most_direct:
             page.direct_forwards += 1
             page.direct_bytes += int(
                 sum(expected_hits(experts, top_k, tokens, of=nbytes) for experts, top_k, nbytes in self._missing_bytes)
