@@ -30,6 +30,7 @@ _LEAST: Final[dict[str, int]] = {
     "slice_bytes": MIN_SLICE_BYTES,
     "ranks_per_device": 1,
     "direct_tokens": 0,
+    "travel_tokens": 1,
 }
 _OPTIONAL: Final = frozenset({"group_size", "experts_per_rank", "slice_bytes"})
 #: Counts that may also be left to dwdp, with this word.
@@ -58,6 +59,7 @@ class DwdpConfig:
         rates measured at start.
     decode: how such a forward, of few tokens, gets at missing experts: "travel" has their owners compute for its tokens, and
         reads directly where one does not answer in time; "direct" reads always; "auto" travels where that is possible.
+    travel_tokens: most tokens of a forward whose tokens travel.
     hits: file into which ranks write how often each expert was hit. popularity: such a file, by which experts beyond
         E/N are chosen.
     """
@@ -77,6 +79,7 @@ class DwdpConfig:
     popularity: str | None = None
     direct_tokens: int | Literal["auto"] = "auto"
     decode: DecodeName = "auto"
+    travel_tokens: int = 256
 
     def __post_init__(self) -> None:
         for key, least in _LEAST.items():

@@ -142,9 +142,9 @@ class ExpertSharing:
         if given == "auto":
             given = measured_tokens(self.layers, self.build.rank, self.link_rate, self.memory_rate, self.product_rate)
             if self.build.config.decode != "direct":
-                from vllm_dwdp.layers.travel import MOST_TOKENS, why_not
+                from vllm_dwdp.layers.travel import why_not
 
-                given = max(given, 0 if why_not(self.build, self.layers) else MOST_TOKENS)
+                given = max(given, 0 if why_not(self.build, self.layers) else self.build.config.travel_tokens)
         return max(int(given), self._captured)
 
     def _most_travelling(self) -> int:
@@ -155,14 +155,14 @@ class ExpertSharing:
         decode = self.build.config.decode
         why = "experts are not read directly" if not self.direct_tokens else None
         if why is None and decode != "direct":
-            from vllm_dwdp.layers.travel import MOST_TOKENS, why_not
+            from vllm_dwdp.layers.travel import why_not
 
             why = why_not(self.build, self.layers)
         if decode == "travel" and why is not None:
             raise DwdpError(f'dwdp.decode is "travel", but {why}: leave it out, or write "direct"')
         if decode == "direct" or why is not None:
             return 0
-        return min(MOST_TOKENS, self.direct_tokens or 0)
+        return min(self.build.config.travel_tokens, self.direct_tokens or 0)
 
     def _set_out(self, most: int, rendezvous: Rendezvous, group: list[int]) -> None:
         from vllm_dwdp.layers.travel import Travel

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from vllm_dwdp.prefetch.counters import CounterPage
     from vllm_dwdp.transport.base import Transport
 
-#: The most tokens of a forward whose tokens travel. Beyond, weights that are pulled serve enough tokens.
-MOST_TOKENS: Final = 256
 #: Nanoseconds that a request may take beside what reading the experts directly would.
 _BESIDE_NS: Final = 100_000
 
