@@ -45,11 +45,14 @@ def _held() -> int:
 
 
 def compile_layer(
-    tables: tuple[WeightTable, WeightTable], tiles: Tiles, tokens: int, top_k: int, quant: QuantKind, dtype: torch.dtype
-) -> None:
-    """Both GEMMs of a forward of `tokens` tokens, given what they compute from. dtype: of results."""
+    tables: tuple[WeightTable, WeightTable], tiles: Tiles, tokens: int, top_k: int, quant: QuantKind, dtype: torch.dtype,
+    single: bool | None = None,
+) -> None:  # fmt: skip
+    """Both GEMMs of a forward of `tokens` tokens, given what they compute from. dtype: of results. single: whether routes
+    are left unsorted; None goes by their number."""
     routes, (w13, w2) = tokens * top_k, tables
-    single = are_single(routes, w13.num_experts)
+    if single is None:
+        single = are_single(routes, w13.num_experts)
     room = None if single else _ints(room_for_routes(routes, tiles.block_m, w13.num_experts))
     assignment = Assignment(room, _ints(routes), _ints(1))
     for weights, rows, each, router in ((w13, tokens, top_k, None), (w2, routes, 1, torch.empty(routes, device=_META))):

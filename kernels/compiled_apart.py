@@ -13,10 +13,10 @@ from .torch_ops import are_single, room_for_routes
 _MULTIPLE = 16
 
 
-def compiled_apart(tiles: Tiles, tokens: int, top_k: int, experts: int) -> Hashable:
+def compiled_apart(tiles: Tiles, tokens: int, top_k: int, experts: int, travels: bool = False) -> Hashable:
     """Equal for two numbers of tokens of one layer and way only where both its GEMMs launch the same kernels."""
     routes = tokens * top_k
-    single = are_single(routes, experts)
+    single = not travels and are_single(routes, experts)
     room = None if single else room_for_routes(routes, tiles.block_m, experts)
     numbers = [routes, *(padded_routes(room, rows, routes, tiles.block_m) for rows in (tokens, routes))]
     # A row alone has one scale, which looks like that of a whole tensor.

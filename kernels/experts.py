@@ -20,9 +20,10 @@ from .arguments import Assignment
 from .compile_ahead import compile_layer
 from .configs import layer_shape, tiles_for
 from .direct_tiles import direct_tiles_for
+from .requester import Journey
 from .split_moe import Workspace, check_layer, split_experts
 from .tiles import Tiles
-from .torch_ops import QuantKind
+from .torch_ops import MoeOps, QuantKind
 from .weight_table import Scales, WeightTable
 
 
@@ -79,6 +80,7 @@ class SplitExperts(TritonExperts):
     Attributes:
         quant_kind: how activations are quantised.
         direct: whether to compute from the second pair of tables, whose missing experts lie in peers' memory.
+        journey: how forwards of few tokens that are `direct` have owners compute; None where all is read directly.
     """
 
     def __init__(self, moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig) -> None:
@@ -86,6 +88,7 @@ class SplitExperts(TritonExperts):
         self._tables: tuple[WeightTable, WeightTable] | None = None
         self._direct: tuple[WeightTable, WeightTable] | None = None
         self.direct = False
+        self.journey: Journey | None = None
         self._tiles: dict[tuple[int, int, bool], Tiles] = {}
         self._ops: dict[MoEActivation, _LayerOps] = {}
         self.quant_kind = _quant_kind(quant_config)
@@ -124,24 +127,45 @@ class SplitExperts(TritonExperts):
         self._tables = self._direct = None
 
     def tiles(self, num_tokens: int, top_k: int) -> Tiles:
-        """Tiles for a batch; looked up once per number of tokens."""
+        """Tiles for a batch; looked up once per number of tokens. Where tokens travel, those of what owners compute."""
+        if self.journey is not None and self.travels(num_tokens):
+            num_tokens = self.journey.room(num_tokens)
         key = (num_tokens, top_k, self.direct)
         if key not in self._tiles:
-            w13, w2 = self._attached()
+            w13, w2 = self.tables
             block = tuple(self.block_shape) if self.block_shape else None
             shape = layer_shape(w13, w2, top_k)
             choose = direct_tiles_for if self.direct else tiles_for
             self._tiles[key] = choose(shape, num_tokens, w13.addresses.device, block)  # type: ignore[arg-type]
         return self._tiles[key]
 
+    def travels(self, num_tokens: int) -> bool:
+        """Whether owners are asked to compute for a batch of this size."""
+        return self.direct and self.journey is not None and num_tokens <= self.journey.most_tokens
+
+    def ops(self, activation: MoEActivation) -> MoeOps:
+        """vLLM's own, for one activation."""
+        found = self._ops.get(activation)
+        if found is None:
+            found = self._ops[activation] = _LayerOps(self, activation)
+        return found
+
+    def workspace_shapes(self, M: int, N: int, K: int, topk: int, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's `TritonExperts`; both products have rows of their own where tokens travel."""
+        first, second, output = super().workspace_shapes(M, N, K, topk, *args, **kwargs)
+        return first, (M, topk, N + K) if self.travels(M) else second, output
+
     def compile(self, num_tokens: int, top_k: int) -> None:
         """Have Triton compile what `apply` launches for a batch of this size, and launch nothing."""
         quantized = self.quant_kind != "none"
-        dtype = torch.bfloat16 if quantized else self._attached()[0].dtype
+        dtype = torch.bfloat16 if quantized else self.tables[0].dtype
         tiles = self.tiles(num_tokens, top_k)
-        compile_layer(self._attached(), tiles, num_tokens, top_k, self.quant_kind, dtype)
+        single = False if self.travels(num_tokens) else None
+        compile_layer(self.tables, tiles, num_tokens, top_k, self.quant_kind, dtype, single)
 
-    def _attached(self) -> tuple[WeightTable, WeightTable]:
+    @property
+    def tables(self) -> tuple[WeightTable, WeightTable]:
+        """(w13, w2) that it computes from; raises DwdpError where there are none."""
         tables = self._direct if self.direct else self._tables
         if tables is None:
             raise DwdpError("SplitExperts has no weights yet: call attach_tables before the first forward")
@@ -166,15 +190,21 @@ class SplitExperts(TritonExperts):
         apply_router_weight_on_input: bool,
     ) -> None:
         """As vLLM's `TritonExperts.apply`, on the attached tables; w1 and w2 are stand-ins and not looked at."""
-        w13, down = self._attached()
+        w13, down = self.tables
         if expert_map is not None or self._lora_context is not None:
             what = "an expert map" if expert_map is not None else "LoRA"
             raise DwdpError(
                 f"split-weight experts with {what}: the tables hold all {w13.num_experts} experts, without LoRA"
             )
-        ops = self._ops.get(activation)
-        if ops is None:
-            ops = self._ops[activation] = _LayerOps(self, activation)
+        ops, tiles = self.ops(activation), self.tiles(*topk_ids.shape)
+        a1_scale = a1q_scale if a1q_scale is not None else self.a1_scale
+        workspace = Workspace(workspace13, workspace2)
+        if self.journey is not None and self.travels(topk_ids.shape[0]):
+            self.journey.experts(
+                hidden_states, (w13, down), topk_weights, topk_ids, ops=ops, tiles=tiles, workspace=workspace, out=output,
+                a1_scale=a1_scale,
+            )  # fmt: skip
+            return
         quantized = hidden_states.dtype == torch.float8_e4m3fn
         split_experts(
             hidden_states,
@@ -183,12 +213,12 @@ class SplitExperts(TritonExperts):
             topk_weights,
             topk_ids,
             ops=ops,
-            tiles=self.tiles(topk_ids.shape[0], topk_ids.shape[1]),
+            tiles=tiles,
             # With weights on the input, vLLM's prepare step has already multiplied them.
             router_weight="none" if apply_router_weight_on_input else "output",
-            a1_scale=a1q_scale if a1q_scale is not None else self.a1_scale,
+            a1_scale=a1_scale,
             a2_scale=a2_scale,
-            workspace=Workspace(workspace13, workspace2),
+            workspace=workspace,
             out=output,
             compute_dtype=torch.bfloat16 if quantized else hidden_states.dtype,
         )

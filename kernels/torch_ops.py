@@ -76,12 +76,19 @@ def are_single(num_routes: int, num_experts: int) -> bool:
 
 
 def assign(topk_ids: torch.Tensor, block_m: int, num_experts: int) -> Assignment:
-    """Sort the routes of int [M, top_k] by expert, each expert's padded to whole blocks; ids below 0 are left out."""
-    flat = topk_ids.reshape(-1).long()
+    """`sort_routes`, or none of it where there are few."""
+    flat = topk_ids.reshape(-1)
     routes = flat.numel()
     if are_single(routes, num_experts):
         padded = torch.full((1,), routes * block_m, dtype=torch.int32, device=flat.device)
         return Assignment(None, flat.to(torch.int32), padded)
+    return sort_routes(topk_ids, block_m, num_experts)
+
+
+def sort_routes(topk_ids: torch.Tensor, block_m: int, num_experts: int) -> Assignment:
+    """Sort the routes of int [M, top_k] by expert, each expert's padded to whole blocks; those of no expert are left out."""
+    flat = topk_ids.reshape(-1).long()
+    routes = flat.numel()
     keys = torch.where(flat < 0, num_experts, flat)
     order = torch.argsort(keys, stable=True)
     counts = torch.bincount(keys, minlength=num_experts + 1)

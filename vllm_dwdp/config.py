@@ -12,6 +12,7 @@ from vllm_dwdp.platform import Platform
 TransportName = Literal["auto", "cupy_ipc", "cuda_pinned", "shm"]
 ViewName = Literal["auto", "split", "contiguous", "inplace"]
 LauncherName = Literal["auto", "ray", "mp", "uni"]
+DecodeName = Literal["auto", "travel", "direct"]
 
 MIN_SLICE_BYTES: Final = 4096
 SLICE_MULTIPLE: Final = 256
@@ -20,6 +21,7 @@ _CHOICES: Final[dict[str, tuple[str, ...]]] = {
     "transport": get_args(TransportName),
     "weight_view": get_args(ViewName),
     "launcher": get_args(LauncherName),
+    "decode": get_args(DecodeName),
 }
 _LEAST: Final[dict[str, int]] = {
     "group_size": 2,
@@ -28,6 +30,7 @@ _LEAST: Final[dict[str, int]] = {
     "slice_bytes": MIN_SLICE_BYTES,
     "ranks_per_device": 1,
     "direct_tokens": 0,
+    "travel_tokens": 1,
 }
 _OPTIONAL: Final = frozenset({"group_size", "experts_per_rank", "slice_bytes"})
 #: Counts that may also be left to dwdp, with this word.
@@ -54,6 +57,9 @@ class DwdpConfig:
     require_win: refuse to start where the planner predicts a loss, or cannot tell.
     direct_tokens: most tokens of a forward that reads missing experts where they are; 0 pulls always, "auto" is found from
         rates measured at start.
+    decode: how such a forward, of few tokens, gets at missing experts: "travel" has their owners compute for its tokens, and
+        reads directly where one does not answer in time; "direct" reads always; "auto" travels where that is possible.
+    travel_tokens: most tokens of a forward whose tokens travel.
     hits: file into which ranks write how often each expert was hit. popularity: such a file, by which experts beyond
         E/N are chosen.
     """
@@ -72,6 +78,8 @@ class DwdpConfig:
     hits: str | None = None
     popularity: str | None = None
     direct_tokens: int | Literal["auto"] = "auto"
+    decode: DecodeName = "auto"
+    travel_tokens: int = 256
 
     def __post_init__(self) -> None:
         for key, least in _LEAST.items():

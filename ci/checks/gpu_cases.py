@@ -36,6 +36,7 @@ PIECEWISE = compiled(cudagraph_mode="PIECEWISE", cudagraph_capture_sizes=list(ra
 
 SPLIT, CONTIGUOUS = {"weight_view": "split"}, {"weight_view": "contiguous"}
 #: Every forward pulls; and one token reads directly, more pull, so that ways take turns.
+TRAVEL = {**SPLIT, "decode": "travel"}
 PULLED, TURNS = {**SPLIT, "direct_tokens": 0}, {**SPLIT, "direct_tokens": 1}
 QWEN = {"family": "qwen3_moe", "num_experts": 16}
 QWEN_FP8 = {**QWEN, "fp8": True, "hidden": 256, "intermediate": 256, "head_dim": 64}
@@ -57,6 +58,10 @@ CASES = {
     "qwen3-split": Case(QWEN, 2, SPLIT, EAGER),
     "qwen3-contiguous": Case(QWEN, 2, CONTIGUOUS, EAGER),
     "qwen3-full-split": Case(QWEN, 2, SPLIT, FULL),
+    "qwen3-travel": Case(QWEN, 2, TRAVEL, FULL),
+    "qwen3-direct": Case(QWEN, 2, {**SPLIT, "decode": "direct"}, FULL),
+    "qwen3-fp8-travel": Case(QWEN_FP8, 2, TRAVEL, EAGER),
+    "gpt_oss-travel": Case(GPT_OSS, 2, {**TRAVEL, "experts_per_rank": 5, "num_slots": 3}, DEFAULT),
     "qwen3-serve": Case(QWEN, 2, {}, FULL, serve=True),
     "qwen3-serve-default": Case(QWEN, 2, {}, DEFAULT, serve=True),
     "qwen3-pulled": Case(QWEN, 2, PULLED, EAGER),

@@ -42,7 +42,7 @@ BATCH_TOLERANCE = 0.1
 KV_BYTES = 256 << 20
 PROMPTS = ("The experts of a layer", "No rank waits", "Two slots")
 SHOWN = ("view", "experts_held", "slab_bytes", "slot_bytes", "forwards", "direct_forwards", "pulled_bytes",
-         "on_demand_fetches", "kernels_compiled_after_start")  # fmt: skip
+         "on_demand_fetches", "kernels_compiled_after_start", "travel_requests", "travel_late", "travel_served")  # fmt: skip
 
 
 class Plain:

@@ -359,6 +359,9 @@ class FakeCuda(CudaDevice):
         self.graphs[made] = capture.nodes
         return made
 
+    def instantiate(self, template: int, stream: int) -> int:
+        return template
+
     def launch(self, graph: int, stream: int) -> None:
         self._call("launch")
         assert self.streams[stream].capture is None, "a graph was launched into a capture"

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "vllm_dwdp"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("pure",),
     ("kernels", "transport", "predict", "compat"),
-    ("prefetch", "group", "patches", "doctor"),
+    ("prefetch", "travel", "group", "patches", "doctor"),
     ("layers", "cli"),
     ("engine",),
 )

@@ -83,9 +83,10 @@ class RankPages(threading.Thread):
 def summary(counters: Counters) -> str:
     """What a rank did, in one line."""
     return (
-        f"{counters.forwards} forwards ({counters.direct_forwards} direct), {counters.pulled_bytes / 1e6:.1f} MB pulled in "
-        f"{counters.layers} layers, {counters.direct_bytes / 1e6:.1f} MB read directly, waited "
-        f"{counters.exposed_wait_ns / 1e6:.1f} ms, {counters.on_demand_fetches} fetched on demand"
+        f"{counters.forwards} forwards ({counters.direct_forwards} direct, {counters.travel_forwards} travelled), "
+        f"{counters.pulled_bytes / 1e6:.1f} MB pulled in {counters.layers} layers, {counters.direct_bytes / 1e6:.1f} MB "
+        f"read directly, waited {counters.exposed_wait_ns / 1e6:.1f} ms, {counters.on_demand_fetches} fetched on demand, "
+        f"{counters.travel_late} of {counters.travel_requests} requests to owners late, {counters.travel_served} served"
     )
 
 

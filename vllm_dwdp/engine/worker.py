@@ -194,6 +194,7 @@ class DwdpWorkerMixin:
             # vLLM's CPU platform does not warm eager models up: the first forward shows.
             vars(self)["execute_model"] = self._dwdp_first_forward
         self.dwdp_sharing.seal_unused()
+        self.dwdp_sharing.warmed_up(self.dwdp_rendezvous, self.dwdp_launch.group_of(self.dwdp_rank))
         self.dwdp_sharing.forwards.reset()
         if self.dwdp_sharing.hits is not None:
             self.dwdp_sharing.hits.reset()
@@ -205,7 +206,7 @@ class DwdpWorkerMixin:
         """vLLM's; forwards are counted here, since replayed CUDA graphs run no code of layers."""
         if tokens := scheduler_output.total_num_scheduled_tokens:
             assert self.dwdp_sharing is not None
-            self.dwdp_sharing.forwards.add(tokens)
+            self.dwdp_sharing.count(tokens)
             self.dwdp_waits.add(tokens)
             self.dwdp_step_tokens = tokens
         return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]

@@ -24,6 +24,7 @@ from vllm_dwdp.layers.gates import LayerGate, register_gate, replace_gate
 from vllm_dwdp.layers.hits import count, ids_of
 
 if TYPE_CHECKING:
+    from vllm_dwdp.kernels.requester import Journey
     from vllm_dwdp.layers.views.split import SplitTables
 
 
@@ -109,6 +110,10 @@ class DwdpExpertsMixin:
     def dwdp_compute_direct(self, direct: bool) -> None:
         """Have the kernel of a split view read missing experts from their owners, or from the slot."""
         self.quant_method.moe_kernel.fused_experts.direct = direct
+
+    def dwdp_travel(self, journey: Journey) -> None:
+        """Have forwards of few tokens that are told to compute directly ask the owners of missing experts."""
+        self.quant_method.moe_kernel.fused_experts.journey = journey
 
     def _dwdp_rebuild_kernel(self) -> None:
         """vLLM's kernel object once more: scales, biases and the number of experts that it keeps are now those of all E."""

@@ -15,7 +15,7 @@ from vllm_dwdp.layers.rates import copy_rate, product_rate
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.slabs import map_peers, move_to_slabs, replicate_small
 from vllm_dwdp.layers.views import VIEWS, choose_view, contiguous, inplace
-from vllm_dwdp.layers.views.direct import DirectGate, ForwardCounts, measured_tokens, memory_rate
+from vllm_dwdp.layers.views.direct import DirectGate, ForwardCounts, layer_costs, measured_tokens, memory_rate
 from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.prefetch.prefetcher import Prefetcher
 from vllm_dwdp.prefetch.ring import Ring
@@ -26,8 +26,11 @@ from vllm_dwdp.transport.shm import ShmTransport
 if TYPE_CHECKING:
     from vllm_dwdp.group.launch import DwdpLaunch
     from vllm_dwdp.group.rendezvous import Rendezvous
+    from vllm_dwdp.layers.travel import Travel
 
 _CLOSE_TIMEOUT_S = 5.0
+#: Forwards between looks at what the device has counted.
+_PUBLISHED_EVERY = 64
 
 
 def make_transport(build: ModelBuild, cores: tuple[int, ...]) -> Transport:
@@ -67,6 +70,7 @@ class ExpertSharing:
         self.prefetcher: Prefetcher | None = None
         self.refilled: list[Program] = []
         self.direct_tokens: int | None = 0
+        self.travel: Travel | None = None
         self._captured = 0
         self._closing = contextlib.ExitStack()
         self._closing.callback(self.transport.close)
@@ -85,7 +89,10 @@ class ExpertSharing:
                     # The least of the group, so that its ranks behave alike.
                     self.direct_tokens = min(rendezvous.gather("direct_tokens", self._most_direct(launch), group))
                 self._attach_ring()
-            self.forwards = ForwardCounts(self.counters, self.layers, build.rank, self.direct_tokens)
+                if most := self._most_travelling():
+                    self._set_out(most, rendezvous, group)
+            travels = self.travel.buckets[-1] if self.travel else 0
+            self.forwards = ForwardCounts(self.counters, self.layers, build.rank, self.direct_tokens, travels)
             device = self.layers[0].fetched[0].parameter.device
             self.hits = HitCounts(build.layers, build.rank, device) if build.config.hits else None
             slots = sum(slot.nbytes for slot in self.slots)
@@ -134,7 +141,35 @@ class ExpertSharing:
         self._captured = launch.captured_tokens
         if given == "auto":
             given = measured_tokens(self.layers, self.build.rank, self.link_rate, self.memory_rate, self.product_rate)
-        return max(given, self._captured)
+            if self.build.config.decode != "direct":
+                from vllm_dwdp.layers.travel import why_not
+
+                given = max(given, 0 if why_not(self.build, self.layers) else self.build.config.travel_tokens)
+        return max(int(given), self._captured)
+
+    def _most_travelling(self) -> int:
+        """The most tokens of a forward whose tokens travel; 0 where none do.
+
+        Raises DwdpError where they should and cannot.
+        """
+        decode = self.build.config.decode
+        why = "experts are not read directly" if not self.direct_tokens else None
+        if why is None and decode != "direct":
+            from vllm_dwdp.layers.travel import why_not
+
+            why = why_not(self.build, self.layers)
+        if decode == "travel" and why is not None:
+            raise DwdpError(f'dwdp.decode is "travel", but {why}: leave it out, or write "direct"')
+        if decode == "direct" or why is not None:
+            return 0
+        return min(self.build.config.travel_tokens, self.direct_tokens or 0)
+
+    def _set_out(self, most: int, rendezvous: Rendezvous, group: list[int]) -> None:
+        from vllm_dwdp.layers.travel import Travel
+
+        layer = self.layers[0]
+        costs = layer_costs(layer, self.build.rank, self.link_rate, self.memory_rate, self.product_rate)
+        self.travel = Travel(self.build, self.layers, self.transport, rendezvous, group, costs, most, self.counters)
 
     def _attach_ring(self) -> None:
         config, ring, programs = self.build.config, self.ring, self.programs
@@ -166,10 +201,22 @@ class ExpertSharing:
         fetched = self.layers[0].fetched[0]
         return product_rate(fetched.dtype, fetched.parameter.device)
 
+    def warmed_up(self, rendezvous: Rendezvous, group: list[int]) -> None:
+        """No graph is captured here any more: once that is so everywhere, tokens may travel."""
+        if self.travel is not None:
+            rendezvous.gather("warmed_up", True, group)
+            self.travel.enable()
+
     def start(self) -> None:
         """Begin to prefetch; the model may run."""
         if self.prefetcher is not None:
             self.prefetcher.start()
+
+    def count(self, tokens: int) -> None:
+        """A forward of `tokens` tokens begins."""
+        self.forwards.add(tokens)
+        if self.travel is not None and self.counters.fields.forwards % _PUBLISHED_EVERY == 0:
+            self.travel.counts.publish()
 
     def unused(self) -> list[str]:
         """Names of the layers that were never acquired."""
@@ -202,6 +249,8 @@ class ExpertSharing:
 
     def snapshot(self) -> dict[str, Any]:
         """The counters, with what was read of the checkpoint and what small tensors cost."""
+        if self.travel is not None:
+            self.travel.counts.publish(now=True)
         return {
             **self.counters.snapshot().to_dict(),
             **({} if self.hits is None else {"hits": self.hits.summary()}),
@@ -232,13 +281,18 @@ class ExpertSharing:
         how = "as measured" if told == "auto" else "as told"
         if self.direct_tokens == self._captured and told != self.direct_tokens:
             how = "as the sizes of CUDA graphs ask"
-        return f", one of at most {self.direct_tokens} tokens ({how}) reads missing experts where they are"
+        said = f", one of at most {self.direct_tokens} tokens ({how}) reads missing experts where they are"
+        if self.travel is not None:
+            said += f", or has their owners compute, up to {self.travel.buckets[-1]} tokens"
+        return said
 
     def close(self) -> None:
         """Wait for copies in flight, then let go of peers and slabs; idempotent. Peers' mappings outlive ours.
 
         Raises DwdpTimeout where a copy does not end; its memory then stays mapped.
         """
+        if self.travel is not None:
+            self.travel.close(_CLOSE_TIMEOUT_S)
         if self.prefetcher is not None:
             self.prefetcher.close(_CLOSE_TIMEOUT_S)
             # Before anything is let go: memory is not freed under a copy, for which CUDA would wait without a limit.

@@ -67,8 +67,9 @@ def warm_up_sizes(layers: Sequence[LayerSlab], direct_tokens: int, first: int, l
 
         def at(tokens: int) -> Hashable:
             module.dwdp_compute_direct(tokens <= direct_tokens)
-            tiles = module.quant_method.moe_kernel.fused_experts.tiles(tokens, module.top_k)
-            return compiled_apart(tiles, tokens, module.top_k, experts)
+            kernel = module.quant_method.moe_kernel.fused_experts
+            tiles = kernel.tiles(tokens, module.top_k)
+            return compiled_apart(tiles, tokens, module.top_k, experts, kernel.travels(tokens))
 
         return at
 

@@ -14,7 +14,7 @@ from vllm_dwdp.transport.mapping import PAGE, Mapping
 from vllm_dwdp.transport.memfd import MemoryFile, create_file, map_handle
 
 MAGIC: Final = 0x44574450_50414745  # 'DWDPPAGE'
-VERSION: Final = 5
+VERSION: Final = 6
 VIEWS: Final = ("none", "split", "contiguous", "inplace")  # a view's code is its position
 _HEADER: Final = ("magic", "version", "view_code")
 
@@ -31,6 +31,10 @@ class Counters:
     forwards: int  # of the target model, both ways
     direct_forwards: int  # those that read missing experts where they are
     direct_bytes: int  # read from peers by kernels, as expected where every expert is hit as often
+    travel_forwards: int  # those whose tokens travel to the owners of missing experts
+    travel_requests: int  # to owners, one for each layer; this and the next two may be some forwards old
+    travel_late: int  # those that were not answered in time: experts were read directly
+    travel_served: int  # requests of other ranks that this one answered
     layers: int  # acquired
     pulls: int  # submitted
     pulled_bytes: int  # from peers
@@ -61,6 +65,10 @@ class CounterFields(ctypes.Structure):
     forwards: int
     direct_forwards: int
     direct_bytes: int
+    travel_forwards: int
+    travel_requests: int
+    travel_late: int
+    travel_served: int
     layers: int
     pulls: int
     pulled_bytes: int

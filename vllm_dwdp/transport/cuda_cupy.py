@@ -164,9 +164,12 @@ class CupyDevice(CudaDevice):
     def end_capture(self, stream: int) -> int:
         template = self._checked("streamEndCapture")(stream)
         try:
-            graph = int(self._checked("graphInstantiate")(template))
+            return self.instantiate(template, stream)
         finally:
             self._checked("graphDestroy")(template)
+
+    def instantiate(self, template: int, stream: int) -> int:
+        graph = int(self._checked("graphInstantiate")(template))
         self._checked("graphUpload")(graph, stream)
         return graph
 

@@ -174,6 +174,10 @@ class CudaDevice(ABC):
         """Returns what was captured, ready to launch, uploaded to the device."""
 
     @abstractmethod
+    def instantiate(self, template: int, stream: int) -> int:
+        """A captured graph (cudaGraph_t, which stays the caller's), ready to launch, uploaded to the device."""
+
+    @abstractmethod
     def launch(self, graph: int, stream: int) -> None:
         """Run a graph behind all work of `stream`."""
 

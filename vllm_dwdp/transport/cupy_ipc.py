@@ -33,7 +33,7 @@ class CupyIpcTransport(LiveTransport):
     ) -> None:
         """options: of the copy engines. process: of the rank; this one unless a test says otherwise."""
         super().__init__()
-        self._device = device
+        self.device = self._device = device
         self._options = options or CopyOptions()
         self._process = process or this_process()
         self._devices = device.devices()

@@ -50,11 +50,19 @@ class DirectGate:
 class ForwardCounts:
     """Counts forwards of the model by the way they go; told by the worker, since replayed graphs run none of our code.
 
-    most_direct: the most tokens of a direct forward; None where every forward reads in place.
+    most_direct: the most tokens of a direct forward; None where every forward reads in place. most_travel: of those, the
+    most whose tokens travel.
     """
 
-    def __init__(self, counters: CounterPage, layers: Sequence[LayerSlab], rank: int, most_direct: int | None) -> None:
-        self._counters, self._most_direct = counters, most_direct
+    def __init__(
+        self,
+        counters: CounterPage,
+        layers: Sequence[LayerSlab],
+        rank: int,
+        most_direct: int | None,
+        most_travel: int = 0,
+    ) -> None:
+        self._counters, self._most_direct, self._most_travel = counters, most_direct, most_travel
         # Layers are alike but for few; a forward costs one power for each kind.
         kinds: dict[tuple[int, int], int] = {}
         for layer in layers:
@@ -67,13 +75,15 @@ class ForwardCounts:
     def reset(self) -> None:
         """Forget vLLM's warm-up."""
         page = self._counters.fields
-        page.forwards = page.direct_forwards = page.direct_bytes = 0
+        page.forwards = page.direct_forwards = page.direct_bytes = page.travel_forwards = 0
 
     def add(self, tokens: int) -> None:
         """A forward of `tokens` tokens begins. Padding does not matter: graphs pad to sizes that are read directly."""
         page = self._counters.fields
         page.forwards += 1
-        if self._most_direct is None or tokens <= self._most_direct:
+        if tokens <= self._most_travel:
+            page.travel_forwards += 1
+        elif self._most_direct is None or tokens <= self._most_direct:
             page.direct_forwards += 1
             page.direct_bytes += int(
                 sum(expected_hits(experts, top_k, tokens, of=nbytes) for experts, top_k, nbytes in self._missing_bytes)
@@ -94,16 +104,16 @@ def memory_rate(device: torch.device) -> float:
     return 2 * _MEMORY_BYTES / statistics.median(seconds[1:])
 
 
+def layer_costs(layer: LayerSlab, rank: int, link: float, memory: float, flops: float) -> LayerCosts:
+    """Of a layer on `rank`, its rates as in LayerCosts."""
+    placement, top_k = layer.build.placement, layer.build.module.top_k
+    nbytes = sum(tensor.row_bytes for tensor in layer.fetched)
+    missing = len(placement.missing(rank))
+    flop = sum(2 * top_k * tensor.row_bytes // tensor.dtype.itemsize for tensor in layer.fetched)
+    return LayerCosts(placement.num_experts, missing, top_k, nbytes, missing * nbytes / link, link, memory, flops, flop)
+
+
 def measured_tokens(layers: Sequence[LayerSlab], rank: int, link: float, memory: float, flops: float) -> int:
     """`direct_tokens` of the layer for which it is least: all layers of a forward go one way. Rates as in LayerCosts."""
-    found = []
-    for layer in {(layer.build.placement, layer.build.module.top_k): layer for layer in layers}.values():
-        placement, top_k = layer.build.placement, layer.build.module.top_k
-        nbytes = sum(tensor.row_bytes for tensor in layer.fetched)
-        missing = len(placement.missing(rank))
-        flop = sum(2 * top_k * tensor.row_bytes // tensor.dtype.itemsize for tensor in layer.fetched)
-        costs = LayerCosts(
-            placement.num_experts, missing, top_k, nbytes, missing * nbytes / link, link, memory, flops, flop
-        )
-        found.append(direct_tokens(costs))
-    return min(found)
+    kinds = {(layer.build.placement, layer.build.module.top_k): layer for layer in layers}.values()
+    return min(direct_tokens(layer_costs(layer, rank, link, memory, flops)) for layer in kinds)

@@ -1,0 +1,42 @@
+"""What travelling tokens' kernels and the thread that serves others have counted, on the rank's counter page."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from vllm_dwdp.kernels.travel import ASKED, LATE
+from vllm_dwdp.prefetch.counters import CounterPage
+from vllm_dwdp.travel.attendant import Attendant
+
+logger = logging.getLogger("vllm.dwdp")
+
+
+class TravelCounts:
+    """state: int32 [., ranks] of the requester, on the device; its counts wrap."""
+
+    def __init__(self, state: torch.Tensor, attendant: Attendant, counters: CounterPage) -> None:
+        self._state, self._attendant, self._counters = state, attendant, counters
+        on_gpu = state.device.type == "cuda"
+        self._seen = torch.zeros(2, state.shape[1], dtype=torch.int32, pin_memory=on_gpu)
+        self._told = self._seen.clone()
+        self._failed = False
+
+    def publish(self, now: bool = False) -> None:
+        """Add what the device had counted when this was called last; with `now`, what it has counted, and wait for it."""
+        for _ in range(2 if now else 1):
+            grown = (self._seen.long() - self._told) % (1 << 32)
+            self._told.copy_(self._seen)
+            page = self._counters.fields
+            page.travel_requests += int(grown[0].sum())
+            page.travel_late += int(grown[1].sum())
+            page.travel_served = self._attendant.served
+            self._seen.copy_(self._state[ASKED.value : LATE.value + 1], non_blocking=not now)
+        if (code := self._attendant.failed) and not self._failed:
+            self._failed = True
+            logger.warning(
+                "dwdp rank %d answers no requests of other ranks any more (CUDA error %d): they read its experts directly",
+                page.rank,
+                code,
+            )

@@ -1,0 +1,1 @@
+"""Tokens that travel: requests between ranks, and the thread of an owner that answers them."""
