@@ -18,7 +18,7 @@ Processes = tuple[FakeCuda, FakeCuda]
 
 
 @pytest.fixture
-def processes(quick_collections: None) -> Iterator[Processes]:
+def processes() -> Iterator[Processes]:
     """An owner's and a reader's, on devices 0 and 1."""
     machine = Machine(num_devices=2)
     mine, theirs = machine.process(0), machine.process(1)

@@ -37,7 +37,7 @@ class Pair:
 
 
 @pytest.fixture
-def pair(quick_collections: None) -> Iterator[Pair]:
+def pair() -> Iterator[Pair]:
     made = Pair()
     yield made
     for transport in (made.reader, made.owner):
