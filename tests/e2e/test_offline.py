@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.engines import as_one_rank, default_view, dwdp, gpus, rank_cores, run_job
+from tests.e2e.engines import as_one_rank, default_view, dwdp, gpus, rank_cores, run_job, side_by_side
 
 pytestmark = pytest.mark.e2e
 
@@ -97,8 +97,10 @@ def test_torch_compile_gives_compiled_vllms_tokens(view: str, model: Path, tmp_p
     options: dict[str, Any] = {"enforce_eager": False}
     # What dwdp's default is on GPUs; piecewise graphs, in plain vLLM's, compile to code that rounds otherwise.
     graphs = {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}} if gpus() else {}
-    plain = run_job(tmp_path, model, ["tokens"], **as_one_rank(2), **options, **graphs)
-    shared = run_job(tmp_path, model, ["tokens", "counters"], **options, **dwdp(2, weight_view=view))
+    plain, shared = side_by_side(
+        lambda: run_job(tmp_path, model, ["tokens"], **as_one_rank(2), **options, **graphs),
+        lambda: run_job(tmp_path, model, ["tokens", "counters"], **options, **dwdp(2, weight_view=view)),
+    )
     assert shared["tokens"] == plain["tokens"]
     # Compute went through the gates, also from compiled code; in the warm-up too, which is no forward of a step.
     assert all(counter["layers"] >= 4 * counter["forwards"] > 0 for counter in shared["counters"])
