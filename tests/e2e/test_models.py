@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.e2e.engines import as_one_rank, default_view, dwdp, gpus, run_job
+from tests.e2e.engines import as_one_rank, default_view, dwdp, gpus, run_job, side_by_side
 from vllm_dwdp.prefetch.ring import Ring
 
 #: Largest difference of a token's logprob between batches of different composition, by dtype.
@@ -91,7 +91,7 @@ class Seen(NamedTuple):
 def seen(
     request: pytest.FixtureRequest, checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Seen:
-    """Plain vLLM on one rank, then dwdp, on the same checkpoint."""
+    """Plain vLLM on one rank and dwdp, on the same checkpoint."""
     case: Case = request.param
     folder = tmp_path_factory.mktemp("engines")
     model = checkpoint(family=case.family, dtype=case.dtype, **case.fields)
@@ -99,8 +99,13 @@ def seen(
     if case.family == "deepseek_v3":
         for options in (alone, shared):
             options.pop("attention_backend", None)  # MLA has backends of its own
-    plain = run_job(folder, model, ["digests", "tokens", "batch"], dtype=case.dtype, **alone)
-    return Seen(case, plain, run_job(folder, model, STEPS, dtype=case.dtype, **shared))
+    return Seen(
+        case,
+        *side_by_side(
+            lambda: run_job(folder, model, ["digests", "tokens", "batch"], dtype=case.dtype, **alone),
+            lambda: run_job(folder, model, STEPS, dtype=case.dtype, **shared),
+        ),
+    )
 
 
 pytestmark = pytest.mark.e2e

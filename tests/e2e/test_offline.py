@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.engines import as_one_rank, default_view, dwdp, gpus, rank_cores, run_job
+from tests.e2e.engines import as_one_rank, default_view, dwdp, gpus, rank_cores, run_job, side_by_side
 
 pytestmark = pytest.mark.e2e
 
@@ -28,14 +29,29 @@ def model(checkpoint: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Plain vLLM on one core, or one GPU."""
+def starting(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[dict[str, Any]]]:
+    """Plain vLLM on one core, beside what else is started; on a GPU, where vLLM measures memory, before it."""
     folder = tmp_path_factory.mktemp("plain")
-    return run_job(folder, model, ["digests", "tokens", "features"], **as_one_rank(2), **CHUNKS)
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(lambda: run_job(folder, model, ["digests", "tokens", "features"], **as_one_rank(2), **CHUNKS))
+        if gpus():
+            job.result()
+        yield job
+
+
+@pytest.fixture(scope="module")
+def plain(starting: Future[dict[str, Any]]) -> dict[str, Any]:
+    """What plain vLLM showed."""
+    return starting.result()
 
 
 @pytest.fixture(scope="module", params=VIEWS)
-def shared(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def shared(
+    request: pytest.FixtureRequest,
+    starting: Future[dict[str, Any]],
+    model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
     """dwdp on two ranks in one view; at the end its weights are tampered with."""
     view = request.param
     kept = ["ways", "digests_kept", "tokens_kept"]
@@ -44,18 +60,18 @@ def shared(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest
     return {"view": view, **job}
 
 
-def test_tokens_and_bytes(plain: dict[str, Any], shared: dict[str, Any]) -> None:
+def test_tokens_and_bytes(shared: dict[str, Any], plain: dict[str, Any]) -> None:
     assert shared["tokens"] == plain["tokens"]
     assert shared["digests"] == [plain["digests"][0]] * 2
 
 
-def test_tampering_is_noticed(plain: dict[str, Any], shared: dict[str, Any]) -> None:
+def test_tampering_is_noticed(shared: dict[str, Any], plain: dict[str, Any]) -> None:
     """The negative control of every comparison in these tests."""
     assert shared["digests_tampered"][0] != plain["digests"][0]
     assert shared["tokens_tampered"] != plain["tokens"]
 
 
-def test_weights_stay_as_they_were_loaded(plain: dict[str, Any], shared: dict[str, Any]) -> None:
+def test_weights_stay_as_they_were_loaded(shared: dict[str, Any], plain: dict[str, Any]) -> None:
     """Every way in which vLLM can write or save weights raises on the rank that is asked, before it writes."""
     for seen in shared["ways"]["ranks"]:
         assert {name: raised for name, raised in seen.items() if not raised.startswith("DwdpError: ")} == {}
@@ -66,7 +82,7 @@ def test_weights_stay_as_they_were_loaded(plain: dict[str, Any], shared: dict[st
     assert shared["tokens_kept"] == [[tokens] * 2 for tokens in plain["tokens"]]
 
 
-def test_what_users_call(plain: dict[str, Any], shared: dict[str, Any]) -> None:
+def test_what_users_call(shared: dict[str, Any], plain: dict[str, Any]) -> None:
     seen = shared["features"]
     assert seen["n"] == [3, 3]
     assert seen["chat"] == 4
@@ -97,8 +113,10 @@ def test_torch_compile_gives_compiled_vllms_tokens(view: str, model: Path, tmp_p
     options: dict[str, Any] = {"enforce_eager": False}
     # What dwdp's default is on GPUs; piecewise graphs, in plain vLLM's, compile to code that rounds otherwise.
     graphs = {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}} if gpus() else {}
-    plain = run_job(tmp_path, model, ["tokens"], **as_one_rank(2), **options, **graphs)
-    shared = run_job(tmp_path, model, ["tokens", "counters"], **options, **dwdp(2, weight_view=view))
+    plain, shared = side_by_side(
+        lambda: run_job(tmp_path, model, ["tokens"], **as_one_rank(2), **options, **graphs),
+        lambda: run_job(tmp_path, model, ["tokens", "counters"], **options, **dwdp(2, weight_view=view)),
+    )
     assert shared["tokens"] == plain["tokens"]
     # Compute went through the gates, also from compiled code; in the warm-up too, which is no forward of a step.
     assert all(counter["layers"] >= 4 * counter["forwards"] > 0 for counter in shared["counters"])

@@ -1,8 +1,9 @@
 """Runs the tests of this folder under Triton's interpreter, which must be chosen before Triton is first imported.
 
 Other tests of the same run may have imported Triton (vLLM does). So, unless TRITON_INTERPRET=1 was set from outside, the
-first test here runs all that were selected in one other process with it set, and every test then reports what it did
-there. `TRITON_INTERPRET=1 pytest tests/kernels` runs them directly, which is what to debug with.
+set-up of the first test here runs all that were selected, in other processes with it set, one for each of two cores; every
+test then reports what it did there, and how long. `TRITON_INTERPRET=1 pytest tests/kernels` runs them directly, which is
+what to debug with.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -22,19 +25,34 @@ ROOT = HERE.parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RESULTS = "DWDP_KERNEL_RESULTS"
 
-#: Node id -> (outcome, text), of the other process; empty until it has run.
-_found: dict[str, tuple[str, str]] = {}
+#: The interpreter computes on one core.
+PROCESSES = min(2, len(os.sched_getaffinity(0)))
+
+
+class Found(NamedTuple):
+    """What became of a test in its process."""
+
+    outcome: str
+    text: str
+    seconds: float = 0.0
+
+
+#: By node id; empty until they have run.
+_found: dict[str, Found] = {}
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """In the other process: write down what became of a test."""
+    """In another process: write down what became of a test."""
     path = os.environ.get(RESULTS)
     if path and (report.when == "call" or report.outcome != "passed"):
+        found = Found(report.outcome, report.longreprtext or str(report.longrepr), report.duration)
         with open(path, "a") as file:
-            file.write(json.dumps([report.nodeid, report.outcome, report.longreprtext or str(report.longrepr)]) + "\n")
+            file.write(json.dumps([report.nodeid, *found]) + "\n")
 
 
-def _run_all(items: list[Any]) -> None:
+def _run(items: list[Any]) -> dict[str, Found]:
+    """All of them, in one process."""
+    found: dict[str, Found] = {}
     with tempfile.TemporaryDirectory() as folder:
         results, chosen = Path(folder) / "results", Path(folder) / "chosen"
         chosen.write_text("\n".join(item.nodeid for item in items))
@@ -43,23 +61,39 @@ def _run_all(items: list[Any]) -> None:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if results.exists():
             for line in results.read_text().splitlines():
-                nodeid, outcome, text = json.loads(line)
-                _found[nodeid] = (outcome, text)
-        said = done.stdout[-2000:] + done.stderr[-2000:]
-        lost = f"the interpreter's process gave no result (exit {done.returncode}): {said}"
-        for item in items:
-            _found.setdefault(item.nodeid, ("failed", lost))
+                nodeid, *told = json.loads(line)
+                found[nodeid] = Found(*told)
+    said = done.stdout[-2000:] + done.stderr[-2000:]
+    lost = Found("failed", f"the interpreter's process gave no result (exit {done.returncode}): {said}")
+    return {item.nodeid: found.get(item.nodeid, lost) for item in items}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Run all of them before the first."""
+    if INTERPRETED or _found:
+        return
+    items = [other for other in item.session.items if HERE in other.path.parents]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        for found in pool.map(_run, [items[i::PROCESSES] for i in range(PROCESSES)]):
+            _found.update(found)
 
 
 def pytest_pyfunc_call(pyfuncitem: Any) -> bool | None:
     """Report what the other process found, instead of calling the test."""
     if INTERPRETED:
         return None
-    if not _found:
-        _run_all([item for item in pyfuncitem.session.items if HERE in item.path.parents])
-    outcome, text = _found[pyfuncitem.nodeid]
-    if outcome == "skipped":
-        pytest.skip(text)
-    if outcome == "failed":
-        pytest.fail(text, pytrace=False)
+    found = _found[pyfuncitem.nodeid]
+    if found.outcome == "skipped":
+        pytest.skip(found.text)
+    if found.outcome == "failed":
+        pytest.fail(found.text, pytrace=False)
     return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """For `--durations`: the time that the test took there."""
+    report = yield
+    if not INTERPRETED and call.when == "call" and item.nodeid in _found:
+        report.duration = _found[item.nodeid].seconds
+    return report

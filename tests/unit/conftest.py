@@ -31,9 +31,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
 def quick_collections() -> None:
-    """Set aside all that torch and pytest made, so that each later collection takes no 100 ms."""
+    """Set aside what is there, such as torch and vLLM: with it each later collection, of which tests make several, takes
+    300 ms. Once a module, since some of it is imported by tests."""
     resource_tracker.ensure_running()  # multiprocessing's: it keeps a descriptor from the first spawn on
     gc.collect()
     gc.freeze()
@@ -50,7 +51,7 @@ def gates_of_a_module() -> Iterator[None]:
 
 
 @pytest.fixture
-def transport(quick_collections: None) -> Iterator[ShmTransport]:
+def transport() -> Iterator[ShmTransport]:
     """A transport; the test fails if it leaves a descriptor or a mapping behind."""
     gc.collect()
     before = descriptors(), slab_maps()
@@ -103,7 +104,7 @@ def public(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def folder(quick_collections: None) -> Iterator[str]:
+def folder() -> Iterator[str]:
     """The folder of a launch whose front end is this process; the test fails where it, or a descriptor, stays."""
     owner = LaunchOwner()
     gc.collect()

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from vllm_dwdp.errors import DwdpError, DwdpTimeout
+from vllm_dwdp.prefetch.counters import CounterPage
+from vllm_dwdp.prefetch.prefetcher import Prefetcher
+from vllm_dwdp.prefetch.ring import Ring
+from vllm_dwdp.prefetch.trace import TracedPrefetcher, TraceEvent
 from vllm_dwdp.transport.base import Copy, CopyEngine, Event, Exposed, InCapture, Program, Span
 
 Step = Callable[[], bool]  # one step of a stream; False where it has to wait for the other stream
@@ -182,3 +186,13 @@ class World:
         self.compared += 1
         self.wrong += self.memory[begin : begin + COPY_BYTES] != self.layers[layer][at : at + COPY_BYTES]
         return True
+
+
+def make_prefetcher(world: World, ring: Ring, trace: list[TraceEvent] | None = None) -> Prefetcher:
+    """The prefetcher of a world; with a trace, one that writes it in simulated time."""
+    programs = [world.program(layer, ring.slot_of(layer)) for layer in range(ring.num_layers)]
+    if trace is None:
+        return Prefetcher(ring, world.engine, programs, CounterPage.create(), 1.0)
+    return TracedPrefetcher(
+        ring, world.engine, programs, CounterPage.create(), 1.0, trace=trace, clock=lambda: world.engine.clock
+    )

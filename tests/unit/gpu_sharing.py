@@ -41,6 +41,11 @@ def weights(layer: int, name: str, experts: tuple[int, ...] = tuple(range(EXPERT
     return torch.randn(EXPERTS, *SHAPES[name], generator=seeded).to(torch.bfloat16)[list(experts)]
 
 
+def as_bytes(rows: torch.Tensor) -> bytes:
+    """Its bytes, which compare ten times as fast as values in BF16."""
+    return rows.view(torch.uint8).numpy().tobytes()
+
+
 class Kernel:
     """vLLM's kernel object of a layer: what it saw when it was made."""
 
@@ -183,7 +188,7 @@ class GpuRank:
             def run() -> None:
                 self.compared += 1
                 self.compared_direct += direct
-                self.wrong += not torch.equal(self.rows(layer, name, direct), weights(layer, name))
+                self.wrong += as_bytes(self.rows(layer, name, direct)) != as_bytes(weights(layer, name))
 
             return run
 

@@ -15,7 +15,7 @@ from vllm_dwdp.transport.shm_copy import ShmEvent
 
 
 @pytest.fixture
-def bench(quick_collections: None) -> Iterator[Bench]:
+def bench() -> Iterator[Bench]:
     with open_bench() as made:
         yield made
 

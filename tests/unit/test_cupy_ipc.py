@@ -1,4 +1,4 @@
-"""The CUDA IPC and pinned transports on simulated CUDA: mapping, life of memory, and what is refused with which words."""
+"""The CUDA IPC transport on simulated CUDA: mapping, life of memory, and what is refused with which words."""
 
 import gc
 import json
@@ -16,11 +16,8 @@ from tests.unit.fake_cuda import GIB, Machine
 from vllm_dwdp.errors import DOCTOR, DwdpError, PeerLost
 from vllm_dwdp.transport.base import Copy, Handle
 from vllm_dwdp.transport.cuda_memory import BLOCK
-from vllm_dwdp.transport.cuda_pinned import PinnedTransport
 from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
-from vllm_dwdp.transport.devices import device_of_rank, devices_needed
 from vllm_dwdp.transport.process import ProcessId, is_gone, this_process
-from vllm_dwdp.transport.shm import ShmTransport
 
 SIZE = 5000
 LIMIT_S = 30.0
@@ -40,7 +37,7 @@ class Pair:
 
 
 @pytest.fixture
-def pair(quick_collections: None) -> Iterator[Pair]:
+def pair() -> Iterator[Pair]:
     made = Pair()
     yield made
     for transport in (made.reader, made.owner):
@@ -259,57 +256,6 @@ def test_a_failed_start_leaves_nothing(step: str) -> None:
     gc.collect()
     assert pair.theirs.clean()
     pair.owner.close()
-
-
-def test_pinned_slabs_reach_the_device(pair: Pair) -> None:
-    owner, reader = PinnedTransport(pair.mine), PinnedTransport(pair.theirs)
-    slab = owner.allocate_slab(SIZE)
-    slab.tensor().random_()
-    peer, slot = reader.map_peer(owner.export_handle(slab)), reader.allocate_slot(SIZE)
-    assert len(pair.mine.pinned) == len(pair.theirs.pinned) == 1 and peer.address != slab.address
-    engine = reader.copy_engine()
-    engine.finish(engine.submit(engine.bind([Copy(slot.address, peer.address, SIZE)])), LIMIT_S)
-    assert (slot.tensor() == slab.tensor()).all()
-    engine.close(LIMIT_S)
-    reader.unmap_peer(peer)
-    assert not pair.theirs.pinned
-    owner.close()
-    with pytest.raises(DwdpError, match="only a live slab"):
-        owner.export_handle(slab)
-    with pytest.raises(DwdpError, match="transport 'shm' reached cuda_pinned"):
-        reader.map_peer(Handle("shm", "", "cpu", 1, {}))
-    pair.mine.fail["host_register"] = "cudaErrorMemoryAllocation"
-    with pytest.raises(DwdpError, match=r"pinning 5000 bytes failed \(cudaErrorMemoryAllocation\): raise ulimit -l"):
-        owner.allocate_slab(SIZE)
-    reader.close()
-    owner.close()
-
-
-def test_pinned_slabs_are_writable_and_those_of_shm_still_are_not(pair: Pair, transport: ShmTransport) -> None:
-    owner, reader = PinnedTransport(pair.mine), PinnedTransport(pair.theirs)
-    slab = owner.allocate_slab(SIZE)
-    reader.map_peer(owner.export_handle(slab)).tensor()[0] = 3
-    assert slab.tensor()[0] == 3
-    reader.close()
-    owner.close()
-    peers = transport.map_peer(transport.export_handle(transport.allocate_slab(SIZE)))
-    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.startswith(f"{peers.address:x}-")]
-    assert [line.split()[1] for line in maps] == ["r--s"]
-
-
-def test_ranks_fill_devices_in_turn() -> None:
-    visible = Machine(num_devices=4).infos
-    assert [device_of_rank(rank, 4, 1, visible).index for rank in range(4)] == [0, 1, 2, 3]
-    assert [device_of_rank(rank, 6, 2, visible).index for rank in range(6)] == [0, 0, 1, 1, 2, 2]
-    assert devices_needed(5, 2) == 3
-    with pytest.raises(DwdpError, match=r"8 ranks with .* 1 need 8 GPUs but 4 are visible: .*ranks_per_device to 2"):
-        device_of_rank(0, 8, 1, visible)
-    with pytest.raises(DwdpError, match=r"need 1 GPUs but 0 are visible: .*use fewer ranks$"):
-        device_of_rank(0, 1, 1, ())
-    with pytest.raises(DwdpError, match="local rank 2 of 2"):
-        device_of_rank(2, 2, 1, visible)
-    with pytest.raises(DwdpError, match="both must be >= 1"):
-        devices_needed(1, 0)
 
 
 def test_cupy_is_imported_only_when_a_device_is_opened() -> None:

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.fake_cuda import Machine
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import devices
 from vllm_dwdp.engine.devices import set_devices
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.transport.devices import device_of_rank
+from vllm_dwdp.transport.devices import device_of_rank, devices_needed
 
 
 @given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 20))
@@ -26,6 +27,21 @@ def test_ranks_fill_one_device_after_the_other(ranks: int, per_device: int, coun
     found = [device_of_rank(rank, ranks, per_device, known) for rank in range(ranks)]
     assert len(found) == ranks and found == sorted(found)
     assert max(found.count(device) for device in found) <= per_device
+
+
+def test_ranks_fill_devices_in_turn() -> None:
+    visible = Machine(num_devices=4).infos
+    assert [device_of_rank(rank, 4, 1, visible).index for rank in range(4)] == [0, 1, 2, 3]
+    assert [device_of_rank(rank, 6, 2, visible).index for rank in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert devices_needed(5, 2) == 3
+    with pytest.raises(DwdpError, match=r"8 ranks with .* 1 need 8 GPUs but 4 are visible: .*ranks_per_device to 2"):
+        device_of_rank(0, 8, 1, visible)
+    with pytest.raises(DwdpError, match=r"need 1 GPUs but 0 are visible: .*use fewer ranks$"):
+        device_of_rank(0, 1, 1, ())
+    with pytest.raises(DwdpError, match="local rank 2 of 2"):
+        device_of_rank(2, 2, 1, visible)
+    with pytest.raises(DwdpError, match="both must be >= 1"):
+        devices_needed(1, 0)
 
 
 def config(kv_bytes: int | None, chosen: list[int] | None, nodes: list[int] | None = None) -> Any:

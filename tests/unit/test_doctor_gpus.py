@@ -30,7 +30,7 @@ READS = [Read(0, 1, True, "", 395e9, True), Read(1, 0, True, "", 391e9, True)]
 
 
 @pytest.fixture
-def machine(quick_collections: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     """Three GPUs; a child is a rank in this process. Afterwards nothing of CUDA is left."""
     made = Machine(num_devices=3)
     monkeypatch.setattr("vllm_dwdp.doctor.gpu_rank.NBYTES", 4 << 20)
