@@ -87,6 +87,10 @@ class Attendant:
         self._control = np.zeros(3, dtype=np.int64)
         self._arguments = (bells, bells >> 8, table, np.array(launched_on, dtype=np.uint64), self._control)
         self._loop = _compiled(launch or _cuda_launch())
+        # Compiled here and not in the thread: what fails, fails at start, and the first request waits for no compiler.
+        self._control[_STOP] = 1
+        self._loop(*self._arguments)
+        self._control[_STOP] = 0
         self._thread: threading.Thread | None = None
 
     @property
