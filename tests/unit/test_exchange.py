@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.cuda_rank import process_id
@@ -30,6 +30,7 @@ def apart(ranges: list[tuple[int, int]], end: int) -> bool:
     return ordered[0][0] >= 0 and ends[-1] <= end and all(a <= b for a, (b, _) in zip(ends, ordered[1:], strict=False))
 
 
+@settings(deadline=None)
 @given(st.integers(2, 8), st.integers(1, 10_000), st.integers(1, 10_000))
 def test_places_do_not_overlap(ranks: int, mail: int, rows: int) -> None:
     places = Places(ranks, 256 * mail, 256 * rows)
@@ -39,6 +40,7 @@ def test_places_do_not_overlap(ranks: int, mail: int, rows: int) -> None:
     assert all(begin % 256 == 0 for begin, _ in mails + answers) and places.flags % 256 == 0
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 300), st.integers(1, 16), st.integers(1, 8000), st.integers(0, 64),
     st.sampled_from((torch.bfloat16, torch.float8_e4m3fn, torch.float32)),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
@@ -25,6 +25,7 @@ from vllm_dwdp.layers.travel_counts import TravelCounts
 from vllm_dwdp.prefetch.counters import CounterPage
 
 
+@settings(deadline=None)
 @given(st.integers(1, 1024))
 def test_a_batch_computes_at_most_twice_its_tokens(most: int) -> None:
     buckets = sizes(most)
