@@ -71,7 +71,8 @@ def ask_kernel(
     BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A token per program; the last one rings. Routes of others than the one they are meant for are E, which no sorting
-    takes, as are those of tokens that vLLM pads with (-1). Programs from num_tokens to `room` write routes only: the owner computes batches of `room`.
+    takes, as are those of tokens that vLLM pads with (-1). Programs from num_tokens to `room` write routes only: the owner
+    computes batches of `room`.
 
     GROUPS: scales of a token, which FP8 has; 0 for none."""
     token = tl.program_id(0)

@@ -137,7 +137,9 @@ class _Journey:
     def experts(self, hidden: torch.Tensor, tables: Any, *args: Any, out: torch.Tensor, **named: Any) -> None:
         self.tokens.append(len(hidden))
         w13, w2 = tables
-        assert named["workspace"].gemm.numel() == len(hidden) * 2 * (w13.rows + w2.rows), "a row of both products a route"
+        assert named["workspace"].gemm.numel() == len(hidden) * 2 * (w13.rows + w2.rows), (
+            "a row of both products a route"
+        )
         out.fill_(5.0)
 
 

@@ -134,7 +134,10 @@ def test_counts_grow_as_those_of_the_device_and_wrap(caplog: pytest.LogCaptureFi
         state[ASKED.value, 1], state[ASKED.value, 2], state[LATE.value, 2] = asked, 7, late
         attendant.served = served
         counts.publish(now=True)
-        assert told.travel_requests == asked % (1 << 32) + 7 and (told.travel_late, told.travel_served) == (late, served)
+        assert told.travel_requests == asked % (1 << 32) + 7 and (told.travel_late, told.travel_served) == (
+            late,
+            served,
+        )
     state[ASKED.value, 2] = 8
     before = told.travel_requests
     counts.publish()
