@@ -71,7 +71,8 @@ def ask_kernel(
     BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A token per program; the last one rings. Routes of others than the one they are meant for are E, which no sorting
-    takes. Programs from num_tokens to `room` write routes only: the owner computes batches of `room`.
+    takes, as are those of tokens that vLLM pads with (-1). Programs from num_tokens to `room` write routes only: the owner
+    computes batches of `room`.
 
     GROUPS: scales of a token, which FP8 has; 0 for none."""
     token = tl.program_id(0)
@@ -81,7 +82,7 @@ def ask_kernel(
     at = token * TOP_K + k
     ids = tl.load(ids_ptr + at, mask=valid, other=0).to(tl.int32)
     weights = tl.load(weights_ptr + at, mask=valid, other=0.0)
-    owners = tl.load(owners_ptr + ids, mask=valid, other=-1)
+    owners = tl.load(owners_ptr + ids, mask=valid & (ids >= 0), other=-1)
     tl.store(own_ids_ptr + at, tl.where(owners == ME, ids, E), mask=inside)
     for rank in tl.static_range(RANKS):
         if rank != ME:  # noqa: SIM102  (a constant)
@@ -160,7 +161,7 @@ def wait_kernel(
         at = begin + tl.arange(0, BLOCK)
         inside = at < num_routes
         ids = tl.load(ids_ptr + at, mask=inside, other=0).to(tl.int32)
-        owners = tl.load(owners_ptr + ids, mask=inside, other=ME)
+        owners = tl.load(owners_ptr + ids, mask=inside & (ids >= 0), other=ME)
         done = tl.load(state_ptr + ANSWERED * RANKS + owners)
         tl.store(late_ids_ptr + at, tl.where((owners == ME) | (done != 0), E, ids), mask=inside)
 
@@ -172,7 +173,8 @@ def merge_kernel(
 ):  # fmt: skip
     """A route per program: its row from the answer of its owner, where that is there."""
     route = tl.program_id(0)
-    owner = tl.load(owners_ptr + tl.load(ids_ptr + route).to(tl.int32))
+    expert = tl.load(ids_ptr + route).to(tl.int32)
+    owner = tl.load(owners_ptr + expert, mask=expert >= 0, other=ME)
     if owner != ME:  # noqa: SIM102
         if tl.load(state_ptr + ANSWERED * RANKS + owner) != 0:
             rows = tl.load(answers_ptr + owner).to(tl.pointer_type(out_ptr.dtype.element_ty))

@@ -149,6 +149,7 @@ STAGES: dict[str, tuple[Step, ...]] = {
         _loads("DeepSeek-V3", "--model", "deepseek-v3", "--systems", "dpep", "tp", "dwdp", "--loads", STEADY[0]),
         _loads("launchers", "--systems", "dpep", *LAUNCHERS, "--loads", "mixed=8192/128/16", "decode8=512/128/8"),
         Step("starts", _script("bench.starts", "--limit-s", "300", "--json", "{out}/starts.json"), 460, None, gpus=2),
+        Step("tokens that travel", _script("bench.travel", "--json", "{out}/travel.json"), 200, None, gpus=2),
         Step("at once", _script("bench.contention", "--json", "{out}/contention.json"), 100, None, gpus=2),
         Step("calls of a layer", _script("bench.layer_calls"), 60, _script("bench.layer_calls", "--simulated"), gpus=2),
     ),

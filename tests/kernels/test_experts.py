@@ -123,6 +123,58 @@ def test_direct_forwards_take_the_second_tables(on_cpu: None, monkeypatch: pytes
     assert not torch.equal(pulled.expected(), direct.expected())
 
 
+class _Journey:
+    """Of batches of at most 4 tokens, in rooms of 2 and 4."""
+
+    most_tokens = 4
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def room(self, tokens: int) -> int:
+        return 2 if tokens <= 2 else 4
+
+    def experts(self, hidden: torch.Tensor, tables: Any, *args: Any, out: torch.Tensor, **named: Any) -> None:
+        self.tokens.append(len(hidden))
+        w13, w2 = tables
+        assert named["workspace"].gemm.numel() == len(hidden) * 2 * (w13.rows + w2.rows), (
+            "a row of both products a route"
+        )
+        out.fill_(5.0)
+
+
+def test_tokens_of_small_direct_forwards_travel(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the tiles of what owners compute, and routes that are sorted however few they are."""
+    layer = Layer(experts=16, hidden=32, width=32, tokens=7, top_k=2, dtype=torch.float16)
+    asked: list[tuple[str, int]] = []
+    for name in ("tiles_for", "direct_tiles_for"):
+        choose = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, choose=choose, name=name: (asked.append((name, a[1])), choose(*a))[1]
+        )
+    compiled: list[tuple[int, bool | None]] = []
+    monkeypatch.setattr(module, "compile_layer", lambda *a: compiled.append((a[2], a[6])))
+    experts, journey = _made(layer), _Journey()
+    tables = layer.tables[0], layer.tables[1]
+    experts.attach_tables(tables, tables)
+    experts.journey = journey  # type: ignore[assignment]
+    x, ids, router, expected = layer.x, layer.ids, layer.router, layer.expected()
+    for experts.direct in (False, True):
+        for tokens in (1, 3, 4, 5):
+            layer.x, layer.ids, layer.router = x[:tokens], ids[:tokens], router[:tokens]
+            travels = experts.direct and tokens <= 4
+            assert experts.travels(tokens) == travels
+            found = _apply(experts, layer)
+            assert torch.equal(found, torch.full_like(found, 5.0)) == travels
+            if not travels:
+                torch.testing.assert_close(found.float(), expected[:tokens], atol=2e-2, rtol=0)
+            experts.compile(tokens, 2)
+    assert journey.tokens == [1, 3, 4]
+    assert compiled == [(1, None), (3, None), (4, None), (5, None), (1, False), (3, False), (4, False), (5, None)]
+    rooms = [tokens for name, tokens in asked if name == "direct_tiles_for"]
+    assert rooms == [2, 4, 5]
+
+
 def test_what_it_refuses(on_cpu: None) -> None:
     layer = Layer(experts=4, hidden=32, width=32, tokens=7, top_k=1, dtype=torch.float16)
     experts = SplitExperts(_Moe(), FusedMoEQuantConfig.make())  # type: ignore[arg-type]

@@ -48,6 +48,8 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
         pytest.param(2, {"ranks_per_device": 2}, ["is 2", "GPUs", "leave it out"], id="ranks-per-device-on-cpu"),
         pytest.param(2, {"direct_tokens": 8}, ["is 8", "GPUs", "inplace", "leave it out"], id="direct-tokens-on-cpu"),
         pytest.param(2, {"direct_tokens": "8"}, ["'8'", "'auto'", "whole number"], id="direct-tokens-as-text"),
+        pytest.param(2, {"decode": "travel"}, ['"travel"', "GPUs", "leave it out"], id="travel-on-cpu"),
+        pytest.param(2, {"decode": "walk"}, ["'walk'", "auto, travel, direct"], id="unknown-decode"),
         pytest.param(2, {"require_win": True}, ["cannot tell", "'a CPU'", "leave require_win out"], id="win-on-cpu"),
         pytest.param(2, {"rendezvous": "h:1/g"}, ["h:1", "gone", "leave it out"], id="rendezvous"),
     ],
@@ -74,6 +76,31 @@ def test_direct_tokens_on_gpus(view: Any, told: Any, words: list[str] | None, mo
         options.check_settings(config, platform=CUDA)
     else:
         check_message(refusal(lambda: options.check_settings(config, platform=CUDA)), words)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"weight_view": "contiguous"}, ['weight_view "contiguous"', "every forward pulls", "one of them out"]),
+        ({"transport": "cuda_pinned"}, ['transport "cuda_pinned"', "every forward pulls", "one of them out"]),
+        ({"direct_tokens": 0}, ["direct_tokens 0", "every forward pulls", "one of them out"]),
+        ({"ranks_per_device": 2}, ["ranks_per_device 2", "share a GPU", "one of them out"]),
+        ({}, None),
+        ({"weight_view": "split", "direct_tokens": 8}, None),
+    ],
+)
+def test_what_does_not_go_with_tokens_that_travel(
+    settings: dict[str, Any], words: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    for decode in ("auto", "direct"):
+        options.check_settings(DwdpConfig(**settings, decode=decode), platform=CUDA)  # type: ignore[arg-type]
+    config = DwdpConfig(**settings, decode="travel")
+    if words is None:
+        options.check_settings(config, platform=CUDA)
+    else:
+        refused = refusal(lambda: options.check_settings(config, platform=CUDA))
+        check_message(refused, ['dwdp.decode is "travel" with', *words])
 
 
 def test_a_vllm_that_was_run_on_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:

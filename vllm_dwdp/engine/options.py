@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
@@ -181,6 +182,8 @@ def _on_cpu(config: DwdpConfig) -> Iterator[str]:
             f"dwdp.direct_tokens is {config.direct_tokens}, which is for GPUs: on CPU weight_view inplace reads every "
             "expert where it is; leave it out"
         )
+    if config.decode == "travel":
+        yield 'dwdp.decode is "travel", which is for GPUs: on CPU every expert is read where it is; leave it out'
 
 
 def _on_gpu(config: DwdpConfig) -> Iterator[str]:
@@ -196,6 +199,16 @@ def _on_gpu(config: DwdpConfig) -> Iterator[str]:
             f'dwdp.direct_tokens is {config.direct_tokens} with transport "cuda_pinned", over which every forward pulls: '
             "leave one of them out"
         )
+    if config.decode == "travel":
+        for key, told in (("weight_view", "contiguous"), ("transport", "cuda_pinned"), ("direct_tokens", 0)):
+            if getattr(config, key) == told:
+                said = json.dumps(told)
+                yield f'dwdp.decode is "travel" with {key} {said}, where every forward pulls: leave one of them out'
+        if config.ranks_per_device > 1:
+            yield (
+                f'dwdp.decode is "travel" with ranks_per_device {config.ranks_per_device}, where ranks that share a GPU '
+                "would serve each other in turns: leave one of them out"
+            )
     if importlib.util.find_spec("cupy") is None:
         yield f"dwdp needs CuPy on GPUs: {install('cuda13')} (or cuda12, as your vLLM is built)"
 

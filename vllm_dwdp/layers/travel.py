@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from vllm_dwdp.prefetch.counters import CounterPage
     from vllm_dwdp.transport.base import Transport
 
+#: Seconds for what a start that failed has launched to end.
+_FAILED_S: Final = 5.0
 #: Nanoseconds that a request may take beside what reading the experts directly would.
 _BESIDE_NS: Final = 100_000
 
@@ -59,7 +61,10 @@ def why_not(build: ModelBuild, layers: Sequence[LayerSlab]) -> str | None:
             return f"weights are FP8 with scales per {scales.kind}"
         if module.apply_router_weight_on_input:
             return "router weights are multiplied onto the layers' inputs"
-        kinds.add((module.top_k, *((table.num_experts, table.rows, table.cols, table.dtype) for table in tables)))
+        # One graph computes for all layers.
+        computed = module.activation, module.quant_method.moe_kernel.fused_experts.activation_config
+        shapes = ((table.num_experts, table.rows, table.cols, table.dtype, table.bias is None) for table in tables)
+        kinds.add((module.top_k, *computed, *shapes))
     return None if len(kinds) == 1 else f"there are {len(kinds)} kinds of MoE layers"
 
 
@@ -84,6 +89,7 @@ class Travel:
         assert isinstance(transport, CupyIpcTransport)
         self._device, self._rank, self._ranks = transport.device, build.rank, len(group)
         self._streams: dict[int, int] = {}
+        self._graphs: list[int] = []
         self._kept: list[Any] = []
         self.attendant: Attendant | None = None
         first: Any = layers[0].build.module
@@ -106,7 +112,7 @@ class Travel:
             self.counts = TravelCounts(self.state, self.attendant, counters)
             self.attendant.start(partial(torch.cuda.set_device, self._device.index))
         except BaseException:
-            self.close(0.0)
+            self.close(_FAILED_S)
             raise
 
     def _make_requester(self, costs: LayerCosts) -> Requester:
@@ -169,7 +175,7 @@ class Travel:
         served.serve(mail, layout, tokens, part, flag, kernel.ops(self._activation), kernel.tiles(tokens, layout.top_k))
 
     def _captured(self, call: Any, pool: Any) -> int:
-        """Run once, then captured: a graph that can be launched. Mailboxes are empty yet: the first layer, no routes."""
+        """Run once, then captured: a graph that can be launched. Mailboxes are all zero yet: expert 0 of the first layer."""
         call()
         torch.cuda.synchronize()
         graph, stream = torch.cuda.CUDAGraph(keep_graph=True), torch.cuda.Stream()
@@ -180,7 +186,8 @@ class Travel:
             finally:
                 graph.capture_end()
         self._kept.append(graph)
-        return self._device.instantiate(graph.raw_cuda_graph(), stream.cuda_stream)
+        self._graphs.append(self._device.instantiate(graph.raw_cuda_graph(), stream.cuda_stream))
+        return self._graphs[-1]
 
     def enable(self) -> None:
         """From here on owners are asked."""
@@ -198,16 +205,22 @@ class Travel:
             self._finish(stream, timeout_s)
             self._device.destroy_stream(stream)
             del self._streams[rank]
+        while self._graphs:
+            self._device.destroy_graph(self._graphs.pop())
+        # Tensors of peers' slabs, which would keep those mapped.
+        self._kept.clear()
         self.exchange.close()
 
     def _finish(self, stream: int, timeout_s: float) -> None:
         """Peers' memory is not let go of under what is written to it."""
         event, deadline = self._device.make_event(timing=False), time.monotonic() + timeout_s
-        self._device.record(event, stream)
-        while not self._device.query(event):
-            if time.monotonic() > deadline:
-                raise DwdpTimeout(
-                    f"an answer to another rank is not done after {timeout_s:.3g} s: look for a stalled device"
-                )
-            time.sleep(100e-6)
-        self._device.destroy_event(event)
+        try:
+            self._device.record(event, stream)
+            while not self._device.query(event):
+                if time.monotonic() > deadline:
+                    raise DwdpTimeout(
+                        f"an answer to another rank is not done after {timeout_s:.3g} s: look for a stalled device"
+                    )
+                time.sleep(100e-6)
+        finally:
+            self._device.destroy_event(event)

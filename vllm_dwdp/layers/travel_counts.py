@@ -20,14 +20,16 @@ class TravelCounts:
         self._state, self._attendant, self._counters = state, attendant, counters
         on_gpu = state.device.type == "cuda"
         self._seen = torch.zeros(2, state.shape[1], dtype=torch.int32, pin_memory=on_gpu)
-        self._told = self._seen.clone()
+        self._told = self._seen.long()
         self._failed = False
 
     def publish(self, now: bool = False) -> None:
         """Add what the device had counted when this was called last; with `now`, what it has counted, and wait for it."""
         for _ in range(2 if now else 1):
-            grown = (self._seen.long() - self._told) % (1 << 32)
-            self._told.copy_(self._seen)
+            # Once: the device may write while this is read.
+            seen = self._seen.long()
+            grown = (seen - self._told) % (1 << 32)
+            self._told = seen
             page = self._counters.fields
             page.travel_requests += int(grown[0].sum())
             page.travel_late += int(grown[1].sum())

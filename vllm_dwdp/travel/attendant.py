@@ -80,13 +80,18 @@ class Attendant:
         streams: Mapping[int, int],
         launch: Any = None,
     ) -> None:
-        table = np.zeros((len(bells), max(map(len, graphs.values()))), dtype=np.uint64)
+        # Wide enough for any bell: no graph is an error of CUDA's, and not what lies behind the table.
+        table = np.zeros((len(bells), 256), dtype=np.uint64)
         for requester, row in graphs.items():
             table[requester, : len(row)] = row
         launched_on = [streams.get(requester, 0) for requester in range(len(bells))]
         self._control = np.zeros(3, dtype=np.int64)
         self._arguments = (bells, bells >> 8, table, np.array(launched_on, dtype=np.uint64), self._control)
         self._loop = _compiled(launch or _cuda_launch())
+        # Compiled here and not in the thread: what fails, fails at start, and the first request waits for no compiler.
+        self._control[_STOP] = 1
+        self._loop(*self._arguments)
+        self._control[_STOP] = 0
         self._thread: threading.Thread | None = None
 
     @property

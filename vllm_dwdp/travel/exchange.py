@@ -93,7 +93,7 @@ class Exchange:
 
     def close(self) -> None:
         """Let go of the others' bells and withdraw the own; slabs are the transport's. Idempotent."""
-        for page in self._bells_of.values():
+        while self._bells_of:
+            _, page = self._bells_of.popitem()
             self._device.host_unregister(page.address)
-        self._bells_of.clear()
         self._bells.close()
