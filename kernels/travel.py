@@ -171,17 +171,23 @@ def merge_kernel(
     ids_ptr, owners_ptr, state_ptr, answers_ptr, out_ptr, stride_o,
     ME: tl.constexpr, RANKS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """A route per program: its row from the answer of its owner, where that is there."""
+    """A route per program: its row from the answer of its owner, where that is there; zeros for a token that pads, whose
+    rows nobody has written."""
     route = tl.program_id(0)
     expert = tl.load(ids_ptr + route).to(tl.int32)
     owner = tl.load(owners_ptr + expert, mask=expert >= 0, other=ME)
+    out = out_ptr + route.to(tl.int64) * stride_o
+    if expert < 0:
+        for begin in range(0, HIDDEN, BLOCK_H):
+            h = begin + tl.arange(0, BLOCK_H)
+            tl.store(out + h, tl.zeros((BLOCK_H,), out_ptr.dtype.element_ty), mask=h < HIDDEN)
     if owner != ME:  # noqa: SIM102
         if tl.load(state_ptr + ANSWERED * RANKS + owner) != 0:
             rows = tl.load(answers_ptr + owner).to(tl.pointer_type(out_ptr.dtype.element_ty))
             for begin in range(0, HIDDEN, BLOCK_H):
                 h = begin + tl.arange(0, BLOCK_H)
                 row = tl.load(rows + route.to(tl.int64) * HIDDEN + h, mask=h < HIDDEN)
-                tl.store(out_ptr + route.to(tl.int64) * stride_o + h, row, mask=h < HIDDEN)
+                tl.store(out + h, row, mask=h < HIDDEN)
 
 
 @triton.jit

@@ -118,7 +118,8 @@ class Group:
             hidden, tables, batch.weights, batch.ids, layer=layer, owners=self.owners, a1_scale=scale,
             ops=_Between(self.ops, between or (lambda: None)), tiles=tiles, workspace=room, out=torch.empty_like(like),
         )  # fmt: skip
-        return torch.equal(found[:kept], expected[:kept])
+        # A row of padding counts where a scale is of all tokens.
+        return torch.equal(found[:kept], expected[:kept]) and not found[kept:].any()
 
     def only_ask(self, tokens: int, layer: int = 0) -> None:
         batch = self.problems[layer].batch(tokens, 0)
