@@ -68,6 +68,9 @@ class Fused:
     def detach_tables(self) -> None:
         self.tables = None
 
+    def travels(self, tokens: int) -> bool:
+        return False
+
 
 class Method:
     """vLLM's method of an unquantised layer."""
@@ -246,7 +249,8 @@ def share_on_gpus(
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr("vllm_dwdp.transport.cuda_cupy.CupyDevice", lambda index: here.device)
     monkeypatch.setattr("vllm_dwdp.transport.cupy_ipc.this_process", lambda: process_id(here.device.number))
-    config = DwdpConfig.parse({"weight_view": view, **settings})
+    # Nothing is computed here for others.
+    config = DwdpConfig.parse({"weight_view": view, "decode": "direct", **settings})
     launch = DwdpLaunch(config, num_ranks, "/made/up", (), captured_tokens=captured_tokens)
     meeting, placement, failed = Meeting(num_ranks), place(EXPERTS, num_ranks, config.experts_per_rank), []
     ranks = []

@@ -116,13 +116,15 @@ def test_they_run_before_vllms_own_warm_up(monkeypatch: pytest.MonkeyPatch) -> N
         gpu_worker, "warm_up_sizes", lambda layers, direct, first, last: asked.append((direct, first, last)) or [9, 12]
     )
     made: Any = gpu_worker.DwdpGPUWorker.__new__(gpu_worker.DwdpGPUWorker)
-    made.dwdp_rank = 0
+    made.dwdp_rank, made.dwdp_rendezvous = 0, "meets"
+    made.dwdp_launch = SimpleNamespace(group_of=lambda rank: [rank, 1])
     made.dwdp_sharing = SimpleNamespace(
         layers=[],
         direct_tokens=4,
         hits=None,
         unused=list,
         seal_unused=lambda: ran.append("seal"),
+        warmed_up=lambda rendezvous, group: ran.append((rendezvous, group)),
         view="split",
         forwards=SimpleNamespace(reset=lambda: ran.append("reset")),
         counters=SimpleNamespace(fields=SimpleNamespace(kernels_compiled_after_start=0)),
@@ -146,4 +148,4 @@ def test_they_run_before_vllms_own_warm_up(monkeypatch: pytest.MonkeyPatch) -> N
         assert page.kernels_compiled_after_start == kernels == len(logged)
     assert "rank 0: a step of 77 tokens waited while split_gemm_kernel was compiled" in logged[0]
     assert asked == [(4, 9, 100)]
-    assert ran == [(4, [9, 12]), (12, True), (9, True), "vLLM", "seal", "reset"]
+    assert ran == [(4, [9, 12]), (12, True), (9, True), "vLLM", "seal", ("meets", [0, 1]), "reset"]
