@@ -43,12 +43,13 @@ PROMPTS = [
 
 
 class Plan(NamedTuple):
-    """What is started: ranks of prefill, ranks of decode (1: a plain vLLM), and the weight view of both."""
+    """What is started: ranks of prefill, ranks of decode (1: a plain vLLM), weight view and more words of both."""
 
     model: str
     ranks: int = 2
     decode_ranks: int = 1
     view: str = "auto"
+    words: tuple[str, ...] = ()
 
 
 class Answer(NamedTuple):
@@ -97,10 +98,13 @@ def start_engines(servers: Servers, plan: Plan, decode: bool, port: int = 0) -> 
     if ranks > 1:
         options |= {"distributed_executor_backend": "dwdp", "data_parallel_size": ranks}
         options["additional_config"] = {"dwdp": {"weight_view": plan.view, **dwdp_settings(ranks)}}
+    else:
+        environ["VLLM_RPC_BASE_PATH"] = str(servers.folder)  # a plain vLLM leaves its sockets where they are
     port = port or free_ports(1)
     # Rank i of a launch listens at this port + i.
     environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_ports(ranks))
     command = [str(BIN / "vllm"), "serve", plan.model, "--port", str(port), "--enforce-eager", *as_arguments(options)]
+    command += plan.words
     return servers.start("decode" if decode else "prefill", port, command, environ)
 
 
