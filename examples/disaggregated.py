@@ -128,7 +128,11 @@ def ask(url: str, prompt: str, tokens: int, **more: Any) -> Answer:
     times = [time.perf_counter()]
     with urlopen(request, timeout=120) as reply:
         for line in reply:
-            if line.startswith(b"data: {") and (new := json.loads(line[6:])["choices"][0].get("token_ids")):
+            if not line.startswith(b"data: {"):
+                continue
+            if "choices" not in (part := json.loads(line[6:])):
+                raise SystemExit(f"the stream ended with {part.get('error', part)}")
+            if new := part["choices"][0].get("token_ids"):
                 ids += new
                 times.append(time.perf_counter())
     if len(ids) != tokens:
