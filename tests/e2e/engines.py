@@ -45,14 +45,14 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def processes(session: int) -> list[str]:
-    """Command lines of the live processes of a session (everything an engine started, also orphans)."""
+    """Command lines of the live processes of a session, or process group (everything an engine started, also orphans)."""
     found = []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
         try:
             stat = (folder / "stat").read_text().rsplit(")", 1)[1].split()
-            if int(stat[3]) == session and stat[0] != "Z":
+            if str(session) in stat[2:4] and stat[0] != "Z":
                 found.append(f"{folder.name} {(folder / 'cmdline').read_text().replace(chr(0), ' ')[:120]}")
         except OSError:
             continue

@@ -263,6 +263,9 @@ def test_locks_and_extras_agree() -> None:
     extras = project["project"]["optional-dependencies"]
     assert f"cupy-cuda13x=={cuda['cupy-cuda13x']}" in extras["cuda13"]
     assert f"cupy-cuda12x=={cuda['cupy-cuda13x']}" in extras["cuda12"]
+    for lock, nixl in ((cpu, "nixl-cu12"), (older, "nixl-cu12"), (cuda, "nixl-cu13")):
+        assert lock[nixl] == lock["nixl"]
+        assert {f"{name}=={lock[name]}" for name in ("nixl", "orjson", "vllm-router")} == set(extras["disaggregated"])
 
 
 def test_torch_and_its_kin_are_the_builds_without_suffix() -> None:

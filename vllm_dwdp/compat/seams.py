@@ -70,6 +70,8 @@ SEAMS: Final = (
     Seam(_RAY + "RayWorkerProc", "class", _P + "ray_worker.py", attributes=("_parallel_config", "worker_response_mq")),
     Seam("vllm.config.ModelConfig.is_moe", "method", _E + "model_config.py", ("self",), returns="bool"),
     # Overridden in executors.
+    Seam("vllm.v1.executor.abstract.Executor.get_kv_connector_handshake_metadata", "method", _E + "executor.py", ("self",),
+         returns="list[dict[tuple[int, int], KVConnectorHandshakeMetadata]]"),
     Seam("vllm.v1.executor.uniproc_executor.UniProcExecutor._init_executor", "method", _E + "executor.py", ("self",)),
     Seam("vllm.v1.executor.uniproc_executor.UniProcExecutor._distributed_args", "method", _E + "executor.py", ("self",),
          returns="tuple[str, int, int]"),

@@ -22,6 +22,7 @@ from vllm_dwdp.engine.orphans import value_of_parent, watch_forked
 from vllm_dwdp.engine.planner import ask_planner
 from vllm_dwdp.engine.popularity import check_popularity, popularity_of, with_hits_file
 from vllm_dwdp.engine.rank_pages import watch_ranks
+from vllm_dwdp.engine.side_channel import check_ports
 from vllm_dwdp.errors import DwdpError, install
 from vllm_dwdp.group.environment import set_for_children, sockets_in
 from vllm_dwdp.group.launch import RENDEZVOUS_ENV, DwdpLaunch, attach_launch
@@ -158,6 +159,7 @@ def create_engine_config(
 
         fit_graphs(vllm_config.compilation_config, config)
     if not _is_api_server_of_many(args):
+        check_ports(vllm_config, range(args.data_parallel_size))
         ask_planner(vllm_config, config, group_size, platform)
     launch = dataclasses.replace(
         _launch(args, config, vllm_config),

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from vllm.config import VllmConfig
+from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from vllm_dwdp.engine.orphans import end_with_parent
+from vllm_dwdp.engine.side_channel import check_ports
 from vllm_dwdp.group.environment import temporary_files_in
 from vllm_dwdp.group.launch import RENDEZVOUS_ENV, DwdpLaunch, launch_of
+
+if TYPE_CHECKING:
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
 
 
 def enter_engine(vllm_config: VllmConfig) -> DwdpLaunch:
@@ -24,7 +30,16 @@ def enter_engine(vllm_config: VllmConfig) -> DwdpLaunch:
     return launch
 
 
-class DwdpUniExecutor(UniProcExecutor):
+class TriesPort(Executor):
+    """What all executors of ours do last, before vLLM's scheduler listens: another launch may have taken the port since."""
+
+    def get_kv_connector_handshake_metadata(self) -> list[dict[tuple[int, int], KVConnectorHandshakeMetadata]]:
+        metadata = super().get_kv_connector_handshake_metadata()
+        check_ports(self.vllm_config, [self.parallel_config.data_parallel_index])
+        return metadata
+
+
+class DwdpUniExecutor(TriesPort, UniProcExecutor):
     """The worker in the engine's process, where plain vLLM has it for one GPU: a step passes no other process."""
 
     def _init_executor(self) -> None:
@@ -39,7 +54,7 @@ class DwdpUniExecutor(UniProcExecutor):
             return super()._distributed_args()
 
 
-class DwdpExecutor(MultiprocExecutor):
+class DwdpExecutor(TriesPort, MultiprocExecutor):
     """One worker process per rank. The worker meets its peers while it loads; nothing here waits for other ranks."""
 
     supports_pp: bool = False

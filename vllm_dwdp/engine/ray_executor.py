@@ -11,7 +11,7 @@ from vllm import envs
 from vllm.platforms import current_platform
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 
-from vllm_dwdp.engine.executor import enter_engine
+from vllm_dwdp.engine.executor import TriesPort, enter_engine
 from vllm_dwdp.engine.ray_cluster import OBJECT_STORE_BYTES
 from vllm_dwdp.engine.ray_cpu_worker import RayCpuWorkerProc
 from vllm_dwdp.errors import DwdpTimeout
@@ -24,7 +24,7 @@ _CPU_SHARE = 0.001
 _STOP_TIMEOUT_S = 2.0
 
 
-class DwdpRayExecutor(RayExecutorV2):
+class DwdpRayExecutor(TriesPort, RayExecutorV2):
     """One Ray actor per rank; several engines share the cluster that RAY_ADDRESS names."""
 
     supports_pp: bool = False

@@ -1,0 +1,129 @@
+"""Several servers of one example: started together, waited for, stopped together, and nothing left of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+STOP_LIMIT_S = 30
+TIDY_LIMIT_S = 5
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass
+class Server:
+    """A process, in a process group of its own, that answers at `url` once it is up."""
+
+    name: str
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def last_error(self) -> str:
+        """The last line of its log that tells an error, else the last one."""
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        return ([*lines, *(line for line in lines if "Error" in line)] or ["it said nothing"])[-1]
+
+    def is_up(self) -> bool:
+        """Whether it answers."""
+        try:
+            urlopen(f"{self.url}/health", timeout=5).close()
+        except (URLError, OSError):
+            return False
+        return True
+
+
+@dataclass
+class Servers:
+    """Servers that write their logs into `folder`; `stop` ends them all."""
+
+    folder: Path
+    started: list[Server] = field(default_factory=list)
+
+    def start(self, name: str, port: int, command: Sequence[str], environ: Mapping[str, str]) -> Server:
+        """Start a command that will answer at `port`.
+
+        Not in a session of its own: Linux shares the cores out between sessions, and servers that poll starve the others.
+        """
+        log = self.folder / f"{name}.log"
+        # A signal between the start and the note of it would leave the process behind.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            with log.open("a") as stream:
+                process = subprocess.Popen(
+                    command,
+                    env={**os.environ, **environ},
+                    stdin=subprocess.DEVNULL,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    process_group=0,
+                    preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS),
+                )
+            self.started.append(server := Server(name, f"http://127.0.0.1:{port}", log, process))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        return server
+
+    def wait(self, limit_s: float) -> None:
+        """Return once all answer; raises SystemExit, in one line, where one ends or takes too long."""
+        deadline = time.monotonic() + limit_s
+        while True:
+            for server in self.started:
+                if (code := server.process.poll()) is not None:
+                    raise SystemExit(f"{server.name} ended with {code}: {server.last_error()}")
+            late = [server for server in self.started if not server.is_up()]
+            if not late:
+                return
+            if time.monotonic() > deadline:
+                raise SystemExit(f"{late[0].name} did not answer within {limit_s:.0f} s: {late[0].last_error()}")
+            time.sleep(0.5)
+
+    def stop(self, *which: Server, sign: signal.Signals = signal.SIGTERM) -> None:
+        """End these servers, or all: asked first, killed with their children after STOP_LIMIT_S. Signals wait so long."""
+        ending = list(which or reversed(self.started))
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            for server in ending:
+                if server.process.poll() is None:
+                    server.process.send_signal(sign)
+            deadline = time.monotonic() + STOP_LIMIT_S
+            for server in ending:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    server.process.wait(max(0.1, deadline - time.monotonic()))
+                if server.process.poll() is None:
+                    server.process.kill()
+                    server.process.wait()
+                _end_group(server.process.pid)
+                self.started.remove(server)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _end_group(group: int) -> None:
+    """Children of a process that ended: some only tidy up for a moment, those of a killed one are killed after that."""
+    deadline = time.monotonic() + TIDY_LIMIT_S
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.05)
+        os.killpg(group, signal.SIGKILL)
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` ports in a row at which nobody listens now."""
+    for _ in range(100):
+        with contextlib.ExitStack() as taken, contextlib.suppress(OSError, OverflowError):
+            first = int(taken.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1])
+            for more in range(1, count):
+                taken.enter_context(socket.create_server(("127.0.0.1", first + more)))
+            return first
+    raise SystemExit(f"there are no {count} free ports in a row")

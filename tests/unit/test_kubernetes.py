@@ -1,0 +1,147 @@
+"""docs/kubernetes/disaggregated.yaml: fields that Kubernetes and LeaderWorkerSet have, and words that the programs take."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+yaml = pytest.importorskip("yaml")
+jsonschema = pytest.importorskip("jsonschema")
+
+FILE = Path(__file__).resolve().parents[2] / "docs" / "kubernetes" / "disaggregated.yaml"
+TEXT = {"type": "string"}
+PORT = {"type": "integer", "minimum": 1, "maximum": 65535}
+NAME = {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"}
+LABELS = {"type": "object", "additionalProperties": TEXT, "minProperties": 1}
+WHOLE = {"type": "integer", "minimum": 1}
+
+
+def record(needed: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """An object with these fields and no other."""
+    fields = {**needed, **more}
+    return {"type": "object", "properties": fields, "required": list(needed), "additionalProperties": False}
+
+
+def every(item: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": item, "minItems": 1}
+
+
+FROM_FIELD = record({"fieldRef": record({"fieldPath": {"enum": ["status.podIP", "metadata.name"]}})})
+VARIABLE = {"oneOf": [record({"name": TEXT, "value": TEXT}), record({"name": TEXT, "valueFrom": FROM_FIELD})]}
+PROBE = record({"httpGet": record({"path": TEXT, "port": PORT}), "periodSeconds": WHOLE})
+CONTAINER = record(
+    {
+        "name": NAME,
+        "image": TEXT,
+        "command": every(TEXT),
+        "args": every(TEXT),
+        "ports": every(record({"containerPort": PORT})),
+    },
+    env=every(VARIABLE),
+    readinessProbe=PROBE,
+    resources=record({"limits": {"type": "object", "additionalProperties": TEXT}}),
+    volumeMounts=every(record({"name": NAME, "mountPath": TEXT})),
+)
+VOLUME = record({"name": NAME, "emptyDir": record({"medium": {"const": "Memory"}, "sizeLimit": TEXT})})
+POD = record(
+    {
+        "metadata": record({"labels": LABELS}),
+        "spec": record({"containers": every(CONTAINER)}, volumes=every(VOLUME)),
+    }
+)
+KINDS = {
+    ("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet"): record(
+        {
+            "replicas": WHOLE,
+            "leaderWorkerTemplate": record(
+                {"workerTemplate": POD},
+                size=WHOLE,
+                restartPolicy={"enum": ["RecreateGroupOnPodRestart", "RecreateGroupAfterStart", "None"]},
+                leaderTemplate=POD,
+            ),
+        },
+        startupPolicy={"enum": ["LeaderCreated", "LeaderReady"]},
+    ),
+    ("apps/v1", "Deployment"): record(
+        {"replicas": WHOLE, "selector": record({"matchLabels": LABELS}), "template": POD}
+    ),
+    ("v1", "Service"): record({"selector": LABELS, "ports": every(record({"port": PORT, "targetPort": PORT}))}),
+}
+
+
+@pytest.fixture(scope="module")
+def documents() -> dict[str, dict[str, Any]]:
+    """Kind and name to what stands there."""
+    return {f"{each['kind']}/{each['metadata']['name']}": each for each in yaml.safe_load_all(FILE.read_text())}
+
+
+def container(document: dict[str, Any]) -> dict[str, Any]:
+    spec = document["spec"]
+    pod = spec["leaderWorkerTemplate"]["workerTemplate"] if "leaderWorkerTemplate" in spec else spec["template"]
+    [only] = pod["spec"]["containers"]
+    return dict(only)
+
+
+def test_fields(documents: dict[str, dict[str, Any]]) -> None:
+    assert len(documents) == 4
+    for document in documents.values():
+        head = {"apiVersion": TEXT, "kind": TEXT, "metadata": record({"name": NAME})}
+        spec = KINDS[document["apiVersion"], document["kind"]]
+        jsonschema.validate(document, record({**head, "spec": spec}), jsonschema.Draft202012Validator)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"), [("size", 0), ("restartPolicy", "Always"), ("restartPolcy", "None"), ("workerTemplate", {})]
+)
+def test_fields_that_there_are_not(where: str, value: object, documents: dict[str, dict[str, Any]]) -> None:
+    """The schema is one that refuses."""
+    spec = json.loads(json.dumps(documents["LeaderWorkerSet/prefill"]["spec"]))
+    spec["leaderWorkerTemplate"][where] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(spec, KINDS["leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet"])
+
+
+@pytest.mark.parametrize(("name", "role", "size"), [("prefill", "kv_producer", 4), ("decode", "kv_consumer", 4)])
+def test_words_of_vllm(name: str, role: str, size: int, documents: dict[str, dict[str, Any]]) -> None:
+    """As many ranks, or shards, as GPUs; and the side channel at an address that other pods reach."""
+    pytest.importorskip("vllm")
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    this = container(documents[f"LeaderWorkerSet/{name}"])
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    options = EngineArgs.from_cli_args(parser.parse_args(["--model", this["command"][2], *this["args"]]))
+    assert options.kv_transfer_config.kv_connector == "NixlConnector" and options.kv_transfer_config.kv_role == role
+    assert (options.distributed_executor_backend == "dwdp") == (name == "prefill")
+    assert options.data_parallel_size * options.tensor_parallel_size == size
+    assert this["resources"]["limits"]["nvidia.com/gpu"] == str(size)
+    assert this["env"][0] == {
+        "name": "VLLM_NIXL_SIDE_CHANNEL_HOST",
+        "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}},
+    }
+
+
+def test_the_router_names_every_pod(documents: dict[str, dict[str, Any]]) -> None:
+    words = container(documents["Deployment/router"])["args"]
+    for name in ("prefill", "decode"):
+        replicas = documents[f"LeaderWorkerSet/{name}"]["spec"]["replicas"]
+        expected = [f"--{name}=http://{name}-{i}.{name}:8000" for i in range(replicas)]
+        assert [word for word in words if word.startswith(f"--{name}=")] == expected
+    router = documents["Deployment/router"]["spec"]
+    assert router["template"]["metadata"]["labels"] == router["selector"]["matchLabels"]
+    assert documents["Service/router"]["spec"]["selector"] == router["selector"]["matchLabels"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm_router") is None, reason="needs the extra `disaggregated`")
+def test_words_of_the_router(documents: dict[str, dict[str, Any]]) -> None:
+    from vllm_router.launch_router import parse_router_args
+
+    told = parse_router_args(container(documents["Deployment/router"])["args"])
+    assert told.vllm_pd_disaggregation and told.policy == "round_robin"
+    assert len(told.prefill_urls) == len(told.decode_urls) == 2
+    assert (told.host, told.port) == ("0.0.0.0", 8000)
+    assert told.health_check_interval_secs == 5
