@@ -43,6 +43,7 @@ def test_tokens_are_plain_vllms_from_every_rank(parts: Cluster) -> None:
         assert example.series(server, "vllm:prefix_cache_hits_total") > 0
 
 
+@pytest.mark.full
 def test_prompts_are_spread_under_load(parts: Cluster) -> None:
     """Of uneven length, through the router and, without it, by vLLM's own balancer; one rank alone when it is named."""
     load = [f"{i} {LONG}"[: 20 + 60 * (i % 5)] for i in range(16)]
@@ -109,6 +110,7 @@ def test_several_answers_and_aborts(parts: Cluster) -> None:
     assert parts.ask(LONG) == parts.alone(LONG)
 
 
+@pytest.mark.full
 def test_a_stopped_rank_holds_its_own_requests_only(parts: Cluster) -> None:
     prompts = PROMPTS[:4]
     expected = [parts.alone(prompt) for prompt in prompts]
@@ -163,6 +165,7 @@ def load(parts: Cluster) -> Load:
     return Load(parts, {prompt: parts.alone(prompt) for prompt in PROMPTS[:2]})
 
 
+@pytest.mark.full
 def test_a_router_that_is_killed_and_started_again(parts: Cluster, load: Load) -> None:
     """Clients see a closed connection; the new router knows what it is told, and engines lose nothing."""
     with load:
@@ -176,6 +179,7 @@ def test_a_router_that_is_killed_and_started_again(parts: Cluster, load: Load) -
     assert load.failed and not load.wrong
 
 
+@pytest.mark.full
 def test_no_kv_cache_stays_in_use(parts: Cluster) -> None:
     """After all of the above: aborts, prompts that nobody fetched, a stopped rank, a killed router."""
     parts.wait_until_quiet()

@@ -173,6 +173,7 @@ def test_a_launch_tells_its_workers_of_graphs(
         compilation_config=compilation(CUDAGraphMode.FULL),
         parallel_config=SimpleNamespace(worker_cls="vllm.v1.worker.gpu_worker.Worker", data_parallel_size=2),
         speculative_config=None,
+        kv_transfer_config=None,
     )
     launches: list[DwdpLaunch] = []
     asked: list[object] = []

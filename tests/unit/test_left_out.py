@@ -34,13 +34,20 @@ class Sharing:
         self.left: list[str] = list(self.layers)
         self.hits = Hits()
         self.counted: list[int] = []
-        self.forwards = SimpleNamespace(add=self.counted.append, reset=self.counted.clear)
+        self.forwards = SimpleNamespace(reset=self.counted.clear)
+        self.met: list[list[int]] = []
 
     def unused(self) -> list[str]:
         return list(self.left)
 
     def seal_unused(self) -> None:
         self.sealed += 1
+
+    def count(self, tokens: int) -> None:
+        self.counted.append(tokens)
+
+    def warmed_up(self, rendezvous: Any, group: list[int]) -> None:
+        self.met.append(group)
 
     def close(self) -> None:
         self.closed = True
@@ -87,11 +94,13 @@ def test_layers_that_were_left_out_are_named_once(
             self.dwdp_rank = 3
             self.dwdp_sharing = Sharing(view)  # type: ignore[assignment]
             self.dwdp_waits = SimpleNamespace(add=told.append)  # type: ignore[assignment]
+            self.dwdp_rendezvous: Any = None
+            self.dwdp_launch: Any = SimpleNamespace(group_of=lambda rank: [2, rank])
             self.warm = ("a", "c") if warm else ()
 
     made: Any = Made()
     assert made.compile_or_warm_up_model() == "times" and made.dwdp_sharing.sealed == 1
-    assert len(warnings) == warm
+    assert len(warnings) == warm and made.dwdp_sharing.met == [[2, 3]]
     # What the warm-up hit is none of the requests' doing.
     assert made.dwdp_sharing.hits.resets == 1
     # A step without tokens, as for transfers of KV blocks, is no forward.

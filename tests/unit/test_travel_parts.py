@@ -36,8 +36,10 @@ def test_a_batch_computes_at_most_twice_its_tokens(most: int) -> None:
 
 
 def layer(scales: str | None = None, rows: int = 64, on_input: bool = False, **computed: Any) -> Any:
-    kind = SimpleNamespace(kind=scales) if scales else None
-    table = SimpleNamespace(num_experts=8, rows=rows, cols=32, dtype=torch.bfloat16, scales=kind, bias=None)
+    values = computed.get("values", torch.ones(8, 2, 2))
+    kind = SimpleNamespace(kind=scales, values=values) if scales else None
+    bias = computed.get("bias")
+    table = SimpleNamespace(num_experts=8, rows=rows, cols=32, dtype=torch.bfloat16, scales=kind, bias=bias)
     kernel = SimpleNamespace(activation_config=computed.get("config"))
     module = SimpleNamespace(
         dwdp_tables=SimpleNamespace(direct=(table, table)),
@@ -54,6 +56,10 @@ def layer(scales: str | None = None, rows: int = 64, on_input: bool = False, **c
     [
         ({}, [layer(), layer()], None),
         ({}, [layer("block")], None),
+        ({}, [layer("block", values=torch.ones(8, 4, 2).mT)], None),
+        ({}, [layer("block", values=torch.ones(8, 2, 4)[:, :, :2])], "do not lie side by side"),
+        ({}, [layer(bias=torch.ones(8, 4, dtype=torch.bfloat16))], None),
+        ({}, [layer(bias=torch.ones(1, 3, dtype=torch.bfloat16))], "do not lie side by side"),
         ({}, [layer("channel")], "FP8 with scales per channel"),
         ({}, [layer("tensor")], "FP8 with scales per tensor"),
         ({}, [layer(on_input=True)], "multiplied onto the layers' inputs"),

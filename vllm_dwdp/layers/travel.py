@@ -59,6 +59,10 @@ def why_not(build: ModelBuild, layers: Sequence[LayerSlab]) -> str | None:
         tables = module.dwdp_tables.direct
         if (scales := tables[0].scales) is not None and scales.kind != "block":
             return f"weights are FP8 with scales per {scales.kind}"
+        beside = [table.scales.values for table in tables if table.scales is not None]
+        beside += [table.bias for table in tables if table.bias is not None]
+        if not all(map(_is_copied_whole, beside)):
+            return "scales or biases do not lie side by side in memory"
         if module.apply_router_weight_on_input:
             return "router weights are multiplied onto the layers' inputs"
         # One graph computes for all layers.
@@ -66,6 +70,12 @@ def why_not(build: ModelBuild, layers: Sequence[LayerSlab]) -> str | None:
         shapes = ((table.num_experts, table.rows, table.cols, table.dtype, table.bias is None) for table in tables)
         kinds.add((module.top_k, *computed, *shapes))
     return None if len(kinds) == 1 else f"there are {len(kinds)} kinds of MoE layers"
+
+
+def _is_copied_whole(tensor: torch.Tensor) -> bool:
+    """Whether its elements, in words of four bytes, are all that there is from its address on."""
+    dense = tensor.stride() == torch.empty_like(tensor, device="meta").stride()
+    return dense and tensor.numel() * tensor.element_size() % 4 == 0
 
 
 class Travel:
