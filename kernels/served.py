@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,12 +36,24 @@ def products(
 
 
 def sort(topk_ids: torch.Tensor, tiles: Tiles, experts: int) -> Assignment:
-    """vLLM's sorting, which takes no route to expert E; elsewhere torch's."""
+    """vLLM's sorting of the routes to experts 0 to E-1, E itself being none; torch's on a CPU."""
     if not topk_ids.is_cuda:
         return sort_routes(topk_ids, tiles.block_m, experts)
     from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
 
-    return Assignment(*moe_align_block_size(topk_ids, tiles.block_m, experts))
+    places = _places(experts, topk_ids.device)
+    return Assignment(*moe_align_block_size(topk_ids, tiles.block_m, experts, places, ignore_invalid_experts=True))
+
+
+@lru_cache
+def _places(experts: int, device: torch.device) -> torch.Tensor:
+    """int32 [E + 1], a map of experts on which E is nowhere: vLLM's kernel for few experts leaves routes out by a map only.
+
+    Made at start, by the first request that is tried, before anything is captured."""
+    with torch.inference_mode(False):
+        places = torch.arange(experts + 1, dtype=torch.int32, device=device)
+        places[experts] = -1
+    return places
 
 
 @dataclass(frozen=True)

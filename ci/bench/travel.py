@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ci.bench.results import as_text
+from ci.bench.run import command, machine
 from ci.bench.travel_rank import TOKENS, Rank
 
 LIMIT_S = 120.0
@@ -78,7 +79,7 @@ def main() -> int:
         print(f"{name:<34} {tokens:>5} tokens: {found['us']:>8.1f} us, worst {found['worst_us']:>8.1f}, "
               f"asked {found['asked']:>6}, late {found['late']:>6}", flush=True)  # fmt: skip
         if args.json:
-            args.json.write_text(as_text({"rows": rows}))
+            args.json.write_text(as_text({"machine": machine(False), "command": command(), "rows": rows}))
 
     with contextlib.suppress(BrokenPipeError):
         exported = [answer(pipe) for pipe in pipes]
@@ -102,9 +103,14 @@ def main() -> int:
                 found = ask((0, 1), ("load", way, tokens, s), ("load", "local", PREFILL, s))
                 told(f"{way}, other side in long steps", tokens, found[0])
                 told(f"  long steps beside {way}", PREFILL, found[1])
-        for name, number in (("stopped", signal.SIGSTOP), ("going on", signal.SIGCONT)):
-            os.kill(processes[1].pid or 0, number)
-            told(f"travel, other side {name}", 32, ask((0,), ("load", "travel", 32, s))[0])
+        other = processes[1].pid
+        assert other is not None
+        try:
+            for name, number in (("stopped", signal.SIGSTOP), ("going on", signal.SIGCONT)):
+                os.kill(other, number)
+                told(f"travel, other side {name}", 32, ask((0,), ("load", "travel", 32, s))[0])
+        finally:
+            os.kill(other, signal.SIGCONT)
         for _ in range(3):
             for pipe in pipes:
                 pipe.send(None)

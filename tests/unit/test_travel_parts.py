@@ -45,6 +45,7 @@ def layer(scales: str | None = None, rows: int = 64, on_input: bool = False, **c
         dwdp_tables=SimpleNamespace(direct=(table, table)),
         apply_router_weight_on_input=on_input,
         activation=computed.get("activation", "silu"),
+        moe_config=SimpleNamespace(in_dtype=computed.get("dtype", torch.bfloat16)),
         quant_method=SimpleNamespace(moe_kernel=SimpleNamespace(fused_experts=kernel)),
         top_k=computed.get("top_k", 2),
     )
@@ -61,6 +62,8 @@ def layer(scales: str | None = None, rows: int = 64, on_input: bool = False, **c
         ({}, [layer(bias=torch.ones(8, 4, dtype=torch.bfloat16))], None),
         ({}, [layer(bias=torch.ones(1, 3, dtype=torch.bfloat16))], "do not lie side by side"),
         ({}, [layer("channel")], "FP8 with scales per channel"),
+        ({}, [layer("block", dtype=torch.float16)], "FP8 in a model of torch.float16"),
+        ({}, [layer(dtype=torch.float16)], None),
         ({}, [layer("tensor")], "FP8 with scales per tensor"),
         ({}, [layer(on_input=True)], "multiplied onto the layers' inputs"),
         ({}, [layer(), layer(rows=128)], "2 kinds of MoE layers"),

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from vllm_dwdp.layers.travel import Travel
 
 _CLOSE_TIMEOUT_S = 5.0
-#: Forwards between looks at what the device has counted.
-_PUBLISHED_EVERY = 64
 
 
 def make_transport(build: ModelBuild, cores: tuple[int, ...]) -> Transport:
@@ -215,8 +213,8 @@ class ExpertSharing:
     def count(self, tokens: int) -> None:
         """A forward of `tokens` tokens begins."""
         self.forwards.add(tokens)
-        if self.travel is not None and self.counters.fields.forwards % _PUBLISHED_EVERY == 0:
-            self.travel.counts.publish()
+        if self.travel is not None:
+            self.travel.counts.count()
 
     def unused(self) -> list[str]:
         """Names of the layers that were never acquired."""
@@ -279,6 +277,8 @@ class ExpertSharing:
             return "" if self.build.platform.on_cpu else ", without CUDA graphs"
         told = self.build.config.direct_tokens
         how = "as measured" if told == "auto" else "as told"
+        if self.travel is not None and self.direct_tokens == self.build.config.travel_tokens != told:
+            how = "as travel_tokens asks"
         if self.direct_tokens == self._captured and told != self.direct_tokens:
             how = "as the sizes of CUDA graphs ask"
         said = f", one of at most {self.direct_tokens} tokens ({how}) reads missing experts where they are"

@@ -59,6 +59,8 @@ def why_not(build: ModelBuild, layers: Sequence[LayerSlab]) -> str | None:
         tables = module.dwdp_tables.direct
         if (scales := tables[0].scales) is not None and scales.kind != "block":
             return f"weights are FP8 with scales per {scales.kind}"
+        if scales is not None and module.moe_config.in_dtype != torch.bfloat16:
+            return f"weights are FP8 in a model of {module.moe_config.in_dtype}"
         beside = [table.scales.values for table in tables if table.scales is not None]
         beside += [table.bias for table in tables if table.bias is not None]
         if not all(map(_is_copied_whole, beside)):
@@ -211,6 +213,8 @@ class Travel:
         if self.attendant is not None:
             self.attendant.stop(timeout_s)
             self.attendant = None
+        # This rank's own forwards write into what is let go of here, too.
+        self._finish(self._device.compute_stream(), timeout_s)
         for rank, stream in list(self._streams.items()):
             self._finish(stream, timeout_s)
             self._device.destroy_stream(stream)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from typing import Final
 
 import torch
 
 from vllm_dwdp.kernels.travel import ASKED, LATE
 from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.travel.attendant import Attendant
+
+#: Forwards between looks at what the device has counted.
+_PUBLISHED_EVERY: Final = 64
 
 logger = logging.getLogger("vllm.dwdp")
 
@@ -22,6 +26,11 @@ class TravelCounts:
         self._seen = torch.zeros(2, state.shape[1], dtype=torch.int32, pin_memory=on_gpu)
         self._told = self._seen.long()
         self._failed = False
+
+    def count(self) -> None:
+        """A forward begins."""
+        if self._counters.fields.forwards % _PUBLISHED_EVERY == 0:
+            self.publish()
 
     def publish(self, now: bool = False) -> None:
         """Add what the device had counted when this was called last; with `now`, what it has counted, and wait for it."""

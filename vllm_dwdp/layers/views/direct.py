@@ -78,7 +78,8 @@ class ForwardCounts:
         page.forwards = page.direct_forwards = page.direct_bytes = page.travel_forwards = 0
 
     def add(self, tokens: int) -> None:
-        """A forward of `tokens` tokens begins. Padding does not matter: graphs pad to sizes that are read directly."""
+        """A forward of `tokens` tokens begins. Graphs pad to sizes that are read directly; one that is padded beyond those
+        whose tokens travel is counted among them."""
         page = self._counters.fields
         page.forwards += 1
         if tokens <= self._most_travel:
