@@ -67,6 +67,9 @@ class Layer:
             self.kept[key] = self.ways[self.direct](self.shape, tokens)
         return self.kept[key]
 
+    def travels(self, tokens: int) -> bool:
+        return False
+
     def kernels(self, tokens: int, direct: bool) -> list[str]:
         """What Triton would look for, GEMM by GEMM."""
         self.direct = direct

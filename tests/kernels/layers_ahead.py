@@ -69,7 +69,7 @@ def main() -> None:
                     layer.direct = size <= 8
                     shape = layer.shape
                     experts: Any = SimpleNamespace(
-                        quant_kind=kinds[shape.dtype], tiles=layer.tiles, _attached=lambda: layer.tables
+                        quant_kind=kinds[shape.dtype], tiles=layer.tiles, tables=layer.tables, travels=layer.travels
                     )
                     SplitExperts.compile(experts, size, shape.top_k)
 

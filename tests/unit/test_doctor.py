@@ -102,7 +102,7 @@ HOST = [
     (host.cores(16, False), "ok", "16"),
 ]
 PLANS = [
-    (planned("DeepSeek-R1", 8, "NVIDIA H200"), "ok", "marginal"),
+    (planned("DeepSeek-R1", 8, "NVIDIA H200"), "warning", "do not use it here"),
     (planned("Qwen3-30B-A3B", 8, "NVIDIA B200"), "warning", "full replicas"),
     (planned("OLMoE-1B-7B-0924", 8, "NVIDIA H200"), "ok", "OLMoE"),  # of 4,096 positions
     (planned("DeepSeek-R1", 2, "NVIDIA H200"), "failure", "--ranks"),
@@ -110,7 +110,7 @@ PLANS = [
     (planned("DeepSeek-R1", 4, None), "warning", "vllm-dwdp plan DeepSeek-R1 --ranks 4 --hardware NAME"),
     (planned("DeepSeek-R1", 4, "NVIDIA H100 PCIe"), "warning", "no hardware file for NVIDIA H100 PCIe"),
     (planned("DeepSeek-R1", 9, "NVIDIA H200"), "warning", "2..8 ranks"),
-    (planned("DeepSeek-R1-FP4", 4, "NVIDIA GB200"), "ok", "auto would hold 64 of 256 experts"),
+    (planned("DeepSeek-R1-FP4", 4, "NVIDIA GB200"), "warning", "auto would hold 64 of 256 experts"),
 ]
 
 

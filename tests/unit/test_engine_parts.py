@@ -162,9 +162,16 @@ def test_the_line_at_stop_tells_both_ways_apart() -> None:
     from vllm_dwdp.engine.rank_pages import summary
 
     zero = {name: 0 for name in Counters.__dataclass_fields__ if name != "view"}
-    counted = {"forwards": 9, "direct_forwards": 7, "layers": 8, "exposed_wait_ns": 2 * 10**6, "on_demand_fetches": 1}
+    counted = {"forwards": 9, "direct_forwards": 4, "layers": 8, "exposed_wait_ns": 2 * 10**6, "on_demand_fetches": 1}
+    counted |= {"travel_forwards": 3, "travel_requests": 30, "travel_late": 6, "travel_served": 27}
     line = summary(Counters(view="split", **{**zero, **counted, "pulled_bytes": 3 * 10**6, "direct_bytes": 5 * 10**6}))
-    words = ["9 forwards (7 direct)", "3.0 MB pulled in 8 layers", "5.0 MB read directly", "waited 2.0 ms, 1 fetched"]
+    words = [
+        "9 forwards (4 direct, 3 travelled)",
+        "6 of 30 requests to owners late, 27 served",
+        "3.0 MB pulled in 8 layers",
+        "5.0 MB read directly",
+        "waited 2.0 ms, 1 fetched",
+    ]
     assert "\n" not in line and all(word in line for word in words), line
 
 

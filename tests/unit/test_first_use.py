@@ -219,12 +219,12 @@ def test_a_split_layer_that_was_left_out_raises_until_it_is_used(tokens: int) ->
     first.seal([(ExpertTensor("w", parameter, (2,), 8, torch.float32), torch.full((1, 2), torch.nan))])
     for kernel.direct in (False, True):
         with pytest.raises(DwdpError, match="no weights"):
-            kernel._attached()
+            _ = kernel.tables
     first.acquire(0, tokens)
-    assert kernel._attached() == (tables.direct if tokens == 4 else tables.pulled)
+    assert kernel.tables == (tables.direct if tokens == 4 else tables.pulled)
     assert parameter.data.data_ptr() == view.data_ptr() and pulls == ([] if tokens == 4 else [0])
     first.release(0, tokens)
     for other in (5, 4, 5):
         module.dwdp_gate.acquire(0, other)
-        assert kernel._attached() == (tables.direct if other == 4 else tables.pulled)
+        assert kernel.tables == (tables.direct if other == 4 else tables.pulled)
     assert module.dwdp_gate is gate and gates._gates[module._dwdp_number][0] is gate

@@ -106,7 +106,7 @@ def test_fields_that_there_are_not(where: str, value: object, documents: dict[st
 
 
 @pytest.mark.parametrize(("name", "role", "size"), [("prefill", "kv_producer", 4), ("decode", "kv_consumer", 4)])
-def test_words_of_vllm(name: str, role: str, size: int, documents: dict[str, dict[str, Any]]) -> None:
+def test_words_of_vllm(name: str, role: str, size: int, documents: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     """As many ranks, or shards, as GPUs; and the side channel at an address that other pods reach."""
     pytest.importorskip("vllm")
     from vllm.engine.arg_utils import EngineArgs
@@ -114,7 +114,9 @@ def test_words_of_vllm(name: str, role: str, size: int, documents: dict[str, dic
 
     this = container(documents[f"LeaderWorkerSet/{name}"])
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    options = EngineArgs.from_cli_args(parser.parse_args(["--model", this["command"][2], *this["args"]]))
+    assert this["command"][:2] == ["vllm", "serve"] and this["command"][2]
+    # A folder, since vLLM looks for the model's name in its cache where it is told to stay offline.
+    options = EngineArgs.from_cli_args(parser.parse_args(["--model", str(tmp_path), *this["args"]]))
     assert options.kv_transfer_config.kv_connector == "NixlConnector" and options.kv_transfer_config.kv_role == role
     assert (options.distributed_executor_backend == "dwdp") == (name == "prefill")
     assert options.data_parallel_size * options.tensor_parallel_size == size

@@ -102,8 +102,8 @@ def test_without_publishing_the_thread_ends_once_all_are_up_and_leaves_a_line_ea
     group.pages[1].fields.forwards = 12
     pages.stop(summarise=True)
     assert [line.split(",")[0] for line in lines] == [
-        "dwdp rank 0 stops: 0 forwards (0 direct)",
-        "dwdp rank 1 stops: 12 forwards (0 direct)",
+        "dwdp rank 0 stops: 0 forwards (0 direct",
+        "dwdp rank 1 stops: 12 forwards (0 direct",
     ]
 
 
