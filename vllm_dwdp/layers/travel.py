@@ -6,6 +6,7 @@ each size of batch, and the thread that launches those. What a forward does stan
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from vllm_dwdp.direct import LayerCosts
-from vllm_dwdp.errors import DwdpTimeout
+from vllm_dwdp.errors import DwdpError, DwdpTimeout
 from vllm_dwdp.kernels.compile_ahead import compile_ahead
 from vllm_dwdp.kernels.mail import MailLayout
 from vllm_dwdp.kernels.requester import Journey, Requester
@@ -124,7 +125,9 @@ class Travel:
             self.counts = TravelCounts(self.state, self.attendant, counters)
             self.attendant.start(partial(torch.cuda.set_device, self._device.index))
         except BaseException:
-            self.close(_FAILED_S)
+            # What failed is the one to tell, not what cannot be tidied up after it.
+            with contextlib.suppress(DwdpError):
+                self.close(_FAILED_S)
             raise
 
     def _make_requester(self, costs: LayerCosts) -> Requester:
@@ -214,9 +217,9 @@ class Travel:
             self.attendant.stop(timeout_s)
             self.attendant = None
         # This rank's own forwards write into what is let go of here, too.
-        self._finish(self._device.compute_stream(), timeout_s)
+        self._finish(self._device.compute_stream(), "the last forward", timeout_s)
         for rank, stream in list(self._streams.items()):
-            self._finish(stream, timeout_s)
+            self._finish(stream, f"an answer to rank {rank} of the group", timeout_s)
             self._device.destroy_stream(stream)
             del self._streams[rank]
         while self._graphs:
@@ -225,16 +228,14 @@ class Travel:
         self._kept.clear()
         self.exchange.close()
 
-    def _finish(self, stream: int, timeout_s: float) -> None:
+    def _finish(self, stream: int, what: str, timeout_s: float) -> None:
         """Peers' memory is not let go of under what is written to it."""
         event, deadline = self._device.make_event(timing=False), time.monotonic() + timeout_s
         try:
             self._device.record(event, stream)
             while not self._device.query(event):
                 if time.monotonic() > deadline:
-                    raise DwdpTimeout(
-                        f"an answer to another rank is not done after {timeout_s:.3g} s: look for a stalled device"
-                    )
+                    raise DwdpTimeout(f"{what} is not done after {timeout_s:.3g} s: look for a stalled device")
                 time.sleep(100e-6)
         finally:
             self._device.destroy_event(event)
