@@ -79,7 +79,7 @@ class DwdpConfig:
     popularity: str | None = None
     direct_tokens: int | Literal["auto"] = "auto"
     decode: DecodeName = "auto"
-    travel_tokens: int = 256
+    travel_tokens: int = 1024
 
     def __post_init__(self) -> None:
         for key, least in _LEAST.items():

@@ -89,9 +89,9 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("decode", "direct", "why", "most"),
     [
-        ("auto", 500, None, DwdpConfig().travel_tokens),
+        ("auto", 2000, None, DwdpConfig().travel_tokens),
         ("auto", 8, None, 8),
-        ("travel", 500, None, DwdpConfig().travel_tokens),
+        ("travel", 2000, None, DwdpConfig().travel_tokens),
         ("direct", 500, None, 0),
         ("auto", 500, "of the moon", 0),
         ("auto", 0, None, 0),
@@ -153,6 +153,14 @@ def test_counts_grow_as_those_of_the_device_and_wrap(caplog: pytest.LogCaptureFi
     assert told.travel_requests == before, "without a wait: what was there at the call before"
     counts.publish()
     assert told.travel_requests == before + 1
+    counts.publish(now=True)
+    state[ASKED.value, 2] = 9
+    counts.count()
+    counts.count()
+    assert told.travel_requests == before + 1, "a look every quarter of a second, at what was there at the one before"
+    counts._published -= 1
+    counts.count()
+    assert told.travel_requests == before + 2
     attendant.failed = 719
     with caplog.at_level(logging.WARNING, logger="vllm.dwdp"):
         counts.publish()

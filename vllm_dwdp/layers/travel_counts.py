@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Final
 
 import torch
@@ -11,8 +12,8 @@ from vllm_dwdp.kernels.travel import ASKED, LATE
 from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.travel.attendant import Attendant
 
-#: Forwards between looks at what the device has counted.
-_PUBLISHED_EVERY: Final = 64
+#: Seconds between looks at what the device has counted: a server publishes once a second.
+_PERIOD_S: Final = 0.25
 
 logger = logging.getLogger("vllm.dwdp")
 
@@ -26,10 +27,12 @@ class TravelCounts:
         self._seen = torch.zeros(2, state.shape[1], dtype=torch.int32, pin_memory=on_gpu)
         self._told = self._seen.long()
         self._failed = False
+        self._published = 0.0
 
     def count(self) -> None:
         """A forward begins."""
-        if self._counters.fields.forwards % _PUBLISHED_EVERY == 0:
+        if (now := time.monotonic()) - self._published > _PERIOD_S:
+            self._published = now
             self.publish()
 
     def publish(self, now: bool = False) -> None:
