@@ -25,11 +25,12 @@ from pathlib import Path
 import torch
 
 from ci.bench import tiles
+from ci.bench.apart import split
 from ci.bench.load import SHAPE, Load, parse_loads
 from ci.bench.models import MODELS, model_in
 from ci.bench.results import slower_bases
 from ci.bench.run import Bench, say
-from ci.bench.servers import parse_systems
+from ci.bench.servers import parse_system, parse_systems
 from ci.report.loads_picture import draw
 from vllm_dwdp.errors import DwdpError
 
@@ -79,6 +80,12 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--systems", nargs="+", metavar="KIND[:NAME[:JSON]]", help=f"at most three; default: {' '.join(SYSTEMS)}")
     add("--loads", nargs="+", metavar="NAME=IN/OUT/AT_A_TIME[,...]", help=f"{SHAPE}; default: {LOADS}")
+    add(
+        "--decode",
+        metavar="KIND[:NAME[:JSON]]",
+        help="systems compute prompts only, this one, on other devices, decodes for all (see apart.py)",
+    )
+    add("--prefill-devices", type=int, default=2, help="with --decode: the first so many (%(default)s)")
     add("--model", default="", help=f"{', '.join(MODELS)}, or a folder; default: qwen3")
     add("--layers", type=int, help="of a model that is named, instead of its own number")
     add("--load-format", default="dummy", help="of vLLM; weights are made by the servers unless this says otherwise")
@@ -124,6 +131,9 @@ def arguments() -> argparse.Namespace:
         args.systems = parse_systems(args.systems or (CPU_SYSTEMS if args.cpu else SYSTEMS))
         args.loads = parse_loads(args.loads or (CPU_LOADS if args.cpu else LOADS).split(), args.spread)
         args.model = args.model or ("tiny" if args.cpu else "qwen3")
+        args.decode = parse_system(args.decode) if args.decode else None
+        if args.decode:
+            split(devices_of(args.cpu), args.prefill_devices, args.cpu)
         check(args)
     except ValueError as error:
         parser.error(str(error))

@@ -9,11 +9,14 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
+from ci.bench.apart import Decode, Prefill, split
 from ci.bench.client import LoadFailed, different, turn
 from ci.bench.load import Load, Request, requests
 from ci.bench.models import vocabulary
@@ -46,6 +49,7 @@ class Bench:
         systems: list[System] = args.systems
         self.deadline = time.monotonic() + args.limit_s - STOP_S
         self.servers: dict[str, Server] = {}
+        self._decode: Decode | None = None
         self.turns: Turns = {}
         self.failed: dict[str, str] = {}
         self.found: dict[str, Any] = {
@@ -55,6 +59,7 @@ class Bench:
             "versions": versions(),
             "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(("VLLM_", "NCCL_", "TORCH"))},
             "systems": [system._asdict() for system in systems],
+            "decode": args.decode._asdict() if args.decode else None,
             "loads": [load._asdict() for load in self._loads],
             "base": base_of(systems),
             "starts": {},
@@ -65,11 +70,20 @@ class Bench:
     def start(self, model: Path, common: list[str], devices: list[str], logs: Path) -> None:
         """All at once, or one after the other; those that fail are left out."""
         begun = time.monotonic()
+        make: Callable[..., Server] = Server
+        if self._args.decode:
+            devices, theirs = split(devices, self._args.prefill_devices, self._args.cpu)
+            self._decode = Decode(self._args.decode, model, common, theirs, self._args.cpu, logs)
+            make = partial(Prefill, decode=self._decode.url)
+            if self._args.one_by_one:
+                self._decode.wait(self.deadline)
         for system in self._args.systems:
-            self.servers[system.name] = Server(system, model, common, devices, self._args.cpu, logs)
+            self.servers[system.name] = make(system, model, common, devices, self._args.cpu, logs)
             if self._args.one_by_one:
                 self._await(system.name, time.monotonic())
         if not self._args.one_by_one:
+            if self._decode:
+                self._decode.wait(min(begun + self._args.start_s, self.deadline))
             for system in self._args.systems:
                 self._await(system.name, begun)
 
@@ -88,9 +102,10 @@ class Bench:
     def stop(self) -> None:
         """End all servers."""
         end = time.monotonic() + STOP_S
-        for server in self.servers.values():
+        servers = [*self.servers.values(), *([self._decode] if self._decode else [])]
+        for server in servers:
             server.leave()
-        for server in self.servers.values():
+        for server in servers:
             server.stop(max(1.0, end - time.monotonic()))
 
     def drop(self, name: str, why: str) -> None:

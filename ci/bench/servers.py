@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -156,8 +156,17 @@ class ServerFailed(Exception):
 class Server:
     """All processes of one system."""
 
-    def __init__(self, system: System, model: Path, common: list[str], devices: list[str], cpu: bool, logs: Path):
-        """Returns before they are up. common: words that all systems have."""
+    def __init__(
+        self,
+        system: System,
+        model: Path,
+        common: list[str],
+        devices: list[str],
+        cpu: bool,
+        logs: Path,
+        more: Callable[[int], dict[str, str]] = lambda number: {},
+    ):
+        """Returns before they are up. common: words that all systems have. more: environment, by number of process."""
         self.system = system
         self._urls: list[str] = []
         self._devices = len(devices)
@@ -175,7 +184,11 @@ class Server:
                 stream.write(f"{' '.join(words)}\n")
                 stream.flush()
                 process = subprocess.Popen(
-                    words, env=environment(place), stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+                    words,
+                    env=environment({**place, **more(number)}),
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
                 )
             self._urls.append(f"http://127.0.0.1:{port}")
             self._logs.append(log)
@@ -190,10 +203,10 @@ class Server:
     def wait(self, deadline: float) -> None:
         """Return once all answer; deadline: of time.monotonic. Raises ServerFailed."""
         for url, process, log in zip(self._urls, self._processes, self._logs, strict=True):
-            while not _healthy(url):
+            while not healthy(url):
                 if process.poll() is not None or time.monotonic() > deadline:
                     why = f"ended with {process.poll()}" if process.poll() is not None else "was not up in time"
-                    raise ServerFailed(f"{self.system.name} {why}: {_trouble(log)}")
+                    raise ServerFailed(f"{self.system.name} {why}: {trouble(log)}")
                 time.sleep(0.5)
 
     def facts(self) -> LogFacts:
@@ -202,7 +215,7 @@ class Server:
 
     def trouble(self) -> str:
         """What the logs say of errors."""
-        return " / ".join(_trouble(log) for log in self._logs)
+        return " / ".join(trouble(log) for log in self._logs)
 
     def leave(self) -> None:
         """Ask all to end; returns at once."""
@@ -240,7 +253,8 @@ def _segments(pid: int) -> set[Path]:
     return {Path(line[line.index("/dev/shm/") :]) for line in lines if "/dev/shm/" in line and "(deleted)" not in line}
 
 
-def _healthy(url: str) -> bool:
+def healthy(url: str) -> bool:
+    """Whether a server answers."""
     try:
         urllib.request.urlopen(f"{url}/health", timeout=5).close()
     except (urllib.error.URLError, OSError):
@@ -248,7 +262,8 @@ def _healthy(url: str) -> bool:
     return True
 
 
-def _trouble(log: Path) -> str:
+def trouble(log: Path) -> str:
+    """Its first errors, in one line."""
     text = _ANSI.sub("", log.read_text(errors="replace"))
     lines = [line for line in text.splitlines() if "Error" in line and "WARNING" not in line]
     return f"{' | '.join(lines[:3])[:700] or 'no error'} ({log})"

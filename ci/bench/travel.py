@@ -20,14 +20,15 @@ from typing import Any
 from ci.bench.results import as_text
 from ci.bench.run import command, machine
 from ci.bench.travel_rank import TOKENS, Rank
+from vllm_dwdp.kernels.tiles import KernelName
 
 LIMIT_S = 120.0
 PREFILL = 8192
 
 
-def run_rank(pipe: Connection, rank: int, layers: int, limit_us: float) -> None:
+def run_rank(pipe: Connection, rank: int, layers: int, limit_us: float, long_kernel: KernelName | None) -> None:
     """Answers orders until None."""
-    side = Rank(rank, layers, limit_us)
+    side = Rank(rank, layers, limit_us, {PREFILL: long_kernel} if long_kernel else {})
     pipe.send(side.exported())
     side.join(*pipe.recv())
     pipe.send("ready")
@@ -50,6 +51,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--limit-us", type=float, default=3000, help="a requester waits so long (%(default)s)")
+    parser.add_argument(
+        "--long-kernel",
+        choices=("pointer", "persistent"),
+        help="of long steps, instead of the one of the tile table; a persistent kernel keeps its multiprocessors to its end",
+    )
     parser.add_argument("--seconds", type=float, default=0.5)
     parser.add_argument("--tokens", type=int, nargs="*", default=list(TOKENS))
     parser.add_argument("--json", type=Path)
@@ -58,7 +64,11 @@ def main() -> int:
     pipes, processes = [], []
     for rank in (0, 1):
         mine, theirs = spawn.Pipe()
-        processes.append(spawn.Process(target=run_rank, args=(theirs, rank, args.layers, args.limit_us), daemon=True))
+        processes.append(
+            spawn.Process(
+                target=run_rank, args=(theirs, rank, args.layers, args.limit_us, args.long_kernel), daemon=True
+            )
+        )
         processes[-1].start()
         pipes.append(mine)
 

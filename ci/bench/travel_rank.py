@@ -5,7 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_dwdp.kernels.tiles import KernelName
 
 TOKENS = (1, 8, 32, 64)
 
@@ -13,7 +17,8 @@ TOKENS = (1, 8, 32, 64)
 class Rank:
     """One side."""
 
-    def __init__(self, rank: int, layers: int, limit_us: float) -> None:
+    def __init__(self, rank: int, layers: int, limit_us: float, kernels: dict[int, KernelName]) -> None:
+        """kernels: for local layers of so many tokens, instead of the one of the tile table."""
         import torch
 
         from vllm_dwdp.kernels.bench.shapes import MODELS, Problem, free_memory
@@ -38,6 +43,7 @@ class Rank:
             del problem
             free_memory(self.device)
         self.graphs: dict[Any, Any] = {}
+        self.kernels = kernels
 
     def exported(self) -> list[Any]:
         """Handles of the slabs and of the memory that the other side writes, and the bells' file."""
@@ -164,6 +170,7 @@ class Rank:
                     tabled = self.direct[layer] if way == "direct" else self.local[layer]
                     tiles = self.tiles.get(tokens) if way == "direct" else None
                     tiles = tiles or tiles_for(self.shape, tokens, self.device, None)
+                    tiles = replace(tiles, kernel=self.kernels.get(tokens, tiles.kernel))
                     split_experts(
                         hidden, *tabled, weights, ids, ops=self.ops, tiles=tiles, workspace=room, out=out[layer]
                     )

@@ -1,0 +1,78 @@
+"""ci/bench/apart.py: which devices and ports each side has, and a router that does not come up."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ci.bench import apart, servers
+from ci.bench.loads import arguments
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
+    """Instead of processes: their words and environments."""
+    found: list[tuple[list[str], dict[str, str]]] = []
+
+    class Process:
+        pid = 1 << 22  # nobody's
+
+        def __init__(self, words: list[str], env: dict[str, str], **more: Any) -> None:
+            found.append((words, env))
+
+        def poll(self) -> int:
+            return 3
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    return found
+
+
+def transfer(words: list[str]) -> dict[str, Any]:
+    return json.loads(words[words.index("--kv-transfer-config") + 1])
+
+
+def test_every_rank_and_process_has_a_side_channel_of_its_own(tmp_path: Path, started: list[Any]) -> None:
+    for text in ("dwdp", "replicas"):
+        apart.Prefill(servers.parse_system(text), tmp_path, [], ["0", "1"], False, tmp_path, "http://decode")
+    apart.Decode(servers.parse_system("tp"), tmp_path, [], ["2", "3"], False, tmp_path)
+    ports = [int(env["VLLM_NIXL_SIDE_CHANNEL_PORT"]) for _, env in started]
+    assert ports[2] == ports[1] + 1, "of two replicas"
+    roles = [transfer(words)["kv_role"] for words, _ in started]
+    assert roles == ["kv_producer"] * 3 + ["kv_consumer"]
+    assert [env["CUDA_VISIBLE_DEVICES"] for _, env in started] == ["0,1", "0", "1", "2,3"]
+    assert all("UCX_TLS" not in env for _, env in started), "on GPUs UCX chooses"
+
+
+def test_a_router_that_does_not_come_up_is_told(
+    tmp_path: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = apart.Prefill(servers.parse_system("dwdp"), tmp_path, [], ["0", "1"], False, tmp_path, "http://decode:1")
+    monkeypatch.setattr(servers, "healthy", lambda url: True)
+    with pytest.raises(servers.ServerFailed, match="the router of dwdp did not come up"):
+        made.wait(time.monotonic() + 5)
+    words = started[-1][0]
+    assert words[words.index("--decode") + 1] == "http://decode:1" and words.count("--prefill") == 1
+
+
+def test_devices_are_split() -> None:
+    assert apart.split("0123", 2, False) == (["0", "1"], ["2", "3"])
+    assert apart.split("01", 2, True) == (["0", "1"], ["0"])
+    for prefill in (0, 4):
+        with pytest.raises(ValueError, match="leave some to prefill"):
+            apart.split("0123", prefill, False)
+
+
+def test_sides_without_devices_are_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(sys, "argv", ["loads", "--systems", "dwdp", "tp", "--decode", "tp"])
+    with pytest.raises(SystemExit):
+        arguments()
+    assert "--prefill-devices 2: of 2 devices" in capsys.readouterr().err
