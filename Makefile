@@ -6,6 +6,8 @@ VENV_031 ?= .venv-0.31
 UNIT_031 := $(addprefix tests/unit/test_,seams.py frozen.py patches.py loader.py graphs.py)
 E2E_031 := tests/e2e/test_serve.py $(addprefix tests/e2e/test_offline.py::test_,tokens_and_bytes tampering_is_noticed \
 	weights_stay_as_they_were_loaded what_users_call nothing_stays_after_del)
+SHORT_E2E_031 := tests/e2e/test_offline.py::test_tokens_and_bytes \
+	$(addprefix tests/e2e/test_serve.py::test_,completions_are_the_same_on_every_rank pinned_requests_run_no_forward_elsewhere)
 PYTEST_031 := $(VENV_031)/bin/python -m pytest -ra -m "not full"
 PYTEST := $(BIN)/python -m pytest -ra --durations=10
 
@@ -15,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-031 demo test test-full test-031 test-031-unit lint format bench clean
+.PHONY: help setup setup-031 demo test test-full test-031 test-031-short lint format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,8 +40,8 @@ setup-031:
 test-031: setup setup-031 ## on CPU with vLLM 0.31, in a second environment: patches, loader, graphs, offline and serving
 	$(PYTEST_031) $(UNIT_031) $(E2E_031)
 
-test-031-unit: setup setup-031 ## the same without real engines
-	$(PYTEST_031) $(UNIT_031)
+test-031-short: setup setup-031 ## of these the unit tests, and tokens of LLM and of vllm serve
+	$(PYTEST_031) $(UNIT_031) $(SHORT_E2E_031)
 
 lint: setup ## style and types
 	$(BIN)/ruff check .
