@@ -15,7 +15,6 @@ part failed, or a value is off.
 import argparse
 import json
 import multiprocessing
-import os
 import sys
 import time
 import traceback
@@ -113,8 +112,8 @@ def strangers(device: CupyDevice, name: str) -> tuple[Callable[[], object], Call
     """Calls with a handle, and with an address, of nobody."""
     if name != "vmm":
         return lambda: device.ipc_open(b"\1" * 64), lambda: device.free(12345)
-    vmm, nothing = BindingsVmm(device.index), open(os.devnull)
-    return lambda: vmm.import_descriptor(nothing.fileno()), lambda: vmm.unmap(vmm.granularity(), vmm.granularity())
+    vmm, page = BindingsVmm(device.index), BindingsVmm(device.index).granularity()
+    return lambda: vmm.import_descriptor(sys.stdout.fileno()), lambda: vmm.unmap(page, page)
 
 
 def refusals_part(name: str) -> list[Row]:
