@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
-from vllm_dwdp.config import AUTO
+from vllm_dwdp.config import AUTO, DecodeName, DwdpConfig
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.formats import FORMATS, KV_BYTES
 from vllm_dwdp.predict.memory_plan import UTILISATION
@@ -169,6 +169,10 @@ def _plan(commands: Any) -> None:
     how.add_argument(
         "--cached-experts", type=count("--cached-experts", 0), default=0, help="hot experts kept for decode"
     )
+    how.add_argument("--decode", choices=get_args(DecodeName), default=DwdpConfig().decode,
+                     help="how steps of few tokens get at missing experts")  # fmt: skip
+    how.add_argument("--travel-tokens", type=count("--travel-tokens", 1, MOST_STEP_TOKENS),
+                     default=DwdpConfig().travel_tokens, help="most tokens of a step whose tokens travel")  # fmt: skip
     kinds = plan.add_argument_group("formats")
     kinds.add_argument("--expert-format", choices=sorted(FORMATS), help="of the routed experts (default: the config's)")
     kinds.add_argument("--linear-format", choices=sorted(FORMATS), help="of all other products (default: the config's)")
