@@ -173,6 +173,15 @@ def _plan(commands: Any) -> None:
                      help="how steps of few tokens get at missing experts")  # fmt: skip
     how.add_argument("--travel-tokens", type=count("--travel-tokens", 1, MOST_STEP_TOKENS),
                      default=DwdpConfig().travel_tokens, help="most tokens of a step whose tokens travel")  # fmt: skip
+    apart = plan.add_argument_group("disaggregated", "some GPUs compute prompts, others decode")
+    apart.add_argument(
+        "--disaggregated", action="store_true", help="how many GPUs of each a load needs (DWDP, DEP prefill)"
+    )
+    apart.add_argument("--rate", type=number("--rate", 1e-6, 1e6), help="requests per second, of all users together")
+    apart.add_argument("--ttft", metavar="TIME", help="mean time to the first token at most (default: 2 s)")
+    apart.add_argument("--tokens-per-user", type=number("--tokens-per-user", 0.01, 1e5),
+                       help="tokens per second of each user at least (default: 20)")  # fmt: skip
+    apart.add_argument("--transfer-rate", metavar="RATE", help="of a GPU's KV cache to decode (default: 50 GB/s)")
     kinds = plan.add_argument_group("formats")
     kinds.add_argument("--expert-format", choices=sorted(FORMATS), help="of the routed experts (default: the config's)")
     kinds.add_argument("--linear-format", choices=sorted(FORMATS), help="of all other products (default: the config's)")

@@ -51,9 +51,13 @@ def one_line(text: str) -> str:
 def _plan(args: argparse.Namespace) -> int:
     from vllm_dwdp.predict.plan_report import plan_json, plan_text
     from vllm_dwdp.predict.plan_request import case_of
+    from vllm_dwdp.predict.pools_report import pool_request, pools_json, pools_text
 
     _check_plot(args.plot)
     request = case_of(args)
+    if (asked := pool_request(args, request.case)) is not None:
+        print(json.dumps(pools_json(asked), indent=2) if args.json else pools_text(asked))
+        return 0
     print(json.dumps(plan_json(request), indent=2) if args.json else plan_text(request))
     if args.plot:
         from vllm_dwdp.predict.plots import plot_plan
