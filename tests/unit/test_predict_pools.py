@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.predict import prefill_pool
 from vllm_dwdp.predict.cli import main
 from vllm_dwdp.predict.decode_pool import DecodeEngine, decode_engines, decode_step_s, sequences_in_memory
 from vllm_dwdp.predict.fitted import FITTED
 from vllm_dwdp.predict.hardware_file import load_hardware
 from vllm_dwdp.predict.paper_model import end_to_end
-from vllm_dwdp.predict.pools import PoolRequest, Pools, pools, prefill_of
-from vllm_dwdp.predict.prefill_pool import PrefillGroup, groups_needed
+from vllm_dwdp.predict.pools import PoolRequest, Pools, pools
+from vllm_dwdp.predict.prefill_pool import LOADS, PrefillGroup, prefill_group
 from vllm_dwdp.predict.published import T5
 from vllm_dwdp.predict.read_config import load_model
 from vllm_dwdp.predict.reproduce import KNOWN_MISSES, held_out_rows
@@ -30,20 +31,30 @@ R1 = Case(
 )  # fmt: skip
 
 
+MANY = prefill_pool._PROMPTS
+
+
+@pytest.fixture(autouse=True)
+def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What holds, holds of short simulations too."""
+    monkeypatch.setattr(prefill_pool, "_PROMPTS", 120)
+    monkeypatch.setattr(prefill_pool, "_OF_A_RANK", 30)
+
+
 def asked(rate: float = 50.0, ttft: float = 4.0, user: float = 40.0, transfer: float = 5e10) -> PoolRequest:
     return PoolRequest(R1, rate, ttft, user, transfer)
 
 
 @cache
-def group(way: str) -> PrefillGroup:
-    return prefill_of(R1, way)
+def groups() -> dict[str, PrefillGroup]:
+    return {way: prefill_group(R1, way) for way in ("DWDP", "DEP")}
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.floats(0.01, 3000), st.floats(1.0, 30), st.floats(1, 150))
 def test_pools_sum_and_no_gpu_does_more_than_its_pool_can(rate: float, more: float, user: float) -> None:
-    found = pools(asked(rate, 4.0, user))
-    bigger = pools(asked(rate * more, 4.0, user))
+    found = pools(asked(rate, 4.0, user), groups())
+    bigger = pools(asked(rate * more, 4.0, user), groups())
     assert set(found) == {"DWDP", "DEP"}
     for way, pool in found.items():
         assert isinstance(pool, Pools)
@@ -63,23 +74,37 @@ def test_pools_sum_and_no_gpu_does_more_than_its_pool_can(rate: float, more: flo
 @settings(max_examples=25, deadline=None)
 @given(st.floats(0.02, 0.98), st.floats(1.0, 1.5), st.sampled_from(["DWDP", "DEP"]))
 def test_more_load_waits_longer(load: float, more: float, way: str) -> None:
-    here = group(way)
+    here = groups()[way]
     rate = load * here.prompts_per_s
-    assert here.seconds[0] <= here.ttft_s(rate) <= here.ttft_s(rate * more) + 1e-9
+    assert here.ttft[0] <= here.ttft_s(rate) <= here.ttft_s(rate * more)
     assert here.ttft_s(here.prompts_per_s) == math.inf
+    assert len(here.ttft) == len(LOADS)
 
 
-def test_with_one_prompt_a_step_it_is_an_m_d_1_queue() -> None:
-    alone = PrefillGroup("DWDP", 1, 1000.0, (1000.0,), (1.0,), lockstep=False)
-    for load in (0.3, 0.7, 0.95):
-        assert alone.ttft_s(load) == pytest.approx(1 + load / 2 / (1 - load))
-    assert groups_needed(alone, 1.4, 1 + 0.7 / 2 / 0.3) == 2
-    assert groups_needed(alone, 1.4, 0.9) is None
+def test_with_one_prompt_a_step_it_is_an_m_d_1_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that take one prompt: the mean wait is load / (2 (1 - load)) of a prompt's time."""
+    monkeypatch.setattr(prefill_pool, "_PROMPTS", MANY)
+    alone = prefill_group(replace(R1, lengths=Lengths(8192), tokens=8192), "DWDP")
+    assert alone.prompts_per_s == pytest.approx(4 / alone.ttft[0], rel=0.05)
+    for load in (0.3, 0.6, 0.8):
+        wait = load / 2 / (1 - load) * 4 / alone.prompts_per_s
+        assert alone.ttft_s(load * alone.prompts_per_s) == pytest.approx(4 / alone.prompts_per_s + wait, rel=0.12)
+
+
+def test_groups_are_the_fewest_that_wait_no_longer() -> None:
+    here = PrefillGroup("DWDP", 4, 10.0, tuple(1 / (1 - load) for load in LOADS))
+    assert here.needed(0.1, 1.5) == 1 and here.needed(100, here.ttft[0] - 1e-9) is None
+    for rate in (3.0, 50.0, 700.0):
+        found = here.needed(rate, 2.5)
+        assert found is not None and here.ttft_s(rate / found) <= 2.5
+        assert found == 1 or here.ttft_s(rate / (found - 1)) > 2.5
+    # Whatever the target, none is planned above the last of LOADS.
+    assert here.needed(97, 1e9) == 10 and here.needed(97.1, 1e9) == 11
 
 
 def test_looser_targets_never_need_more() -> None:
-    by_ttft = [pools(asked(ttft=t))["DWDP"] for t in (1.0, 2.0, 10.0)]
-    by_user = [pools(asked(user=u))["DWDP"] for u in (100.0, 40.0, 10.0)]
+    by_ttft = [pools(asked(ttft=t), groups())["DWDP"] for t in (1.0, 2.0, 10.0)]
+    by_user = [pools(asked(user=u), groups())["DWDP"] for u in (100.0, 40.0, 10.0)]
     for found in (by_ttft, by_user):
         sizes = [pool.gpus for pool in found if isinstance(pool, Pools)]
         assert len(sizes) == 3 and sizes == sorted(sizes, reverse=True)

@@ -99,6 +99,7 @@ def build(more: Iterable[Callable[[Any], None]] = ()) -> Parser:
     sim = commands.add_parser("simulate", help="run fleets of ranks on a scenario", description="Simulate a scenario.")
     sim.add_argument("scenario", help="a TOML file (docs/predict.md describes it); examples/scenario.toml is one")
     sim.add_argument("--seed", type=count("--seed", 0), help="in place of the scenario's seed")
+    sim.add_argument("--disaggregated", action="store_true", help="decode elsewhere, in the scenario's [decode_pool]")
     _output(sim)
     paper = commands.add_parser(
         "paper", help="print the reproduction table; fails if a promise is missed",

@@ -67,12 +67,19 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _simulate(args: argparse.Namespace) -> int:
-    from vllm_dwdp.predict.sim.report import results_json, results_text
+    from vllm_dwdp.predict.sim.disaggregated import run_disaggregated
+    from vllm_dwdp.predict.sim.report import pools_text, results_json, results_text
     from vllm_dwdp.predict.sim.run import run_scenario
     from vllm_dwdp.predict.sim.scenario import load_scenario
 
     _check_plot(args.plot)
-    scenario = load_scenario(args.scenario, seed=args.seed)
+    if args.plot and args.disaggregated:
+        raise DwdpError(f"--plot {args.plot}: pools have no picture; leave it or --disaggregated out")
+    scenario = load_scenario(args.scenario, args.seed, args.disaggregated)
+    if args.disaggregated:
+        pools = run_disaggregated(scenario, progress=sys.stderr.isatty())
+        print(json.dumps(results_json(scenario, pools), indent=2) if args.json else pools_text(scenario, pools))
+        return 0
     results = run_scenario(scenario, progress=sys.stderr.isatty())
     print(json.dumps(results_json(scenario, results), indent=2) if args.json else results_text(scenario, results))
     if args.plot:

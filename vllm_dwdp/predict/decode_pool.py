@@ -14,6 +14,8 @@ from vllm_dwdp.predict.strategies import PLAIN, Options, data_parallel, dep, ten
 from vllm_dwdp.predict.travel import LAUNCHES_S
 from vllm_dwdp.predict.work import decoding
 
+#: Bytes/s of the KV cache from or to one GPU: a network card of 400 Gb/s for each.
+TRANSFER_RATE: Final = "50 GB/s"
 #: Requests of a rank that are looked at, and tokens of a step by which an engine's working memory goes.
 _MOST_SEQUENCES: Final = 4096
 _TOKENS: Final = 2048

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.decode_pool import DecodeEngine, decode_engines
-from vllm_dwdp.predict.prefill_pool import PrefillGroup, groups_needed, prefill_group
+from vllm_dwdp.predict.prefill_pool import PrefillGroup, prefill_group
 from vllm_dwdp.predict.units import show_time
 from vllm_dwdp.predict.verdict import Case, others_that_fit
 
 WAYS: Final = ("DWDP", "DEP")
-#: Bytes/s of the KV cache from one GPU: a network card of 400 Gb/s for each.
-TRANSFER_RATE: Final = "50 GB/s"
 
 
 @dataclass(frozen=True)
@@ -91,12 +90,6 @@ class Pools:
         }  # fmt: skip
 
 
-def prefill_of(case: Case, way: str) -> PrefillGroup:
-    """A group of prefill of the case."""
-    prompt = case.lengths.mean * (1 - case.cached)
-    return prefill_group(way, case.ranks, prompt, case.tokens, lambda tokens: case.step(way, tokens))
-
-
 def decode_for(request: PoolRequest) -> tuple[DecodeEngine, int]:
     """(the engine that takes the fewest GPUs, how many of them); raises DwdpError where none is fast enough."""
     case, osl = request.case, request.case.osl
@@ -112,8 +105,9 @@ def decode_for(request: PoolRequest) -> tuple[DecodeEngine, int]:
     return best, best.needed(request.rate, osl)
 
 
-def pools(request: PoolRequest) -> dict[str, Pools | str]:
-    """By way of prefill: what it needs, or why no number of GPUs does. Raises DwdpError where nothing can do."""
+def pools(request: PoolRequest, prefill: Mapping[str, PrefillGroup] | None = None) -> dict[str, Pools | str]:
+    """By way of prefill: what it needs, or why no number of GPUs does. prefill: groups of the case, where they are known.
+    Raises DwdpError where nothing can do."""
     case = request.case
     decode, engines = decode_for(request)
     # The engine that decodes computes the first token too.
@@ -125,8 +119,8 @@ def pools(request: PoolRequest) -> dict[str, Pools | str]:
         if way not in fits:
             found[way] = f"a rank of {case.ranks} has no room for a prompt"
             continue
-        group = prefill_of(case, way)
-        groups = groups_needed(group, request.rate, request.ttft_s - after)
+        group = prefill[way] if prefill else prefill_group(case, way)
+        groups = group.needed(request.rate, request.ttft_s - after)
         if groups is None:
             found[way] = f"a prompt alone takes {show_time(group.ttft_s(0) + after)} to its first token"
             continue

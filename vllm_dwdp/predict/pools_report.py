@@ -7,8 +7,9 @@ import textwrap
 from typing import Any, Final
 
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.predict.decode_pool import TRANSFER_RATE
 from vllm_dwdp.predict.plan_report import percent, table
-from vllm_dwdp.predict.pools import TRANSFER_RATE, PoolRequest, Pools, pools
+from vllm_dwdp.predict.pools import PoolRequest, Pools, pools
 from vllm_dwdp.predict.units import parse_quantity, show_bytes, show_count, show_time
 from vllm_dwdp.predict.verdict import Case
 

@@ -3,88 +3,68 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
-from vllm_dwdp.predict.strategies import Step
+from vllm_dwdp.predict.sim.requests import Stream
+from vllm_dwdp.predict.sim.run import Fleet, streams_of
+from vllm_dwdp.predict.sim.scenario import Scenario
+from vllm_dwdp.predict.verdict import Case
 
-#: Sizes of steps that are looked at, up to the largest.
-_SIZES: Final = 12
-_ROUNDS: Final = 40
-MOST_GROUPS: Final = 1 << 20
+#: Parts of what a group can compute, at which it is simulated; none is planned above the last.
+LOADS: Final = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97)
+#: Prompts that are simulated at no load: in all, and of a rank at least. The higher the load, the more.
+_PROMPTS: Final = 2400
+_OF_A_RANK: Final = 100
+_SEED: Final = 7
 
 
 @dataclass(frozen=True)
 class PrefillGroup:
-    """A group of `ranks` that computes prompts of `prompt` tokens on average. sizes, seconds: tokens of a rank's step, from
-    one prompt (or what a step takes of it) to the most, and what it takes. lockstep: its ranks wait for each other."""
+    """A group of `ranks`. prompts_per_s: the most, with full steps. ttft: mean seconds until a prompt is done, at LOADS."""
 
     way: str
     ranks: int
-    prompt: float
-    sizes: tuple[float, ...]
-    seconds: tuple[float, ...]
-    lockstep: bool
-
-    @property
-    def prompts_per_s(self) -> float:
-        """The most of the group, with full steps."""
-        return self.ranks * self.sizes[-1] / self.seconds[-1] / self.prompt
-
-    def step_s(self, tokens: float) -> float:
-        """Of a step, between the sizes that were looked at."""
-        return float(np.interp(tokens, self.sizes, self.seconds))
+    prompts_per_s: float
+    ttft: tuple[float, ...]
 
     def ttft_s(self, prompts_per_s: float) -> float:
-        """Mean seconds until a prompt is computed, if that many come to the group, at random; infinite above what it can.
-
-        A queue whose server takes all that waits, up to a full step: with one prompt a step it is M/D/1.
-        """
+        """Mean seconds if so many prompts come to the group, at random; infinite above what is planned."""
         load = prompts_per_s / self.prompts_per_s
-        if load >= 1:
-            return math.inf
-        mine, parts = prompts_per_s / self.ranks, max(1.0, self.prompt / self.sizes[-1])
-        tokens = self.sizes[0]
-        for _ in range(_ROUNDS):
-            tokens = min(max(mine * self.step_s(tokens) * self.prompt, self.sizes[0]), self.sizes[-1])
-        step = parts * self.step_s(tokens)
-        busy = min(1.0, mine * parts * self.seconds[0])
-        if self.lockstep:
-            busy = 1 - (1 - busy) ** self.ranks
-        together = max(1.0, self.sizes[-1] / self.prompt)
-        return step + busy * step / 2 / (1 - load**together)
+        return math.inf if load > LOADS[-1] else float(np.interp(load, LOADS, self.ttft))
 
-
-def prefill_group(
-    way: str, ranks: int, prompt: float, tokens_per_step: int, step: Callable[[int], Step]
-) -> PrefillGroup:
-    """`step`: what a step of that many tokens of a rank takes."""
-    least = min(round(prompt), tokens_per_step)
-    sizes = sorted(
-        {*np.geomspace(max(1, least), tokens_per_step, _SIZES).round().astype(int).tolist(), tokens_per_step}
-    )
-    # A step with more tokens takes no less time, whatever was drawn.
-    seconds = np.maximum.accumulate([step(size).seconds for size in sizes])
-    return PrefillGroup(way, ranks, prompt, tuple(map(float, sizes)), tuple(seconds.tolist()), lockstep=way == "DEP")
-
-
-def groups_needed(group: PrefillGroup, rate: float, ttft_s: float) -> int | None:
-    """The fewest groups at which `rate` requests/s wait `ttft_s` on average at most; None if no number does."""
-    least = max(1, math.ceil(rate / group.prompts_per_s))
-
-    def enough(groups: int) -> bool:
-        found = group.ttft_s(rate / groups)
-        return math.isfinite(found) and found <= ttft_s
-
-    low, high = least - 1, least
-    while not enough(high):
-        if high > MOST_GROUPS:
+    def needed(self, rate: float, ttft_s: float) -> int | None:
+        """The fewest groups at which `rate` requests/s wait `ttft_s` on average at most; None if no number does."""
+        if ttft_s < self.ttft[0]:
             return None
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+        # Waits grow with the load: up to which one do they last that long?
+        index = int(np.searchsorted(self.ttft, ttft_s, side="right"))
+        load = LOADS[-1]
+        if index < len(LOADS):
+            below, above = self.ttft[index - 1], self.ttft[index]
+            load = LOADS[index - 1] + (LOADS[index] - LOADS[index - 1]) * (ttft_s - below) / (above - below)
+        return max(1, math.ceil(rate / self.prompts_per_s / load - 1e-9))
+
+
+def prefill_group(case: Case, way: str) -> PrefillGroup:
+    """A group of prefill as the case has it, under 'DWDP' or 'DEP'."""
+    prompt = case.lengths.mean * (1 - case.cached)
+    most = case.ranks * case.step(way).tokens_per_gpu / prompt
+    # DWDP's ranks do not wait for each other.
+    simulated = min(case.ranks, 4) if way == "DWDP" else case.ranks
+    scenario = Scenario(
+        model=case.model, hardware=case.hardware, ranks=case.ranks, group_size=case.ranks, seconds=1.0, seed=_SEED,
+        ways=(way,), tokens_per_step=case.tokens, max_sequences=case.tokens,
+        stream=Stream(1.0, case.lengths, hit_rate=1.0 if case.cached else 0.0, hit_share=case.cached), faults={},
+        share=case.share, merge=case.view == "contiguous", options=case.options,
+    )  # fmt: skip
+    # What has come is computed, however long it takes.
+    fleet, waits = Fleet(scenario, until=math.inf), []
+    for load in LOADS:
+        rate = load * most / case.ranks
+        count = max(_OF_A_RANK, _PROMPTS // simulated) / (1 - load)
+        here = replace(scenario, seconds=count / rate, stream=replace(scenario.stream, rate=rate))
+        waits.append(float(np.mean(fleet.run(way, 0, streams_of(here, 0, simulated)).ttft)))
+    return PrefillGroup(way, case.ranks, most, tuple(np.maximum.accumulate(waits).tolist()))
