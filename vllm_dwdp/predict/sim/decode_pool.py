@@ -74,17 +74,17 @@ class DecodeCosts:
             together = collectives[0] * each + collectives[1]
             return float(local * waits + together + model.moe_layers * LAUNCHES_S)
 
+        self._step_s, self._known = step_s, dict[int, tuple[float, float]]()
         # Windows of attention are full: prompts are longer.
-        far = s.stream.lengths.mean + s.stream.osl
-        counts = range(1, self.slots + 1)
-        near_s, far_s = ([step_s(count, x) for count in counts] for x in (far, 2 * far))
-        self._slope = [0.0, *((b - a) / (far * n) for n, a, b in zip(counts, near_s, far_s, strict=True))]
-        self._base = [0.0, *(2 * a - b for a, b in zip(near_s, far_s, strict=True))]
+        self._far = s.stream.lengths.mean + s.stream.osl
 
     def step(self, count: int, context: float) -> tuple[float, float]:
         """(seconds of a step, how much longer the next one is). context: tokens that all `count` requests look back on."""
-        slope = self._slope[count]
-        return self._base[count] + slope * context, slope * count
+        if count not in self._known:
+            near_s, far_s = self._step_s(count, self._far), self._step_s(count, 2 * self._far)
+            self._known[count] = 2 * near_s - far_s, (far_s - near_s) / (self._far * count)
+        base, slope = self._known[count]
+        return base + slope * context, slope * count
 
 
 def run_decode(

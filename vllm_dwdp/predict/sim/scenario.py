@@ -181,7 +181,8 @@ def _check_size(s: Scenario, where: str) -> None:
     out = load.osl if s.pool is None else _DECODE_EVENTS
     steps = requests / s.group_size * s.ranks * (ceil(prompt / s.tokens_per_step) + out)
     # A step of DEP looks at every rank of its group; a rank without requests still has to be drawn.
-    events = sum((steps * (1 + s.group_size / 16) if way == "DEP" else steps) + 10 * s.ranks for way in s.ways)
+    ranks = s.ranks + (0 if s.pool is None else s.pool.ranks)
+    events = sum((steps * (1 + s.group_size / 16) if way == "DEP" else steps) + 10 * ranks for way in s.ways)
     if events > MOST_EVENTS:
         raise DwdpError(
             f"{where}: about {events:.2g} events ({s.ranks} ranks, {steps:.2g} prompt steps and tokens, {len(s.ways)} "
