@@ -95,7 +95,7 @@ def plan_text(request: PlanRequest) -> str:
         "",
         f"Decode, {request.decode_sequences} requests a rank at {show_count(case.lengths.isl)} tokens of context",
         _decode_table(request),
-        *_few_lines(request),
+        *request.few().lines(case.ranks),
     ]
     return "\n".join(parts)
 
@@ -239,23 +239,6 @@ def _decode(request: PlanRequest) -> Any:
         case.model, case.hardware, case.ranks, request.decode_sequences, case.lengths.isl, share=case.share,
         cached=request.cached_experts, skew=request.skew, travel=request.few().travel, options=case.options,
     )  # fmt: skip
-
-
-def _few_lines(request: PlanRequest) -> list[str]:
-    """How a launch gets at missing experts, by tokens of a step."""
-    few = request.few()
-    does = (
-        f"reads directly in steps of at most {few.direct:,} tokens a rank" if few.direct else "reads nothing directly"
-    )
-    if few.travel:
-        does = f"has tokens travel in steps of at most {few.travel:,} tokens a rank"
-        does += f", reads directly up to {few.direct:,}" if few.direct > few.travel else ""
-    lines = [f"  DWDP {does}, and pulls in larger ones."]
-    if few.why is not None:
-        lines.append(f"  Tokens do not travel: {few.why}.")
-    if few.travel and request.case.ranks > 2:
-        lines.append("  What travels was measured on two ranks only.")
-    return lines
 
 
 def plan_json(request: PlanRequest) -> dict[str, Any]:

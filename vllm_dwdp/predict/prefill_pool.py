@@ -15,7 +15,8 @@ from vllm_dwdp.predict.verdict import Case
 
 #: Parts of what a group can compute, at which it is simulated; none is planned above the last.
 LOADS: Final = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97)
-#: Prompts that are simulated at no load: in all, and of a rank at least. The higher the load, the more.
+#: Prompts that are simulated at no load: in all (fewer of those that take several steps), and of a rank at least. The
+#: higher the load, the more.
 _PROMPTS: Final = 2400
 _OF_A_RANK: Final = 100
 _SEED: Final = 7
@@ -61,10 +62,11 @@ def prefill_group(case: Case, way: str) -> PrefillGroup:
         share=case.share, merge=case.view == "contiguous", options=case.options,
     )  # fmt: skip
     # What has come is computed, however long it takes.
+    parts = math.ceil(prompt / case.tokens)
     fleet, waits = Fleet(scenario, until=math.inf), []
     for load in LOADS:
         rate = load * most / case.ranks
-        count = max(_OF_A_RANK, _PROMPTS // simulated) / (1 - load)
+        count = max(_OF_A_RANK, _PROMPTS / parts / simulated) / (1 - load)
         here = replace(scenario, seconds=count / rate, stream=replace(scenario.stream, rate=rate))
         waits.append(float(np.mean(fleet.run(way, 0, streams_of(here, 0, simulated)).ttft)))
     return PrefillGroup(way, case.ranks, most, tuple(np.maximum.accumulate(waits).tolist()))

@@ -43,6 +43,21 @@ class Few(NamedTuple):
         """Of a step of `tokens`."""
         return "travel" if tokens <= self.travel else "direct" if tokens <= self.direct else "pulled"
 
+    def lines(self, ranks: int) -> list[str]:
+        """For the report of a plan with so many ranks."""
+        does = "reads nothing directly"
+        if self.direct:
+            does = f"reads directly in steps of at most {self.direct:,} tokens a rank"
+        if self.travel:
+            does = f"has tokens travel in steps of at most {self.travel:,} tokens a rank"
+            does += f", reads directly up to {self.direct:,}" if self.direct > self.travel else ""
+        said = [f"  DWDP {does}, and pulls in larger ones."]
+        if self.why is not None:
+            said.append(f"  Tokens do not travel: {self.why}.")
+        if self.travel and ranks > 2:
+            said.append("  What travels was measured on two ranks only.")
+        return said
+
 
 def few_tokens(model: MoeModel, view: str, decode: str, travel_tokens: int, direct: int) -> Few:
     """As a launch decides by its settings; `direct`: up to how many tokens reads are faster than pulls.
