@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
-from vllm_dwdp.config import AUTO
+from vllm_dwdp.config import AUTO, DecodeName, DwdpConfig
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.formats import FORMATS, KV_BYTES
 from vllm_dwdp.predict.memory_plan import UTILISATION
@@ -99,6 +99,7 @@ def build(more: Iterable[Callable[[Any], None]] = ()) -> Parser:
     sim = commands.add_parser("simulate", help="run fleets of ranks on a scenario", description="Simulate a scenario.")
     sim.add_argument("scenario", help="a TOML file (docs/predict.md describes it); examples/scenario.toml is one")
     sim.add_argument("--seed", type=count("--seed", 0), help="in place of the scenario's seed")
+    sim.add_argument("--disaggregated", action="store_true", help="decode elsewhere, in the scenario's [decode_pool]")
     _output(sim)
     paper = commands.add_parser(
         "paper", help="print the reproduction table; fails if a promise is missed",
@@ -169,6 +170,19 @@ def _plan(commands: Any) -> None:
     how.add_argument(
         "--cached-experts", type=count("--cached-experts", 0), default=0, help="hot experts kept for decode"
     )
+    how.add_argument("--decode", choices=get_args(DecodeName), default=DwdpConfig().decode,
+                     help="how steps of few tokens get at missing experts")  # fmt: skip
+    how.add_argument("--travel-tokens", type=count("--travel-tokens", 1, MOST_STEP_TOKENS),
+                     default=DwdpConfig().travel_tokens, help="most tokens of a step whose tokens travel")  # fmt: skip
+    apart = plan.add_argument_group("disaggregated", "some GPUs compute prompts, others decode")
+    apart.add_argument(
+        "--disaggregated", action="store_true", help="how many GPUs of each a load needs (DWDP, DEP prefill)"
+    )
+    apart.add_argument("--rate", type=number("--rate", 1e-6, 1e6), help="requests per second, of all users together")
+    apart.add_argument("--ttft", metavar="TIME", help="mean time to the first token at most (default: 2 s)")
+    apart.add_argument("--tokens-per-user", type=number("--tokens-per-user", 0.01, 1e5),
+                       help="tokens per second of each user at least (default: 20)")  # fmt: skip
+    apart.add_argument("--transfer-rate", metavar="RATE", help="of a GPU's KV cache to decode (default: 50 GB/s)")
     kinds = plan.add_argument_group("formats")
     kinds.add_argument("--expert-format", choices=sorted(FORMATS), help="of the routed experts (default: the config's)")
     kinds.add_argument("--linear-format", choices=sorted(FORMATS), help="of all other products (default: the config's)")

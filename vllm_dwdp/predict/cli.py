@@ -51,9 +51,13 @@ def one_line(text: str) -> str:
 def _plan(args: argparse.Namespace) -> int:
     from vllm_dwdp.predict.plan_report import plan_json, plan_text
     from vllm_dwdp.predict.plan_request import case_of
+    from vllm_dwdp.predict.pools_report import pool_request, pools_json, pools_text
 
     _check_plot(args.plot)
     request = case_of(args)
+    if (asked := pool_request(args, request.case)) is not None:
+        print(json.dumps(pools_json(asked), indent=2) if args.json else pools_text(asked))
+        return 0
     print(json.dumps(plan_json(request), indent=2) if args.json else plan_text(request))
     if args.plot:
         from vllm_dwdp.predict.plots import plot_plan
@@ -63,12 +67,19 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _simulate(args: argparse.Namespace) -> int:
-    from vllm_dwdp.predict.sim.report import results_json, results_text
+    from vllm_dwdp.predict.sim.disaggregated import run_disaggregated
+    from vllm_dwdp.predict.sim.report import pools_text, results_json, results_text
     from vllm_dwdp.predict.sim.run import run_scenario
     from vllm_dwdp.predict.sim.scenario import load_scenario
 
     _check_plot(args.plot)
-    scenario = load_scenario(args.scenario, seed=args.seed)
+    if args.plot and args.disaggregated:
+        raise DwdpError(f"--plot {args.plot}: pools have no picture; leave it or --disaggregated out")
+    scenario = load_scenario(args.scenario, args.seed, args.disaggregated)
+    if args.disaggregated:
+        pools = run_disaggregated(scenario, progress=sys.stderr.isatty())
+        print(json.dumps(results_json(scenario, pools), indent=2) if args.json else pools_text(scenario, pools))
+        return 0
     results = run_scenario(scenario, progress=sys.stderr.isatty())
     print(json.dumps(results_json(scenario, results), indent=2) if args.json else results_text(scenario, results))
     if args.plot:

@@ -1,19 +1,34 @@
-"""Decode: a step of B tokens if all missing experts are pulled, are read where they are, or only those hit are pulled."""
+"""Decode: a step of B tokens if all missing experts are pulled, are read where they are, only those hit are pulled, or
+tokens travel to them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
+from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.direct import LayerCosts, direct_tokens
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.hardware_file import Hardware
 from vllm_dwdp.predict.model import MoeModel
 from vllm_dwdp.predict.roofline import local_time
-from vllm_dwdp.predict.strategies import PLAIN, Options, balanced_share, dep, exposed_pull, pull_bytes, tensor_parallel
+from vllm_dwdp.predict.strategies import (
+    PLAIN,
+    Options,
+    balanced_share,
+    dep,
+    dispatch_element,
+    exposed_pull,
+    pull_bytes,
+    tensor_parallel,
+)
+from vllm_dwdp.predict.travel import LAUNCHES_S, Few, TravelLayer, few_tokens
 from vllm_dwdp.predict.work import decoding
+
+#: As a launch has it that does not say.
+TRAVEL_TOKENS: Final = DwdpConfig().travel_tokens
 
 
 def popularity(experts: int, top_k: int, skew: float) -> Any:
@@ -60,10 +75,25 @@ def layer_costs(model: MoeModel, hardware: Hardware, ranks: int, held: int, othe
     )
 
 
-def predicted_tokens(model: MoeModel, hardware: Hardware, ranks: int, share: int | None = None) -> int:
-    """`direct_tokens` that a rank is expected to find."""
+def travel_layer(model: MoeModel, hardware: Hardware, ranks: int, costs: LayerCosts) -> TravelLayer:
+    """The same where tokens travel."""
+    return TravelLayer(costs, ranks, model.hidden, max(1.0, dispatch_element(model)))
+
+
+def predicted_few(
+    model: MoeModel,
+    hardware: Hardware,
+    ranks: int,
+    share: int | None = None,
+    *,
+    view: str = "split",
+    decode: str = "auto",
+    travel_tokens: int = TRAVEL_TOKENS,
+) -> Few:
+    """Steps of how many tokens travel, and read directly, on a rank that measures what the planner predicts."""
     held = balanced_share(model.experts, ranks) if share is None else share
-    return direct_tokens(layer_costs(model, hardware, ranks, held))
+    direct = direct_tokens(layer_costs(model, hardware, ranks, held))
+    return few_tokens(model, view, decode, travel_tokens, direct)
 
 
 @dataclass(frozen=True)
@@ -86,11 +116,13 @@ def decode_steps(
     share: int | None = None,
     cached: int = 0,
     skew: float = 0.0,
+    travel: int = 0,
     options: Options = PLAIN,
 ) -> list[Decode]:
     """Each way to decode `sequences` requests per rank with `context` tokens each.
 
-    cached: further experts per layer that a rank keeps, the most popular of those that it does not own.
+    cached: further experts per layer that a rank keeps, the most popular of those that it does not own. travel: most tokens
+    of a step whose tokens travel, 0 for none.
     """
     held = balanced_share(model.experts, ranks) if share is None else share
     pull_bytes(model, ranks, held)
@@ -100,8 +132,9 @@ def decode_steps(
         )
     work = decoding(sequences, context)
     local = local_time(model, hardware, work, **vars(options))
-    compute = float(local.total.mean())
     rate, layers, latency = hardware.pull_rate(ranks), model.moe_layers, hardware.link_latency
+    launches = layers * LAUNCHES_S
+    compute = float(local.total.mean()) + launches
     chance = popularity(model.experts, model.top_k, skew)
     # Owners hold every `ranks`-th expert by popularity: the missing ones are as popular as all.
     missing = np.sort(np.delete(chance, np.arange(0, model.experts, max(1, round(model.experts / held)))[:held]))[::-1]
@@ -115,10 +148,10 @@ def decode_steps(
         seconds = layers * (layer + exposed_pull(hardware, wire, layer if hidden else 0.0, ranks, duty)[1])
         return Decode(way, seconds, moved * layers, sequences / seconds)
 
-    other = compute - float(local.grouped.mean())
+    other = compute - launches - float(local.grouped.mean())
     costs = layer_costs(model, hardware, ranks, held, other / layers)
     hits = expected_hit(missing, sequences)
-    direct, seconds = hits * model.expert_bytes * layers, layers * costs.direct_s(sequences, hits)
+    direct, seconds = hits * model.expert_bytes * layers, layers * costs.direct_s(sequences, hits) + launches
     steps = [
         pulled_step("DWDP, all experts", model.experts - held, hidden=True),
         Decode("DWDP, direct reads", seconds, direct, sequences / seconds),
@@ -128,9 +161,13 @@ def decode_steps(
         steps.append(
             pulled_step(f"DWDP, on demand, {cached} cached", expected_hit(missing[cached:], sequences), hidden=False)
         )
+    if sequences <= travel:
+        seconds = layers * travel_layer(model, hardware, ranks, costs).seconds(sequences)
+        steps.append(Decode("DWDP, tokens travel", seconds, 0.0, sequences / seconds))
     group = dep(model, hardware, work, ranks, options=options)
     together = tensor_parallel(model, hardware, decoding(sequences * ranks, context), ranks, options=options)
-    steps.append(Decode("DEP", group.seconds, 0.0, group.tokens_per_gpu))
-    steps.append(Decode("TP", together.seconds, 0.0, together.tokens_per_gpu))
+    for step in (group, together):
+        seconds = step.seconds + launches
+        steps.append(Decode(step.way, seconds, 0.0, sequences / seconds))
     steps.append(Decode("DP (full replica)", compute, 0.0, sequences / compute))
     return steps

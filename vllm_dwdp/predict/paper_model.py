@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Final
 
+from vllm_dwdp.predict.decode_pool import decode_engines
 from vllm_dwdp.predict.fitted import Fitted
 from vllm_dwdp.predict.formats import FORMATS
 from vllm_dwdp.predict.hardware_file import Efficiency, Hardware, load_hardware
@@ -88,6 +89,25 @@ def paper_pair(
 def t1(c: Fitted) -> tuple[Step, Step]:
     """(DEP4, DWDP4) of T1: 8K prompts, length ratio 0.8, 32768 tokens per step, merge copy, no slices."""
     return paper_pair(c, Lengths(8 * K, 0.8), 32 * K, merge=True)
+
+
+def end_to_end(c: Fitted, tokens_per_user: float) -> float:
+    """Output tokens/s/GPU of disaggregated serving with DWDP4 prefill over DEP4 prefill, at the same tokens/s/user: T5, T6.
+
+    Inferred, since it is not published: lengths and steps of prefill as in T1, slices and no merge copy; pools so large that
+    whole groups do not matter, both full; decode with the engine that does most of those that give each user that rate, with
+    2 to 64 GPUs, attention in BF16, no drafting.
+    """
+    lengths = Lengths(8 * K, 0.8)
+    model = r1("fp8")
+    engines = decode_engines(model, with_constants(_gb200(), c), lengths.mean, K, tokens_per_user, FP8_KV)
+    decode = max(engine.tokens_per_gpu for engine in engines)
+
+    def tokens_per_gpu(step: Step) -> float:
+        return 1 / (lengths.mean / step.tokens_per_gpu / K + 1 / decode)
+
+    base, ours = paper_pair(c, lengths, 32 * K, sliced=True)
+    return tokens_per_gpu(ours) / tokens_per_gpu(base)
 
 
 def sglang(c: Fitted, isl: int) -> tuple[Step, Step]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.hold import Held, choose
-from vllm_dwdp.predict.decode import decode_steps, predicted_tokens
+from vllm_dwdp.predict.decode import decode_steps
 from vllm_dwdp.predict.hardware_file import Hardware
 from vllm_dwdp.predict.memory_plan import MemoryPlan, largest_kv, smallest_group
 from vllm_dwdp.predict.plan_request import PlanRequest
@@ -95,7 +95,7 @@ def plan_text(request: PlanRequest) -> str:
         "",
         f"Decode, {request.decode_sequences} requests a rank at {show_count(case.lengths.isl)} tokens of context",
         _decode_table(request),
-        f"  DWDP reads directly in steps of at most {_direct_tokens(request):,} tokens a rank, and pulls in larger ones.",
+        *request.few().lines(case.ranks),
     ]
     return "\n".join(parts)
 
@@ -237,13 +237,8 @@ def _decode(request: PlanRequest) -> Any:
     case = request.case
     return decode_steps(
         case.model, case.hardware, case.ranks, request.decode_sequences, case.lengths.isl, share=case.share,
-        cached=request.cached_experts, skew=request.skew, options=case.options,
+        cached=request.cached_experts, skew=request.skew, travel=request.few().travel, options=case.options,
     )  # fmt: skip
-
-
-def _direct_tokens(request: PlanRequest) -> int:
-    case = request.case
-    return predicted_tokens(case.model, case.hardware, case.ranks, case.share)
 
 
 def plan_json(request: PlanRequest) -> dict[str, Any]:
@@ -267,7 +262,8 @@ def plan_json(request: PlanRequest) -> dict[str, Any]:
             o: {"tokens": crossover_tokens(case, o), "experts_per_rank": crossover_share(case, o)} for o in WAYS[1:]
         },
         "decode": [vars(d) for d in _decode(request)],
-        "direct_tokens": _direct_tokens(request),
+        "direct_tokens": request.few().direct,
+        "travel_tokens": request.few().travel,
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from vllm_dwdp.errors import DwdpError, install
-from vllm_dwdp.predict.decode import decode_steps
+from vllm_dwdp.predict.decode import decode_steps, predicted_few
 from vllm_dwdp.predict.strategies import dwdp
 from vllm_dwdp.predict.units import show_count
 from vllm_dwdp.predict.verdict import Case, group_sizes
@@ -123,12 +123,14 @@ def pareto_plot(case: Case) -> Any:
     """Decode: tokens/s/user against tokens/s/GPU, over the number of requests per rank."""
     figure, axis = pyplot().subplots(figsize=(6.4, 3.8))
     lines: dict[str, list[tuple[float, float]]] = {}
+    travel = predicted_few(case.model, case.hardware, case.ranks, case.share, view=case.view).travel
     for sequences in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
         cached = max(0, case.model.experts - case.memory().share_experts) // 4
         for d in decode_steps(case.model, case.hardware, case.ranks, sequences, case.lengths.isl, share=case.share,
-                              cached=cached, skew=1.0, options=case.options):  # fmt: skip
+                              cached=cached, skew=1.0, 
+                              travel=travel, options=case.options):  # fmt: skip
             lines.setdefault(d.way, []).append((1 / d.seconds, d.tokens_per_gpu))
-    styles = {"DWDP, all": "-", "DWDP, on demand": "--"}
+    styles = {"DWDP, all": "-", "DWDP, on demand": "--", "DWDP, tokens travel": "-."}
     fits = case.memory(1).kv_tokens > case.lengths.isl
     for way, points in lines.items():
         if way.startswith("DP") and not fits:

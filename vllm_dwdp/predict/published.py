@@ -67,6 +67,28 @@ T4: Final = {
     (0.8, 32 * _K): (1.098, 1.109),
 }
 
+
+class Band(NamedTuple):
+    """One band of T5 and T6, end to end, ISL 8K, OSL 1K: tokens/s/user in low..high; ratios over the baseline; TTFT in ms of
+    the baseline and of DWDP. Pool sizes and rates are not published."""
+
+    low: int
+    high: int
+    user: float
+    gpu: float
+    base_ttft: int
+    ttft: int
+
+
+#: P, T5 and T6.
+T5: Final = (
+    Band(20, 30, 1.15, 1.10, 2538, 8314),
+    Band(40, 50, 1.16, 1.08, 1919, 7012),
+    Band(60, 70, 1.00, 1.10, 965, 1640),
+    Band(80, 90, 1.00, 1.06, 1669, 2280),
+    Band(170, 180, 1.00, 0.97, 494, 660),
+)
+
 #: PR sgl-project/sglang #29778: gpt-oss-120b, 4 x B200, 16K tokens per step: ISL -> DWDP4 / DEP4.
 SGLANG: Final = {4 * _K: 1.16, 8 * _K: 1.37, 16 * _K: 1.18}
 #: The same, 128 requests at once, ISL 8K: 506K over 329K tokens/s.

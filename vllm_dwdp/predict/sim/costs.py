@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vllm_dwdp.predict.decode import layer_costs, travel_layer
 from vllm_dwdp.predict.hardware_file import Hardware
 from vllm_dwdp.predict.model import MoeModel
-from vllm_dwdp.predict.strategies import PLAIN, Options, dispatch_element, dwdp, remote_copies
+from vllm_dwdp.predict.strategies import PLAIN, Options, balanced_share, dispatch_element, dwdp, remote_copies
+from vllm_dwdp.predict.travel import LAUNCHES_S, Few
 from vllm_dwdp.predict.work import Lengths, prefill
 
 
@@ -138,6 +140,25 @@ class DwdpCurve:
         wait = self._exposed[i - 1] + part * (self._exposed[i] - self._exposed[i - 1])
         wait = max(0.0, wait)
         return max(step, alone + wait), wait
+
+
+class FewCosts:
+    """Seconds of the routed experts of all layers in DWDP's steps of few tokens, which travel or read directly."""
+
+    def __init__(self, model: MoeModel, hardware: Hardware, ranks: int, share: int | None, few: Few) -> None:
+        held = balanced_share(model.experts, ranks) if share is None else share
+        self.most = max(few.travel, few.direct)
+        self._few, self._layers, self._known = few, model.moe_layers, dict[int, float]()
+        self._costs = layer_costs(model, hardware, ranks, held)
+        self._travel = travel_layer(model, hardware, ranks, self._costs)
+
+    def experts(self, tokens: int) -> float:
+        """Of a step with that many, `most` at most."""
+        if tokens not in self._known:
+            travels = self._few.way(tokens) == "travel"
+            layer = self._travel.seconds(tokens) if travels else self._costs.direct_s(tokens) + LAUNCHES_S
+            self._known[tokens] = layer * self._layers
+        return self._known[tokens]
 
 
 def _pairs(model: MoeModel, window: int | None, new: Any, context: Any) -> Any:

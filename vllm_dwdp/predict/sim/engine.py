@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -11,7 +12,11 @@ from vllm_dwdp.predict.sim.requests import Request
 
 @dataclass
 class Log:
-    """What happened. ttft: seconds; tokens: (seconds between tokens, how many tokens had them). Times in seconds."""
+    """What happened. ttft: seconds; tokens: (seconds between tokens, how many tokens had them). Times in seconds.
+
+    handed: three numbers for each prompt whose KV cache went to another engine: when it came, when the last of it was sent,
+    and its tokens.
+    """
 
     ttft: list[float] = field(default_factory=list)
     tokens: list[tuple[float, int]] = field(default_factory=list)
@@ -24,11 +29,13 @@ class Log:
     exposed: float = 0.0
     waited: float = 0.0
     steps: int = 0
+    handed: array[float] = field(default_factory=lambda: array("d"))
 
     def add(self, other: Log) -> None:
         """Take over another log's figures."""
         self.ttft += other.ttft
         self.tokens += other.tokens
+        self.handed += other.handed
         for name in (
             "prompt_tokens",
             "output_tokens",
@@ -56,16 +63,24 @@ class Live:
 
 
 class Engine:
-    """Requests of one engine. windows: those of the model's attention layers, for counting pairs."""
+    """Requests of one engine. windows: those of the model's attention layers, for counting pairs. transfer_s: of a token's
+    KV cache to where it is decoded, one prompt after the other; None where the engine decodes itself."""
 
     def __init__(
-        self, stream: list[Request], tokens_per_step: int, max_sequences: int, windows: tuple[int | None, ...]
+        self,
+        stream: list[Request],
+        tokens_per_step: int,
+        max_sequences: int,
+        windows: tuple[int | None, ...],
+        transfer_s: float | None = None,
     ) -> None:
         self._stream = stream
         self._next = 0
         self._budget = tokens_per_step
         self._most = max_sequences
         self._windows = windows
+        self._transfer_s = transfer_s
+        self._sent = 0.0
         self.waiting: deque[Live] = deque()
         self.running: list[Live] = []
         self.log = Log()
@@ -132,6 +147,9 @@ class Engine:
             log.prompt_tokens += new
             if live.done >= live.request.new:
                 self.waiting.popleft()
+                if self._transfer_s is not None:
+                    self._hand_over(live, ended, self._transfer_s)
+                    continue
                 live.made = 1
                 log.output_tokens += 1
                 log.ttft.append(ended - live.request.arrival)
@@ -140,6 +158,10 @@ class Engine:
                 else:
                     running.append(live)
         self._planned = []
+
+    def _hand_over(self, live: Live, ended: float, transfer_s: float) -> None:
+        self._sent = max(self._sent, ended) + live.context * transfer_s
+        self.log.handed.extend((live.request.arrival, self._sent, live.context))
 
     def unfinished(self, now: float) -> list[Request]:
         """What a dead engine leaves to others: requests in it, to be computed anew from `now`, and those to come."""

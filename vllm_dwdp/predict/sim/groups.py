@@ -8,7 +8,7 @@ from math import inf
 
 import numpy as np
 
-from vllm_dwdp.predict.sim.costs import Chunk, DwdpCurve, StepCost
+from vllm_dwdp.predict.sim.costs import Chunk, DwdpCurve, FewCosts, StepCost
 from vllm_dwdp.predict.sim.engine import Engine, Log
 from vllm_dwdp.predict.sim.requests import Request
 
@@ -36,18 +36,23 @@ Times = Callable[[Chunk], tuple[float, float]]
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a run. seconds: arrivals and steps after it do not count."""
+    """Of a run. seconds: arrivals and steps after it do not count. transfer_s: see `Engine`."""
 
     seconds: float
     tokens_per_step: int
     max_sequences: int
+    transfer_s: float | None = None
+
+    def engine(self, stream: list[Request], windows: tuple[int | None, ...]) -> Engine:
+        """An engine within them."""
+        return Engine(stream, self.tokens_per_step, self.max_sequences, windows, self.transfer_s)
 
 
 def run_alone(
     stream: list[Request], times: Times, windows: tuple[int | None, ...], limits: Limits, fault: Fault
 ) -> Engine:
     """One engine that waits for nobody; `times` gives (seconds, seconds exposed) of a chunk."""
-    engine = Engine(stream, limits.tokens_per_step, limits.max_sequences, windows)
+    engine = limits.engine(stream, windows)
     log, now, until = engine.log, 0.0, min(limits.seconds, fault.dead_at)
     while True:
         engine.admit(now)
@@ -71,13 +76,20 @@ def run_alone(
 
 
 def run_dwdp(
-    streams: list[list[Request]], cost: StepCost, curve: DwdpCurve | None, limits: Limits, faults: dict[int, Fault]
+    streams: list[list[Request]],
+    cost: StepCost,
+    curve: DwdpCurve | None,
+    limits: Limits,
+    faults: dict[int, Fault],
+    few: FewCosts | None = None,
 ) -> Log:
-    """A DWDP group, or full replicas where `curve` is None. Requests of a dead rank go on to the others in turn; its
-    share stays readable, since mappings outlive their owner.
+    """A DWDP group, or full replicas where `curve` is None. few: steps that do not pull. Requests of a dead rank go on to
+    the others in turn; its share stays readable, since mappings outlive their owner.
     """
 
     def times(chunk: Chunk) -> tuple[float, float]:
+        if few is not None and chunk.tokens <= few.most:
+            return cost.rest(chunk) + few.experts(chunk.tokens), 0.0
         alone = cost.seconds(chunk)
         return curve(alone) if curve is not None else (alone, 0.0)
 
@@ -114,7 +126,7 @@ def run_dep(
 ) -> Log:
     """A DEP group: every step waits for its slowest rank, idle ranks join; a dead rank ends the group."""
     ranks = len(streams)
-    engines = [Engine(s, limits.tokens_per_step, limits.max_sequences, cost.windows) for s in streams]
+    engines = [limits.engine(s, cost.windows) for s in streams]
     until = min([limits.seconds, *(f.dead_at for f in faults.values())])
     now, total = 0.0, Log()
     noise: list[list[float]] = []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isnan
 from typing import Any
 
 from vllm_dwdp.predict.plan_report import table
+from vllm_dwdp.predict.sim.disaggregated import PoolsResult
 from vllm_dwdp.predict.sim.run import Result
 from vllm_dwdp.predict.sim.scenario import Scenario
 from vllm_dwdp.predict.units import show_count, show_time
@@ -46,11 +48,48 @@ def results_text(s: Scenario, results: list[Result]) -> str:
     return "\n".join([*head, table(lines), *tail])
 
 
+def pools_text(s: Scenario, results: list[PoolsResult]) -> str:
+    """The same of a fleet with a pool that decodes."""
+    pool, load = s.pool, s.stream
+    assert pool is not None
+    lines: list[list[Any]] = [[
+        "prefill", "output tok/s/GPU", "TTFT p50", "p90", "p99", "gap p50", "p99", "transfer p50", "p99", "prefill idle",
+            "decode idle", "done", "lost",
+    ]]  # fmt: skip
+    for r in results:
+        lines.append([
+            r.way, f"{r.output_per_gpu:,.0f}", *(_time(x) for x in r.ttft), _time(r.gap[0]), _time(r.gap[2]),
+            _time(r.transfer[0]), _time(r.transfer[2]), f"{r.prefill_idle:.1%}", f"{r.decode_idle:.1%}",
+            f"{r.finished}/{r.requests}", r.lost,
+        ])  # fmt: skip
+    engines = f"{pool.ranks // pool.group_size} x {pool.way}{pool.group_size}"
+    head = [
+        f"{s.model.name} on {s.hardware.name}: {s.ranks} GPUs in groups of {s.group_size} compute prompts, {pool.ranks} "
+        f"decode ({engines}); {s.seconds:g} s, seed {s.seed}",
+        f"each prefill rank: {load.rate:g} requests/s, prompts of {show_count(load.lengths.isl)} tokens, {load.osl} out",
+        "",
+    ]
+    tail = [
+        "",
+        "  gap: between two tokens of a request. transfer: from the last of a KV cache sent to the step that takes it, with",
+        "  any wait for a slot. Idle: shares of the time of each pool. done: finished of arrived. lost: with a dead group.",
+    ]
+    best = {r.way: r for r in results}
+    if "DWDP" in best:
+        for way, r in best.items():
+            if way != "DWDP" and r.output_per_gpu:
+                tail.append(
+                    f"  DWDP against {way}: {best['DWDP'].output_per_gpu / r.output_per_gpu:.2f}x output tokens/s/GPU, "
+                    f"{best['DWDP'].ttft[0] / r.ttft[0]:.2f}x median TTFT"
+                )
+    return "\n".join([*head, table(lines), *tail])
+
+
 def _time(seconds: float) -> str:
     return "-" if isnan(seconds) else show_time(seconds)
 
 
-def results_json(s: Scenario, results: list[Result]) -> dict[str, Any]:
+def results_json(s: Scenario, results: Sequence[Result | PoolsResult]) -> dict[str, Any]:
     """The same as numbers; seconds and shares."""
 
     def clean(value: Any) -> Any:
@@ -63,6 +102,7 @@ def results_json(s: Scenario, results: list[Result]) -> dict[str, Any]:
         "hardware": s.hardware.name,
         "ranks": s.ranks,
         "group_size": s.group_size,
+        **({} if s.pool is None else {"decode_pool": vars(s.pool)}),
         "seconds": s.seconds,
         "seed": s.seed,
         "results": [{k: clean(v) for k, v in vars(r).items()} for r in results],

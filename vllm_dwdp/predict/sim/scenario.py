@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any, Final
+from typing import Any, Final, get_args
 
+from vllm_dwdp.config import DecodeName
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.arguments import MOST_STEP_TOKENS, MOST_TOKENS
+from vllm_dwdp.predict.decode import TRAVEL_TOKENS, predicted_few
+from vllm_dwdp.predict.decode_pool import TRANSFER_RATE
 from vllm_dwdp.predict.formats import KV_BYTES
 from vllm_dwdp.predict.hardware_file import Hardware, known_keys, load_hardware
 from vllm_dwdp.predict.input_files import read_toml, understood
@@ -16,13 +19,15 @@ from vllm_dwdp.predict.read_config import load_model
 from vllm_dwdp.predict.sim.groups import Fault
 from vllm_dwdp.predict.sim.requests import Stream
 from vllm_dwdp.predict.strategies import PLAIN, Options, check_group, pull_bytes
+from vllm_dwdp.predict.travel import Few
 from vllm_dwdp.predict.units import parse_count, parse_quantity
 from vllm_dwdp.predict.work import Lengths
 
 WAYS: Final = ("DWDP", "DEP", "TP", "DP")
 _TOP: Final = {
     "model", "hardware", "ranks", "group_size", "seconds", "seed", "ways", "tokens_per_step", "max_sequences",
-    "experts_per_rank", "weight_view", "kv_cache_dtype", "expert_format", "linear_format", "requests", "faults",
+    "experts_per_rank", "weight_view", "kv_cache_dtype", "expert_format", "linear_format", "requests", "faults", "decode",
+    "travel_tokens", "decode_pool",
 }  # fmt: skip
 #: What a run may be made of: twice the largest in docs/predict.md, which takes three minutes; and a group's requests, which
 #: are in memory together.
@@ -30,12 +35,35 @@ MOST_EVENTS: Final = 2e8
 MOST_REQUESTS: Final = 2e6
 MOST_SLOW: Final = 1e6
 _REQUESTS: Final = {"rate", "isl", "length_ratio", "isl_std", "osl", "burst", "hit_rate", "hit_share"}
+_POOL: Final = {"way", "ranks", "group_size", "max_sequences", "transfer_rate"}
+#: Of a pool that decodes, and of one of its ranks.
+MOST_RANKS_OF_A_POOL: Final = 1 << 20
+MOST_SEQUENCES: Final = 4096
 _FAULT: Final = {"rank", "slow", "stall_at", "stall_for", "dead_at"}
+
+
+#: Events of a request that is decoded elsewhere: it comes, and ends.
+_DECODE_EVENTS: Final = 3
+
+
+@dataclass(frozen=True)
+class DecodePool:
+    """`ranks` accelerators beside those that compute prompts, engines of `group_size` that run `way` (DEP, TP, DP).
+
+    max_sequences: of a rank. transfer: bytes/s of the KV cache from one accelerator, and to one.
+    """
+
+    way: str
+    ranks: int
+    group_size: int
+    max_sequences: int
+    transfer: float
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A run. `ranks` accelerators in groups of `group_size`; `seconds` of simulated time."""
+    """A run. `ranks` accelerators in groups of `group_size`; `seconds` of simulated time. decode, travel_tokens: as in
+    `DwdpConfig`. pool: where requests are decoded, if not by the ranks that computed their prompts."""
 
     model: MoeModel
     hardware: Hardware
@@ -51,6 +79,16 @@ class Scenario:
     share: int | None = None
     merge: bool = False
     options: Options = PLAIN
+    decode: str = "auto"
+    travel_tokens: int = TRAVEL_TOKENS
+    pool: DecodePool | None = None
+
+    def few(self) -> Few:
+        """Steps of how many tokens travel, or read directly; raises DwdpError where tokens should travel and cannot."""
+        return predicted_few(
+            self.model, self.hardware, self.group_size, self.share, view="contiguous" if self.merge else "split",
+            decode=self.decode, travel_tokens=self.travel_tokens,
+        )  # fmt: skip
 
 
 def _tables(value: Any, where: str) -> list[dict[str, Any]]:
@@ -59,20 +97,21 @@ def _tables(value: Any, where: str) -> list[dict[str, Any]]:
     return value
 
 
-def load_scenario(path: str, seed: int | None = None) -> Scenario:
-    """Read a scenario file; `seed` replaces its own. Raises DwdpError in one line."""
+def load_scenario(path: str, seed: int | None = None, disaggregated: bool = False) -> Scenario:
+    """Read a scenario file; `seed` replaces its own. disaggregated: with its [decode_pool], which is left out otherwise.
+    Raises DwdpError in one line."""
     raw = read_toml(path, "scenario", "give a TOML file")
-    scenario = parse_scenario(raw, path)
+    scenario = parse_scenario(raw, path, disaggregated)
     return scenario if seed is None else replace(scenario, seed=seed)
 
 
-def parse_scenario(raw: dict[str, Any], where: str) -> Scenario:
+def parse_scenario(raw: dict[str, Any], where: str, disaggregated: bool = False) -> Scenario:
     """See `load_scenario`."""
     with understood(where):
-        return _scenario(raw, where)
+        return _scenario(raw, where, disaggregated)
 
 
-def _scenario(raw: dict[str, Any], where: str) -> Scenario:
+def _scenario(raw: dict[str, Any], where: str, disaggregated: bool) -> Scenario:
     known_keys(raw, _TOP, where, "")
     load = raw.get("requests")
     if not isinstance(load, dict):
@@ -120,7 +159,11 @@ def _scenario(raw: dict[str, Any], where: str) -> Scenario:
         share=share,
         merge=view == "contiguous",
         options=Options(kv_element=KV_BYTES[kv]),
+        decode=_one_of(get_args(DecodeName), raw.get("decode", "auto"), f"{where}: decode"),
+        travel_tokens=_at_most(MOST_STEP_TOKENS, raw.get("travel_tokens", TRAVEL_TOKENS), f"{where}: travel_tokens"),
+        pool=_pool(raw.get("decode_pool"), model, hardware, where) if disaggregated else None,
     )
+    scenario.few()
     _check_size(scenario, where)
     return scenario
 
@@ -135,14 +178,45 @@ def _check_size(s: Scenario, where: str) -> None:
             f"rank, {s.seconds:g} s): {MOST_REQUESTS:g} are the most; lower requests.rate or seconds"
         )
     prompt = load.lengths.isl + 3 * load.lengths.std
-    steps = requests / s.group_size * s.ranks * (ceil(prompt / s.tokens_per_step) + load.osl)
+    out = load.osl if s.pool is None else _DECODE_EVENTS
+    steps = requests / s.group_size * s.ranks * (ceil(prompt / s.tokens_per_step) + out)
     # A step of DEP looks at every rank of its group; a rank without requests still has to be drawn.
-    events = sum((steps * (1 + s.group_size / 16) if way == "DEP" else steps) + 10 * s.ranks for way in s.ways)
+    ranks = s.ranks + (0 if s.pool is None else s.pool.ranks)
+    events = sum((steps * (1 + s.group_size / 16) if way == "DEP" else steps) + 10 * ranks for way in s.ways)
     if events > MOST_EVENTS:
         raise DwdpError(
             f"{where}: about {events:.2g} events ({s.ranks} ranks, {steps:.2g} prompt steps and tokens, {len(s.ways)} "
             f"ways): {MOST_EVENTS:g} are the most, some minutes; lower ranks, requests.rate, seconds, isl or osl"
         )
+
+
+def _pool(raw: Any, model: MoeModel, hardware: Hardware, where: str) -> DecodePool:
+    if not isinstance(raw, dict):
+        raise DwdpError(
+            f"{where}: [decode_pool] is missing: add it with ranks, group_size and way, or leave --disaggregated out"
+        )
+    known_keys(raw, _POOL, where, "decode_pool.")
+    here = f"{where}: decode_pool."
+    way = _one_of(WAYS[1:], raw.get("way", "DEP"), f"{here}way")
+    ranks = _at_most(MOST_RANKS_OF_A_POOL, raw.get("ranks"), f"{here}ranks")
+    size = 1 if way == "DP" else parse_count(raw.get("group_size", ranks), f"{here}group_size", 2)
+    if ranks % size:
+        raise DwdpError(
+            f"{here}ranks is {ranks}, which cannot be split into engines of {size}: change it or group_size"
+        )
+    if size > 1:
+        check_group(hardware, size)
+    if size > model.experts:
+        raise DwdpError(f"{here}group_size is {size}: {model.name} has {model.experts} experts")
+    sequences = _at_most(MOST_SEQUENCES, raw.get("max_sequences", 256), f"{here}max_sequences")
+    transfer = parse_quantity(raw.get("transfer_rate", TRANSFER_RATE), "bytes/s", f"{here}transfer_rate")
+    return DecodePool(way, ranks, size, sequences, transfer)
+
+
+def _one_of(known: tuple[str, ...], value: Any, what: str) -> str:
+    if value not in known:
+        raise DwdpError(f"{what} is {value!r}: it must be one of {', '.join(known)}")
+    return str(value)
 
 
 def _at_most(most: int, value: Any, what: str) -> int:

@@ -1,0 +1,130 @@
+"""Tokens that travel, in the planner: constants of the layer bench, engines that were held out, the settings of a launch."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ci.report.travel import constants, rows
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.predict import travel
+from vllm_dwdp.predict.cli import main
+from vllm_dwdp.predict.closed_loop import Loop, closed_loop
+from vllm_dwdp.predict.decode import decode_steps, layer_costs, predicted_few, travel_layer
+from vllm_dwdp.predict.hardware_file import load_hardware
+from vllm_dwdp.predict.measured import RUNS
+from vllm_dwdp.predict.read_config import load_model
+from vllm_dwdp.predict.reproduce import KNOWN_MISSES, held_out_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL, H100 = load_model("qwen3-30b-a3b"), load_hardware("h100")
+
+
+def layer(ranks: int = 2, held: int = 64) -> travel.TravelLayer:
+    return travel_layer(MODEL, H100, ranks, layer_costs(MODEL, H100, ranks, held, 1e-5))
+
+
+def test_constants_are_the_medians_of_the_layer_bench() -> None:
+    measured = rows()
+    assert len(measured) == 25
+    for name, seconds in constants(measured).items():
+        assert getattr(travel, name) == pytest.approx(seconds, abs=5e-8), name
+    # At one token launches decide, and are shorter.
+    assert max(abs(m.predicted / m.seconds - 1) for m in measured if m.tokens > 1) < 0.12
+    assert max(abs(m.predicted / m.seconds - 1) for m in measured) < 0.31
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.file}-{run.load}")
+def test_engines_are_those_of_the_raw_files(run: Any) -> None:
+    raw = json.loads((ROOT / f"docs/benchmarks/two-h100/{run.file}.json").read_text())
+    (system,) = [name for name in raw["turns"][run.load] if name != "dpep"]
+    rates = [turn["tokens_per_s"] for turn in raw["turns"][run.load][system]]
+    assert run.tokens_per_s == pytest.approx(statistics.median(rates), abs=1)
+    (load,) = [load for load in raw["loads"] if load["name"] == run.load]
+    assert (run.loop.isl, run.loop.osl) == (load["input"], load["output"])
+    assert run.loop.concurrency <= load["concurrency"]
+
+
+def test_engines_that_miss_are_listed() -> None:
+    held_out = [row for row in held_out_rows() if row.table == "two H100s"]
+    assert len(held_out) == len(RUNS) and all(row.limit == 0.25 for row in held_out)
+    assert {row.label for row in held_out if not row.kept} == {name for name in KNOWN_MISSES if "layers" in name}
+
+
+@settings(max_examples=60)
+@given(st.integers(2, 8), st.integers(1, 256), st.integers(0, 127), st.floats(0, 1))
+def test_a_layer_whose_tokens_travel(ranks: int, tokens: int, more: int, prompts: float) -> None:
+    held = min(127, -(-128 // ranks) + more)
+    here = layer(ranks, held)
+    busy = here.seconds(tokens)
+    assert here.seconds(tokens, idle=True) <= busy <= here.seconds(tokens + 1)
+    assert busy <= here.seconds(tokens, prompts=prompts) <= here.seconds(tokens, prompts=1.0)
+    # With every owner late: the limit and then a direct read, the rest of the layer once.
+    direct = here.costs.direct_s(tokens) + travel.LAUNCHES_S
+    assert here.seconds(tokens, prompts=1.0) <= max(busy, 2 * direct + 1e-4)
+    local = here.costs.other_s + here.costs.local_s(tokens)
+    assert busy >= local + travel.LAUNCHES_S + travel.REQUEST_S
+
+
+def test_nothing_travels_where_nothing_is_missing() -> None:
+    costs = layer_costs(MODEL, H100, 2, 128)
+    here = travel_layer(MODEL, H100, 2, costs).seconds(32)
+    assert here == pytest.approx(costs.local_s(32) + travel.LAUNCHES_S, rel=1e-6)
+
+
+def test_who_travels_follows_the_settings() -> None:
+    few = predicted_few(MODEL, H100, 2)
+    assert few.travel == few.direct == 256 and [few.way(n) for n in (1, 256, 257)] == ["travel", "travel", "pulled"]
+    less = predicted_few(MODEL, H100, 2, travel_tokens=16)
+    assert less.travel == 16 < less.direct and less.way(17) == "direct"
+    asked = predicted_few(MODEL, H100, 2, decode="direct")
+    assert asked.travel == 0 < asked.direct == less.direct
+    whole = predicted_few(MODEL, H100, 2, view="contiguous")
+    assert whole.way(1) == "pulled" and whole.why is not None
+    fp4 = predicted_few(load_model("DeepSeek-R1-FP4"), load_hardware("gb200"), 4)
+    assert fp4.travel == 0 < fp4.direct and "nvfp4" in str(fp4.why)
+    for view in ("split", "contiguous"):
+        with pytest.raises(DwdpError, match="--decode travel, but"):
+            predicted_few(load_model("DeepSeek-R1-FP4"), load_hardware("gb200"), 4, view=view, decode="travel")
+
+
+def test_decode_whose_tokens_travel_is_ahead_of_reads_and_pulls() -> None:
+    steps = {d.way: d for d in decode_steps(MODEL, H100, 2, 32, 640, travel=256)}
+    travels = steps["DWDP, tokens travel"]
+    assert travels.pulled == 0 and steps["DWDP, direct reads"].seconds > 3 * travels.seconds
+    assert travels.seconds > steps["DP (full replica)"].seconds
+    assert "DWDP, tokens travel" not in {d.way for d in decode_steps(MODEL, H100, 2, 32, 640, travel=31)}
+
+
+def test_a_loop_with_more_requests_gives_more_tokens() -> None:
+    rates = [closed_loop(MODEL, H100, 2, Loop(n, 512, 256), share=64) for n in (1, 2, 8, 64)]
+    assert [r.tokens_per_s for r in rates] == sorted(r.tokens_per_s for r in rates)
+    assert rates[0].decode_s < rates[1].decode_s, "of one request the owner is idle"
+    direct = closed_loop(MODEL, H100, 2, Loop(64, 512, 256), share=64, decode="direct")
+    assert direct.prompt_s == rates[-1].prompt_s and direct.between_s > 2 * rates[-1].between_s
+
+
+def test_plan_respects_decode_and_travel_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    def plan(*more: str) -> dict[str, Any]:
+        assert main(["plan", "qwen3-30b-a3b", "--hardware", "h100", "--ranks", "2", "--json", *more]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        found["ways"] = {d["way"] for d in found["decode"]}
+        return found
+
+    assert plan()["travel_tokens"] == 256 and "DWDP, tokens travel" in plan("--decode", "travel")["ways"]
+    for more in (("--decode", "direct"), ("--travel-tokens", "32"), ("--weight-view", "contiguous")):
+        assert "DWDP, tokens travel" not in plan(*more)["ways"]
+    for words, says in (
+        (["--weight-view", "contiguous"], "every forward pulls"),
+        (["--expert-format", "nvfp4"], "nvfp4"),
+    ):
+        assert main(["plan", "qwen3-30b-a3b", "--decode", "travel", *words]) == 2
+        line = capsys.readouterr().err
+        assert says in line and line.count("\n") == 1
+    with pytest.raises(SystemExit):
+        main(["plan", "qwen3-30b-a3b", "--decode", "pull"])
+    assert capsys.readouterr().err.count("\n") == 1
