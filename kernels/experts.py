@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -81,6 +82,8 @@ class SplitExperts(TritonExperts):
         quant_kind: how activations are quantised.
         direct: whether to compute from the second pair of tables, whose missing experts lie in peers' memory.
         journey: how forwards of few tokens that are `direct` have owners compute; None where all is read directly.
+        gives_way: whether this rank computes for others just now. A persistent kernel has its multiprocessors until its
+            end, and theirs would wait for it; the pointer kernel gives the same bits.
     """
 
     def __init__(self, moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig) -> None:
@@ -89,7 +92,8 @@ class SplitExperts(TritonExperts):
         self._direct: tuple[WeightTable, WeightTable] | None = None
         self.direct = False
         self.journey: Journey | None = None
-        self._tiles: dict[tuple[int, int, bool], Tiles] = {}
+        self.gives_way: Callable[[], bool] = lambda: False
+        self._tiles: dict[tuple[int, int, bool], tuple[Tiles, Tiles]] = {}
         self._ops: dict[MoEActivation, _LayerOps] = {}
         self.quant_kind = _quant_kind(quant_config)
 
@@ -127,7 +131,11 @@ class SplitExperts(TritonExperts):
         self._tables = self._direct = None
 
     def tiles(self, num_tokens: int, top_k: int) -> Tiles:
-        """Tiles for a batch; looked up once per number of tokens. Where tokens travel, those of what owners compute."""
+        """Tiles for a batch. Where tokens travel, those of what owners compute."""
+        return self.all_tiles(num_tokens, top_k)[self.gives_way()]
+
+    def all_tiles(self, num_tokens: int, top_k: int) -> tuple[Tiles, Tiles]:
+        """Tiles for a batch, as a rule and where it gives way; looked up once per number of tokens."""
         if self.journey is not None and self.travels(num_tokens):
             num_tokens = self.journey.room(num_tokens)
         key = (num_tokens, top_k, self.direct)
@@ -136,7 +144,8 @@ class SplitExperts(TritonExperts):
             block = tuple(self.block_shape) if self.block_shape else None
             shape = layer_shape(w13, w2, top_k)
             choose = direct_tiles_for if self.direct else tiles_for
-            self._tiles[key] = choose(shape, num_tokens, w13.addresses.device, block)  # type: ignore[arg-type]
+            tiles = choose(shape, num_tokens, w13.addresses.device, block)  # type: ignore[arg-type]
+            self._tiles[key] = tiles, replace(tiles, kernel="pointer")
         return self._tiles[key]
 
     def travels(self, num_tokens: int) -> bool:
@@ -159,9 +168,9 @@ class SplitExperts(TritonExperts):
         """Have Triton compile what `apply` launches for a batch of this size, and launch nothing."""
         quantized = self.quant_kind != "none"
         dtype = torch.bfloat16 if quantized else self.tables[0].dtype
-        tiles = self.tiles(num_tokens, top_k)
         single = False if self.travels(num_tokens) else None
-        compile_layer(self.tables, tiles, num_tokens, top_k, self.quant_kind, dtype, single)
+        for tiles in dict.fromkeys(self.all_tiles(num_tokens, top_k)[: 1 if self.journey is None else 2]):
+            compile_layer(self.tables, tiles, num_tokens, top_k, self.quant_kind, dtype, single)
 
     @property
     def tables(self) -> tuple[WeightTable, WeightTable]:

@@ -70,6 +70,7 @@ def main() -> int:
             )
         )
         processes[-1].start()
+        theirs.close()  # or its end is not seen when the rank ends
         pipes.append(mine)
 
     def answer(pipe: Connection) -> Any:

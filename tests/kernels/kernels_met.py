@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -52,7 +53,7 @@ class Layer:
     def __init__(self, shape: LayerShape, pulled: Tiling, direct: Tiling) -> None:
         self.shape, self.ways, self.direct = shape, {False: pulled, True: direct}, False
         self.tables = table(shape, shape.rows, shape.hidden), table(shape, shape.hidden, shape.width)
-        self.kept: dict[tuple[int, bool], Tiles] = {}
+        self.kept: dict[tuple[int, bool], tuple[Tiles, Tiles]] = {}
         module = SimpleNamespace(
             top_k=shape.top_k,
             dwdp_tables=SimpleNamespace(pulled=self.tables),
@@ -61,19 +62,23 @@ class Layer:
         )
         self.build = SimpleNamespace(module=module, placement=SimpleNamespace(num_experts=shape.experts))
 
-    def tiles(self, tokens: int, top_k: int) -> Tiles:
+    def all_tiles(self, tokens: int, top_k: int) -> tuple[Tiles, Tiles]:
         key = tokens, self.direct
         if key not in self.kept:
-            self.kept[key] = self.ways[self.direct](self.shape, tokens)
+            tiles = self.ways[self.direct](self.shape, tokens)
+            self.kept[key] = tiles, replace(tiles, kernel="pointer")
         return self.kept[key]
 
     def travels(self, tokens: int) -> bool:
         return False
 
     def kernels(self, tokens: int, direct: bool) -> list[str]:
-        """What Triton would look for, GEMM by GEMM."""
+        """What Triton would look for, GEMM by GEMM, as a rule and where the rank gives way to others."""
         self.direct = direct
-        shape, tiles = self.shape, self.tiles(tokens, self.shape.top_k)
+        return [name for tiles in self.all_tiles(tokens, self.shape.top_k) for name in self.kernels_of(tokens, tiles)]
+
+    def kernels_of(self, tokens: int, tiles: Tiles) -> list[str]:
+        shape = self.shape
         ids = torch.empty(tokens, shape.top_k, dtype=torch.int32, device=META)
         assignment = vllm_ops.assign(ids, tiles.block_m, shape.experts)
         routes = tokens * shape.top_k

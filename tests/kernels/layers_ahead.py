@@ -69,8 +69,9 @@ def main() -> None:
                     layer.direct = size <= 8
                     shape = layer.shape
                     experts: Any = SimpleNamespace(
-                        quant_kind=kinds[shape.dtype], tiles=layer.tiles, tables=layer.tables, travels=layer.travels
-                    )
+                        quant_kind=kinds[shape.dtype], all_tiles=layer.all_tiles, tables=layer.tables,
+                        travels=layer.travels, journey=True,
+                    )  # fmt: skip
                     SplitExperts.compile(experts, size, shape.top_k)
 
                 yield job

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 
 from vllm_dwdp.kernels import experts as module
 from vllm_dwdp.kernels.experts import SplitExperts, scales_of, stand_in
+from vllm_dwdp.kernels.tiles import Tiles
 
 
 class _Moe:
@@ -173,6 +174,30 @@ def test_tokens_of_small_direct_forwards_travel(on_cpu: None, monkeypatch: pytes
     assert compiled == [(1, None), (3, None), (4, None), (5, None), (1, False), (3, False), (4, False), (5, None)]
     rooms = [tokens for name, tokens in asked if name == "direct_tiles_for"]
     assert rooms == [2, 4, 5]
+
+
+def test_a_rank_that_computes_for_others_leaves_them_room(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the pointer kernel, which is compiled as well, where tokens travel at all."""
+    layer = Layer(experts=4, hidden=32, width=32, tokens=7, top_k=2, dtype=torch.float16)
+    monkeypatch.setattr(module, "tiles_for", lambda *a: Tiles(16, 16, 16, kernel="persistent"))
+    used: list[str] = []
+    compute = module.split_experts
+    monkeypatch.setattr(
+        module, "split_experts", lambda *a, **named: (used.append(named["tiles"].kernel), compute(*a, **named))[1]
+    )
+    compiled: list[str] = []
+    monkeypatch.setattr(module, "compile_layer", lambda *a: compiled.append(a[1].kernel))
+    experts = _made(layer)
+    experts.compile(7, 2)
+    experts.journey = _Journey()  # type: ignore[assignment]
+    experts.compile(7, 2)
+    assert compiled == ["persistent", "persistent", "pointer"]
+    found = []
+    for gives_way in (False, True, False):
+        experts.gives_way = lambda gives_way=gives_way: gives_way
+        found.append(_apply(experts, layer))
+    assert used == ["persistent", "pointer", "persistent"]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_what_it_refuses(on_cpu: None) -> None:

@@ -18,7 +18,7 @@ from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.direct import LayerCosts
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.kernels.travel import ASKED, LATE, STATE_ROWS
-from vllm_dwdp.layers import travel
+from vllm_dwdp.layers import travel, travel_counts
 from vllm_dwdp.layers.sharing import ExpertSharing
 from vllm_dwdp.layers.travel import Travel, sizes, why_not
 from vllm_dwdp.layers.travel_counts import TravelCounts
@@ -132,6 +132,21 @@ def test_limits_are_those_of_direct_reads_and_some_more() -> None:
     # Of each owner: the mailbox there from rank 0, its bell for rank 0, its rows here.
     assert found.mails.tolist() == [1 << 20, 2 << 20] and found.bells.tolist() == [0, 100]
     assert found.answers.tolist() == [(1 << 20) + 1024, (1 << 20) + 1280]
+
+
+def test_a_rank_that_was_asked_lately_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, page = [50.0], CounterPage.create(rank=5)
+    monkeypatch.setattr(travel_counts, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    attendant: Any = SimpleNamespace(served=7, failed=0)
+    counts = TravelCounts(torch.zeros(STATE_ROWS, 2, dtype=torch.int32), attendant, page)
+    lately = []
+    for seconds, served in ((0.0, 7), (0.1, 8), (0.9, 8), (1.1, 8), (1.1, 9)):
+        now[0] += seconds
+        attendant.served = served
+        counts.count()
+        lately.append(counts.asked_lately)
+    assert lately == [False, True, True, False, True]
+    page.close()
 
 
 def test_counts_grow_as_those_of_the_device_and_wrap(caplog: pytest.LogCaptureFixture) -> None:

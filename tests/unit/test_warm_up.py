@@ -41,10 +41,10 @@ def test_sizes_of_a_split_view(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in rank.modules:
         kernel: Any = module.quant_method.moe_kernel.fused_experts
 
-        def tiles(tokens: int, top_k: int, kernel: Any = kernel) -> Tiles:
-            return Tiles(16, 128 if kernel.direct else 64 if tokens >= 30 else 32 if tokens >= 8 else 16, 64)
+        def tiles(tokens: int, top_k: int, kernel: Any = kernel) -> tuple[Tiles, Tiles]:
+            return (Tiles(16, 128 if kernel.direct else 64 if tokens >= 30 else 32 if tokens >= 8 else 16, 64),) * 2
 
-        kernel.tiles = tiles
+        kernel.all_tiles = tiles
     layers = rank.sharing.layers
     assert len(layers) == LAYERS
     # A token alone, fewer routes than experts (whole blocks only), and multiples of 16 routes are apart: 1; 2; 8, 16, 32.
@@ -70,7 +70,7 @@ def test_layers_of_another_shape_have_kernels_of_their_own(monkeypatch: pytest.M
     asked = []
     for number, module in enumerate(modules):
         kernel: Any = module.quant_method.moe_kernel.fused_experts
-        kernel.tiles = lambda tokens, top_k, number=number: asked.append(number) or Tiles(16, 64, 64)
+        kernel.all_tiles = lambda tokens, top_k, number=number: asked.append(number) or (Tiles(16, 64, 64),) * 2
     tables = modules[0].dwdp_tables
     narrow = tuple(replace(table, rows=table.rows // 2) for table in tables.pulled)
     modules[0].dwdp_tables = tables._replace(pulled=narrow)

@@ -123,6 +123,9 @@ class Travel:
             self._attach(layers)
             self.attendant = self._make_attendant(layers)
             self.counts = TravelCounts(self.state, self.attendant, counters)
+            for layer in layers:
+                kernel = layer.build.module.quant_method.moe_kernel.fused_experts
+                kernel.gives_way = lambda: self.counts.asked_lately
             self.attendant.start(partial(torch.cuda.set_device, self._device.index))
         except BaseException:
             # What failed is the one to tell, not what cannot be tidied up after it.

@@ -14,12 +14,15 @@ from vllm_dwdp.travel.attendant import Attendant
 
 #: Seconds between looks at what the device has counted: a server publishes once a second.
 _PERIOD_S: Final = 0.25
+#: A rank that was asked so long ago is taken to be asked again.
+_LATELY_S: Final = 1.0
 
 logger = logging.getLogger("vllm.dwdp")
 
 
 class TravelCounts:
-    """state: int32 [., ranks] of the requester, on the device; its counts wrap."""
+    """state: int32 [., ranks] of the requester, on the device; its counts wrap. asked_lately: whether others had this rank
+    compute for them within a second before the forward at hand."""
 
     def __init__(self, state: torch.Tensor, attendant: Attendant, counters: CounterPage) -> None:
         self._state, self._attendant, self._counters = state, attendant, counters
@@ -28,10 +31,16 @@ class TravelCounts:
         self._told = self._seen.long()
         self._failed = False
         self._published = 0.0
+        self._served, self._served_at = attendant.served, -_LATELY_S
+        self.asked_lately = False
 
     def count(self) -> None:
         """A forward begins."""
-        if (now := time.monotonic()) - self._published > _PERIOD_S:
+        now = time.monotonic()
+        if (served := self._attendant.served) != self._served:
+            self._served, self._served_at = served, now
+        self.asked_lately = now - self._served_at < _LATELY_S
+        if now - self._published > _PERIOD_S:
             self._published = now
             self.publish()
 

@@ -68,8 +68,9 @@ def warm_up_sizes(layers: Sequence[LayerSlab], direct_tokens: int, first: int, l
         def at(tokens: int) -> Hashable:
             module.dwdp_compute_direct(tokens <= direct_tokens)
             kernel = module.quant_method.moe_kernel.fused_experts
-            tiles = kernel.tiles(tokens, module.top_k)
-            return compiled_apart(tiles, tokens, module.top_k, experts, kernel.travels(tokens))
+            travels = kernel.travels(tokens)
+            both = kernel.all_tiles(tokens, module.top_k)
+            return tuple(compiled_apart(tiles, tokens, module.top_k, experts, travels) for tiles in both)
 
         return at
 
