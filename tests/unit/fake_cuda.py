@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from tests.unit.fake_streams import FakeStreams, Piece, Scheduler
+from tests.unit.fake_vmm import Allocation, FakeVmm
 from vllm_dwdp.transport.cuda_device import CudaError, DeviceInfo, DeviceMemory
 
 GIB = 1 << 30
@@ -37,6 +38,7 @@ class Machine(Scheduler):
         self.used = [0] * num_devices
         self.total = total
         self.exports: dict[bytes, Block] = {}
+        self.allocations: dict[int, Allocation] = {}  # by the inode of their memory file
         self.unreachable: set[tuple[int, int]] = set()
         self.driver = 13000
         self.freed_while_mapped = 0
@@ -59,11 +61,13 @@ class FakeCuda(FakeStreams):
         self.mapped: dict[int, Block] = {}
         self.pinned: dict[int, int] = {}
         self.cached = 0  # bytes torch keeps
+        self.vmm = FakeVmm(self)
         self._maps = iter(range((1 << 46) + (number << 40), 1 << 60, 1 << 32))
 
     def clean(self) -> bool:
         """Whether nothing of CUDA is left in this process."""
-        return not (self.blocks or self.mapped or self.pinned or self.events or self.graphs) and len(self.streams) == 1
+        left = self.blocks or self.mapped or self.pinned or self.events or self.graphs
+        return not left and len(self.streams) == 1 and self.vmm.clean()
 
     # CudaDevice
 
@@ -107,6 +111,9 @@ class FakeCuda(FakeStreams):
         buffer.owner = owner  # type: ignore[attr-defined]
         return torch.frombuffer(buffer, dtype=torch.uint8)
 
+    def local_tensor(self, address: int, nbytes: int, owner: object) -> torch.Tensor:
+        return self.tensor(address, nbytes, owner)
+
     def ipc_handle(self, address: int) -> bytes:
         self._call("ipc_handle")
         handle = f"{self.number}:{address}".encode().ljust(64, b"\0")
@@ -149,6 +156,8 @@ class FakeCuda(FakeStreams):
         for base, size in self.pinned.items():
             if base <= address and address + nbytes <= base + size:
                 return address
+        if self.vmm.covers(address, nbytes):
+            return address
         raise AssertionError(f"illegal address {address:#x}, {nbytes} bytes")
 
     def _mover(self, dst: int, src: int, nbytes: int) -> Piece:

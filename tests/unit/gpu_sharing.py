@@ -248,7 +248,8 @@ def share_on_gpus(
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr("vllm_dwdp.transport.cuda_cupy.CupyDevice", lambda index: here.device)
-    monkeypatch.setattr("vllm_dwdp.transport.cupy_ipc.this_process", lambda: process_id(here.device.number))
+    monkeypatch.setattr("vllm_dwdp.transport.cuda_bindings.BindingsVmm", lambda index: here.device.vmm)
+    monkeypatch.setattr("vllm_dwdp.transport.cuda_peers.this_process", lambda: process_id(here.device.number))
     # Nothing is computed here for others.
     config = DwdpConfig.parse({"weight_view": view, "decode": "direct", **settings})
     launch = DwdpLaunch(config, num_ranks, "/made/up", (), captured_tokens=captured_tokens)

@@ -13,6 +13,7 @@ from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.transport.cuda_copy import CudaCopyEngine
 from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
 from vllm_dwdp.transport.mirrored import MirroredTransport
+from vllm_dwdp.transport.vmm import VmmTransport
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +26,8 @@ def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("auto", "auto", CupyIpcTransport),
         ("contiguous", "cupy_ipc", CupyIpcTransport),
+        ("auto", "vmm", VmmTransport),
+        ("contiguous", "vmm", VmmTransport),
         ("split", "cuda_pinned", MirroredTransport),
     ],
 )

@@ -47,6 +47,11 @@ def make_transport(build: ModelBuild, cores: tuple[int, ...]) -> Transport:
 
     options = CopyOptions(timeout_s=build.config.timeout_s)
     device = CupyDevice(torch.cuda.current_device())
+    if name == "vmm":
+        from vllm_dwdp.transport.cuda_bindings import BindingsVmm
+        from vllm_dwdp.transport.vmm import VmmTransport
+
+        return VmmTransport(device, BindingsVmm(device.index), options)
     return MirroredTransport(device, options) if name == "cuda_pinned" else CupyIpcTransport(device, options)
 
 

@@ -23,7 +23,7 @@ from vllm_dwdp.kernels.requester import Journey, Requester
 from vllm_dwdp.kernels.served import Layers
 from vllm_dwdp.kernels.travel import ENABLED
 from vllm_dwdp.layers.travel_counts import TravelCounts
-from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
+from vllm_dwdp.transport.cuda_peers import CudaTransport
 from vllm_dwdp.travel.attendant import Attendant
 from vllm_dwdp.travel.exchange import Exchange, Places
 
@@ -99,7 +99,7 @@ class Travel:
         most: int,
         counters: CounterPage,
     ) -> None:
-        assert isinstance(transport, CupyIpcTransport)
+        assert isinstance(transport, CudaTransport)
         self._device, self._rank, self._ranks = transport.device, build.rank, len(group)
         self._streams: dict[int, int] = {}
         self._graphs: list[int] = []

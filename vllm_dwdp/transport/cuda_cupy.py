@@ -103,6 +103,15 @@ class CupyDevice(CudaDevice):
         with self._torch.inference_mode(False):
             return self._torch.as_tensor(_ArrayInterface(address, nbytes, owner))
 
+    def local_tensor(self, address: int, nbytes: int, owner: object) -> "torch.Tensor":
+        """See CudaDevice. torch asks the driver where an array lies, but believes what DLPack says."""
+        import cupy
+
+        memory = cupy.cuda.UnownedMemory(address, nbytes, owner, device_id=self.index)
+        array = cupy.ndarray((nbytes,), cupy.uint8, cupy.cuda.MemoryPointer(memory, 0))
+        with self._torch.inference_mode(False):
+            return self._torch.from_dlpack(array)
+
     def ipc_handle(self, address: int) -> bytes:
         return bytes(self._checked("ipcGetMemHandle")(address))
 

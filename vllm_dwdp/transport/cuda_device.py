@@ -97,6 +97,11 @@ class CudaDevice(ABC):
         """uint8 [nbytes] over device memory, without a copy; it keeps `owner` alive."""
 
     @abstractmethod
+    def local_tensor(self, address: int, nbytes: int, owner: object) -> "torch.Tensor":
+        """As `tensor`, said to be on this device though another one's memory may be mapped at `address`: kernels on it run
+        here, where access was given."""
+
+    @abstractmethod
     def ipc_handle(self, address: int) -> bytes:
         """64 bytes with which other processes of this host can map a cudaMalloc allocation, given its first address."""
 

@@ -54,22 +54,27 @@ def allocate(device: CudaDevice, nbytes: int, purpose: str) -> Range:
     if nbytes < 1:
         raise DwdpError(f"{purpose} of {nbytes} bytes: it must have at least one")
     whole = round_up(nbytes, BLOCK)
-    if device.memory().free < whole:
-        device.empty_cache()
-    left = device.memory()
-    if left.free < whole:
-        raise _refuse(device, whole, purpose, "")
+    require_free(device, whole, purpose)
     try:
         address = device.malloc(whole)
     except CudaError as error:
-        raise _refuse(device, whole, purpose, f" ({error.code})") from error
+        raise too_little(device, whole, purpose, error) from error
     made = DeviceRange(device, address, nbytes, device.free)
     device.zero(address, whole)
     return made
 
 
-def _refuse(device: CudaDevice, nbytes: int, purpose: str, code: str) -> DwdpError:
-    left = device.memory()
+def require_free(device: CudaDevice, nbytes: int, purpose: str) -> None:
+    """See that `nbytes` are free, if need be without what torch keeps for later; raises DwdpError with the numbers."""
+    if device.memory().free < nbytes:
+        device.empty_cache()
+    if device.memory().free < nbytes:
+        raise too_little(device, nbytes, purpose)
+
+
+def too_little(device: CudaDevice, nbytes: int, purpose: str, error: CudaError | None = None) -> DwdpError:
+    """What to raise where memory does not suffice; error: of the call that found out."""
+    left, code = device.memory(), f" ({error.code})" if error else ""
     return DwdpError(
         f"{purpose} needs {nbytes / 2**30:.2f} GiB but GPU {device.index} has {left.free / 2**30:.2f} of "
         f"{left.total / 2**30:.2f} GiB free{code}: free memory, use more ranks or fewer slots{DOCTOR}"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from vllm_dwdp.transport.base import Handle, Memory, PeerSlab, Slab, Transport
+from vllm_dwdp.transport.base import Handle, Memory, PeerSlab, Slab
 from vllm_dwdp.transport.mapping import PAGE
 from vllm_dwdp.transport.mapping import Mapping as HostMapping
 from vllm_dwdp.transport.memfd import create_file, map_handle
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vllm_dwdp.transport.cuda_device import CudaDevice
+    from vllm_dwdp.transport.cuda_peers import CudaTransport
 
 #: Bytes at the end of a slab; a flag per rank.
 _FLAGS: Final = 4096
@@ -57,7 +58,7 @@ class Places:
 class Exchange:
     """One rank's; `close` once nothing is launched any more that writes to peers."""
 
-    def __init__(self, transport: Transport, device: CudaDevice, places: Places) -> None:
+    def __init__(self, transport: CudaTransport, device: CudaDevice, places: Places) -> None:
         self.places = places
         self._transport, self._device = transport, device
         self.own: Slab = transport.allocate_slab(places.nbytes)
@@ -70,9 +71,9 @@ class Exchange:
         return {"slab": self._transport.export_handle(self.own).to_dict(), "bells": self._bells.handle.to_dict()}
 
     def map(self, handles: Mapping[int, dict[str, Any]]) -> None:
-        """Map what the others' `handles` gave, by rank in the group; raises as `Transport.map_peer`."""
+        """Map what the others' `handles` gave, by rank in the group; raises as `CudaTransport.map_writable`."""
         for rank, given in handles.items():
-            self.peers[rank] = self._transport.map_peer(Handle.from_dict(given["slab"]))
+            self.peers[rank] = self._transport.map_writable(Handle.from_dict(given["slab"]))
             page = map_handle(Handle.from_dict(given["bells"]), f"the bells of rank {rank}", writable=True)
             self._device.host_register(page.address, PAGE)
             self._bells_of[rank] = page
