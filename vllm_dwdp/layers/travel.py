@@ -54,6 +54,8 @@ def why_not(build: ModelBuild, layers: Sequence[LayerSlab]) -> str | None:
         return 'transport "cuda_pinned" reaches no GPU of a peer'
     if importlib.util.find_spec("numba") is None:
         return "Numba is not installed, which vLLM asks for"
+    if any(layer.build.module.dwdp_tables is None for layer in layers):
+        return "the view is not split, whose tables owners compute with"
     kinds = set()
     for layer in layers:
         module: Any = layer.build.module
