@@ -181,8 +181,8 @@ class GpuRank:
         return torch.frombuffer(bytearray(b"".join(raw)), dtype=torch.bfloat16).view(EXPERTS, *shape)
 
     def compare(self, layer: int) -> None:
-        """The expert compute of a layer: a kernel that compares every byte, in pieces. Which table it takes, or which tensors,
-        is settled when it is launched, or captured."""
+        """The expert compute of a layer: a kernel that compares every byte, in pieces. Which table it takes, or which
+        tensors, is settled when it is launched, or captured."""
         module = self.modules[layer]
         given = {name: getattr(module, name).data for name in SHAPES}
         if module.dwdp_ranges is not None:
