@@ -17,6 +17,7 @@ from tests.unit import fake_vmm
 from tests.unit.gpu_sharing import EXPERTS, LAYERS, MANY, SHAPES, GpuRank, Kernel, as_bytes, share_on_gpus, weights
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine.options import check_settings
+from vllm_dwdp.engine.popularity import popularity_of
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.hot_placement import place_hot
 from vllm_dwdp.layers import gates
@@ -151,6 +152,12 @@ def test_scattered_shares_are_refused() -> None:
         choose_view(build(weight_view="composite"), [layer(0, scattered)])
     for placement in (place(8, 2), place(9, 3), place(5, 2, 4), place(9, 4, 5)):
         assert choose_view(build(weight_view="composite"), [layer(0, placement)]) == "composite"
+
+
+def test_popularity_is_refused_before_anything_starts() -> None:
+    config = DwdpConfig(weight_view="composite", popularity="hits.json", experts_per_rank=6)
+    with pytest.raises(DwdpError, match=r'popularity scatters experts, which weight_view "composite" .*: use weight_view auto'):
+        popularity_of(config, CUDA)
 
 
 def test_layers_that_differ_are_refused() -> None:

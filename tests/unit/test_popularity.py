@@ -62,7 +62,6 @@ def moe(checkpoint: Callable[..., Path]) -> Path:
         (hits(), {}, ["beyond E/N", "there are none", "raise dwdp.experts_per_rank"]),
         (hits(), {"experts_per_rank": 4}, ["experts_per_rank is 4 of 8 on 2 ranks", "raise it"]),
         (hits(), {"weight_view": "inplace", **SETTINGS}, ['"inplace"', "auto or contiguous"]),
-        (hits(), {"weight_view": "composite", **SETTINGS}, ['"composite"', "auto or contiguous"]),
         (hits(experts=7), SETTINGS, ["7 experts for model.layers.0.mlp.experts", "has 8", "this model"]),
         (hits(layers=4), SETTINGS, ["4 MoE layers", "has 3 layers", "this model"]),
         (None, SETTINGS, ["gone.json", "cannot be read"]),
