@@ -59,6 +59,8 @@ DEEPSEEK_BIG = {
 CASES = {
     "qwen3-split": Case(QWEN, 2, SPLIT, EAGER),
     "qwen3-contiguous": Case(QWEN, 2, CONTIGUOUS, EAGER),
+    "qwen3-vmm-split": Case(QWEN, 2, {**SPLIT, "transport": "vmm"}, FULL),
+    "qwen3-vmm-contiguous": Case(QWEN, 2, {**CONTIGUOUS, "transport": "vmm"}, EAGER),
     "qwen3-full-split": Case(QWEN, 2, SPLIT, FULL),
     "qwen3-travel": Case(QWEN, 2, TRAVEL, FULL),
     "qwen3-direct": Case(QWEN, 2, {**SPLIT, "decode": "direct"}, FULL),

@@ -2,11 +2,10 @@
 
 import multiprocessing
 
-from ci.checks.gpu_ranks import own_slab
+from ci.checks.gpu_ranks import own_slab, transport_on
 from vllm_dwdp.transport.base import Memory, Transport
+from vllm_dwdp.transport.cuda_copy import CopyOptions
 from vllm_dwdp.transport.cuda_cupy import CupyDevice
-from vllm_dwdp.transport.cuda_pinned import PinnedTransport
-from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
 
 
 class TorchCompute:
@@ -48,7 +47,7 @@ class Mapped:
         theirs.close()
         try:
             self.device = CupyDevice(0)
-            self.transport: Transport = (CupyIpcTransport if kind == "cupy_ipc" else PinnedTransport)(self.device)
+            self.transport: Transport = transport_on(self.device, kind, CopyOptions())
             self.source: Memory = self.transport.map_peer(self.pipe.recv())
         except BaseException:
             self.owner.kill()

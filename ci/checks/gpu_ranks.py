@@ -16,12 +16,14 @@ from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.prefetch.prefetcher import Prefetcher, bind_plan
 from vllm_dwdp.prefetch.ring import Ring
 from vllm_dwdp.transport.base import Handle, Transport
+from vllm_dwdp.transport.cuda_bindings import BindingsVmm
 from vllm_dwdp.transport.cuda_copy import CopyOptions
 from vllm_dwdp.transport.cuda_cupy import CupyDevice
 from vllm_dwdp.transport.cuda_pinned import PinnedTransport
 from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
 from vllm_dwdp.transport.devices import device_of_rank
 from vllm_dwdp.transport.shm import ShmTransport
+from vllm_dwdp.transport.vmm import VmmTransport
 
 LIMIT_S = 60.0
 EXPERTS, LAYERS, SLOTS = 8, 5, 2
@@ -31,7 +33,7 @@ TENSORS = (TensorSpec("w13", 96 << 10), TensorSpec("w2", 48 << 10), TensorSpec("
 
 
 class Setting(NamedTuple):
-    transport: str  # cupy_ipc, cuda_pinned or shm
+    transport: str  # cupy_ipc, vmm, cuda_pinned or shm
     num_ranks: int
     slice_bytes: int = 64 << 10
 
@@ -52,6 +54,13 @@ def make_transport(name: str, rank: int, num_ranks: int, options: CopyOptions) -
     per_device = -(-num_ranks // max(1, count))
     visible = CupyDevice(0).devices()
     device = CupyDevice(device_of_rank(rank, num_ranks, per_device, visible).index)
+    return transport_on(device, name, options)
+
+
+def transport_on(device: CupyDevice, name: str, options: CopyOptions) -> Transport:
+    """One of the transports of GPUs."""
+    if name == "vmm":
+        return VmmTransport(device, BindingsVmm(device.index), options)
     kind = CupyIpcTransport if name == "cupy_ipc" else PinnedTransport
     return kind(device, options)
 

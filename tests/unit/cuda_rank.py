@@ -15,8 +15,10 @@ from vllm_dwdp.prefetch.prefetcher import Prefetcher, bind_plan
 from vllm_dwdp.prefetch.ring import Ring
 from vllm_dwdp.transport.base import Slot
 from vllm_dwdp.transport.cuda_copy import CopyOptions, CudaCopyEngine
+from vllm_dwdp.transport.cuda_peers import CudaTransport
 from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
 from vllm_dwdp.transport.process import ProcessId
+from vllm_dwdp.transport.vmm import VmmTransport
 
 LIMIT_S = 30.0
 
@@ -26,12 +28,21 @@ def process_id(number: int) -> ProcessId:
     return ProcessId(1000 + number, 1, "made up")
 
 
+def transport_of(
+    kind: str, device: FakeCuda, options: CopyOptions | None = None, process: ProcessId | None = None
+) -> CudaTransport:
+    """Transport `kind`, cupy_ipc or vmm, over a simulated device."""
+    if kind == "vmm":
+        return VmmTransport(device, device.vmm, options, process)
+    return CupyIpcTransport(device, options, process)
+
+
 @dataclass
 class Rank:
     """One rank, its prefetcher not started."""
 
     device: FakeCuda
-    transport: CupyIpcTransport
+    transport: CudaTransport
     engine: CudaCopyEngine
     prefetcher: Prefetcher
     page: CounterPage
@@ -71,12 +82,18 @@ class Rank:
 
 
 def start_ranks(
-    machine: Machine, num_ranks: int, experts: int, ring: Ring, options: CopyOptions, slice_bytes: int = 2048
+    machine: Machine,
+    num_ranks: int,
+    experts: int,
+    ring: Ring,
+    options: CopyOptions,
+    slice_bytes: int = 2048,
+    kind: str = "cupy_ipc",
 ) -> list[Rank]:
     """A group on the devices of `machine` in turn, ready to prefetch."""
     placement = place(experts, num_ranks)
     devices = [machine.process(i % len(machine.infos)) for i in range(num_ranks)]
-    transports = [CupyIpcTransport(device, options, process_id(device.number)) for device in devices]
+    transports = [transport_of(kind, device, options, process_id(device.number)) for device in devices]
     layout = LayerLayout(placement, TENSORS)
     plans = [build_plan(layout, reader, slice_bytes) for reader in range(num_ranks)]
     slabs = [

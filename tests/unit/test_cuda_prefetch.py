@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.cuda_pair import KINDS
 from tests.unit.cuda_rank import Rank, close_ranks, start_ranks
 from tests.unit.fake_cuda import Machine
 from vllm_dwdp.prefetch.ring import Ring
@@ -42,13 +43,14 @@ def play(machine: Machine, ranks: list[Rank], forwards: int) -> None:
     st.integers(2, 3),
     st.integers(1, 2),
     st.booleans(),
+    st.sampled_from(KINDS),
 )
 def test_every_byte_is_right(
-    seed: int, layers: int, slots: int, num_ranks: int, num_devices: int, graphs: bool
+    seed: int, layers: int, slots: int, num_ranks: int, num_devices: int, graphs: bool, kind: str
 ) -> None:
     machine = Machine(seed, num_devices)
     ring = Ring(layers, slots)
-    ranks = start_ranks(machine, num_ranks, 5, ring, CopyOptions(graphs))
+    ranks = start_ranks(machine, num_ranks, 5, ring, CopyOptions(graphs), kind=kind)
     play(machine, ranks, 4)
     for rank in ranks:
         assert rank.compared and rank.wrong == 0

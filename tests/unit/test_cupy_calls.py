@@ -140,3 +140,21 @@ def test_failures_name_the_call_and_a_device_that_is_not_there_the_variable(runt
     with pytest.raises(CudaError, match="out of memory") as caught:
         device.malloc(1 << 20)
     assert caught.value.code == "cudaErrorMemoryAllocation"
+
+
+def test_a_tensor_of_a_peers_memory_is_said_to_be_here(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would ask the driver, which names the peer's device."""
+    device, owner = CupyDevice(1), object()
+    made: list[tuple[Any, ...]] = []
+
+    def unowned(address: int, nbytes: int, owner: object, device_id: int) -> str:
+        made.append((address, nbytes, owner, device_id))
+        return "memory"
+
+    cupy: Any = sys.modules["cupy"]
+    cupy.uint8 = "uint8"
+    cupy.cuda = SimpleNamespace(UnownedMemory=unowned, MemoryPointer=lambda memory, offset: (memory, offset))
+    cupy.ndarray = lambda shape, dtype, pointer: (shape, dtype, pointer)
+    monkeypatch.setattr(torch, "from_dlpack", lambda array: array)
+    found: Any = device.local_tensor(4096, 10, owner)
+    assert found == ((10,), "uint8", ("memory", 0)) and made == [(4096, 10, owner, 1)]

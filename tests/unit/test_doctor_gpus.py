@@ -18,7 +18,7 @@ from tests.unit.fake_cuda import GIB, Machine
 from vllm_dwdp.doctor import examine, gpus
 from vllm_dwdp.doctor.child import Child, ChildFailed
 from vllm_dwdp.doctor.examine import Links, link_lines, measure
-from vllm_dwdp.doctor.gpu_rank import GpuRank, shares_descriptors
+from vllm_dwdp.doctor.gpu_rank import GpuRank
 from vllm_dwdp.doctor.line import Line
 from vllm_dwdp.doctor.readings import Cupy, Offer, Read, Torch, Unread, Vllm
 from vllm_dwdp.doctor.smi import Gpu, Smi
@@ -204,7 +204,8 @@ CHECKS = [
     (gpus.links(OFFERS, [replace(READS[0], rate=50e9)])[0], "warning", "no more than PCIe gives"),
     (gpus.links(OFFERS, [replace(READS[0], rate=150e9)])[0], "warning", "are usual"),
     (gpus.links([replace(OFFERS[0], name="NVIDIA A100")], [replace(READS[0], rate=150e9)])[0], "ok", "150"),
-    (gpus.vmm(OFFERS)[0], "ok", "allowed"),
+    (gpus.vmm(OFFERS)[0], "ok", "descriptors; fabric handles: not allowed"),
+    (gpus.vmm([replace(OFFERS[0], fabric=True)])[0], "ok", "descriptors; fabric handles: allowed"),
     (gpus.vmm([replace(OFFERS[0], vmm=False)])[0], "ok", "not allowed"),
     (gpus.vmm([replace(OFFERS[0], vmm=None)])[0], "ok", "not looked at"),
     (gpus.ipc(OFFERS, [NO_PEER]), "warning", "not tried"),
@@ -224,21 +225,6 @@ def test_only_gpus_that_torch_sees_are_looked_at() -> None:
     assert gpus.visible(smi, Torch("2", "13.0", ["MIG-x"])) == [H200, other]
     assert gpus.visible(smi, Unread("gone")) == [H200, other] and gpus.visible(None, Unread("gone")) == []
     assert gpus.wsl("6.6.0-generic", [H200]) == [] and gpus.peer_access([]) == []
-
-
-def test_descriptors_of_device_memory() -> None:
-    names = SimpleNamespace(
-        CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED=1,
-        CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED=2,
-    )
-    for answers in ((0, 1), (0, 0), (1, 1)):
-        driver = SimpleNamespace(
-            CUdevice_attribute=names,
-            cuDeviceGet=lambda index: (0, index),
-            cuDeviceGetAttribute=lambda attribute, device, answers=answers: answers if attribute == 2 else (0, 1),
-        )
-        assert shares_descriptors(0, driver) is (answers == (0, 1))
-    assert shares_descriptors(0) is None  # cuda.bindings is not installed here
 
 
 def test_children_without_cupy_say_so() -> None:

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.cuda_rank import process_id
+from tests.unit.cuda_pair import KINDS
+from tests.unit.cuda_rank import process_id, transport_of
 from tests.unit.fake_cuda import Machine
 from tests.unit.helpers import descriptors, slab_maps
 from vllm_dwdp.errors import DwdpError, PeerLost
 from vllm_dwdp.kernels.mail import MailLayout
-from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
 from vllm_dwdp.travel.exchange import Exchange, Places
 
 PLACES = Places(2, 1024, 512)
@@ -59,11 +59,11 @@ def test_parts_of_a_mailbox_do_not_overlap(room: int, top_k: int, hidden: int, g
 class Two:
     """Ranks 0 and 1, on devices of their own."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
         self.machine = Machine(num_devices=2)
         self.devices = [self.machine.process(rank) for rank in (0, 1)]
         self.transports = [
-            CupyIpcTransport(device, process=process_id(rank)) for rank, device in enumerate(self.devices)
+            transport_of(kind, device, process=process_id(rank)) for rank, device in enumerate(self.devices)
         ]
         self.exchanges = [
             Exchange(transport, device, PLACES)
@@ -78,11 +78,11 @@ class Two:
             self.exchanges[rank].map({1 - rank: self.handles(1 - rank)})
 
 
-@pytest.fixture
-def two(quick_collections: None) -> Iterator[Two]:
+@pytest.fixture(params=KINDS)
+def two(quick_collections: None, request: pytest.FixtureRequest) -> Iterator[Two]:
     gc.collect()
     before = descriptors(), slab_maps()
-    made = Two()
+    made = Two(request.param)
     yield made
     for exchange in made.exchanges:
         exchange.close()

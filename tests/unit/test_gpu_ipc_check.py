@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from ci.root import ROOT
-from tests.unit.cuda_rank import process_id, start_ranks
+from tests.unit.cuda_rank import process_id, start_ranks, transport_of
 from tests.unit.fake_cuda import FakeCuda, Machine
+from tests.unit.fake_vmm import PAGE
 from vllm_dwdp.prefetch.ring import Ring
 from vllm_dwdp.transport.base import Memory
 from vllm_dwdp.transport.cuda_copy import CopyOptions
 from vllm_dwdp.transport.cuda_pinned import PinnedTransport
 from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
+from vllm_dwdp.transport.vmm import VmmTransport
 
 SCRIPT = "ci.checks.gpu_ipc"
 MIB = 1 << 20
@@ -129,6 +131,43 @@ def test_pinned_source(measures: Any) -> None:
     gc.collect()
 
 
+@pytest.mark.parametrize("broken", ["", "bytes", "rate"])
+def test_composed_ranges(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ci.checks.gpu_compose import compose_rows, mark
+
+    machine = Machine(3, num_devices=2)
+    owner, reader = (transport_of("vmm", machine.process(rank), process=process_id(rank)) for rank in (0, 1))
+    assert isinstance(owner, VmmTransport) and isinstance(reader, VmmTransport)
+    slab = owner.allocate_pieces([2 * PAGE, 2 * PAGE])
+    mark(slab, 1)
+    peer = reader.map_peer(owner.export_handle(slab))
+    if broken == "bytes":
+        slab.tensor()[-1] = 0
+    taken: list[int] = []
+
+    def product(weights: torch.Tensor, tokens: int) -> float:
+        taken.append(weights.nbytes)
+        return 2.0 if broken == "rate" and len(taken) > 1 else 1.0
+
+    monkeypatch.setattr("vllm_dwdp.transport.cuda_copy.time.sleep", lambda seconds: machine.drain())
+    rows = compose_rows(reader.device, reader, peer, product)
+    assert taken == [4 * PAGE] * 6
+    wrong = [row.name for row in rows if row.ok is False]
+    expected = {"": [], "bytes": ["own first: wrong bytes", "a peer's first: wrong bytes"]}
+    assert wrong == expected.get(broken, ["own: rate of a product, 16 tokens"]), rows
+    reader.close()
+    owner.close()
+    gc.collect()
+    assert machine.used == [0, 0]
+
+
+def test_parts_of_the_transports() -> None:
+    from ci.checks.gpu_ipc import parts
+
+    assert parts("vmm", 1).keys() - parts("cupy_ipc", 1).keys() == {"compose"}
+    assert parts("shm", 1).keys() == {"ranks", "killed", "left", "direct"}
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_graphs_that_skip_and_repeat_layers(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the part "direct" does on a GPU, over the simulated one; graphs that read slots are noticed."""
@@ -179,8 +218,8 @@ def test_processes_and_report_over_shared_memory(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU these parts do not fail")
 def test_a_part_that_fails_hides_no_other(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
-    command = [sys.executable, "-m", SCRIPT, "--only", "refusals,exposed", "--json", str(out)]
+    command = [sys.executable, "-m", SCRIPT, "--transport", "vmm", "--only", "refusals,compose", "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert done.returncode == 1, done.stdout + done.stderr
     rows = json.loads(out.read_text())["rows"]
-    assert {row["part"] for row in rows if row["ok"] is False} == {"refusals", "exposed"}
+    assert {row["part"] for row in rows if row["ok"] is False} == {"refusals", "compose"}

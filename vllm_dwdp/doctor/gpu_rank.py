@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import os
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 from vllm_dwdp.doctor.readings import Offer, Read
 from vllm_dwdp.errors import DOCTOR, DwdpError
 from vllm_dwdp.transport.base import Copy, Handle
-from vllm_dwdp.transport.cuda_device import CudaDevice
+from vllm_dwdp.transport.cuda_bindings import BindingsVmm
+from vllm_dwdp.transport.cuda_device import CudaDevice, CudaError
 from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
 from vllm_dwdp.transport.devices import find_device
 from vllm_dwdp.transport.process import ProcessId
@@ -30,10 +31,10 @@ class GpuRank:
     """The doctor's stand-in for a rank; on exit everything of CUDA that it took is given back."""
 
     def __init__(
-        self, device: CudaDevice, process: ProcessId | None = None, vmm: Callable[[int], bool | None] | None = None
+        self, device: CudaDevice, process: ProcessId | None = None, vmm: Callable[[int], Shares | None] | None = None
     ) -> None:
-        """process, vmm: in place of this process and of `shares_descriptors`, for tests."""
-        self._device, self._vmm = device, vmm or shares_descriptors
+        """process, vmm: in place of this process and of `shares`, for tests."""
+        self._device, self._vmm = device, vmm or shares
         self._transport = CupyIpcTransport(device, process=process)
         # Twice: the slab, and the slot into which others' are read. As much again stays free.
         enough = device.memory().free > 4 * NBYTES
@@ -50,8 +51,9 @@ class GpuRank:
             handle = self._transport.export_handle(self._slab).to_dict()
         except DwdpError as error:
             refused = str(error).removesuffix(DOCTOR)
-        vmm = self._vmm(info.index)
-        return Offer(info.index, info.uuid, info.name, self._device.driver_version(), handle, refused, vmm)
+        told = self._vmm(info.index)
+        vmm, fabric = told or (None, False)
+        return Offer(info.index, info.uuid, info.name, self._device.driver_version(), handle, refused, vmm, fabric)
 
     def read(self, owner: dict[str, Any]) -> Read:
         """owner: `index` and `handle` of another process's offer."""
@@ -110,19 +112,30 @@ def _mark(index: int) -> int:
     return 1 + index % 255
 
 
-def shares_descriptors(index: int, driver: Any = None) -> bool | None:
-    """Whether this GPU's memory can be given to other processes as a file descriptor (CUDA VMM); None where cuda.bindings,
-    which says so, is not installed. driver: in its place."""
-    if driver is None:
+class Shares(NamedTuple):
+    """How this GPU's memory can be given to other processes (CUDA VMM)."""
+
+    descriptors: bool
+    fabric: bool
+
+
+def shares(index: int, driver: Any = None) -> Shares | None:
+    """As tried on device `index`, whose context is current; None where cuda.bindings is not installed. driver: in its
+    place."""
+    try:
+        vmm = BindingsVmm(index, driver)
+    except CudaError:
+        return Shares(False, False)
+    except DwdpError:
+        return None
+    try:
+        if vmm.why_not():
+            return Shares(False, False)
+        handle = vmm.create(vmm.granularity())
         try:
-            driver = importlib.import_module("cuda.bindings.driver")
-        except ImportError:
-            return None
-    attributes = driver.CUdevice_attribute
-    _, device = driver.cuDeviceGet(index)
-    asked = (
-        attributes.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
-        attributes.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
-    )
-    answers = [driver.cuDeviceGetAttribute(attribute, device) for attribute in asked]
-    return all(int(code) == 0 and bool(value) for code, value in answers)
+            os.close(vmm.export(handle))
+        finally:
+            vmm.release(handle)
+        return Shares(True, vmm.fabric())
+    except CudaError:
+        return Shares(False, False)

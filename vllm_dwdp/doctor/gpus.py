@@ -94,13 +94,16 @@ def ipc(offers: Sequence[Offer], reads: Sequence[Read]) -> Line:
 
 
 def vmm(offers: Sequence[Offer]) -> list[Line]:
-    """Memory as file descriptors: told, since transports to come may want it; none of today's does."""
+    """Memory as file descriptors, for transport vmm; fabric handles are told, nothing uses them."""
     told = {offer.vmm for offer in offers}
     if not offers:
         return []
     if None in told:
-        return [ok("CUDA VMM", "not looked at: cuda.bindings is not installed, and nothing here needs it")]
-    return [ok("CUDA VMM", "allowed, by file descriptors" if told == {True} else "not allowed, and not needed")]
+        return [ok("CUDA VMM", "not looked at: cuda.bindings is not installed; only transport vmm needs it")]
+    if told != {True}:
+        return [ok("CUDA VMM", "not allowed; only transport vmm needs it")]
+    fabric = "allowed" if all(offer.fabric for offer in offers) else "not allowed"
+    return [ok("CUDA VMM", f"allowed, by file descriptors; fabric handles: {fabric}")]
 
 
 def links(offers: Sequence[Offer], reads: Sequence[Read]) -> list[Line]:

@@ -48,7 +48,7 @@ class Offer:
 
     index: among those this process sees. driver_cuda: as 1000 * major + 10 * minor. handle: of a Handle; None where there
     is no IPC handle, with the reason in `refused`. vmm: whether memory can be given away as a file descriptor; None where
-    cuda.bindings is missing.
+    cuda.bindings is missing. fabric: whether as a fabric handle too.
     """
 
     index: int
@@ -58,6 +58,7 @@ class Offer:
     handle: dict[str, Any] | None
     refused: str
     vmm: bool | None
+    fabric: bool = False
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,7 @@ class VmmTransport(CudaTransport):
 
     def _refused(self, handle: Handle, owner: ProcessId, error: CudaError | OSError) -> DwdpError:
         said = error.code if isinstance(error, CudaError) else error.strerror or str(error)
-        if _has_ended(owner):
+        if is_gone(owner) if isinstance(error, CudaError) else _has_ended(owner):
             return PeerLost(f"the owner of a slab (process {owner.pid}) is gone ({said}): look at that rank's log")
         return DwdpError(
             f"mapping {handle.nbytes} bytes of process {owner.pid} on {handle.device} for {self._here()} was refused "
