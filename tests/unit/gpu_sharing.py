@@ -152,7 +152,7 @@ class Meeting:
         def gather(name: str, value: Any, group: list[int]) -> list[Any]:
             put(name, value)
             self.turn.notify_all()
-            if not self.turn.wait_for(lambda: len(self.said[name]) == self.num_ranks, LIMIT_S):
+            if not self.turn.wait_for(lambda: len(self.said[name]) >= self.num_ranks, LIMIT_S):
                 raise TimeoutError(name)
             return [self.said[name][other] for other in group]
 

@@ -4,6 +4,7 @@ what is copied at start, and what is refused. Turns of pulls and direct reads: t
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,8 +36,11 @@ FEW = 16
 
 
 @pytest.fixture(autouse=True)
-def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(ModelBuild, "_current", None)
+    yield
+    gates._gates.clear()
+    gc.collect()  # ranges, which are mappings and descriptors here
 
 
 def seen(rank: GpuRank, layer: int, tokens: int) -> dict[str, bytes]:

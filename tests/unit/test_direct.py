@@ -3,6 +3,7 @@ whatever is captured, replayed, aborted, skipped or repeated. By tables (split v
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from tests.unit import fake_vmm
 from tests.unit.fake_cuda import Machine
 from tests.unit.gpu_sharing import LAYERS, MANY, GpuRank, end_process, share_on_gpus
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.layers import gates
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.views.split import SplitTables
 from vllm_dwdp.transport.base import InCapture
@@ -28,8 +30,11 @@ PAGE = 3 * 4096
 
 
 @pytest.fixture(autouse=True)
-def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(ModelBuild, "_current", None)
+    yield
+    gates._gates.clear()
+    gc.collect()  # ranges, which are mappings and descriptors here
 
 
 def group(
@@ -115,6 +120,8 @@ def close(ranks: Sequence[GpuRank]) -> None:
     for rank in ranks:
         rank.sharing.close()
         assert len(rank.device.streams) == 1, "a stream is left"
+    # They keep layers, and these their ranges.
+    gates._gates.clear()
 
 
 # A seed is not simpler than another: nothing to shrink.
@@ -193,6 +200,7 @@ def test_the_harness_catches(view: str, fault: Any, monkeypatch: pytest.MonkeyPa
         fault(rank)
     play(machine, ranks, 40, direct=0.5)
     assert sum(rank.wrong for rank in ranks) > 0
+    close(ranks)
 
 
 @both_views
@@ -271,6 +279,8 @@ def test_an_owner_that_ended_is_read_on(ends: str, replaying: tuple[Machine, lis
     assert machine.freed_while_mapped == (2 * LAYERS * 2 - LAYERS if by_ipc else 0)
     reader.device.destroy_graph(graph)
     reader.sharing.close()
+    for owner in ranks[:2]:
+        owner.sharing.transport.close()  # of one that was killed: threads and descriptors that are this process's
 
 
 def test_close_waits_for_kernels_that_read_peers(replaying: tuple[Machine, list[GpuRank], list[int]]) -> None:
