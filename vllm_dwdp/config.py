@@ -10,7 +10,7 @@ from vllm_dwdp.placement import check_share
 from vllm_dwdp.platform import Platform
 
 TransportName = Literal["auto", "cupy_ipc", "vmm", "cuda_pinned", "shm"]
-ViewName = Literal["auto", "split", "contiguous", "inplace"]
+ViewName = Literal["auto", "split", "composite", "contiguous", "inplace"]
 LauncherName = Literal["auto", "ray", "mp", "uni"]
 DecodeName = Literal["auto", "travel", "direct"]
 

@@ -6,7 +6,7 @@ cut into slices. The copies of all peers take turns, beginning with the next ran
 source.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
@@ -130,8 +130,6 @@ def build_plan(layout: LayerLayout, reader: int, slice_bytes: int | None, split:
 
     Raises DwdpError for empty tensors or a slice_bytes below 1.
     """
-    if slice_bytes is not None and slice_bytes < 1:
-        raise DwdpError(f"slice_bytes is {slice_bytes}: it must be >= 1")
     placement, slabs, slot = layout.placement, layout.slabs, layout.slot(reader, split)
     ranges: list[list[Slice]] = [[] for _ in slabs]
     for run in placement.runs(reader):
@@ -140,10 +138,19 @@ def build_plan(layout: LayerLayout, reader: int, slice_bytes: int | None, split:
         for name, row_bytes, _ in slot.tensors:
             begin, to = slabs[run.owner].offset(name, run.first), slot.offset(name, run.first)
             ranges[run.owner].append(Slice(run.owner, begin, to, run.length * row_bytes))
-    peers = [(reader + step) % placement.num_ranks for step in range(1, placement.num_ranks)]
+    return CopyPlan(reader, slot, take_turns(ranges, reader, slice_bytes), tuple(ranges[reader]))
+
+
+def take_turns(ranges: Sequence[list[Slice]], reader: int, slice_bytes: int | None) -> tuple[Slice, ...]:
+    """The pulls of `reader` in issue order. ranges: [rank] -> what is copied from it; its own are left out.
+
+    Raises DwdpError for a slice_bytes below 1.
+    """
+    if slice_bytes is not None and slice_bytes < 1:
+        raise DwdpError(f"slice_bytes is {slice_bytes}: it must be >= 1")
+    peers = [(reader + step) % len(ranges) for step in range(1, len(ranges))]
     turns = zip_longest(*(_cut(ranges[peer], slice_bytes) for peer in peers))
-    pulls = tuple(item for turn in turns for item in turn if item is not None)
-    return CopyPlan(reader, slot, pulls, tuple(ranges[reader]))
+    return tuple(item for turn in turns for item in turn if item is not None)
 
 
 def _cut(ranges: list[Slice], slice_bytes: int | None) -> Iterator[Slice]:

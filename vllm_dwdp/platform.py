@@ -35,8 +35,8 @@ CPU: Final = Platform(
 # FP8 with scales per block or tensor; with which kernels is checked when the layers exist.
 CUDA: Final = Platform(
     "GPUs", False, ("vllm.v1.worker.gpu_worker.Worker", "vllm_dwdp.engine.gpu_worker.DwdpGPUWorker"),
-    transports=("cupy_ipc", "vmm", "cuda_pinned"), views=("split", "contiguous"), launcher="uni", slice_bytes=None,
-    quantisations=("fp8",), methods=("UnquantizedFusedMoEMethod", "Fp8MoEMethod"))
+    transports=("cupy_ipc", "vmm", "cuda_pinned"), views=("split", "composite", "contiguous"), launcher="uni",
+    slice_bytes=None, quantisations=("fp8",), methods=("UnquantizedFusedMoEMethod", "Fp8MoEMethod"))
 # fmt: on
 
 

@@ -34,7 +34,7 @@ NO_GRAPHS = compiled(cudagraph_mode="NONE")
 #: A graph for every number of tokens: padding would change which matrix products are taken.
 PIECEWISE = compiled(cudagraph_mode="PIECEWISE", cudagraph_capture_sizes=list(range(1, 25)))
 
-SPLIT, CONTIGUOUS = {"weight_view": "split"}, {"weight_view": "contiguous"}
+SPLIT, CONTIGUOUS, COMPOSITE = ({"weight_view": view} for view in ("split", "contiguous", "composite"))
 #: Every forward pulls; and one token reads directly, more pull, so that ways take turns.
 TRAVEL = {**SPLIT, "decode": "travel"}
 PULLED, TURNS = {**SPLIT, "direct_tokens": 0}, {**SPLIT, "direct_tokens": 1}
@@ -43,6 +43,8 @@ QWEN_FP8 = {**QWEN, "fp8": True, "hidden": 256, "intermediate": 256, "head_dim":
 DEEPSEEK = {"family": "deepseek_v3", "num_layers": 4, "hidden": 256, "intermediate": 256, "head_dim": 128}
 GPT_OSS = {"family": "gpt_oss", "num_experts": 8}
 MIXTRAL = {"family": "mixtral", "num_experts": 7}
+#: Of several pages of 2 MiB for each rank, on which neither rows nor shares end.
+PAGES = {"num_experts": 15, "hidden": 1024, "intermediate": 384, "num_layers": 3}
 #: 4.8 GB and 3.4 GB on disk.
 QWEN_BIG = {
     "family": "qwen3_moe", "num_experts": 128, "num_layers": 4, "hidden": 2048, "intermediate": 768, "top_k": 8,
@@ -64,6 +66,11 @@ CASES = {
     "qwen3-direct": Case(QWEN, 2, {**SPLIT, "decode": "direct"}, FULL),
     "qwen3-fp8-travel": Case(QWEN_FP8, 2, TRAVEL, EAGER),
     "gpt_oss-travel": Case(GPT_OSS, 2, {**TRAVEL, "experts_per_rank": 5, "num_slots": 3}, DEFAULT),
+    "qwen3-composite": Case({**QWEN, **PAGES}, 2, COMPOSITE, FULL),
+    "gpt_oss-composite": Case(
+        {**GPT_OSS, **PAGES, "num_experts": 8}, 2, {**COMPOSITE, "experts_per_rank": 5, "num_slots": 3}, DEFAULT
+    ),
+    "qwen3-fp8-composite": Case({**QWEN_FP8, **PAGES}, 2, {**COMPOSITE, "experts_per_rank": 9}, EAGER),
     "qwen3-serve": Case(QWEN, 2, {}, FULL, serve=True),
     "qwen3-serve-default": Case(QWEN, 2, {}, DEFAULT, serve=True),
     "qwen3-pulled": Case(QWEN, 2, PULLED, EAGER),

@@ -29,6 +29,7 @@ class Digests:
             for tensor, parameter in layer.named_parameters():
                 if parameter.ndim > 1:
                     rows = self._rows_by_address(layer, tensor)
+                    self._check_direct_range(layer, parameter)
                     if rows is None:
                         rows = parameter.data.contiguous().view(torch.uint8).flatten(1).cpu()
                     digests[f"{name}.{tensor}"] = [hashlib.sha1(row.numpy().tobytes()).hexdigest() for row in rows]
@@ -40,6 +41,16 @@ class Digests:
         """The most tokens of a forward that reads experts where they are; 0 without dwdp, and where all or none do."""
         sharing = getattr(self, "dwdp_sharing", None)
         return 0 if sharing is None else sharing.direct_tokens or 0
+
+    def _check_direct_range(self, layer: Any, parameter: Any) -> None:
+        """In a composite view the range of direct reads has to hold the bytes that were pulled."""
+        import torch
+
+        for tensor in ranges.tensors if (ranges := getattr(layer, "dwdp_ranges", None)) else ():
+            if tensor.parameter is parameter:
+                assert parameter.data.data_ptr() == tensor.pulled.data_ptr()
+                seen = [found.view(torch.uint8).cpu() for found in (tensor.pulled, tensor.direct)]
+                assert torch.equal(*seen), "owners hold other bytes than the slot"
 
     def _rows_by_address(self, layer: Any, tensor: str) -> Any:
         """uint8 [E, bytes of a row] as the split-weight kernels find them, by either table; None for tensors without."""

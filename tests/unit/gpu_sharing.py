@@ -116,8 +116,8 @@ class LateCopies(TorchDispatchMode):
         self.device = device
 
     def _on_device(self, tensor: torch.Tensor) -> bool:
-        blocks = self.device.blocks.values()
-        return any(block.real <= tensor.data_ptr() < block.real + block.nbytes for block in blocks)
+        at, blocks = tensor.data_ptr(), self.device.blocks.values()
+        return self.device.vmm.covers(at, 1) or any(block.real <= at < block.real + block.nbytes for block in blocks)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.aten.copy_.default or args[0].dtype != args[1].dtype:
@@ -152,7 +152,7 @@ class Meeting:
         def gather(name: str, value: Any, group: list[int]) -> list[Any]:
             put(name, value)
             self.turn.notify_all()
-            if not self.turn.wait_for(lambda: len(self.said[name]) == self.num_ranks, LIMIT_S):
+            if not self.turn.wait_for(lambda: len(self.said[name]) >= self.num_ranks, LIMIT_S):
                 raise TimeoutError(name)
             return [self.said[name][other] for other in group]
 
@@ -172,26 +172,31 @@ class GpuRank:
     compared_direct: int = 0
 
     def rows(self, layer: int, name: str, direct: bool) -> torch.Tensor:
-        """[E, *row] as kernels see them now: through the parameter, or by the addresses of the table."""
-        module, shape = self.modules[layer], SHAPES[name]
-        if module.dwdp_tables is None or name == "w13_bias":
-            return getattr(module, name).data
-        tables = module.quant_method.moe_kernel.fused_experts.tables
+        """[E, *row] as kernels see them now by the addresses of a table."""
+        shape = SHAPES[name]
+        tables = self.modules[layer].quant_method.moe_kernel.fused_experts.tables
         table = (tables.direct if direct else tables.pulled)[list(SHAPES).index(name)]
         nbytes = 2 * shape[0] * shape[1]
         raw = [ctypes.string_at(self.device.real(at, nbytes), nbytes) for at in table.addresses.tolist()]
         return torch.frombuffer(bytearray(b"".join(raw)), dtype=torch.bfloat16).view(EXPERTS, *shape)
 
     def compare(self, layer: int) -> None:
-        """The expert compute of a layer: a kernel that compares every byte, in pieces. Which table it takes is settled
-        when it is launched, or captured."""
-        direct = self.modules[layer].quant_method.moe_kernel.fused_experts.direct
+        """The expert compute of a layer: a kernel that compares every byte, in pieces. Which table it takes, or which
+        tensors, is settled when it is launched, or captured."""
+        module = self.modules[layer]
+        given = {name: getattr(module, name).data for name in SHAPES}
+        if module.dwdp_ranges is not None:
+            direct = given["w13_weight"].data_ptr() == module.dwdp_ranges.tensors[0].direct.data_ptr()
+        else:
+            direct = module.quant_method.moe_kernel.fused_experts.direct
 
         def piece(name: str) -> Callable[[], None]:
             def run() -> None:
+                by_table = module.dwdp_tables is not None and name != "w13_bias"
+                seen = self.rows(layer, name, direct) if by_table else given[name]
                 self.compared += 1
                 self.compared_direct += direct
-                self.wrong += as_bytes(self.rows(layer, name, direct)) != as_bytes(weights(layer, name))
+                self.wrong += as_bytes(seen) != as_bytes(weights(layer, name))
 
             return run
 

@@ -107,7 +107,8 @@ def test_the_view_decides_what_slots_hold(checkpoint: Callable[..., Path]) -> No
 
     assert [hold(on_pages, True, view) for view in ("auto", "inplace", "contiguous")] == ["nothing", "nothing", "all"]
     assert [hold(off_pages, True, view) for view in ("auto", "inplace", "contiguous")] == ["all", "nothing", "all"]
-    assert [hold(on_pages, False, view) for view in ("auto", "split", "contiguous")] == ["missing", "missing", "all"]
+    views = ("auto", "split", "composite", "contiguous")
+    assert [hold(on_pages, False, view) for view in views] == ["missing", "missing", "missing", "all"]
 
 
 def test_a_model_that_cannot_be_read_is_one_line(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
 from vllm_dwdp.layers.coverage import check_coverage, check_memory
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
-from vllm_dwdp.layers.sharing import make_transport
+from vllm_dwdp.layers.transports import make_transport
 from vllm_dwdp.placement import place
 from vllm_dwdp.platform import CPU, CUDA
 from vllm_dwdp.transport import limits
@@ -98,9 +98,9 @@ def test_memory_that_does_not_suffice_for_all_ranks(view: str, slots: str, monke
 
 def test_a_transport_that_is_not_there() -> None:
     gpu = ModelBuild(DwdpConfig(transport="shm"), 0, 2, platform=CUDA)
-    check_message(refusal(lambda: make_transport(gpu, ())), ["'shm'", "GPUs", "cupy_ipc"])
+    check_message(refusal(lambda: make_transport(gpu, (), "split")), ["'shm'", "GPUs", "cupy_ipc"])
     cpu = ModelBuild(DwdpConfig(transport="cupy_ipc"), 0, 2, platform=CPU)
-    check_message(refusal(lambda: make_transport(cpu, ())), ["'cupy_ipc'", "CPU", "shm"])
+    check_message(refusal(lambda: make_transport(cpu, (), "inplace")), ["'cupy_ipc'", "CPU", "shm"])
 
 
 def test_fp8_with_static_activation_scales() -> None:

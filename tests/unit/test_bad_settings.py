@@ -42,6 +42,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
         pytest.param(2, {"weight_view": "continuous"}, ["did you mean 'contiguous'"], id="unknown-view"),
         pytest.param(2, {"launcher": "slurm"}, ["'slurm'", "auto, ray, mp, uni"], id="unknown-launcher"),
         pytest.param(2, {"weight_view": "split"}, ['"split"', "GPUs", "inplace or contiguous"], id="split-on-cpu"),
+        pytest.param(2, {"weight_view": "composite"}, ['"composite"', "GPUs", "inplace or"], id="composite-on-cpu"),
         pytest.param(2, {"transport": "cupy_ipc"}, ['"cupy_ipc"', "GPUs", "auto or shm"], id="gpu-transport-on-cpu"),
         pytest.param(2, {"transport": "cuda_pinned"}, ['"cuda_pinned"', "GPUs", "auto or shm"], id="pinned-on-cpu"),
         pytest.param(2, {"in_flight": 2}, ["in_flight is 2", "gone", "leave it out"], id="in-flight"),
@@ -82,6 +83,7 @@ def test_direct_tokens_on_gpus(view: Any, told: Any, words: list[str] | None, mo
     ("settings", "words"),
     [
         ({"weight_view": "contiguous"}, ['weight_view "contiguous"', "every forward pulls", "one of them out"]),
+        ({"weight_view": "composite"}, ['weight_view "composite"', "tables of the split view", "one of them out"]),
         ({"transport": "cuda_pinned"}, ['transport "cuda_pinned"', "every forward pulls", "one of them out"]),
         ({"direct_tokens": 0}, ["direct_tokens 0", "every forward pulls", "one of them out"]),
         ({"ranks_per_device": 2}, ["ranks_per_device 2", "share a GPU", "one of them out"]),

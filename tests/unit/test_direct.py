@@ -1,10 +1,10 @@
 """Forwards that read missing experts from their owners, in any turns with those that pull, on simulated CUDA: no stale byte,
-whatever is captured, replayed, aborted, skipped or repeated."""
+whatever is captured, replayed, aborted, skipped or repeated. By tables (split view) or ranges of addresses (composite)."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,127 +13,51 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
 
+from tests.unit.direct_turns import FEW, close, group, play, ring_of
 from tests.unit.fake_cuda import Machine
 from tests.unit.gpu_sharing import LAYERS, MANY, GpuRank, end_process, share_on_gpus
-from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.layers import gates
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.views.split import SplitTables
 from vllm_dwdp.transport.base import InCapture
 
-FEW = 16  # tokens of the largest direct forward
+both_views = pytest.mark.parametrize("view", ["split", "composite"])
 
 
 @pytest.fixture(autouse=True)
-def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(ModelBuild, "_current", None)
-
-
-def group(
-    monkeypatch: pytest.MonkeyPatch, num_ranks: int = 2, seed: int = 0, **more: Any
-) -> tuple[Machine, list[GpuRank]]:
-    """Ranks of a split view that have begun to prefetch."""
-    machine, ranks = share_on_gpus(monkeypatch, "split", num_ranks, seed, **{"direct_tokens": FEW, **more})
-    for rank in ranks:
-        assert rank.sharing.direct_tokens == FEW
-        rank.sharing.start()
-    return machine, ranks
-
-
-def ring_of(rank: GpuRank) -> tuple[object, ...]:
-    """All that a direct forward must leave alone."""
-    prefetcher: Any = rank.sharing.prefetcher
-    slots = [(slot.holds, slot.used_by, slot.copied) for slot in prefetcher._slots]
-    page = prefetcher._page
-    return (*slots, page.pulls, page.layers, page.on_demand_fetches, page.pulled_bytes)
-
-
-def some_order(rng: random.Random) -> list[int]:
-    """A whole forward, one that skips layers, one that repeats some, or any."""
-    kind, whole = rng.randrange(4), list(range(LAYERS))
-    if kind == 1:
-        return [layer for layer in whole if rng.random() < 0.6]
-    if kind == 2:
-        return [layer for layer in whole for _ in range(rng.choice((1, 1, 2)))]
-    return whole if kind == 0 else [rng.choice(whole) for _ in range(rng.randrange(5))]
-
-
-def direct_turn(rank: GpuRank, graphs: list[int], rng: random.Random) -> None:
-    """An eager direct forward, a replay of one, or the capture of another graph."""
-    before, tokens = ring_of(rank), rng.randrange(1, FEW + 1)
-    kind = rng.randrange(8)
-    if kind < 4 and graphs:
-        rank.device.launch(rng.choice(graphs), rank.device.current)
-    elif kind == 4:
-        graphs.append(rank.capture(tokens, some_order(rng)))
-        if len(graphs) > 6:
-            rank.device.destroy_graph(graphs.pop(0))
-    else:
-        rank.forward(tokens, some_order(rng), aborted=rng.random() < 0.3)
-    assert ring_of(rank) == before
-
-
-def pulled_turn(rank: GpuRank, rng: random.Random) -> None:
-    """An eager forward that pulls, or a try to capture one, which is refused and leaves the ring as it is."""
-    tokens = rng.choice((FEW + 1, MANY))
-    if rng.random() < 0.15:
-        before = ring_of(rank)
-        with pytest.raises(DwdpError, match="would be pulled inside of a CUDA graph"):
-            rank.capture(tokens, some_order(rng) or [0])
-        assert ring_of(rank) == before
-    else:
-        rank.forward(tokens, some_order(rng), aborted=rng.random() < 0.3)
-
-
-def play(machine: Machine, ranks: Sequence[GpuRank], rounds: int, direct: float) -> None:
-    """`rounds` forwards of any rank, this part of them direct, with the device going on at random in between."""
-    rng = machine.rng
-    graphs: dict[int, list[int]] = {id(rank): [] for rank in ranks}
-    for number in range(rounds):
-        rank = rng.choice(ranks)
-        if rng.random() < direct:
-            direct_turn(rank, graphs[id(rank)], rng)
-        else:
-            pulled_turn(rank, rng)
-        machine.wander(40)
-        if number % 25 == 24:
-            machine.drain()  # or the host would run away from the device
-    machine.drain()
-    for rank in ranks:
-        rank.forward(MANY)
-        rank.forward(FEW)
-        machine.drain()
-        for graph in graphs[id(rank)]:
-            rank.device.destroy_graph(graph)
-
-
-def close(ranks: Sequence[GpuRank]) -> None:
-    for rank in ranks:
-        rank.sharing.close()
-        assert len(rank.device.streams) == 1, "a stream is left"
+    yield
+    gates._gates.clear()
+    gc.collect()  # ranges, which are mappings and descriptors here
 
 
 # A seed is not simpler than another: nothing to shrink.
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 
 
+@both_views
 @settings(max_examples=8, deadline=None, phases=PHASES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32), st.integers(2, 3), st.floats(0.2, 0.9), st.booleans())
 def test_no_read_is_stale_in_any_turns(
-    monkeypatch: pytest.MonkeyPatch, seed: int, num_ranks: int, direct: float, overlap: bool
+    monkeypatch: pytest.MonkeyPatch, view: str, seed: int, num_ranks: int, direct: float, overlap: bool
 ) -> None:
     with monkeypatch.context() as patched:
         held = 4 if overlap else None
-        machine, ranks = group(patched, num_ranks, seed, experts_per_rank=held)
+        machine, ranks = group(patched, num_ranks, seed, view, experts_per_rank=held)
         play(machine, ranks, 40, direct)
         for rank in ranks:
             assert rank.wrong == 0 and rank.compared > rank.compared_direct > 0
         close(ranks)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_no_read_is_stale_in_many_rounds(num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = 10_000
-    machine, ranks = group(monkeypatch, num_ranks, seed=rounds + num_ranks)
+@pytest.mark.parametrize(
+    ("num_ranks", "view", "rounds"), [(2, "split", 10_000), (3, "split", 10_000), (3, "composite", 1000)]
+)
+def test_no_read_is_stale_in_many_rounds(
+    num_ranks: int, view: str, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, ranks = group(monkeypatch, num_ranks, rounds + num_ranks, view)
     play(machine, ranks, rounds, direct=0.6)
     assert sum(rank.wrong for rank in ranks) == 0
     assert sum(rank.compared for rank in ranks) > 4 * rounds
@@ -148,6 +72,14 @@ def stale_table(rank: GpuRank) -> None:
         module.dwdp_attach_tables()
 
 
+def stale_range(rank: GpuRank) -> None:
+    """As `stale_table`, in the composite view."""
+    for module in rank.modules:
+        assert module.dwdp_ranges is not None
+        tensors = module.dwdp_ranges.tensors
+        module.dwdp_ranges.tensors = tuple(tensor._replace(direct=tensor.pulled) for tensor in tensors)
+
+
 def no_wait(rank: GpuRank) -> None:
     """Pulled forwards do not wait for their copies; that they are refused in a capture stays."""
     engine: Any = rank.sharing.engine
@@ -159,20 +91,30 @@ def no_wait(rank: GpuRank) -> None:
     engine.wait = wait
 
 
-@pytest.mark.parametrize("fault", [stale_table, no_wait])
-def test_the_harness_catches(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine, ranks = group(monkeypatch, seed=3)
+@pytest.mark.parametrize(
+    ("view", "fault"),
+    [
+        ("split", stale_table),
+        ("split", no_wait),
+        ("composite", stale_range),
+        ("composite", no_wait),
+    ],
+)
+def test_the_harness_catches(view: str, fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, ranks = group(monkeypatch, seed=3, view=view)
     play(machine, ranks, 20, direct=0.5)  # every layer is past its first use
     assert sum(rank.wrong for rank in ranks) == 0
     for rank in ranks:
         fault(rank)
     play(machine, ranks, 40, direct=0.5)
     assert sum(rank.wrong for rank in ranks) > 0
+    close(ranks)
 
 
+@both_views
 @pytest.mark.parametrize("tokens", [1, FEW, FEW + 1, MANY])
-def test_the_way_goes_by_the_tokens_of_each_forward(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine, ranks = group(monkeypatch)
+def test_the_way_goes_by_the_tokens_of_each_forward(tokens: int, view: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, ranks = group(monkeypatch, view=view)
     rank = ranks[0]
     for other in (FEW, MANY, tokens):
         compared, direct, layers = rank.compared, rank.compared_direct, rank.sharing.counters.fields.layers
@@ -185,8 +127,9 @@ def test_the_way_goes_by_the_tokens_of_each_forward(tokens: int, monkeypatch: py
     close(ranks)
 
 
-def test_a_direct_forward_unseals_a_layer_that_the_warm_up_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine, ranks = group(monkeypatch)
+@both_views
+def test_a_direct_forward_unseals_a_layer_that_the_warm_up_left_out(view: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, ranks = group(monkeypatch, view=view)
     rank = ranks[0]
     rank.forward(MANY, (0, 2))
     machine.drain()
@@ -196,8 +139,10 @@ def test_a_direct_forward_unseals_a_layer_that_the_warm_up_left_out(monkeypatch:
     assert kernel.tables is None and rank.modules[1].w13_weight.isnan().all()
     before = ring_of(rank)
     for tokens in (FEW, FEW, MANY, FEW):
+        direct = rank.compared_direct
         rank.forward(tokens, (1,))
         machine.drain()
+        assert rank.compared_direct - direct == (3 if tokens == FEW else 0)
         assert rank.wrong == 0 and rank.sharing.unused() == []
         if tokens == FEW and rank.sharing.counters.fields.layers == 2:
             assert ring_of(rank) == before
@@ -205,10 +150,12 @@ def test_a_direct_forward_unseals_a_layer_that_the_warm_up_left_out(monkeypatch:
     close(ranks)
 
 
-@pytest.fixture
-def replaying(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Machine, list[GpuRank], list[int]]]:
+@pytest.fixture(params=["split", "composite"])
+def replaying(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Machine, list[GpuRank], list[int]]]:
     """Three ranks of which the last has a graph of a direct forward and is in the middle of a replay of it."""
-    machine, ranks = group(monkeypatch, 3)
+    machine, ranks = group(monkeypatch, 3, view=request.param)
     for rank in ranks:
         rank.forward(MANY)
     machine.drain()
@@ -235,9 +182,13 @@ def test_an_owner_that_ended_is_read_on(ends: str, replaying: tuple[Machine, lis
             machine.wander(30)
     machine.drain()
     assert reader.wrong == 0 and reader.compared_direct > 0
-    assert machine.freed_while_mapped == (0 if ends == "killed" else 2 * LAYERS * 2 - LAYERS)
+    # Memory of a composite view goes with its last mapping.
+    by_ipc = ends == "in order" and reader.sharing.view == "split"
+    assert machine.freed_while_mapped == (2 * LAYERS * 2 - LAYERS if by_ipc else 0)
     reader.device.destroy_graph(graph)
     reader.sharing.close()
+    for owner in ranks[:2]:
+        owner.sharing.transport.close()  # of one that was killed: threads and descriptors that are this process's
 
 
 def test_close_waits_for_kernels_that_read_peers(replaying: tuple[Machine, list[GpuRank], list[int]]) -> None:
@@ -253,6 +204,8 @@ def test_close_waits_for_kernels_that_read_peers(replaying: tuple[Machine, list[
     close(ranks)
 
 
+# In the composite view kernels read tensors, and would end this process.
+@pytest.mark.parametrize("replaying", ["split"], indirect=True)
 def test_the_simulated_device_faults_where_an_owner_is_unmapped(
     replaying: tuple[Machine, list[GpuRank], list[int]],
 ) -> None:

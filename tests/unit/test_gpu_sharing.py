@@ -28,6 +28,7 @@ def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         ("contiguous", "cupy_ipc", CupyIpcTransport),
         ("auto", "vmm", VmmTransport),
         ("contiguous", "vmm", VmmTransport),
+        ("composite", "auto", VmmTransport),
         ("split", "cuda_pinned", MirroredTransport),
     ],
 )
@@ -36,7 +37,7 @@ def test_two_ranks_see_every_byte(view: str, transport: str, kind: type, monkeyp
     for rank in ranks:
         sharing = rank.sharing
         assert type(sharing.transport) is kind and isinstance(sharing.engine, CudaCopyEngine)
-        assert sharing.view == ("contiguous" if view == "contiguous" else "split")
+        assert sharing.view == ("split" if view == "auto" else view)
         # Kernels never read what is pinned in host memory.
         assert transport != "cuda_pinned" or sharing.direct_tokens == 0
         assert (
@@ -64,7 +65,7 @@ def test_two_ranks_see_every_byte(view: str, transport: str, kind: type, monkeyp
         assert len(rank.device.streams) == 1, "a stream is left"
 
 
-@pytest.mark.parametrize("view", ["contiguous", "split"])
+@pytest.mark.parametrize("view", ["contiguous", "split", "composite"])
 def test_kernels_are_made_again_for_all_experts(view: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, ranks = share_on_gpus(monkeypatch, view)
     for rank in ranks:
@@ -72,22 +73,23 @@ def test_kernels_are_made_again_for_all_experts(view: str, monkeypatch: pytest.M
             kernel = module.quant_method.moe_kernel
             assert kernel.biases == EXPERTS and kernel.experts == (EXPERTS, "whole")
             assert kernel.fused_experts.tables == module.dwdp_tables
-            assert (module.dwdp_tables is None) == (view == "contiguous")
+            assert (module.dwdp_tables is None) == (view != "split")
             assert torch.equal(module.w13_bias.data, weights(number, "w13_bias"))
         rank.sharing.close()
 
 
-def test_nothing_is_published_before_it_is_in_the_slab(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("view", "kind"), [("contiguous", CupyIpcTransport), ("composite", VmmTransport)])
+def test_nothing_is_published_before_it_is_in_the_slab(view: str, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies into slabs run on torch's stream; a peer may read as soon as it has a handle."""
-    original: Any = CupyIpcTransport.export_handle
+    original: Any = kind.export_handle
     published = []
 
     def export_handle(self: Any, slab: Any) -> Any:
         published.append(len(self._device.streams[0].work))
         return original(self, slab)
 
-    monkeypatch.setattr(CupyIpcTransport, "export_handle", export_handle)
-    _, ranks = share_on_gpus(monkeypatch, "contiguous")
+    monkeypatch.setattr(kind, "export_handle", export_handle)
+    _, ranks = share_on_gpus(monkeypatch, view)
     assert published == [0] * (2 * LAYERS), "copies were under way"
     for rank in ranks:
         rank.sharing.close()

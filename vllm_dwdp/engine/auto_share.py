@@ -93,6 +93,9 @@ def _kv_asked(vllm_config: VllmConfig, facts: MemoryFacts) -> float | None:
 def _view(model: MoeModel, launch: DwdpLaunch, platform: Platform, dtype: torch.dtype) -> str:
     """The view that the layers will have, as far as sizes tell; once they exist, `choose_view` decides."""
     view = launch.config.weight_view
+    if view == "composite":
+        # But for pages at the ends of shares, slabs and slots hold the same.
+        return "split"
     if view != "auto":
         return view
     if "inplace" not in platform.views:

@@ -194,6 +194,11 @@ def _on_gpu(config: DwdpConfig) -> Iterator[str]:
             f'dwdp.direct_tokens is {config.direct_tokens} with weight_view "contiguous", which pulls in every forward: use '
             "weight_view split or auto, or leave direct_tokens out"
         )
+    if config.weight_view == "composite" and config.transport not in ("auto", "vmm"):
+        yield (
+            f'dwdp.weight_view is "composite" with transport "{config.transport}", but only "vmm" maps peers\' pages next '
+            "to own ones: leave transport out"
+        )
     if config.direct_tokens not in ("auto", 0) and config.transport == "cuda_pinned":
         yield (
             f'dwdp.direct_tokens is {config.direct_tokens} with transport "cuda_pinned", over which every forward pulls: '
@@ -204,6 +209,11 @@ def _on_gpu(config: DwdpConfig) -> Iterator[str]:
             if getattr(config, key) == told:
                 said = json.dumps(told)
                 yield f'dwdp.decode is "travel" with {key} {said}, where every forward pulls: leave one of them out'
+        if config.weight_view == "composite":
+            yield (
+                'dwdp.decode is "travel" with weight_view "composite", but owners compute with tables of the split view: '
+                "leave one of them out"
+            )
         if config.ranks_per_device > 1:
             yield (
                 f'dwdp.decode is "travel" with ranks_per_device {config.ranks_per_device}, where ranks that share a GPU '

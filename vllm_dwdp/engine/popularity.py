@@ -38,10 +38,10 @@ def popularity_of(config: DwdpConfig, platform: Platform) -> Hits | None:
     """What the file `popularity` says; raises DwdpError where it says nothing, or experts cannot be placed by it."""
     if config.popularity is None:
         return None
-    if config.weight_view == "inplace":
+    if config.weight_view in ("inplace", "composite"):
         raise DwdpError(
-            'dwdp.popularity scatters experts, which weight_view "inplace" cannot map by pages: use weight_view auto or '
-            "contiguous"
+            f'dwdp.popularity scatters experts, which weight_view "{config.weight_view}" cannot map by pages: use '
+            "weight_view auto or contiguous"
         )
     if config.held is None and not config.goes_by_memory(platform):
         raise DwdpError(

@@ -1,6 +1,6 @@
 """What a layer that never acquires its weights would compute with: not another layer's, but NaN.
 
-In the contiguous and in the split view a slot holds one layer after the other, so that a layer which vLLM computed past
+In all views but in place a slot holds one layer after the other, so that a layer which vLLM computed past
 acquire would give wrong tokens, silently. So a layer's gate is a `FirstUse` until its first acquire. Layers that vLLM's
 warm-up left out are sealed: until that acquire their weights are NaN, or their kernel has none and raises. In place the
 pages of a layer are always its own, and there is nothing to seal.
@@ -61,7 +61,7 @@ def unused(layers: Sequence[LayerSlab]) -> list[LayerSlab]:
 
 
 def seal(layers: Sequence[LayerSlab], on_cpu: bool) -> None:
-    """Seal layers that were never acquired, in the contiguous or in the split view."""
+    """Seal layers that were never acquired, in any view but in place."""
     tensors = [tensor for layer in layers for tensor in layer.fetched]
     if not tensors:
         return

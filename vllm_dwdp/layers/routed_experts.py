@@ -25,6 +25,7 @@ from vllm_dwdp.layers.hits import count, ids_of
 
 if TYPE_CHECKING:
     from vllm_dwdp.kernels.requester import Journey
+    from vllm_dwdp.layers.views.composite import LayerRanges
     from vllm_dwdp.layers.views.split import SplitTables
 
 
@@ -48,6 +49,8 @@ class DwdpExpertsMixin:
 
     #: Where hits of this layer are counted (hits.py); None where they are not.
     dwdp_hits: int | None = None
+    #: Of a composite view.
+    dwdp_ranges: LayerRanges | None = None
     _dwdp_whole_map: ExpertMapManager
 
     def __init__(
@@ -103,13 +106,19 @@ class DwdpExpertsMixin:
             self.quant_method.moe_kernel.fused_experts.detach_tables()
 
     def dwdp_attach_tables(self) -> None:
-        """Have the kernel of a split view compute from the layer's tables; does nothing in other views."""
+        """Have the kernel of a split view compute from the layer's tables, that of a composite view from its ranges; does
+        nothing in other views."""
         if self.dwdp_tables is not None:
             self.quant_method.moe_kernel.fused_experts.attach_tables(self.dwdp_tables.pulled, self.dwdp_tables.direct)
+        if self.dwdp_ranges is not None:
+            self.dwdp_ranges.attach()
 
     def dwdp_compute_direct(self, direct: bool) -> None:
-        """Have the kernel of a split view read missing experts from their owners, or from the slot."""
-        self.quant_method.moe_kernel.fused_experts.direct = direct
+        """Have the kernel of a split or composite view read missing experts from their owners, or from the slot."""
+        if self.dwdp_ranges is not None:
+            self.dwdp_ranges.take(direct)
+        else:
+            self.quant_method.moe_kernel.fused_experts.direct = direct
 
     def dwdp_travel(self, journey: Journey) -> None:
         """Have forwards of few tokens that are told to compute directly ask the owners of missing experts."""

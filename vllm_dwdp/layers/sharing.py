@@ -13,15 +13,17 @@ from vllm_dwdp.layers.first_use import seal, unused
 from vllm_dwdp.layers.hits import HitCounts
 from vllm_dwdp.layers.rates import copy_rate, product_rate
 from vllm_dwdp.layers.read_stats import READ
-from vllm_dwdp.layers.slabs import map_peers, move_to_slabs, replicate_small
-from vllm_dwdp.layers.views import VIEWS, choose_view, contiguous, inplace
+from vllm_dwdp.layers.slabs import map_peers, move_to_slabs, replicate_small, tensors_of
+from vllm_dwdp.layers.transports import make_transport
+from vllm_dwdp.layers.views import BOTH_WAYS, VIEWS, choose_view, composite, contiguous, inplace
 from vllm_dwdp.layers.views.direct import DirectGate, ForwardCounts, layer_costs, measured_tokens, memory_rate
 from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.prefetch.prefetcher import Prefetcher
 from vllm_dwdp.prefetch.ring import Ring
 from vllm_dwdp.prefetch.trace import TracedPrefetcher, TraceEvent
-from vllm_dwdp.transport.base import Memory, Program, Transport
+from vllm_dwdp.transport.base import Program, Slot
 from vllm_dwdp.transport.shm import ShmTransport
+from vllm_dwdp.transport.vmm import VmmTransport
 
 if TYPE_CHECKING:
     from vllm_dwdp.group.launch import DwdpLaunch
@@ -29,30 +31,6 @@ if TYPE_CHECKING:
     from vllm_dwdp.layers.travel import Travel
 
 _CLOSE_TIMEOUT_S = 5.0
-
-
-def make_transport(build: ModelBuild, cores: tuple[int, ...]) -> Transport:
-    """The transport for this platform; raises DwdpError for one that is not there."""
-    name, platform = build.config.transport, build.platform
-    if name not in ("auto", *platform.transports):
-        raise DwdpError(f"transport {name!r} is not available on {platform.name}: use {platform.transports[0]}")
-    if platform.on_cpu:
-        return ShmTransport(build.config.timeout_s, cores)
-    import torch
-
-    from vllm_dwdp.transport.cuda_copy import CopyOptions
-    from vllm_dwdp.transport.cuda_cupy import CupyDevice
-    from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
-    from vllm_dwdp.transport.mirrored import MirroredTransport
-
-    options = CopyOptions(timeout_s=build.config.timeout_s)
-    device = CupyDevice(torch.cuda.current_device())
-    if name == "vmm":
-        from vllm_dwdp.transport.cuda_bindings import BindingsVmm
-        from vllm_dwdp.transport.vmm import VmmTransport
-
-        return VmmTransport(device, BindingsVmm(device.index), options)
-    return MirroredTransport(device, options) if name == "cuda_pinned" else CupyIpcTransport(device, options)
 
 
 class ExpertSharing:
@@ -67,8 +45,10 @@ class ExpertSharing:
         self.build = build
         build.shared = True
         group = launch.group_of(rendezvous.rank)
-        self.transport = make_transport(build, launch.cores)
-        self.slots: list[Memory] = []
+        tensors = tensors_of(build)
+        self.view = choose_view(build, tensors)
+        self.transport = make_transport(build, launch.cores, self.view)
+        self.slots: list[Slot] = []
         self.trace: list[TraceEvent] = []
         self.prefetcher: Prefetcher | None = None
         self.refilled: list[Program] = []
@@ -78,17 +58,17 @@ class ExpertSharing:
         self._closing = contextlib.ExitStack()
         self._closing.callback(self.transport.close)
         try:
-            self.layers = move_to_slabs(build, self.transport)
+            paged = composite.lay_out(tensors, self._vmm.page) if self.view == "composite" else None
+            self.layers = move_to_slabs(build, self.transport, tensors, paged)
             map_peers(self.layers, build, self.transport, rendezvous, group)
             self.replicated_bytes = sum(replicate_small(layer, build.rank) for layer in self.layers)
             self.counters = CounterPage.create(rank=group[build.rank])
             self._closing.callback(self.counters.close)
-            self.view = choose_view(build, self.layers)
             if self.view == "inplace":
                 self._attach_pages()
             else:
                 self._bind_ring()
-                if self.view == "split":
+                if self.view in BOTH_WAYS:
                     # The least of the group, so that its ranks behave alike.
                     self.direct_tokens = min(rendezvous.gather("direct_tokens", self._most_direct(launch), group))
                 self._attach_ring()
@@ -126,14 +106,19 @@ class ExpertSharing:
         nbytes = view.slot_bytes(self.layers, rank)
         if self.build.expects_pages:
             check_slots(self.build, ring.used_slots * nbytes)
-        self.slots = [self.transport.allocate_slot(nbytes) for _ in range(ring.used_slots)]
+        if self.view == "composite":
+            composite.fill(self.layers, rank)
+            self.slots = [composite.allocate_slot(self.layers, rank, self._vmm) for _ in range(ring.used_slots)]
+            attach: Any = partial(composite.attach, transport=self._vmm)
+        else:
+            self.slots = [self.transport.allocate_slot(nbytes) for _ in range(ring.used_slots)]
+            attach = view.attach
         engine = self.transport.copy_engine()
         self._closing.callback(engine.close, _CLOSE_TIMEOUT_S)
         self.engine = engine
         slice_bytes = config.resolve_slice_bytes(self.build.platform)
         self.programs = [
-            view.attach(layer, rank, self.slots[ring.slot_of(i)], engine, slice_bytes)
-            for i, layer in enumerate(self.layers)
+            attach(layer, rank, self.slots[ring.slot_of(i)], engine, slice_bytes) for i, layer in enumerate(self.layers)
         ]
 
     def _most_direct(self, launch: DwdpLaunch) -> int:
@@ -184,6 +169,14 @@ class ExpertSharing:
             module, most = layer.build.module, self.direct_tokens
             gate = DirectGate(self.prefetcher, module, most) if most else contiguous.RingGate(self.prefetcher)
             module.dwdp_attach(gate, i)
+        if self.view == "composite":
+            composite.check_kernels(self.layers)
+
+    @property
+    def _vmm(self) -> VmmTransport:
+        """The transport of a view that is made of pages."""
+        assert isinstance(self.transport, VmmTransport)
+        return self.transport
 
     @cached_property
     def link_rate(self) -> float:

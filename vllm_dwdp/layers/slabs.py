@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,9 @@ from vllm_dwdp.copy_plan import ALIGNMENT, LayerLayout, TensorSpec
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
 from vllm_dwdp.layers.tied import refuse_tied
-from vllm_dwdp.transport.base import Handle, Memory, PeerSlab, Slab, Transport
+from vllm_dwdp.page_plan import PagedLayout
+from vllm_dwdp.transport.base import Handle, PeerSlab, Slab, Transport
+from vllm_dwdp.transport.vmm import VmmTransport
 
 if TYPE_CHECKING:
     from vllm_dwdp.group.rendezvous import Rendezvous
@@ -41,33 +44,53 @@ class ExpertTensor(NamedTuple):
 
 
 @dataclass
-class LayerSlab:
-    """The share of one layer in its slab, and the peers' slabs of that layer.
+class LayerTensors:
+    """The parameters of a loaded layer that have a row per expert of the share.
 
     Attributes:
         fetched: tensors that a forward needs from peers (or reads in place).
         replicated: small tensors copied from peers once.
-        layout: where the bytes of any rank are, in slabs and in slots.
-        peers: rank in the group -> its slab, mapped read-only.
     """
 
     build: LayerBuild
     fetched: tuple[ExpertTensor, ...]
     replicated: tuple[ExpertTensor, ...]
+
+
+@dataclass
+class LayerSlab(LayerTensors):
+    """The share of one layer in its slab, and the peers' slabs of that layer.
+
+    Attributes:
+        layout: where the bytes of any rank are, in slabs and in slots.
+        peers: rank in the group -> its slab, mapped read-only.
+        paged: where they are instead in a view whose slabs are made of pages.
+    """
+
     layout: LayerLayout
     slab: Slab
     peers: dict[int, PeerSlab] = field(default_factory=dict)
+    paged: PagedLayout | None = None
 
-    def memory(self, rank: int) -> Memory:
+    def memory(self, rank: int) -> Slab | PeerSlab:
         """The slab of `rank`, own or mapped."""
         return self.peers.get(rank, self.slab)
 
+    def offset(self, rank: int, tensor: str, expert: int) -> int:
+        """Byte offset, in the slab of `rank`, of an expert of its share; the next ids of the share follow it there."""
+        return (self.layout if self.paged is None else self.paged).slabs[rank].offset(tensor, expert)
 
-def lay_out(layer: LayerBuild, fetched: tuple[ExpertTensor, ...], replicated: tuple[ExpertTensor, ...]) -> LayerLayout:
+
+def specs_of(layer: LayerTensors) -> tuple[TensorSpec, ...]:
+    """The tensors of a layer in the order in which they lie in a slab."""
+    specs = [TensorSpec(tensor.name, tensor.row_bytes) for tensor in layer.fetched]
+    return (*specs, *(TensorSpec(tensor.name, tensor.row_bytes, fetched=False) for tensor in layer.replicated))
+
+
+def lay_out(layer: LayerTensors) -> LayerLayout:
     """The layout of a layer on all ranks; tensors begin on pages where peers may map them one by one."""
-    specs = [TensorSpec(tensor.name, tensor.row_bytes) for tensor in fetched]
-    specs += [TensorSpec(tensor.name, tensor.row_bytes, fetched=False) for tensor in replicated]
-    return LayerLayout(layer.placement, tuple(specs), mmap.PAGESIZE if layer.on_pages else ALIGNMENT)
+    alignment = mmap.PAGESIZE if layer.build.on_pages else ALIGNMENT
+    return LayerLayout(layer.build.placement, specs_of(layer), alignment)
 
 
 def expert_tensors(module: Any, share: int, name: str) -> tuple[tuple[ExpertTensor, ...], tuple[ExpertTensor, ...]]:
@@ -97,28 +120,49 @@ def expert_tensors(module: Any, share: int, name: str) -> tuple[tuple[ExpertTens
     )
 
 
-def move_to_slabs(build: ModelBuild, transport: Transport) -> list[LayerSlab]:
+def tensors_of(build: ModelBuild) -> list[LayerTensors]:
+    """What the loaded layers have to share; raises DwdpError for parameters that dwdp cannot spread."""
+    refuse_tied(build)
+    return [
+        LayerTensors(layer, *expert_tensors(layer.module, len(layer.placement.shares[build.rank]), layer.name))
+        for layer in build.layers
+    ]
+
+
+def move_to_slabs(
+    build: ModelBuild,
+    transport: Transport,
+    layers: Sequence[LayerTensors],
+    paged: Sequence[PagedLayout] | None = None,
+) -> list[LayerSlab]:
     """Copy the share of every layer into a slab, layer by layer, freeing the originals at once.
 
     One slab for the whole share would need twice the share for a moment; this needs one layer more.
+    paged: by layer, where slabs are made of pages.
     """
-    refuse_tied(build)
     slabs: list[LayerSlab] = []
-    for layer in build.layers:
-        share = layer.placement.shares[build.rank]
-        fetched, replicated = expert_tensors(layer.module, len(share), layer.name)
-        layout = lay_out(layer, fetched, replicated)
+    rank = build.rank
+    for number, found in enumerate(layers):
+        placement = found.build.placement
+        layout, pages = lay_out(found), paged[number] if paged else None
         if not build.platform.on_cpu:
             # The original of the layer before; slabs do not come from torch's allocator.
             torch.cuda.empty_cache()
-        own = layout.slabs[build.rank]
-        slab = transport.allocate_slab(own.nbytes)
+        if pages is None:
+            slab: Slab = transport.allocate_slab(layout.slabs[rank].nbytes)
+        else:
+            assert isinstance(transport, VmmTransport)
+            slab = transport.allocate_pieces(pages.slabs[rank].sizes)
+        layer = LayerSlab(found.build, found.fetched, found.replicated, layout, slab, paged=pages)
         flat = slab.tensor()
-        for tensor in (*fetched, *replicated):
-            rows = tensor.view(flat, own.begin(tensor.name), len(share))
-            rows.copy_(tensor.parameter.data)
+        for tensor in (*found.fetched, *found.replicated):
+            for run in placement.runs(rank):
+                if run.owner == rank:
+                    rows = tensor.view(flat, layer.offset(rank, tensor.name, run.first), run.length)
+                    rows.copy_(tensor.parameter.data[run.local : run.local + run.length])
+            # The original goes; until the layer has a view nobody reads what stands for it.
             tensor.parameter.data = rows
-        slabs.append(LayerSlab(layer, fetched, replicated, layout, slab))
+        slabs.append(layer)
     if not build.platform.on_cpu:
         # These copies run on torch's stream; with its handle a peer may read a slab at once.
         torch.cuda.synchronize()
@@ -146,7 +190,7 @@ def replicate_small(layer: LayerSlab, rank: int) -> int:
     for tensor in layer.replicated:
         whole = torch.empty((placement.num_experts, *tensor.row_shape), dtype=tensor.dtype)
         for run in placement.runs(rank):
-            offset = layer.layout.slabs[run.owner].offset(tensor.name, run.first)
+            offset = layer.offset(run.owner, tensor.name, run.first)
             source = tensor.view(layer.memory(run.owner).tensor(), offset, run.length)
             whole[run.first : run.first + run.length] = source
         tensor.parameter.data = whole.to(tensor.parameter.device)

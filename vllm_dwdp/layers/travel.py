@@ -48,6 +48,8 @@ def sizes(most: int) -> tuple[int, ...]:
 def why_not(build: ModelBuild, layers: Sequence[LayerSlab]) -> str | None:
     """None where tokens can travel; else why they cannot."""
     config = build.config
+    if any(layer.build.module.dwdp_tables is None for layer in layers):
+        return "the view is not split, whose tables owners compute with"
     if config.ranks_per_device > 1:
         return f"{config.ranks_per_device} ranks share a GPU, which would serve them in turns"
     if config.transport == "cuda_pinned":

@@ -15,7 +15,7 @@ from vllm_dwdp.transport.memfd import MemoryFile, create_file, map_handle
 
 MAGIC: Final = 0x44574450_50414745  # 'DWDPPAGE'
 VERSION: Final = 6
-VIEWS: Final = ("none", "split", "contiguous", "inplace")  # a view's code is its position
+VIEWS: Final = ("none", "split", "contiguous", "inplace", "composite")  # a view's code is its position
 _HEADER: Final = ("magic", "version", "view_code")
 
 

@@ -7,13 +7,20 @@ from typing import Final
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
-from vllm_dwdp.layers.slabs import LayerSlab
-from vllm_dwdp.layers.views import contiguous, inplace, split
+from vllm_dwdp.layers.slabs import LayerTensors
+from vllm_dwdp.layers.views import composite, contiguous, inplace, split
 
-VIEWS: Final = {"inplace": inplace, "split": split, "contiguous": contiguous}
+VIEWS: Final = {"inplace": inplace, "split": split, "composite": composite, "contiguous": contiguous}
+
+#: Those in which forwards of few tokens read missing experts at their owners, and others pull.
+BOTH_WAYS: Final = frozenset({"split", "composite"})
+
+#: Whether "auto" takes the composite view on GPUs where there is no split-weight kernel. Off until that has run on GPUs, and
+#: until it is asked beforehand whether they have memory that can be mapped so.
+COMPOSITE_WITHOUT_KERNEL: Final = False
 
 
-def choose_view(build: ModelBuild, layers: Sequence[LayerSlab]) -> str:
+def choose_view(build: ModelBuild, layers: Sequence[LayerTensors]) -> str:
     """The view of the whole model, the same on all ranks: a single layer that cannot have it takes the others along.
 
     Asked once vLLM has processed the weights, whose sizes were guessed before. Raises DwdpError where the user asked for
@@ -27,6 +34,8 @@ def choose_view(build: ModelBuild, layers: Sequence[LayerSlab]) -> str:
                 raise DwdpError(
                     f'weight_view "{asked}": experts of {layer.build.name} {why}: use weight_view auto or contiguous'
                 )
+            if COMPOSITE_WITHOUT_KERNEL and first == "split" and not any(map(composite.why_not, layers)):
+                return "composite"
             if told not in ("auto", 0):
                 raise DwdpError(
                     f"dwdp.direct_tokens is {told}, but experts of {layer.build.name} {why} and cannot be read "

@@ -1,0 +1,49 @@
+"""What vLLM's kernel objects keep of a layer: the parameters themselves, or tensors that go their own way.
+
+A view that re-points parameters from forward to forward is seen through a parameter only. A kernel object that keeps an
+alias of its data, or a copy, would go on computing with what was there when it was made.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+
+def kept_apart(method: Any, parameters: Sequence[torch.nn.Parameter]) -> int | None:
+    """The number of the first of `parameters` of whose data vLLM's `method` keeps an alias, or something as large.
+
+    None where it keeps nothing of them, or the parameters.
+    """
+    known = {id(parameter) for parameter in parameters}
+    for kept in _tensors_in([method.moe_kernel, getattr(method, "moe_quant_config", None)], set()):
+        for number, parameter in enumerate(parameters):
+            # A copy may have another type, but not another number of elements.
+            if id(kept) not in known and (kept.numel() == parameter.numel() or _storage(kept) == _storage(parameter)):
+                return number
+    return None
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _tensors_in(thing: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    elif isinstance(thing, dict | list | tuple):
+        for item in thing.values() if isinstance(thing, dict) else thing:
+            yield from _tensors_in(item, seen)
+    elif hasattr(thing, "__dict__") and not _is_other(thing):
+        yield from _tensors_in(vars(thing), seen)
+
+
+def _is_other(thing: Any) -> bool:
+    """Classes, functions, and layers, whose parameters are those that have a view."""
+    return isinstance(thing, type | torch.nn.Module) or inspect.ismodule(thing) or inspect.isroutine(thing)

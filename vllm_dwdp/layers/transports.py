@@ -1,0 +1,32 @@
+"""Which transport a rank has: as asked for, or the one that its platform and its view need."""
+
+from __future__ import annotations
+
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.transport.base import Transport
+from vllm_dwdp.transport.shm import ShmTransport
+
+
+def make_transport(build: ModelBuild, cores: tuple[int, ...], view: str) -> Transport:
+    """The transport for this platform and the chosen view; raises DwdpError for one that is not there."""
+    name, platform = build.config.transport, build.platform
+    if name not in ("auto", *platform.transports):
+        raise DwdpError(f"transport {name!r} is not available on {platform.name}: use {platform.transports[0]}")
+    if platform.on_cpu:
+        return ShmTransport(build.config.timeout_s, cores)
+    import torch
+
+    from vllm_dwdp.transport.cuda_copy import CopyOptions
+    from vllm_dwdp.transport.cuda_cupy import CupyDevice
+    from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
+    from vllm_dwdp.transport.mirrored import MirroredTransport
+
+    options = CopyOptions(timeout_s=build.config.timeout_s)
+    device = CupyDevice(torch.cuda.current_device())
+    if name == "vmm" or view == "composite":
+        from vllm_dwdp.transport.cuda_bindings import BindingsVmm
+        from vllm_dwdp.transport.vmm import VmmTransport
+
+        return VmmTransport(device, BindingsVmm(device.index), options)
+    return MirroredTransport(device, options) if name == "cuda_pinned" else CupyIpcTransport(device, options)
