@@ -37,7 +37,7 @@ def make_transport(build: ModelBuild, cores: tuple[int, ...]) -> Transport:
     if name not in ("auto", *platform.transports):
         raise DwdpError(f"transport {name!r} is not available on {platform.name}: use {platform.transports[0]}")
     if platform.on_cpu:
-        return ShmTransport(build.config.timeout_s, cores)
+        return ShmTransport(build.config.timeout_s, cores, keep_files=build.apart is not None)
     import torch
 
     from vllm_dwdp.transport.cuda_copy import CopyOptions
@@ -95,6 +95,7 @@ class ExpertSharing:
             self.hits = HitCounts(build.layers, build.rank, device) if build.config.hits else None
             slots = sum(slot.nbytes for slot in self.slots)
             self.counters.describe(self.view, self.experts_held, self.slab_bytes, slots)
+            self.counters.fields.peers_alive = len(group) - 1
             rendezvous.put("counters", self.counters.handle().to_dict())
             # In-place ranges open the owners' files once more: no owner may leave before all are mapped.
             rendezvous.gather("mapped", True, group)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import mmap
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -14,6 +14,7 @@ from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
 from vllm_dwdp.layers.tied import refuse_tied
 from vllm_dwdp.transport.base import Handle, Memory, PeerSlab, Slab, Transport
+from vllm_dwdp.transport.shm import ShmPeerSlab, ShmTransport
 
 if TYPE_CHECKING:
     from vllm_dwdp.group.rendezvous import Rendezvous
@@ -112,11 +113,15 @@ def move_to_slabs(build: ModelBuild, transport: Transport) -> list[LayerSlab]:
             # The original of the layer before; slabs do not come from torch's allocator.
             torch.cuda.empty_cache()
         own = layout.slabs[build.rank]
-        slab = transport.allocate_slab(own.nbytes)
+        adopted = _adopted(build, len(slabs), own.nbytes)
+        slab = transport.allocate_slab(own.nbytes) if adopted is None else _adopt(transport, adopted)
         flat = slab.tensor()
         for tensor in (*fetched, *replicated):
             rows = tensor.view(flat, own.begin(tensor.name), len(share))
-            rows.copy_(tensor.parameter.data)
+            if adopted is None:
+                rows.copy_(tensor.parameter.data)
+            else:
+                _check_adopted(rows, tensor, layer.name)
             tensor.parameter.data = rows
         slabs.append(LayerSlab(layer, fetched, replicated, layout, slab))
     if not build.platform.on_cpu:
@@ -124,6 +129,33 @@ def move_to_slabs(build: ModelBuild, transport: Transport) -> list[LayerSlab]:
         torch.cuda.synchronize()
     gc.collect()
     return slabs
+
+
+def _adopted(build: ModelBuild, layer: int, nbytes: int) -> Handle | None:
+    """The handle of an adopted slab of `nbytes`, by its layer's number; None where nothing is adopted."""
+    if build.apart is None or (handles := build.apart.adopted) is None:
+        return None
+    if len(handles) != len(build.layers) or handles[layer]["nbytes"] != nbytes:
+        raise DwdpError(
+            f"the group holds {len(handles)} slabs of this rank, which has {len(build.layers)} MoE layers, one of {nbytes} "
+            "bytes: start all ranks of the group again"
+        )
+    return Handle.from_dict(handles[layer])
+
+
+def _adopt(transport: Transport, handle: Handle) -> Slab:
+    """The slab of an earlier life; raises DwdpError, or PeerLost where whoever had it open is gone by now."""
+    assert isinstance(transport, ShmTransport)
+    return transport.adopt_slab(handle)
+
+
+def _check_adopted(rows: torch.Tensor, tensor: ExpertTensor, name: str) -> None:
+    """Raise DwdpError where the expert that was read is not the adopted one, bit by bit."""
+    if not torch.equal(rows[0].reshape(-1).view(torch.uint8), tensor.parameter.data[0].reshape(-1).view(torch.uint8)):
+        raise DwdpError(
+            f"{name}.{tensor.name} of the checkpoint is not what the group holds of this rank in memory: start all ranks of "
+            "the group again"
+        )
 
 
 def map_peers(
@@ -138,6 +170,14 @@ def map_peers(
             raise DwdpError(f"rank {group[peer]} has {len(handles)} MoE layers, rank {group[build.rank]} {len(slabs)}")
         for layer, handle in zip(slabs, handles, strict=True):
             layer.peers[peer] = transport.map_peer(Handle.from_dict(handle))
+    if build.apart is not None:
+        # With handles of this process's own.
+        build.apart.hold(
+            {
+                group[peer]: [cast("ShmPeerSlab", layer.peers[peer]).handle.to_dict() for layer in slabs]
+                for peer in slabs[0].peers
+            }
+        )
 
 
 def replicate_small(layer: LayerSlab, rank: int) -> int:
