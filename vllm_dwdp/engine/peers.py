@@ -31,6 +31,7 @@ def found_apart(rendezvous: Rendezvous) -> BuildApart | None:
     """What the group has for this rank; None where one launch has all ranks."""
     if not isinstance(rendezvous, ApartRendezvous):
         return None
+
     def same_files(files: Sequence[str]) -> None:
         remedy = "start all ranks of the group with the same checkpoint"
         rendezvous.check_same("checkpoint", fingerprint(files), rendezvous.ranks, remedy)

@@ -76,7 +76,7 @@ class ApartRendezvous(Rendezvous):
                 self._tell_failure(rank)
             self._check_front_end()
             if time.monotonic() > deadline:
-                where = f"rank {self.rank} waited {limit:.0f} s for rank {rank} of the group in {self.meeting.path}"
+                where = f"rank {self.rank} waited {limit:g} s for rank {rank} of the group in {self.meeting.path}"
                 if holder is not None:
                     raise DwdpTimeout(f"{where} ({name}): process {holder.pid} is not that far; look at its log")
                 last = f", which failed: {self._failures[rank]}" if rank in self._failures else ""
