@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import tempfile
@@ -25,7 +26,8 @@ PROMPTS = ("No rank waits", "for another one", "and a dead one takes nobody alon
 
 
 def arguments(rank: int, meet: str) -> list[str]:
-    return [*dwdp_arguments(1, group="e2e", rank=rank, ranks=RANKS, meet=meet, timeout_s=200), "--enforce-eager"]
+    settings = {"group": "e2e", "rank": rank, "ranks": RANKS, "meet": meet, "timeout_s": 200}
+    return ["--enforce-eager", *dwdp_arguments(1), "--additional-config", json.dumps({"dwdp": settings})]
 
 
 @dataclass

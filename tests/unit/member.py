@@ -153,4 +153,5 @@ def members(path: str, ranks: int) -> Iterator[Members]:
         for member in group.alive:
             member.process.kill()
             member.process.join(LIMIT_S)
+            member.process.close()
             member.pipe.close()
