@@ -1,7 +1,7 @@
 """A rank that returns: its layers compute from the slabs of its last life, which another rank has open.
 
 vLLM's own layers, loaded and processed by vLLM from a gpt-oss checkpoint (biases are replicated), 5 experts on 2 ranks.
-The ranks are threads of this process; what a killed process leaves is in test_apart.py.
+The ranks are threads of this process; what a killed process leaves is in test_positions.py.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tests.unit.meeting import Meeting
 from tests.unit.whole_model import Loaded, as_bytes, edited, expert_layers, load, vllm_groups
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.group.checkpoint import fingerprint
+from vllm_dwdp.layers import coverage
 from vllm_dwdp.layers.build import BuildApart
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.sharing import ExpertSharing
@@ -150,6 +151,19 @@ def test_another_checkpoint_or_model_is_not_adopted(servers: Servers, tmp_path: 
     check_message(refusal(lambda: servers.share(1)), [f"holds {LAYERS - 1} slabs", f"has {LAYERS} MoE layers"])
     servers.ranks[1] = servers.load(1, [{**handle, "nbytes": 4096} for handle in held])
     check_message(refusal(lambda: servers.share(1)), ["MoE layers, one of", "start all ranks of the group again"])
+
+
+def test_memory_is_asked_for_by_those_who_have_yet_to_load(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who serve have theirs, which is no longer free. Descriptors are kept for all."""
+    asked: list[float] = []
+    monkeypatch.setattr(coverage, "require_memory", lambda nbytes, purpose: asked.append(nbytes))
+    monkeypatch.setattr(coverage, "require_descriptors", lambda count, purpose: asked.append(count))
+    for loading in (2, 1):
+        apart = BuildApart(None, loading, lambda held: None, lambda files: None)
+        load(model, 0, RANKS, {"weight_view": "inplace"}, apart=apart)
+    load(model, 0, RANKS, {"weight_view": "inplace"})
+    both, files, one, _, launch, fewer = asked
+    assert both == launch == 2 * one and files - fewer == LAYERS * (RANKS - 1) - RANKS
 
 
 def test_fine_tunes_are_told_apart(model: Path, tmp_path: Path) -> None:

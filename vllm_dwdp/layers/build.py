@@ -111,6 +111,11 @@ class ModelBuild:
         return self.config.weight_view != "contiguous" and all(layer.on_pages for layer in self.layers)
 
     @property
+    def loading(self) -> int:
+        """Ranks of the group that have yet to take memory."""
+        return self.group_size if self.apart is None else self.apart.loading
+
+    @property
     def adopts(self) -> bool:
         """Whether the share is in memory already, where the rank's last life has left it."""
         return self.apart is not None and self.apart.adopted is not None

@@ -102,7 +102,7 @@ def check_memory(build: ModelBuild) -> None:
         for share, layer in zip(shares, build.layers, strict=True)
     ]
     slots = 0 if build.expects_pages else min(build.config.num_slots, len(whole)) * max(whole)
-    ranks = build.apart.loading if build.apart else build.group_size
+    ranks = build.loading
     purpose = (
         f"dwdp: {ranks} ranks with {sum(shares) / 2**30:.2f} GiB of experts and {slots / 2**30:.2f} GiB of slots each"
     )
@@ -120,7 +120,7 @@ def check_slots(build: ModelBuild, nbytes: int) -> None:
 
     No rank goes on before all have looked. Raises DwdpError with the figures.
     """
-    ranks = build.apart.loading if build.apart else build.group_size
+    ranks = build.loading
     purpose = f"dwdp: experts end on no pages, and holding {nbytes / 2**30:.2f} GiB of slots on each of {ranks} ranks"
     require_memory(ranks * nbytes, purpose)
     build.meet("slots")
