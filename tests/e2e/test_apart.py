@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -13,10 +14,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.e2e.engines import gpus, rank_cores
+from tests.e2e.engines import as_one_rank, gpus, rank_cores, run_job, side_by_side
 from tests.e2e.server import Server, dwdp_arguments, start_server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(gpus() > 0, reason="dwdp.group is for CPU in this release")]
@@ -109,6 +111,7 @@ def test_tokens_are_plain_vllms_on_every_server(group: Group) -> None:
     for rank, server in enumerate(group.servers):
         assert {prompt: server.complete(prompt) for prompt in PROMPTS} == group.expected
         assert alive(server, 1)
+        time.sleep(1.5)  # counters are published once a second
         counted = server.metrics()
         assert counted[f'dwdp:forwards_total{{engine="{rank}"}}'] > 0
         assert 0 < counted[f'dwdp:experts_held{{engine="{rank}"}}'] < 16
@@ -118,13 +121,14 @@ def test_a_killed_rank_takes_nobody_along_and_returns(group: Group) -> None:
     with Load(group, 0) as load:
         time.sleep(1)
         dead = group.servers[1]
-        os.killpg(dead.process.pid, signal.SIGKILL)
-        dead.process.wait(10)
+        [worker] = dead.pids("VLLM::Worker")
+        os.kill(worker, signal.SIGKILL)
         assert alive(group.servers[0], 0)
         killed = load.answered
         time.sleep(2)
         group.servers[0].get("/health")
         assert load.answered > killed + 3
+        dead.process.wait(60)  # vLLM ends a server whose worker is gone
         group.servers[1] = group.start(1)
         assert alive(group.servers[0], 1)
         with Load(group, 1) as second:
@@ -138,6 +142,31 @@ def test_a_killed_rank_takes_nobody_along_and_returns(group: Group) -> None:
     assert told.count("dwdp rank 0: rank 1 is there again (life 2, process ") == 1
     for server in group.servers:
         server.stop()
-    assert [server.left() for server in group.servers] == [[], []]
+    assert [server.left() for server in (dead, *group.servers)] == [[], [], []]
     # The last one takes the folder along, unless vLLM leaves its worker no time.
     assert os.listdir(group.meet) in ([], [f"dwdp-group-{os.geteuid()}-e2e"])
+
+
+@pytest.mark.full
+def test_programs_of_their_own(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Offline, contiguous, workers in their engines; whoever is done first leaves the other its experts."""
+    model = checkpoint(family="qwen3_moe", num_experts=9)
+
+    def program(rank: int, meet: str) -> dict[str, Any]:
+        settings = {"group": "programs", "rank": rank, "ranks": RANKS, "meet": meet, "timeout_s": 200}
+        settings |= {"weight_view": "contiguous", "launcher": "uni"}
+        options = {"distributed_executor_backend": "dwdp", "additional_config": {"dwdp": settings}}
+        return run_job(tmp_path, model, ["tokens", "digests", "counters"], **options)
+
+    with tempfile.TemporaryDirectory() as meet:
+        plain, *shared = side_by_side(
+            lambda: run_job(tmp_path, model, ["tokens", "digests"], **as_one_rank(RANKS)),
+            *(functools.partial(program, rank, meet) for rank in range(RANKS)),
+        )
+        assert os.listdir(meet) == []
+    for rank, job in enumerate(shared):
+        assert job["tokens"] == plain["tokens"] and job["left"] == []
+        assert job["digests"] == plain["digests"]
+        [counters] = job["counters"]
+        assert (counters["rank"], counters["view"], counters["experts_held"]) == (rank, "contiguous", 4 + rank)
+        assert counters["pulled_bytes"] > 0 and counters["requests"] > 0
