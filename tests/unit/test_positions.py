@@ -69,6 +69,22 @@ def test_of_many_that_come_at_once_one_gets_the_position(two: Members) -> None:
     assert found == [1]
 
 
+def test_nobody_joins_while_another_does(path: str) -> None:
+    """Between asking whether a position is free and taking it."""
+    code = (
+        "import sys\nfrom vllm_dwdp.group.meeting import Meeting\n"
+        "with Meeting(sys.argv[1])._door(5):\n    print('in', flush=True)\n    sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as joining:
+        assert joining.stdout is not None and joining.stdout.readline() == "in\n"
+        message = refusal(lambda: Meeting(path).join(0, timeout_s=0.3), DwdpTimeout)
+        check_message(message, [f"has kept door.lock in {path} for 0.3 s", "end it"])
+        joining.kill()
+    assert Meeting(path).join(0, LIMIT_S) == 1
+
+
 def test_what_was_said_in_an_earlier_life_is_not_heard(two: Members, path: str) -> None:
     first, other = two.start(0), two.start(1)
     first.ask("join"), other.ask("join")

@@ -137,7 +137,7 @@ class Meeting(PrivateFolder):
                     if error.errno not in (errno.EACCES, errno.EAGAIN):
                         raise
                 if time.monotonic() > deadline:
-                    raise DwdpTimeout(f"another process has kept {_DOOR} in {self.path} for {timeout_s:.0f} s: end it")
+                    raise DwdpTimeout(f"another process has kept {_DOOR} in {self.path} for {timeout_s:g} s: end it")
                 time.sleep(_PAUSE_S)
             if not os.path.exists(self.path) or not os.path.samestat(os.stat(self.path), os.fstat(self.fd)):
                 raise PeerLost(f"{self.path} was removed while this rank joined: start it again")
