@@ -19,6 +19,7 @@ from vllm_dwdp.group.apart import SLABS, ApartRendezvous
 from vllm_dwdp.group.launch import Apart
 from vllm_dwdp.group.launch_folder import make_folder
 from vllm_dwdp.transport.base import Handle
+from vllm_dwdp.transport.memfd import MemoryFile
 from vllm_dwdp.transport.shm import ShmPeerSlab, ShmTransport
 
 NBYTES = 3 * PAGE
@@ -29,13 +30,14 @@ def contents(rank: int) -> bytes:
     return bytes((rank * 101 + 7 * i) % 256 for i in range(NBYTES))
 
 
-def _start(rendezvous: ApartRendezvous, transport: ShmTransport) -> tuple[bool, dict[int, ShmPeerSlab]]:
+def _start(
+    rendezvous: ApartRendezvous, transport: ShmTransport, adopted: list[MemoryFile] | None
+) -> tuple[bool, dict[int, ShmPeerSlab]]:
     """What a worker does: (whether the slab was adopted, the slabs of the others)."""
     rank = rendezvous.rank
     rendezvous.gather("memory", True, rendezvous.ranks)
-    adopted = rendezvous.held(rank)
     if adopted is not None:
-        slab = transport.adopt_slab(Handle.from_dict(adopted[0]))
+        slab = transport.adopt_slab(adopted[0])
     else:
         slab = transport.allocate_slab(NBYTES)
         ctypes.memmove(slab.address, contents(rank), NBYTES)
@@ -55,15 +57,17 @@ def run_member(pipe: Connection, path: str, rank: int, ranks: int, timeout_s: fl
     rendezvous: ApartRendezvous | None = None
     transport = ShmTransport(LIMIT_S, keep_files=True)
     peers: dict[int, ShmPeerSlab] = {}
+    files: list[MemoryFile] | None = None
     while (request := receive(pipe)) != "end":
         try:
             if request == "join":
                 apart = Apart("group", rank, path)
                 rendezvous = ApartRendezvous(make_folder(owner), apart, list(range(ranks)), timeout_s)
+                files = rendezvous.adopt()
                 answer: Any = rendezvous.life
             elif request == "start":
                 assert rendezvous is not None
-                adopted, peers = _start(rendezvous, transport)
+                adopted, peers = _start(rendezvous, transport, files)
                 answer = adopted
             elif request == "bytes":
                 answer = {other: ctypes.string_at(slab.address, NBYTES) for other, slab in peers.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ from vllm_dwdp.layers.build import BuildApart
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.sharing import ExpertSharing
 from vllm_dwdp.transport.base import Handle
+from vllm_dwdp.transport.memfd import MemoryFile, keep_file
 
 RANKS, EXPERTS, LAYERS, TOKENS = 2, 5, 3, 7
 LAUNCH: Any = SimpleNamespace(group_of=lambda rank: list(range(RANKS)), cores=())
@@ -64,11 +66,15 @@ class Servers:
         with ThreadPoolExecutor(RANKS) as pool:
             self.sharing = list(pool.map(self.share, range(RANKS)))
 
-    def load(self, rank: int, adopted: list[dict[str, Any]] | None, model: Path | None = None) -> Loaded:
+    def load(self, rank: int, adopted: list[MemoryFile] | None, model: Path | None = None) -> Loaded:
         apart = BuildApart(
             adopted, 1, lambda held: self.held.update({rank: held}), lambda f: self.files.append(list(f))
         )
         return load(model or self.model, rank, RANKS, {"weight_view": self.view}, apart=apart)
+
+    def adopted(self) -> list[MemoryFile]:
+        """What rank 1 has left and rank 0 has open."""
+        return [keep_file(Handle.from_dict(handle), "an adopted slab") for handle in self.held[0][1]]
 
     def share(self, rank: int) -> ExpertSharing:
         made = ExpertSharing(self.ranks[rank].build, self.meeting.of(rank), LAUNCH)
@@ -110,7 +116,7 @@ def test_a_rank_that_returns_computes_from_what_it_left(servers: Servers, plain:
     # The descriptors are not the owner's: it may go.
     second.close()
     read = READ.expert_bytes
-    servers.ranks[1] = servers.load(1, held)
+    servers.ranks[1] = servers.load(1, servers.adopted())
     # Of 2 or 3 experts one was read, in each layer.
     assert 0 < READ.expert_bytes - read <= (read / 2) / 2
     servers.sharing[1] = servers.share(1)
@@ -127,14 +133,15 @@ def test_a_rank_that_returns_computes_from_what_it_left(servers: Servers, plain:
 def test_an_adopted_slab_cannot_be_written(servers: Servers) -> None:
     handle = Handle.from_dict(servers.held[0][1][0])
     code = (
-        "slab = ShmTransport().adopt_slab(handles[0])\nprint('before', flush=True)\nctypes.memset(slab.address, 1, 1)\n"
+        "slab = ShmTransport().adopt_slab(keep_file(handles[0], 'it'))\n"
+        "print('before', flush=True)\nctypes.memset(slab.address, 1, 1)\n"
     )
     assert dies_of_a_fault(code + "print('after')", handle)
 
 
 def test_another_checkpoint_or_model_is_not_adopted(servers: Servers, tmp_path: Path) -> None:
-    held = servers.held[0][1]
     servers.sharing[1].close()
+    files = servers.adopted()
 
     def bits_turned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {
@@ -142,15 +149,18 @@ def test_another_checkpoint_or_model_is_not_adopted(servers: Servers, tmp_path: 
         }
 
     other = edited(servers.model, tmp_path / "other", bits_turned)
-    servers.ranks[1] = servers.load(1, held, other)
+    servers.ranks[1] = servers.load(1, files, other)
     told = refusal(lambda: servers.share(1))
     check_message(
         told, ["layers.1", "of the checkpoint is not what the group holds", "start all ranks of the group again"]
     )
-    servers.ranks[1] = servers.load(1, held[:-1])
+    servers.ranks[1] = servers.load(1, files[:-1])
     check_message(refusal(lambda: servers.share(1)), [f"holds {LAYERS - 1} slabs", f"has {LAYERS} MoE layers"])
-    servers.ranks[1] = servers.load(1, [{**handle, "nbytes": 4096} for handle in held])
+    short = [replace(file, handle=replace(file.handle, nbytes=4096)) for file in files]
+    servers.ranks[1] = servers.load(1, short)
     check_message(refusal(lambda: servers.share(1)), ["MoE layers, one of", "start all ranks of the group again"])
+    for file in files[2:]:  # two were adopted before the difference was found, in the second
+        file.close()
 
 
 def test_memory_is_asked_for_by_those_who_have_yet_to_load(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

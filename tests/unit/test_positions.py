@@ -82,7 +82,9 @@ def test_nobody_joins_while_another_does(path: str) -> None:
         message = refusal(lambda: Meeting(path).join(0, timeout_s=0.3), DwdpTimeout)
         check_message(message, [f"has kept door.lock in {path} for 0.3 s", "end it"])
         joining.kill()
-    assert Meeting(path).join(0, LIMIT_S) == 1
+    meeting = Meeting(path)
+    assert meeting.join(0, LIMIT_S) == 1
+    meeting.leave()
 
 
 def test_what_was_said_in_an_earlier_life_is_not_heard(two: Members, path: str) -> None:
@@ -154,6 +156,22 @@ def test_a_dead_ranks_experts_stay_and_its_next_life_adopts_them(two: Members) -
     first.kill()
     first = two.start(0)
     assert first.ask("join") == 2 and first.ask("start") is True and first.ask("inodes") == inodes
+
+
+def test_what_a_rank_adopts_stays_from_the_first_moment(two: Members) -> None:
+    """Whoever had it may die while the rank loads, and is then waited for."""
+    first, second = two.start_all()
+    inode = second.ask("inodes")[1]
+    second.kill()
+    second = two.start(1)
+    second.ask("join")
+    first.kill()
+    second.send("start")
+    first = two.start(0)
+    first.ask("join")
+    assert first.ask("start") is False and second.answer() is True
+    assert second.ask("inodes")[1] == first.ask("inodes")[1] == inode
+    assert first.ask("bytes") == second.ask("bytes") == {rank: contents(rank) for rank in range(2)}
 
 
 def test_experts_that_nobody_has_any_more_are_read_again(two: Members) -> None:

@@ -36,7 +36,7 @@ def found_apart(rendezvous: Rendezvous) -> BuildApart | None:
         remedy = "start all ranks of the group with the same checkpoint"
         rendezvous.check_same("checkpoint", fingerprint(files), rendezvous.ranks, remedy)
 
-    return BuildApart(rendezvous.held(rendezvous.rank), rendezvous.loading(), rendezvous.hold, same_files)
+    return BuildApart(rendezvous.adopt(), rendezvous.loading(), rendezvous.hold, same_files)
 
 
 class PeerWatch(threading.Thread):

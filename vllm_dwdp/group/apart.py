@@ -6,10 +6,12 @@ import logging
 import time
 from typing import Any, Final
 
-from vllm_dwdp.errors import DwdpTimeout
+from vllm_dwdp.errors import DwdpTimeout, PeerLost
 from vllm_dwdp.group.launch import Apart
 from vllm_dwdp.group.meeting import Meeting
 from vllm_dwdp.group.rendezvous import Rendezvous
+from vllm_dwdp.transport.base import Handle
+from vllm_dwdp.transport.memfd import MemoryFile, keep_file
 
 logger = logging.getLogger("vllm.dwdp")
 
@@ -49,6 +51,22 @@ class ApartRendezvous(Rendezvous):
         for other in self.ranks:
             if other not in (rank, self.rank) and (found := (self.meeting.said(other, _HOLDS) or {}).get(str(rank))):
                 return list(found)
+        return None
+
+    def adopt(self) -> list[MemoryFile] | None:
+        """The slabs of this rank's last life, layer by layer, opened here, so that they stay whoever dies; None where nobody
+        has them. To be asked once."""
+        while (handles := self.held(self.rank)) is not None:
+            files: list[MemoryFile] = []
+            try:
+                for handle in handles:
+                    files.append(keep_file(Handle.from_dict(handle), "an adopted slab"))
+                return files
+            except PeerLost:
+                # Whoever had them is dying: another one may have them too.
+                for file in files:
+                    file.close()
+                time.sleep(_PAUSE_S)
         return None
 
     def loading(self) -> int:

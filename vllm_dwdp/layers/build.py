@@ -15,6 +15,7 @@ from vllm_dwdp.hot_placement import place_hot
 from vllm_dwdp.page_placement import cpu_rows, place_on_pages
 from vllm_dwdp.placement import Placement, place
 from vllm_dwdp.platform import Platform
+from vllm_dwdp.transport.memfd import MemoryFile
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
@@ -42,14 +43,13 @@ class BuildApart:
     """What a rank that is a server of its own finds in its group, and tells it.
 
     Attributes:
-        adopted: handles, layer by layer, of the slabs that this rank's last life has left and others have open; None where
-            nobody has.
+        adopted: the slabs that this rank's last life has left, layer by layer; None where nobody has them.
         loading: ranks that have yet to take memory, this one among them.
         hold: tells the group which slabs this rank has open: rank -> handles, layer by layer.
         same_files: raises DwdpError where the files of the checkpoint are not those of the others.
     """
 
-    adopted: list[dict[str, Any]] | None
+    adopted: list[MemoryFile] | None
     loading: int
     hold: Callable[[dict[int, list[dict[str, Any]]]], object]
     same_files: Callable[[Sequence[str]], object]

@@ -14,10 +14,11 @@ from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
 from vllm_dwdp.layers.tied import refuse_tied
 from vllm_dwdp.transport.base import Handle, Memory, PeerSlab, Slab, Transport
-from vllm_dwdp.transport.shm import ShmPeerSlab, ShmTransport
 
 if TYPE_CHECKING:
     from vllm_dwdp.group.rendezvous import Rendezvous
+    from vllm_dwdp.transport.memfd import MemoryFile
+    from vllm_dwdp.transport.shm import ShmPeerSlab, ShmTransport
 
 #: Tensors of at most this part of an expert (biases, scales) are replicated at start instead of fetched per forward.
 REPLICATED_PART = 0.01
@@ -114,7 +115,10 @@ def move_to_slabs(build: ModelBuild, transport: Transport) -> list[LayerSlab]:
             torch.cuda.empty_cache()
         own = layout.slabs[build.rank]
         adopted = _adopted(build, len(slabs), own.nbytes)
-        slab = transport.allocate_slab(own.nbytes) if adopted is None else _adopt(transport, adopted)
+        if adopted is None:
+            slab = transport.allocate_slab(own.nbytes)
+        else:
+            slab = cast("ShmTransport", transport).adopt_slab(adopted)
         flat = slab.tensor()
         for tensor in (*fetched, *replicated):
             rows = tensor.view(flat, own.begin(tensor.name), len(share))
@@ -131,22 +135,16 @@ def move_to_slabs(build: ModelBuild, transport: Transport) -> list[LayerSlab]:
     return slabs
 
 
-def _adopted(build: ModelBuild, layer: int, nbytes: int) -> Handle | None:
-    """The handle of an adopted slab of `nbytes`, by its layer's number; None where nothing is adopted."""
-    if build.apart is None or (handles := build.apart.adopted) is None:
+def _adopted(build: ModelBuild, layer: int, nbytes: int) -> MemoryFile | None:
+    """An adopted slab of `nbytes`, by its layer's number; None where nothing is adopted."""
+    if build.apart is None or (files := build.apart.adopted) is None:
         return None
-    if len(handles) != len(build.layers) or handles[layer]["nbytes"] != nbytes:
+    if len(files) != len(build.layers) or files[layer].handle.nbytes != nbytes:
         raise DwdpError(
-            f"the group holds {len(handles)} slabs of this rank, which has {len(build.layers)} MoE layers, one of {nbytes} "
+            f"the group holds {len(files)} slabs of this rank, which has {len(build.layers)} MoE layers, one of {nbytes} "
             "bytes: start all ranks of the group again"
         )
-    return Handle.from_dict(handles[layer])
-
-
-def _adopt(transport: Transport, handle: Handle) -> Slab:
-    """The slab of an earlier life; raises DwdpError, or PeerLost where whoever had it open is gone by now."""
-    assert isinstance(transport, ShmTransport)
-    return transport.adopt_slab(handle)
+    return files[layer]
 
 
 def _check_adopted(rows: torch.Tensor, tensor: ExpertTensor, name: str) -> None:

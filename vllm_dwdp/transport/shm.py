@@ -78,12 +78,9 @@ class ShmTransport(LiveTransport):
         """See Transport."""
         return self._checked(slab, ShmSlab).handle
 
-    def adopt_slab(self, handle: Handle) -> ShmSlab:
-        """A slab that a process which is gone has filled, from one that keeps it open: the same memory, read-only.
-
-        Raises as `map_peer` does.
-        """
-        return self._keep(ShmSlab(keep_file(handle, "an adopted slab")))
+    def adopt_slab(self, file: MemoryFile) -> ShmSlab:
+        """A slab that a process which is gone has filled: the same memory, read-only. The transport closes `file`."""
+        return self._keep(ShmSlab(file))
 
     def map_peer(self, handle: Handle) -> ShmPeerSlab:
         """See Transport; raises DwdpError for a slab of another host, PID namespace or user."""
