@@ -90,6 +90,10 @@ class PeerWatch(threading.Thread):
         self._stopping.set()
         self.join(_STOP_S)
 
+    def leave(self) -> None:
+        """Let go of the position, last of all."""
+        self._rendezvous.leave()
+
 
 def watch_peers(rendezvous: ApartRendezvous, page: CounterPage) -> PeerWatch:
     """Watch the group from now on."""

@@ -285,6 +285,6 @@ class DwdpWorkerMixin:
                 self.dwdp_peers.stop()
             self.dwdp_sharing.close()
             self.dwdp_sharing = None
-            if isinstance(self.dwdp_rendezvous, ApartRendezvous):
-                self.dwdp_rendezvous.leave()
+            if self.dwdp_peers is not None:
+                self.dwdp_peers.leave()
         super().shutdown()  # type: ignore[misc]
