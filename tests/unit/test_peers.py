@@ -13,15 +13,16 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.unit.helpers import LIMIT_S, LaunchOwner
-from tests.unit.leftovers import build
+from tests.unit.leftovers import build, check_message, refusal
 from tests.unit.member import Members, members
 from vllm_dwdp.config import DwdpConfig
-from vllm_dwdp.engine import peers
+from vllm_dwdp.engine import configure, peers
 from vllm_dwdp.engine.peers import PeerWatch
 from vllm_dwdp.engine.worker import identity_of
 from vllm_dwdp.group.apart import ApartRendezvous
 from vllm_dwdp.group.launch import Apart, DwdpLaunch, launch_of
 from vllm_dwdp.group.launch_folder import make_folder
+from vllm_dwdp.group.meeting import meeting_place
 from vllm_dwdp.hits_file import Hits
 from vllm_dwdp.prefetch.counters import CounterPage
 
@@ -113,6 +114,19 @@ def test_a_launch_of_one_rank(tiny_moe: Path, tmp_path: Path, nothing_left: None
     assert config.parallel_config.data_parallel_size == 1 and config.model_config.is_moe
     # Nothing of the group is there before a worker joins.
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_server_is_refused_before_it_starts_anything(
+    tiny_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_left: None
+) -> None:
+    monkeypatch.setattr(configure, "_ENDING_S", 0.1)
+    settings = {"group": "g", "rank": 1, "ranks": 2, "meet": str(tmp_path)}
+    with members(meeting_place("g", str(tmp_path)), 2) as others:
+        other = others.start(1)
+        other.ask("join")
+        pid = other.process.pid
+        told = refusal(lambda: build(tiny_moe, data_parallel_size=1, additional_config={"dwdp": settings}))
+    check_message(told, [f"rank 1 of the group in {tmp_path}", f"is process {pid} (life 1)", "end it first"])
 
 
 def identity(rank: int, meet: str, popularity: Hits | None = None, **settings: Any) -> Any:

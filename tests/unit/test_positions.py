@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -16,7 +18,7 @@ import pytest
 from tests.unit.helpers import LIMIT_S
 from tests.unit.leftovers import check_message, refusal
 from tests.unit.member import Members, contents, members
-from vllm_dwdp.errors import DwdpError, DwdpTimeout
+from vllm_dwdp.errors import DwdpError, DwdpTimeout, PeerLost
 from vllm_dwdp.group.meeting import Holder, Meeting, check_free, meeting_place
 
 pytestmark = pytest.mark.usefixtures("public")
@@ -234,6 +236,29 @@ def test_the_last_one_takes_the_folder_along(two: Members, path: str) -> None:
     assert not os.path.exists(path)
     again = two.start(0)
     assert again.ask("join") == 1
+
+
+def test_a_folder_that_was_removed_is_not_joined(path: str) -> None:
+    """Nobody would meet there: the next one makes another."""
+    meeting = Meeting(path)
+    for made in (False, True):
+        shutil.rmtree(path)
+        if made:
+            os.mkdir(path, 0o700)
+        check_message(refusal(lambda: meeting.join(0, LIMIT_S), PeerLost), [f"{path} was removed", "start it again"])
+        os.makedirs(path, 0o700, exist_ok=True)
+    meeting.leave()
+
+
+def test_a_folder_without_descriptors_left(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    meeting = Meeting(path)
+
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "open", full)
+    for ask in (lambda: meeting.holder(1), lambda: meeting.join(0, LIMIT_S)):
+        check_message(refusal(ask), [f".lock in {path} failed", "Too many open files", "raise ulimit -n"])
 
 
 def test_a_folder_that_is_not_this_users_alone_is_refused(public: Path, path: str) -> None:

@@ -55,7 +55,11 @@ class ApartRendezvous(Rendezvous):
 
     def adopt(self) -> list[MemoryFile] | None:
         """The slabs of this rank's last life, layer by layer, opened here, so that they stay whoever dies; None where nobody
-        has them. To be asked once."""
+        has them. To be asked once.
+
+        Raises PeerLost where somebody says so for `timeout_s` and has them no longer.
+        """
+        deadline = time.monotonic() + self.timeout_s
         while (handles := self.held(self.rank)) is not None:
             files: list[MemoryFile] = []
             try:
@@ -66,6 +70,8 @@ class ApartRendezvous(Rendezvous):
                 # Whoever had them is dying: another one may have them too.
                 for file in files:
                     file.close()
+                if time.monotonic() > deadline:
+                    raise
                 time.sleep(_PAUSE_S)
         return None
 

@@ -63,7 +63,11 @@ class PrivateFolder:
         try:
             _write(self.fd, name, value)
         except OSError as error:
-            raise _failed(f"writing {name} in {self.path}", error, self.remedy) from error
+            raise self.failed(f"writing {name}", error) from error
+
+    def failed(self, what: str, error: OSError) -> DwdpError:
+        """What to raise where doing `what` in this folder failed."""
+        return _failed(f"{what} in {self.path}", error, self.remedy)
 
     def read(self, name: str) -> Any | None:
         """The value in the file `name`; None where there is none."""
@@ -73,7 +77,7 @@ class PrivateFolder:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise _failed(f"reading {name} in {self.path}", error, self.remedy) from error
+            raise self.failed(f"reading {name}", error) from error
         try:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():

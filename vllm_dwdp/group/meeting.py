@@ -53,7 +53,7 @@ def meeting_place(group: str, meet: str | None) -> str:
 class Meeting(PrivateFolder):
     """The open folder of a group; made where there is none.
 
-    Raises DwdpError where it cannot be made, or is not this user's alone.
+    Raises DwdpError where it cannot be made, or is not this user's alone; everything here, where a file cannot be opened.
     """
 
     called = "the group's folder"
@@ -78,7 +78,7 @@ class Meeting(PrivateFolder):
                 raise _taken(rank, holder, self.path)
             life = int(self.read(f"{rank}-life.json") or 0) + 1
             self.write(f"{rank}-life.json", life)
-            fd = self._open(_lock_file(rank))
+            fd = self._create(_lock_file(rank))
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, life)
             self._held[rank] = fd, Holder(os.getpid(), life)
             for name in os.listdir(self.fd):
@@ -90,9 +90,7 @@ class Meeting(PrivateFolder):
         """Who holds the position `rank`; None where nobody does."""
         if rank in self._held:
             return self._held[rank][1]
-        try:
-            fd = os.open(_lock_file(rank), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
-        except FileNotFoundError:
+        if (fd := self._open(_lock_file(rank))) is None:
             return None
         try:
             found = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
@@ -120,14 +118,27 @@ class Meeting(PrivateFolder):
             if all(self.holder(int(name.removesuffix(".lock"))) is None for name in locks):
                 shutil.rmtree(self.path, ignore_errors=True)
 
-    def _open(self, name: str) -> int:
-        return os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+    def _open(self, name: str, flags: int = 0) -> int | None:
+        try:
+            return os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600, dir_fd=self.fd)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self.failed(f"opening {name}", error) from error
+
+    def _create(self, name: str) -> int:
+        if (fd := self._open(name, os.O_CREAT)) is None:
+            raise self._removed()
+        return fd
+
+    def _removed(self) -> PeerLost:
+        return PeerLost(f"{self.path} was removed while this rank joined: start it again")
 
     @contextlib.contextmanager
     def _door(self, timeout_s: float) -> Iterator[None]:
         """Nobody else joins or leaves meanwhile; raises DwdpTimeout, PeerLost where the folder was removed."""
         deadline = time.monotonic() + timeout_s
-        fd = self._open(_DOOR)
+        fd = self._create(_DOOR)
         try:
             while True:
                 try:
@@ -140,7 +151,7 @@ class Meeting(PrivateFolder):
                     raise DwdpTimeout(f"another process has kept {_DOOR} in {self.path} for {timeout_s:g} s: end it")
                 time.sleep(_PAUSE_S)
             if not os.path.exists(self.path) or not os.path.samestat(os.stat(self.path), os.fstat(self.fd)):
-                raise PeerLost(f"{self.path} was removed while this rank joined: start it again")
+                raise self._removed()
             yield
         finally:
             os.close(fd)
