@@ -19,6 +19,7 @@ from tests.unit.helpers import LIMIT_S
 from tests.unit.leftovers import check_message, refusal
 from tests.unit.member import Members, contents, members
 from vllm_dwdp.errors import DwdpError, DwdpTimeout, PeerLost
+from vllm_dwdp.group.apart import SLABS
 from vllm_dwdp.group.meeting import Holder, Meeting, check_free, meeting_place
 
 pytestmark = pytest.mark.usefixtures("public")
@@ -174,6 +175,16 @@ def test_what_a_rank_adopts_stays_from_the_first_moment(two: Members) -> None:
     assert first.ask("start") is False and second.answer() is True
     assert second.ask("inodes")[1] == first.ask("inodes")[1] == inode
     assert first.ask("bytes") == second.ask("bytes") == {rank: contents(rank) for rank in range(2)}
+
+
+def test_what_somebody_says_to_have_and_has_not_is_not_waited_for_for_ever(two: Members) -> None:
+    first, second = two.start_all()
+    handle = second.ask("get", 1, SLABS)[0]
+    second.kill()
+    first.ask("hold", {1: [{**handle, "payload": {**handle["payload"], "pid": first.process.pid, "fd": 1 << 20}}]})
+    began = time.monotonic()
+    check_message(refusal(lambda: two.start(1, timeout_s=0.5).ask("join"), PeerLost), ["the owner of a slab"])
+    assert 0.5 <= time.monotonic() - began < LIMIT_S / 2
 
 
 def test_experts_that_nobody_has_any_more_are_read_again(two: Members) -> None:
