@@ -71,6 +71,7 @@ class Load:
 
     group: Group
     rank: int
+    pause_s: float = 0.02
     answered: int = 0
     slowest_s: float = 0.0
     wrong: list[str] = field(default_factory=list)
@@ -87,7 +88,7 @@ class Load:
 
     def _send(self) -> None:
         for prompt in itertools.cycle(PROMPTS):
-            if self._over.wait(0.02):
+            if self._over.wait(self.pause_s):
                 return
             began = time.monotonic()
             try:
@@ -127,8 +128,10 @@ def test_a_killed_rank_takes_nobody_along_and_returns(group: Group) -> None:
         killed = load.answered
         time.sleep(2)
         group.servers[0].get("/health")
-        assert load.answered > killed + 3
+        # Nothing is waited for that is no longer there.
+        assert load.answered > killed + 3 and load.slowest_s < 5
         dead.process.wait(60)  # vLLM ends a server whose worker is gone
+        load.pause_s = 0.5  # the start needs the cores, of which there may be two
         group.servers[1] = group.start(1)
         assert alive(group.servers[0], 1)
         with Load(group, 1) as second:
