@@ -76,7 +76,7 @@ class ExpertSharing:
             self.layers = move_to_slabs(build, self.transport)
             map_peers(self.layers, build, self.transport, rendezvous, group)
             self.replicated_bytes = sum(replicate_small(layer, build.rank) for layer in self.layers)
-            self.counters = CounterPage.create(rank=group[build.rank])
+            self.counters = CounterPage.create(group[build.rank], peers=len(group) - 1)
             self._closing.callback(self.counters.close)
             self.view = choose_view(build, self.layers)
             if self.view == "inplace":
@@ -95,7 +95,6 @@ class ExpertSharing:
             self.hits = HitCounts(build.layers, build.rank, device) if build.config.hits else None
             slots = sum(slot.nbytes for slot in self.slots)
             self.counters.describe(self.view, self.experts_held, self.slab_bytes, slots)
-            self.counters.fields.peers_alive = len(group) - 1
             rendezvous.put("counters", self.counters.handle().to_dict())
             # In-place ranges open the owners' files once more: no owner may leave before all are mapped.
             rendezvous.gather("mapped", True, group)

@@ -112,9 +112,11 @@ class CounterPage(CounterReader):
         self.fields.magic, self.fields.version, self.fields.rank = MAGIC, VERSION, rank
 
     @classmethod
-    def create(cls, rank: int = 0) -> "CounterPage":
-        """A zeroed page for `rank`; raises DwdpError where there is no memory."""
-        return cls(create_file(PAGE, "a counter page"), rank)
+    def create(cls, rank: int = 0, peers: int = 0) -> "CounterPage":
+        """A zeroed page for `rank`, which has so many peers; raises DwdpError where there is no memory."""
+        page = cls(create_file(PAGE, "a counter page"), rank)
+        page.fields.peers_alive = peers
+        return page
 
     @staticmethod
     def open(handle: Handle) -> CounterReader:
