@@ -251,14 +251,14 @@ def test_the_last_one_takes_the_folder_along(two: Members, path: str) -> None:
 
 def test_a_folder_that_was_removed_is_not_joined(path: str) -> None:
     """Nobody would meet there: the next one makes another."""
-    meeting = Meeting(path)
-    for made in (False, True):
-        shutil.rmtree(path)
-        if made:
-            os.mkdir(path, 0o700)
-        check_message(refusal(lambda: meeting.join(0, LIMIT_S), PeerLost), [f"{path} was removed", "start it again"])
-        os.makedirs(path, 0o700, exist_ok=True)
-    meeting.leave()
+    moved, removed = Meeting(path), Meeting(path)
+    told = [f"{path} was removed", "start it again"]
+    os.rename(path, f"{path}-moved")
+    check_message(refusal(lambda: moved.join(0, LIMIT_S), PeerLost), told)
+    os.mkdir(path, 0o700)
+    check_message(refusal(lambda: moved.join(0, LIMIT_S), PeerLost), told)
+    shutil.rmtree(f"{path}-moved")
+    check_message(refusal(lambda: removed.join(0, LIMIT_S), PeerLost), told)
 
 
 def test_a_folder_without_descriptors_left(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
