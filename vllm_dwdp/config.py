@@ -2,6 +2,8 @@
 
 import difflib
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal, get_args
 
@@ -31,8 +33,13 @@ _LEAST: Final[dict[str, int]] = {
     "ranks_per_device": 1,
     "direct_tokens": 0,
     "travel_tokens": 1,
+    "rank": 0,
+    "ranks": 2,
 }
-_OPTIONAL: Final = frozenset({"group_size", "experts_per_rank", "slice_bytes"})
+_OPTIONAL: Final = frozenset({"group_size", "experts_per_rank", "slice_bytes", "rank", "ranks"})
+#: What only a server has that is one rank of a group.
+_OF_A_RANK: Final = ("rank", "ranks", "meet")
+_GROUP_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 #: Counts that may also be left to dwdp, with this word.
 AUTO: Final = "auto"
 #: E/N experts, also where the default would be more.
@@ -62,6 +69,8 @@ class DwdpConfig:
     travel_tokens: most tokens of a forward whose tokens travel.
     hits: file into which ranks write how often each expert was hit. popularity: such a file, by which experts beyond
         E/N are chosen.
+    group: name of a group of servers, of which this one is `rank` of `ranks`; None where one launch has all ranks. meet: the
+        folder in which such a group has its own.
     """
 
     group_size: int | None = None
@@ -80,6 +89,10 @@ class DwdpConfig:
     direct_tokens: int | Literal["auto"] = "auto"
     decode: DecodeName = "auto"
     travel_tokens: int = 1024
+    group: str | None = None
+    rank: int | None = None
+    ranks: int | None = None
+    meet: str | None = None
 
     def __post_init__(self) -> None:
         for key, least in _LEAST.items():
@@ -101,6 +114,8 @@ class DwdpConfig:
             path: object = getattr(self, key)
             if path is not None and (not isinstance(path, str) or not path):
                 raise DwdpError(f"dwdp.{key} is {path!r}: it must be the path of a file")
+        for message in _apart(self):
+            raise DwdpError(message)
 
     @classmethod
     def parse(cls, raw: object) -> "DwdpConfig":
@@ -157,6 +172,40 @@ class DwdpConfig:
         size = self.resolve_group_size(num_ranks)
         if num_experts is not None:
             check_share(num_experts, size, self.held)
+
+
+def _apart(config: DwdpConfig) -> Iterator[str]:
+    """What is wrong with the settings of a server that is one rank of a group."""
+    if config.group is None:
+        for key in _OF_A_RANK:
+            if (told := getattr(config, key)) is not None:
+                yield f"dwdp.{key} is {told!r} without dwdp.group: name the group of this server, or leave it out"
+        return
+    group: object = config.group
+    if not isinstance(group, str) or not _GROUP_NAME.fullmatch(group):
+        yield f"dwdp.group is {group!r}: it must be a name of at most 40 letters, digits, dots, dashes and underscores"
+    for key in ("rank", "ranks"):
+        if getattr(config, key) is None:
+            yield f"dwdp.group is {group!r} without dwdp.{key}: give each of its servers rank, 0 to ranks - 1, and ranks"
+    if (config.rank or 0) >= (config.ranks or 0):
+        yield f"dwdp.rank is {config.rank} of {config.ranks} ranks: it must be 0 to {(config.ranks or 0) - 1}"
+    meet: object = config.meet
+    if isinstance(meet, str) and re.fullmatch(r"[^/]+:\d+", meet):
+        yield (
+            f"dwdp.meet is {meet!r}, an address: this release joins servers of one machine only; give the path of a folder "
+            "there, or leave meet out"
+        )
+    if meet is not None and (not isinstance(meet, str) or not meet.startswith("/")):
+        yield f"dwdp.meet is {meet!r}: it must be the absolute path of a folder"
+    if config.group_size is not None:
+        yield f"dwdp.group_size is {config.group_size} with dwdp.group, whose size is dwdp.ranks: leave group_size out"
+    if config.experts_per_rank == AUTO:
+        yield (
+            'dwdp.experts_per_rank is "auto" with dwdp.group, whose servers start when memory is not what it was: give a '
+            'number, or "partition"'
+        )
+    if config.launcher == "ray":
+        yield 'dwdp.launcher is "ray" with dwdp.group, where each server has its worker beside it: leave launcher out'
 
 
 def _check_count(key: str, value: object, least: int) -> None:

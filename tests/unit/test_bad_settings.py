@@ -22,6 +22,10 @@ from vllm_dwdp.platform import CPU, CUDA
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
+#: Of a server that is one rank of a group.
+APART = {"group": "a", "rank": 0, "ranks": 2}
+
+
 @pytest.mark.parametrize(
     ("ranks", "settings", "words"),
     [
@@ -53,6 +57,20 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
         pytest.param(2, {"decode": "walk"}, ["'walk'", "auto, travel, direct"], id="unknown-decode"),
         pytest.param(2, {"require_win": True}, ["cannot tell", "'a CPU'", "leave require_win out"], id="win-on-cpu"),
         pytest.param(2, {"rendezvous": "h:1/g"}, ["h:1", "gone", "leave it out"], id="rendezvous"),
+        pytest.param(1, {"rank": 0}, ["rank is 0 without dwdp.group", "name the group"], id="rank-without-group"),
+        pytest.param(1, {"meet": "/tmp"}, ["'/tmp' without dwdp.group", "leave it out"], id="meet-without-group"),
+        pytest.param(1, {"group": "a/b", "rank": 0, "ranks": 2}, ["'a/b'", "at most 40 letters"], id="group-name"),
+        pytest.param(1, {"group": "a", "ranks": 2}, ["without dwdp.rank", "0 to ranks - 1"], id="group-without-rank"),
+        pytest.param(1, {"group": "a", "rank": 0}, ["without dwdp.ranks"], id="group-without-ranks"),
+        pytest.param(1, {"group": "a", "rank": 0, "ranks": 1}, ["ranks is 1", ">= 2"], id="one-server"),
+        pytest.param(1, {"group": "a", "rank": 2, "ranks": 2}, ["rank is 2 of 2", "0 to 1"], id="rank-above-ranks"),
+        pytest.param(2, {**APART}, ["size is 2 with dwdp.group 'a'", "for each rank"], id="group-of-launches"),
+        pytest.param(1, {**APART, "meet": "h:1"}, ["'h:1', an address", "one machine only"], id="meet-at-an-address"),
+        pytest.param(1, {**APART, "meet": "here"}, ["'here'", "absolute path"], id="meet-relative"),
+        pytest.param(1, {**APART, "group_size": 2}, ["group_size is 2", "leave group_size out"], id="two-sizes"),
+        pytest.param(1, {**APART, "launcher": "ray"}, ['"ray" with dwdp.group', "launcher out"], id="apart-on-ray"),
+        pytest.param(1, {**APART, "experts_per_rank": "auto"}, ['"auto"', "give a number"], id="apart-by-memory"),
+        pytest.param(1, {**APART, "experts_per_rank": 3}, ["experts_per_rank is 3", "4..7"], id="apart-too-few"),
     ],
 )
 def test_settings(tiny_moe: Path, ranks: int, settings: object, words: list[str]) -> None:
@@ -103,6 +121,15 @@ def test_what_does_not_go_with_tokens_that_travel(
     else:
         refused = refusal(lambda: options.check_settings(config, platform=CUDA))
         check_message(refused, ['dwdp.decode is "travel" with', *words])
+
+
+def test_servers_of_their_own_on_gpus_and_without_an_api(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    config = DwdpConfig(group="a", rank=0, ranks=2)
+    check_message(refusal(lambda: options.check_settings(config, platform=CUDA)), ["'a'", "on CPU only", "leave group"])
+    monkeypatch.undo()
+    headless = refusal(lambda: build(tiny_moe, True, data_parallel_size=1, additional_config={"dwdp": APART}))
+    check_message(headless, ["--headless does not go with dwdp.group 'a'", "leave it out"])
 
 
 def test_a_vllm_that_was_run_on_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def test_files_of_torch_save_are_read_whole_with_one_warning(
     torch.save(TENSORS, tmp_path / "pytorch_model.bin")
     layer = SimpleNamespace(placement=SimpleNamespace(num_experts=EXPERTS))
     for rank in (0, 1):
-        monkeypatch.setattr(ModelBuild, "_current", SimpleNamespace(layers=[layer], rank=rank))
+        monkeypatch.setattr(ModelBuild, "_current", SimpleNamespace(layers=[layer], rank=rank, apart=None))
         loader._expert_by_expert = expert_by_expert
         shown = dict(loader._get_weights_iterator(ShareOnlyLoader.Source(str(tmp_path), None)))
         for name, whole in TENSORS.items():

@@ -121,6 +121,7 @@ def test_cores_that_the_user_reserves_are_left_alone(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("VLLM_CPU_NUM_OF_RESERVED_CPU")
     monkeypatch.setenv("CPU_VISIBLE_MEMORY_NODES", "1")
     assert cores.bind_ranks(2) == {BIND: "12,13|14,15"}
+    assert cores.bind_ranks(2, [1]) == {BIND: "14,15"}  # the other rank is a server of its own
     # vLLM refuses it beside a list of cores; it asks for what the list gives.
     monkeypatch.setenv("VLLM_CPU_SIM_MULTI_NUMA", "1")
     assert cores.bind_ranks(2) == {BIND: "8,9,10,11|12,13,14,15", "VLLM_CPU_SIM_MULTI_NUMA": "0"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ from tests.unit.helpers import LaunchOwner
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import rank_pages
 from vllm_dwdp.engine.rank_pages import RankPages
-from vllm_dwdp.group.launch import DwdpLaunch
+from vllm_dwdp.group.launch import Apart, DwdpLaunch
 from vllm_dwdp.group.launch_folder import make_folder
 from vllm_dwdp.group.rendezvous import Rendezvous
 from vllm_dwdp.prefetch.counters import CounterPage, Counters
@@ -116,6 +117,16 @@ def test_a_rank_that_is_gone_at_once_is_no_error(group: Group, published: Publis
     assert pages.is_alive()
     pages.stop(summarise=False)
     pages.join(LIMIT_S)
+
+
+def test_a_server_of_its_own_publishes_its_rank_only(group: Group, published: Published) -> None:
+    group.come_up(0).fields.forwards = 5  # not of this launch
+    group.come_up(1).fields.forwards = 7
+    pages = RankPages(replace(group.launch, apart=Apart("group", 1, "/made/up")), publishing=True)
+    pages.start()
+    until(lambda: grown(published, 1) == 7)
+    pages.stop(summarise=False)
+    assert {rank for rank, _, _ in published} == {1}
 
 
 def test_the_thread_has_ended_when_it_was_stopped(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from tests.unit.helpers import LIMIT_S
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine.loader import switch_loader
 from vllm_dwdp.hits_file import Hits
-from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers.build import BuildApart, ModelBuild
 from vllm_dwdp.platform import CPU
 
 
@@ -79,6 +79,7 @@ def load(
     ranks: int,
     settings: dict[str, Any] | None = None,
     popularity: Hits | None = None,
+    apart: BuildApart | None = None,
     **arguments: Any,
 ) -> Loaded:
     """The model of `folder` with the share of `rank`; with `ranks` 1 all of it, from plain vLLM."""
@@ -87,7 +88,7 @@ def load(
 
     config = vllm_config(folder, **arguments)
     made = DwdpConfig.parse({"timeout_s": LIMIT_S, **(settings or {})})
-    build = ModelBuild(made, rank, ranks, platform=CPU, popularity=popularity)
+    build = ModelBuild(made, rank, ranks, platform=CPU, popularity=popularity, apart=apart)
     with _registries_kept(), set_current_vllm_config(config):
         if ranks > 1:
             build.open()

@@ -25,8 +25,9 @@ from vllm_dwdp.engine.rank_pages import watch_ranks
 from vllm_dwdp.engine.side_channel import check_ports
 from vllm_dwdp.errors import DwdpError, install
 from vllm_dwdp.group.environment import set_for_children, sockets_in
-from vllm_dwdp.group.launch import RENDEZVOUS_ENV, DwdpLaunch, attach_launch
+from vllm_dwdp.group.launch import RENDEZVOUS_ENV, Apart, DwdpLaunch, attach_launch
 from vllm_dwdp.group.launch_folder import make_folder
+from vllm_dwdp.group.meeting import check_free, meeting_place
 from vllm_dwdp.platform import Platform, platform_of
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 logger = init_logger("vllm.dwdp")
+
+#: Time for a rank's earlier life to end, whose server may have been killed just now.
+_ENDING_S = 5.0
 
 
 def resolve_launcher(launcher: str, platform: Platform) -> str:
@@ -71,8 +75,15 @@ def _named_tokens(args: EngineArgs, compilation: CompilationConfig) -> int:
     return (compilation.max_cudagraph_capture_size or 0) if any(named) else 0
 
 
+def _apart(config: DwdpConfig) -> Apart | None:
+    if config.group is None:
+        return None
+    assert config.rank is not None
+    return Apart(config.group, config.rank, meeting_place(config.group, config.meet))
+
+
 def _launch(args: EngineArgs, config: DwdpConfig, owner: VllmConfig) -> DwdpLaunch:
-    ranks = args.data_parallel_size
+    ranks, apart = config.ranks or args.data_parallel_size, _apart(config)
     if _is_api_server_of_many(args):
         # The launching process made the folder; API servers only read counters through it.
         if (folder := value_of_parent(RENDEZVOUS_ENV)) is None:
@@ -80,22 +91,24 @@ def _launch(args: EngineArgs, config: DwdpConfig, owner: VllmConfig) -> DwdpLaun
                 f"this API server was not started by the front end of a dwdp launch ({RENDEZVOUS_ENV} is "
                 f"{os.environ.get(RENDEZVOUS_ENV)!r}): start all servers with vllm serve --api-server-count"
             )
-        return DwdpLaunch(config, ranks, folder, ())
-    launch = DwdpLaunch(config, ranks, make_folder(owner), tuple(sorted(os.sched_getaffinity(0))))
+        return DwdpLaunch(config, ranks, folder, (), apart=apart)
+    if apart is not None:
+        check_free(apart.folder, apart.rank, min(_ENDING_S, config.timeout_s))
+    launch = DwdpLaunch(config, ranks, make_folder(owner), tuple(sorted(os.sched_getaffinity(0))), apart=apart)
     set_for_children(owner, RENDEZVOUS_ENV, launch.folder)
     watch_forked()
     return launch
 
 
-def _environment(vllm_config: VllmConfig, folder: str, launcher: str, platform: Platform) -> dict[str, str]:
+def _environment(vllm_config: VllmConfig, launch: DwdpLaunch, launcher: str, platform: Platform) -> dict[str, str]:
     """What the engines of a launch need in their environment; what the front end needs to start them is set here."""
-    values = bind_ranks(vllm_config.parallel_config.data_parallel_size) if platform.on_cpu else {}
+    values = bind_ranks(launch.num_ranks, launch.ranks_here) if platform.on_cpu else {}
     if launcher == "ray":
         from vllm_dwdp.engine.ray_cluster import join_or_start
 
         values |= join_or_start(vllm_config)
     # After Ray was started, which outlives the launch where it is the program's.
-    return values | sockets_in(folder, vllm_config)
+    return values | sockets_in(launch.folder, vllm_config)
 
 
 def create_engine_config(
@@ -107,8 +120,9 @@ def create_engine_config(
         DwdpError: an option, the model or the machine does not go with dwdp; nothing was started.
     """
     headless = bool(keywords.get("headless", positional[1] if len(positional) > 1 else False))
-    options.check_arguments(args, headless)
-    config = DwdpConfig.parse((args.additional_config or {}).get(BACKEND))
+    config = options.settings_of(args)
+    options.check_arguments(args, headless, config.group)
+    num_ranks = config.ranks or args.data_parallel_size
     platform = platform_of(current_platform)
     if not platform.on_cpu and not current_platform.is_cuda():
         raise DwdpError(
@@ -118,17 +132,18 @@ def create_engine_config(
     config = with_hits_file(config)
     # API servers place nothing, and the file may be another one by now.
     popularity = None if _is_api_server_of_many(args) else popularity_of(config, platform)
-    group_size = config.resolve_group_size(args.data_parallel_size)
+    group_size = config.resolve_group_size(num_ranks)
     launcher = resolve_launcher(config.launcher, platform)
 
     @functools.wraps(args.create_model_config)
     def create_model_config() -> ModelConfig:
         model_config = type(args).create_model_config(args)
         experts = options.check_model(model_config, platform)
-        config.check(args.data_parallel_size, experts)
+        config.check(num_ranks, experts)
         if popularity is not None:
-            check_popularity(popularity, config, args.data_parallel_size, experts, model_config)
-        hide_moe(model_config)
+            check_popularity(popularity, config, num_ranks, experts, model_config)
+        if config.group is None:
+            hide_moe(model_config)
         return model_config
 
     # Only this object is changed, and only while vLLM builds the config from it.
@@ -154,7 +169,7 @@ def create_engine_config(
         raise DwdpError(f"dwdp has no worker for {parallel.worker_cls}: it runs on vLLM's CPU and CUDA platforms")
     parallel.worker_cls = ours
     if not platform.on_cpu:
-        set_devices(vllm_config, config, args.data_parallel_size)
+        set_devices(vllm_config, config, num_ranks)
         from vllm_dwdp.engine.graphs import fit_graphs
 
         fit_graphs(vllm_config.compilation_config, config)
@@ -167,16 +182,18 @@ def create_engine_config(
         popularity=popularity,
     )
     if not _is_api_server_of_many(args):
-        launch = dataclasses.replace(launch, environment=_environment(vllm_config, launch.folder, launcher, platform))
+        launch = dataclasses.replace(launch, environment=_environment(vllm_config, launch, launcher, platform))
     attach_launch(vllm_config, launch)
     publishing = not args.disable_log_stats and (args._api_process_count == 1 or args._api_process_rank == 0)
     if publishing or not _is_api_server_of_many(args):
         watch_ranks(vllm_config, launch, publishing, summarise=not _is_api_server_of_many(args))
     if not _is_api_server_of_many(args):
+        said = f"{num_ranks} independent ranks in groups of {group_size}"
+        if launch.apart is not None:
+            apart = launch.apart
+            said = f"rank {apart.rank} of {num_ranks} of the group {apart.group}, which meets in {apart.folder}"
         logger.info(
-            "dwdp: %d independent ranks in groups of %d, workers in %s",
-            args.data_parallel_size,
-            group_size,
-            {"mp": "processes of their own", "uni": "their engines", "ray": "Ray"}[launcher],
+            "dwdp: %s, workers in %s",
+            *(said, {"mp": "processes of their own", "uni": "their engines", "ray": "Ray"}[launcher]),
         )
     return vllm_config

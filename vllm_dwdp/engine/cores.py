@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+from collections.abc import Sequence
 
 from vllm_dwdp.group.environment import is_users
 
@@ -46,9 +47,10 @@ def reserve_cores(cores: list[int], reserved: int) -> list[int]:
     return cores
 
 
-def bind_ranks(num_ranks: int) -> dict[str, str]:
+def bind_ranks(num_ranks: int, here: Sequence[int] | None = None) -> dict[str, str]:
     """What engines need so that each rank computes on cores of its own; nothing where the user bound them.
 
+    here: the ranks of this launch, where others of the group have servers of their own; None for all.
     vLLM's automatic binding gives every independent engine the same first cores.
     """
     if is_users(_BIND, default="auto"):
@@ -66,6 +68,8 @@ def bind_ranks(num_ranks: int) -> dict[str, str]:
         )
     if (reserved := envs.VLLM_CPU_NUM_OF_RESERVED_CPU) is not None:
         lists = [reserve_cores(part, reserved) for part in lists]
+    if here is not None:
+        lists = [lists[rank] for rank in here]
     bound = {_BIND: "|".join(",".join(map(str, part)) for part in lists)}
     # It asks for parts of the cores per rank, which these are; vLLM refuses it beside a list.
     return {**bound, _SIMULATED_NODES: "0"} if _SIMULATED_NODES in os.environ else bound

@@ -67,6 +67,8 @@ class DwdpExecutor(TriesPort, MultiprocExecutor):
     def _post_init_executor(self) -> None:
         super()._post_init_executor()
         # vLLM's error about a dead worker prints this name: let it say which rank of the launch died.
-        rank = self.parallel_config.data_parallel_index
+        launch = launch_of(self.vllm_config)
+        assert launch is not None
+        rank = launch.rank_of(self.vllm_config)
         for handle in self.workers:
             handle.proc.name = f"DWDP rank {rank} (pid {handle.proc.pid})"

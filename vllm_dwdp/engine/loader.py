@@ -75,7 +75,8 @@ class _ShareOnlyMixin:
         if holds_experts and build.shared:
             # Parameters are views of slots and of peers' pages by now: not even marks may be written.
             raise DwdpError("the loader would replace weights that peers read: restart with the new checkpoint")
-        marks = mark_rows(build) if holds_experts else []
+        # Of an adopted share nothing but one expert is read.
+        marks = mark_rows(build) if holds_experts and not build.adopts else []
         super().load_weights(model, model_config)  # type: ignore[misc]
         check_written(marks, build)
 
@@ -107,7 +108,11 @@ class ShareOnlyLoader(_ShareOnlyMixin, DefaultModelLoader):
             source.fall_back_to_pt,
             source.allow_patterns_overrides,
         )
-        experts = {layer.placement.num_experts for layer in ModelBuild.current().layers}
+        build = ModelBuild.current()
+        if build.apart is not None and not build.apart.files_checked:
+            build.apart.same_files(files)
+            build.apart.files_checked = True
+        experts = {layer.placement.num_experts for layer in build.layers}
         self._by_layer = self._built_by_layer if use_safetensors and _layers_in(files, self._built_by_layer) else {}
         if use_safetensors and (self._by_layer or any(_fused_names(path, experts) for path in files)):
             files = used_files(files, source)

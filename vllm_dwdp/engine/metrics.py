@@ -52,6 +52,7 @@ GAUGES = (
     Series("dwdp:experts_held", "experts_held", 1, "Experts of a layer resident on the rank."),
     Series("dwdp:slab_bytes", "slab_bytes", 1, "Bytes of the rank's share of all layers."),
     Series("dwdp:slot_bytes", "slot_bytes", 1, "Bytes of the rank's prefetch buffers."),
+    Series("dwdp:peers_alive", "peers_alive", 1, "Other ranks of the group that are there."),
 )
 
 _metrics: dict[str, Any] = {}
@@ -77,6 +78,6 @@ def publish(rank: int, now: Counters, before: Counters | None) -> None:
     for series in COUNTERS:
         grown = getattr(now, series.field) - (getattr(before, series.field) if before else 0)
         _metric("counter", series).labels(str(rank)).inc(max(grown, 0) * series.unit)
-    if before is None:
-        for series in GAUGES:
+    for series in GAUGES:
+        if before is None or getattr(now, series.field) != getattr(before, series.field):
             _metric("gauge", series).labels(str(rank)).set(getattr(now, series.field) * series.unit)

@@ -29,7 +29,7 @@ _SETTINGS: Final = frozenset(
 )
 
 
-def _parallel(args: EngineArgs) -> Iterator[str]:
+def _parallel(args: EngineArgs, group: str | None) -> Iterator[str]:
     for name, flag in (
         ("tensor_parallel_size", "--tensor-parallel-size"),
         ("pipeline_parallel_size", "--pipeline-parallel-size"),
@@ -42,10 +42,15 @@ def _parallel(args: EngineArgs) -> Iterator[str]:
     ranks = args.data_parallel_size
     if not isinstance(ranks, int):
         yield f"data_parallel_size is {ranks!r} of type {type(ranks).__name__}: give a whole number >= 2"
-    elif ranks < 2:
+    elif group is not None and ranks > 1:
+        yield (
+            f"--data-parallel-size is {ranks} with dwdp.group {group!r}, of which each server is one rank: leave it out, "
+            "and start a server for each rank"
+        )
+    elif group is None and ranks < 2:
         yield (
             f"dwdp spreads the experts over data-parallel ranks, at least 2, but --data-parallel-size is {ranks}: "
-            "raise it, or leave --distributed-executor-backend out"
+            "raise it, or leave --distributed-executor-backend out; for a server for each rank see dwdp.group"
         )
     for name, flag in (
         ("enable_expert_parallel", "--enable-expert-parallel"),
@@ -62,8 +67,10 @@ def _parallel(args: EngineArgs) -> Iterator[str]:
         yield f"--ubatch-size {ubatches} interleaves parts of a batch, which dwdp's ring cannot follow: leave it out"
 
 
-def _launch(args: EngineArgs, headless: bool) -> Iterator[str]:
+def _launch(args: EngineArgs, headless: bool, group: str | None) -> Iterator[str]:
     one_node = "this release of dwdp runs all ranks on one machine behind vLLM's internal load balancing"
+    if headless and group is not None:
+        yield f"--headless does not go with dwdp.group {group!r}, whose ranks are servers of their own: leave it out"
     if headless:
         yield f"--headless: {one_node}; start one `vllm serve` with --data-parallel-size {args.data_parallel_size}"
     if args.data_parallel_hybrid_lb or args.data_parallel_start_rank is not None:
@@ -147,11 +154,8 @@ def _quantisation(name: str) -> str:
     )
 
 
-def check_arguments(args: EngineArgs, headless: bool) -> None:
-    """Refuse conflicting options with the first message that applies; raises DwdpError."""
-    for checks in (_parallel(args), _launch(args, headless), _features(args), _loading(args)):
-        for message in checks:
-            raise DwdpError(message)
+def settings_of(args: EngineArgs) -> DwdpConfig:
+    """The settings of dwdp; raises DwdpError where they cannot be read, or stand in the wrong place."""
     if args.additional_config is not None and not isinstance(args.additional_config, dict):
         raise DwdpError(
             f"--additional-config is a {type(args.additional_config).__name__}; dwdp needs a JSON object, such as "
@@ -162,6 +166,14 @@ def check_arguments(args: EngineArgs, headless: bool) -> None:
         if str(key) in _SETTINGS or difflib.get_close_matches(str(key).lower(), [BACKEND], n=1, cutoff=0.75):
             meant = f'{{"{BACKEND}": {{"{key}": ...}}}}' if str(key) in _SETTINGS else f'"{BACKEND}"'
             raise DwdpError(f"--additional-config has the key {key!r}, which nothing reads: did you mean {meant}?")
+    return DwdpConfig.parse((args.additional_config or {}).get(BACKEND))
+
+
+def check_arguments(args: EngineArgs, headless: bool, group: str | None = None) -> None:
+    """Refuse conflicting options with the first message that applies; raises DwdpError. `group`: as in the settings."""
+    for checks in (_parallel(args, group), _launch(args, headless, group), _features(args), _loading(args)):
+        for message in checks:
+            raise DwdpError(message)
 
 
 def check_settings(config: DwdpConfig, platform: Platform) -> None:
@@ -189,6 +201,11 @@ def _on_cpu(config: DwdpConfig) -> Iterator[str]:
 def _on_gpu(config: DwdpConfig) -> Iterator[str]:
     if (version := vllm_version()) in NOT_ON_GPUS:
         yield f"dwdp was tried with vLLM {version} on CPU only: use vLLM {TESTED[-1]} on GPUs"
+    if config.group is not None:
+        yield (
+            f"dwdp.group is {config.group!r}, which this release has on CPU only: a rank that returns would not get its "
+            "memory of a GPU back; leave group out, and start one launch with --data-parallel-size"
+        )
     if config.direct_tokens not in ("auto", 0) and config.weight_view == "contiguous":
         yield (
             f'dwdp.direct_tokens is {config.direct_tokens} with weight_view "contiguous", which pulls in every forward: use '

@@ -45,7 +45,7 @@ class RankPages(threading.Thread):
         try:
             rendezvous = Rendezvous(self._launch.folder, -1, self._launch.config.timeout_s)
             while not self._stopping.wait(PERIOD_S):
-                if len(self._readers) < self._launch.num_ranks:
+                if len(self._readers) < len(self._launch.ranks_here):
                     self._open_pages(rendezvous)
                 elif not self._publishing:
                     return
@@ -56,7 +56,7 @@ class RankPages(threading.Thread):
                 logger.warning("dwdp: the counters of the ranks are no longer read: %s", error)
 
     def _open_pages(self, rendezvous: Rendezvous) -> None:
-        for rank in range(self._launch.num_ranks):
+        for rank in self._launch.ranks_here:
             if rank not in self._readers and (raw := rendezvous.peek(rank, "counters")) is not None:
                 # A rank may end between publishing its page and our opening it.
                 with contextlib.suppress(DwdpError):

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -26,8 +27,10 @@ from vllm_dwdp.engine.hits_writer import HitsWriter
 from vllm_dwdp.engine.loader import switch_loader
 from vllm_dwdp.engine.model_config import restore_moe
 from vllm_dwdp.engine.orphans import orphaned
+from vllm_dwdp.engine.peers import PeerWatch, found_apart, watch_peers
 from vllm_dwdp.engine.waits import Waits, watch_waits
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.group.apart import ApartRendezvous
 from vllm_dwdp.group.launch import DwdpLaunch, launch_of
 from vllm_dwdp.group.rendezvous import Identity, Rendezvous, identity_hash
 from vllm_dwdp.hits_file import Hits, write_hits
@@ -51,14 +54,19 @@ def die_with_parent() -> None:
 
 def identity_of(vllm_config: VllmConfig, launch: DwdpLaunch) -> Identity:
     """What the ranks of a group compare before they share weights."""
-    model = vllm_config.model_config
+    model, settings = vllm_config.model_config, launch.config.to_dict()
+    chosen = None
+    if launch.apart is not None:
+        # Each server has its own; and reads the file `popularity` when it starts.
+        settings |= {"rank": None, "meet": None}
+        chosen = launch.popularity and asdict(launch.popularity)
     return Identity(
         vllm=vllm_version(),
         vllm_dwdp=__version__,
         model=model.model,
         model_hash=identity_hash(model.hf_config.to_dict()),
         dtype=str(model.dtype),
-        dwdp=identity_hash({"ranks": launch.num_ranks, **launch.config.to_dict()}),
+        dwdp=identity_hash({"ranks": launch.num_ranks, **settings, **({"popularity": chosen} if chosen else {})}),
     )
 
 
@@ -87,6 +95,8 @@ class DwdpWorkerMixin:
     dwdp_step_tokens = 0
     #: With `hits`, once the model is warm.
     dwdp_hits_writer: HitsWriter | None = None
+    #: Where this rank is a server of its own.
+    dwdp_peers: PeerWatch | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -104,7 +114,7 @@ class DwdpWorkerMixin:
         restore_moe(vllm_config)
         switch_loader(vllm_config)
         self.dwdp_launch = launch
-        self.dwdp_rank = vllm_config.parallel_config.data_parallel_index
+        self.dwdp_rank = launch.rank_of(vllm_config)
         self.dwdp_sharing: ExpertSharing | None = None
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
 
@@ -115,9 +125,9 @@ class DwdpWorkerMixin:
         """
         if self.dwdp_sharing is not None:
             raise DwdpError(f"load_model {WRITES}")
-        launch, rank = self.dwdp_launch, self.dwdp_rank
-        self.dwdp_rendezvous = rendezvous = Rendezvous(launch.folder, rank, launch.config.timeout_s)
+        launch, rank, started = self.dwdp_launch, self.dwdp_rank, time.monotonic()
         group = launch.group_of(rank)
+        self.dwdp_rendezvous = rendezvous = self._dwdp_meet(group)
         try:
             rendezvous.check_identity(identity_of(self.vllm_config, launch), group)
             if launch.config.goes_by_memory(platform_of(current_platform)):
@@ -129,6 +139,7 @@ class DwdpWorkerMixin:
                 platform_of(current_platform),
                 meet=lambda name: rendezvous.gather(name, True, group),
                 popularity=launch.popularity,
+                apart=found_apart(rendezvous),
             ).open()
             with freed_memory_is_returned() if build.platform.on_cpu else nullcontext():
                 super().load_model(*args, **kwargs)  # type: ignore[misc]
@@ -140,9 +151,19 @@ class DwdpWorkerMixin:
             self.dwdp_waits = watch_waits(self.vllm_config, launch, rank, sharing)
             freeze(self.model_runner)
             sharing.start()
+            if isinstance(rendezvous, ApartRendezvous):
+                way = "adopted" if build.adopts else "read from the checkpoint"
+                logger.info("dwdp rank %d: experts %s, in %.1f s of loading", rank, way, time.monotonic() - started)
+                self.dwdp_peers = watch_peers(rendezvous, sharing.counters)
         except BaseException as error:
             rendezvous.fail(error)
             raise
+
+    def _dwdp_meet(self, group: list[int]) -> Rendezvous:
+        launch, timeout_s = self.dwdp_launch, self.dwdp_launch.config.timeout_s
+        if launch.apart is None:
+            return Rendezvous(launch.folder, self.dwdp_rank, timeout_s)
+        return ApartRendezvous(launch.folder, launch.apart, group, timeout_s)
 
     def dwdp_memory_limit(self) -> float:
         """Bytes that this rank may use in all from now on."""
@@ -253,13 +274,17 @@ class DwdpWorkerMixin:
     def _dwdp_write_hits(self, hits: Hits) -> None:
         path, model = self.dwdp_launch.config.hits, self.vllm_config.model_config.model
         assert path is not None
-        write_hits(path, os.path.basename(self.dwdp_launch.folder), model, self.dwdp_rank, hits)
+        write_hits(path, self.dwdp_launch.name, model, self.dwdp_rank, hits)
 
     def shutdown(self) -> None:
         """Write hits; let go of peers' memory, then of the own. What this rank did is logged by the front end."""
         if self.dwdp_sharing is not None:
             if self.dwdp_hits_writer is not None:
                 self.dwdp_hits_writer.close()
+            if self.dwdp_peers is not None:
+                self.dwdp_peers.stop()
             self.dwdp_sharing.close()
             self.dwdp_sharing = None
+            if self.dwdp_peers is not None:
+                self.dwdp_peers.leave()
         super().shutdown()  # type: ignore[misc]

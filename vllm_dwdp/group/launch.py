@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,15 @@ RENDEZVOUS_ENV = "DWDP_RENDEZVOUS"
 
 
 @dataclass(frozen=True)
+class Apart:
+    """The place of a launch of one rank in a group of servers: its `rank` there, and the folder in which they meet."""
+
+    group: str
+    rank: int
+    folder: str
+
+
+@dataclass(frozen=True)
 class DwdpLaunch:
     """One launch of `num_ranks` independent ranks; `folder` is the path of the one in which they meet (launch_folder.py).
 
@@ -27,6 +37,7 @@ class DwdpLaunch:
     the launch may use: a worker is bound to its own, and its copy thread should not be. `environment` is set in engines.
     `captured_tokens` is the largest size of CUDA graphs that the user named, or 0.
     `popularity` is what the front end read of the file of that name: the same on all ranks, whatever becomes of it.
+    `apart` where this launch is one rank of a group of servers; `num_ranks` are then those of the group.
     """
 
     config: DwdpConfig
@@ -36,6 +47,21 @@ class DwdpLaunch:
     environment: dict[str, str] = field(default_factory=dict)
     captured_tokens: int = 0
     popularity: Hits | None = None
+    apart: Apart | None = None
+
+    @property
+    def ranks_here(self) -> list[int]:
+        """The ranks that this launch runs."""
+        return list(range(self.num_ranks)) if self.apart is None else [self.apart.rank]
+
+    def rank_of(self, vllm_config: VllmConfig) -> int:
+        """The rank of an engine of this launch."""
+        return self.ranks_here[vllm_config.parallel_config.data_parallel_index]
+
+    @property
+    def name(self) -> str:
+        """The same for all ranks of a group, and for no other launch."""
+        return os.path.basename(self.folder if self.apart is None else self.apart.folder)
 
     @property
     def group_size(self) -> int:

@@ -17,7 +17,7 @@ import stat
 import tempfile
 import time
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 from vllm_dwdp.errors import DwdpError, PeerLost
 from vllm_dwdp.group.environment import FOLDER_PREFIX, fits_sockets
@@ -41,43 +41,43 @@ _REMEDIES = {
 }
 
 
-class LaunchFolder:
-    """An open folder of a launch; `front_end` is the process that made it.
+class PrivateFolder:
+    """An open folder that only this user can list, read or write; `fd` is its descriptor.
 
     Raises:
         PeerLost: the folder is gone.
         DwdpError: it is no directory, of another user, or open to others.
     """
 
+    #: What it is called, and what helps where it cannot be had.
+    called: ClassVar[str] = "the launch's folder"
+    remedy: ClassVar[str] = _REMEDY
+
     def __init__(self, path: str) -> None:
         self.path = path
-        self._fd = _open_private(path)
-        weakref.finalize(self, os.close, self._fd)
-        raw = self.read(_FRONT_END)
-        if raw is None:
-            raise _gone(path)
-        self.front_end = ProcessId(*raw)
+        self.fd = _open_private(path, self.called, self.remedy)
+        weakref.finalize(self, os.close, self.fd)
 
     def write(self, name: str, value: Any) -> None:
         """Put a JSON-able value, not None, into the file `name` as a whole; raises DwdpError where that fails."""
-        if self.is_abandoned():
-            raise _gone(self.path)
         try:
-            _write(self._fd, name, value)
+            _write(self.fd, name, value)
         except OSError as error:
-            if self.is_abandoned():
-                raise _gone(self.path) from error
-            raise _failed(f"writing {name} in {self.path}", error) from error
+            raise self.failed(f"writing {name}", error) from error
+
+    def failed(self, what: str, error: OSError) -> DwdpError:
+        """What to raise where doing `what` in this folder failed."""
+        return _failed(f"{what} in {self.path}", error, self.remedy)
 
     def read(self, name: str) -> Any | None:
         """The value in the file `name`; None where there is none."""
         try:
             # Not blocking: opening what is no file must not hang.
-            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._fd)
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self.fd)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise _failed(f"reading {name} in {self.path}", error) from error
+            raise self.failed(f"reading {name}", error) from error
         try:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
@@ -90,10 +90,32 @@ class LaunchFolder:
         finally:
             os.close(fd)
 
+
+class LaunchFolder(PrivateFolder):
+    """An open folder of a launch; `front_end` is the process that made it. Raises as PrivateFolder."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        raw = self.read(_FRONT_END)
+        if raw is None:
+            raise _gone(path)
+        self.front_end = ProcessId(*raw)
+
+    def write(self, name: str, value: Any) -> None:
+        """See PrivateFolder; raises PeerLost where the front end is gone."""
+        if self.is_abandoned():
+            raise _gone(self.path)
+        try:
+            super().write(name, value)
+        except DwdpError:
+            if self.is_abandoned():
+                raise _gone(self.path) from None
+            raise
+
     def is_abandoned(self) -> bool:
         """Whether the front end is gone, or has removed the folder."""
         try:
-            os.stat(_FRONT_END, dir_fd=self._fd)
+            os.stat(_FRONT_END, dir_fd=self.fd)
         except OSError:
             return True
         return is_gone(self.front_end)
@@ -132,7 +154,7 @@ def _make_in(place: str) -> str:
     except OSError as error:
         raise _failed("making a folder for the ranks to meet in", error) from error
     try:
-        fd = _open_private(path)
+        fd = _open_private(path, LaunchFolder.called, _REMEDY)
         try:
             _write(fd, _FRONT_END, this_process())
         finally:
@@ -167,13 +189,13 @@ def _remove_own(path: str, pid: int) -> None:
         remove_folder(path)
 
 
-def _open_private(path: str) -> int:
+def _open_private(path: str, called: str, remedy: str) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise _gone(path) from error
     except OSError as error:
-        raise _failed(f"opening the launch's folder {path}", error) from error
+        raise _failed(f"opening {called} {path}", error, remedy) from error
     found = os.fstat(fd)
     # The group's set-id bit is inherited and opens nothing.
     if found.st_uid == os.geteuid() and found.st_mode & 0o777 == _MODE:
@@ -181,7 +203,7 @@ def _open_private(path: str) -> int:
     os.close(fd)
     raise DwdpError(
         f"{path} belongs to user {found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}, not to user {os.geteuid()} "
-        f"with mode {_MODE:04o}: {_REMEDY}"
+        f"with mode {_MODE:04o}: {remedy}"
     )
 
 
@@ -189,8 +211,8 @@ def _gone(path: str) -> PeerLost:
     return PeerLost(f"the folder {path} of this launch is gone: its front end has ended; look at its log")
 
 
-def _failed(what: str, error: OSError) -> DwdpError:
-    remedy = _REMEDIES.get(error.errno or 0, _REMEDY)
+def _failed(what: str, error: OSError, usual: str = _REMEDY) -> DwdpError:
+    remedy = _REMEDIES.get(error.errno or 0, usual)
     return DwdpError(f"{what} failed for user {os.geteuid()} ({error.strerror}): {remedy}")
 
 

@@ -31,11 +31,6 @@ class Identity:
     dtype: str
     dwdp: str
 
-    def difference(self, other: Identity) -> str:
-        """Fields that differ, as `field: mine, theirs`; empty when equal."""
-        mine, theirs = asdict(self), asdict(other)
-        return "; ".join(f"{key}: {mine[key]} here, {theirs[key]} there" for key in mine if mine[key] != theirs[key])
-
 
 class Rendezvous:
     """One rank's view of the launch's folder. What it publishes under a name is the file `RANK-NAME.json`.
@@ -102,12 +97,15 @@ class Rendezvous:
 
     def check_identity(self, identity: Identity, ranks: list[int]) -> None:
         """Compare `identity` over `ranks`; raises DwdpError that names the rank and the fields that differ."""
-        for rank, other in zip(ranks, self.gather("identity", asdict(identity), ranks), strict=True):
-            if difference := identity.difference(Identity(**other)):
-                raise DwdpError(
-                    f"ranks {self.rank} and {rank} cannot share experts ({difference}): start all ranks with the same "
-                    "model, options and versions"
-                )
+        self.check_same(
+            "identity", asdict(identity), ranks, "start all ranks with the same model, options and versions"
+        )
+
+    def check_same(self, name: str, mine: dict[str, str], ranks: list[int], remedy: str) -> None:
+        """Compare `mine` over `ranks`; raises DwdpError that names the rank and the fields that differ."""
+        for rank, theirs in zip(ranks, self.gather(name, mine, ranks), strict=True):
+            if difference := _difference(mine, theirs or mine):
+                raise DwdpError(f"ranks {self.rank} and {rank} cannot share experts ({difference}): {remedy}")
 
     def _check_front_end(self) -> None:
         if self._folder.is_abandoned():
@@ -115,6 +113,13 @@ class Rendezvous:
             raise PeerLost(
                 f"rank {self.rank} lost {path}: the front end is gone (process {front_end}); look at its log"
             )
+
+
+def _difference(mine: dict[str, str], theirs: dict[str, str]) -> str:
+    """Fields that differ, as `field: mine, theirs`; empty when equal."""
+    return "; ".join(
+        f"{key}: {mine[key]} here, {theirs.get(key)} there" for key in mine if mine[key] != theirs.get(key)
+    )
 
 
 def _file(rank: int, name: str) -> str:

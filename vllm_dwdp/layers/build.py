@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +15,7 @@ from vllm_dwdp.hot_placement import place_hot
 from vllm_dwdp.page_placement import cpu_rows, place_on_pages
 from vllm_dwdp.placement import Placement, place
 from vllm_dwdp.platform import Platform
+from vllm_dwdp.transport.memfd import MemoryFile
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
@@ -38,6 +39,24 @@ class LayerBuild:
 
 
 @dataclass
+class BuildApart:
+    """What a rank that is a server of its own finds in its group, and tells it.
+
+    Attributes:
+        adopted: the slabs that this rank's last life has left, layer by layer; None where nobody has them.
+        loading: ranks that have yet to take memory, this one among them.
+        hold: tells the group which slabs this rank has open: rank -> handles, layer by layer.
+        same_files: raises DwdpError where the files of the checkpoint are not those of the others.
+    """
+
+    adopted: list[MemoryFile] | None
+    loading: int
+    hold: Callable[[dict[int, list[dict[str, Any]]]], object]
+    same_files: Callable[[Sequence[str]], object]
+    files_checked: bool = False
+
+
+@dataclass
 class ModelBuild:
     """The group, seen from one rank, and its MoE layers in the order in which vLLM builds them.
 
@@ -48,6 +67,7 @@ class ModelBuild:
         meet: returns when all ranks of the group have called it with this name.
         shared: whether parameters are views, which nobody may write.
         popularity: hits by which experts beyond E/N are chosen; None where shares overlap instead.
+        apart: None where one launch has all ranks.
     """
 
     config: DwdpConfig
@@ -59,6 +79,7 @@ class ModelBuild:
     memory_checked: bool = False
     shared: bool = False
     popularity: Hits | None = None
+    apart: BuildApart | None = None
 
     _current: ClassVar[ModelBuild | None] = None
 
@@ -89,16 +110,31 @@ class ModelBuild:
         """Whether the view is in place as far as is known before weights are processed; then `choose_view` decides."""
         return self.config.weight_view != "contiguous" and all(layer.on_pages for layer in self.layers)
 
+    @property
+    def loading(self) -> int:
+        """Ranks of the group that have yet to take memory."""
+        return self.group_size if self.apart is None else self.apart.loading
+
+    @property
+    def adopts(self) -> bool:
+        """Whether the share is in memory already, where the rank's last life has left it."""
+        return self.apart is not None and self.apart.adopted is not None
+
+    def _loaded(self, layer: LayerBuild) -> tuple[int, ...]:
+        """Experts of a layer to read: of an adopted share one, to compare, and since vLLM wants every tensor loaded."""
+        share = layer.placement.shares[self.rank]
+        return share[:1] if self.adopts else share
+
     def local_experts(self) -> set[int]:
         """Experts of any layer that this rank loads."""
-        return {expert for layer in self.layers for expert in layer.placement.shares[self.rank]}
+        return {expert for layer in self.layers for expert in self._loaded(layer)}
 
     def experts_by_layer(self) -> dict[tuple[int, ...], set[int]]:
         """Numbers in a layer's name (`numbers_in`) -> experts of it that this rank loads.
 
         Empty where all layers have the same, or names do not tell layers apart: `local_experts` then says what to load.
         """
-        shares = {numbers_in(layer.name): set(layer.placement.shares[self.rank]) for layer in self.layers}
+        shares = {numbers_in(layer.name): set(self._loaded(layer)) for layer in self.layers}
         same = all(share == self.local_experts() for share in shares.values())
         return {} if same or len(shares) < len(self.layers) else shares
 

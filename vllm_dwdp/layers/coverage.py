@@ -102,14 +102,16 @@ def check_memory(build: ModelBuild) -> None:
         for share, layer in zip(shares, build.layers, strict=True)
     ]
     slots = 0 if build.expects_pages else min(build.config.num_slots, len(whole)) * max(whole)
-    ranks = build.group_size
+    ranks = build.loading
     purpose = (
         f"dwdp: {ranks} ranks with {sum(shares) / 2**30:.2f} GiB of experts and {slots / 2**30:.2f} GiB of slots each"
     )
     require_memory(ranks * (sum(shares) + slots), purpose)
-    # A memory file per layer stays open for its handle; peers' are open while they are mapped, one layer at a time.
+    # A memory file per layer stays open for its handle; peers' are open while they are mapped, one layer at a time, and for
+    # good where ranks come and go.
+    files = len(shares) * build.group_size if build.apart else len(shares) + build.group_size
     require_descriptors(
-        len(shares) + ranks + _SPARE_DESCRIPTORS, f"dwdp: sharing {len(shares)} MoE layers of {ranks} ranks"
+        files + _SPARE_DESCRIPTORS, f"dwdp: sharing {len(shares)} MoE layers of {build.group_size} ranks"
     )
 
 
@@ -118,7 +120,7 @@ def check_slots(build: ModelBuild, nbytes: int) -> None:
 
     No rank goes on before all have looked. Raises DwdpError with the figures.
     """
-    ranks = build.group_size
+    ranks = build.loading
     purpose = f"dwdp: experts end on no pages, and holding {nbytes / 2**30:.2f} GiB of slots on each of {ranks} ranks"
     require_memory(ranks * nbytes, purpose)
     build.meet("slots")

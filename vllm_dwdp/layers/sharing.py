@@ -62,7 +62,7 @@ class ExpertSharing:
             self.layers = move_to_slabs(build, self.transport, tensors, paged)
             map_peers(self.layers, build, self.transport, rendezvous, group)
             self.replicated_bytes = sum(replicate_small(layer, build.rank) for layer in self.layers)
-            self.counters = CounterPage.create(rank=group[build.rank])
+            self.counters = CounterPage.create(group[build.rank], peers=len(group) - 1)
             self._closing.callback(self.counters.close)
             if self.view == "inplace":
                 self._attach_pages()

@@ -6,7 +6,7 @@ import gc
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -20,6 +20,8 @@ from vllm_dwdp.transport.vmm import VmmTransport
 
 if TYPE_CHECKING:
     from vllm_dwdp.group.rendezvous import Rendezvous
+    from vllm_dwdp.transport.memfd import MemoryFile
+    from vllm_dwdp.transport.shm import ShmPeerSlab, ShmTransport
 
 #: Tensors of at most this part of an expert (biases, scales) are replicated at start instead of fetched per forward.
 REPLICATED_PART = 0.01
@@ -148,8 +150,11 @@ def move_to_slabs(
         if not build.platform.on_cpu:
             # The original of the layer before; slabs do not come from torch's allocator.
             torch.cuda.empty_cache()
-        if pages is None:
-            slab: Slab = transport.allocate_slab(layout.slabs[rank].nbytes)
+        adopted = _adopted(build, number, layout.slabs[rank].nbytes)
+        if adopted is not None:
+            slab: Slab = cast("ShmTransport", transport).adopt_slab(adopted)
+        elif pages is None:
+            slab = transport.allocate_slab(layout.slabs[rank].nbytes)
         else:
             assert isinstance(transport, VmmTransport)
             slab = transport.allocate_pieces(pages.slabs[rank].sizes)
@@ -159,7 +164,10 @@ def move_to_slabs(
             for run in placement.runs(rank):
                 if run.owner == rank:
                     rows = tensor.view(flat, layer.offset(rank, tensor.name, run.first), run.length)
-                    rows.copy_(tensor.parameter.data[run.local : run.local + run.length])
+                    if adopted is None:
+                        rows.copy_(tensor.parameter.data[run.local : run.local + run.length])
+                    elif run.local == 0:
+                        _check_adopted(rows, tensor, found.build.name)
             # The original goes; until the layer has a view nobody reads what stands for it.
             tensor.parameter.data = rows
         slabs.append(layer)
@@ -168,6 +176,27 @@ def move_to_slabs(
         torch.cuda.synchronize()
     gc.collect()
     return slabs
+
+
+def _adopted(build: ModelBuild, layer: int, nbytes: int) -> MemoryFile | None:
+    """An adopted slab of `nbytes`, by its layer's number; None where nothing is adopted."""
+    if build.apart is None or (files := build.apart.adopted) is None:
+        return None
+    if len(files) != len(build.layers) or files[layer].handle.nbytes != nbytes:
+        raise DwdpError(
+            f"the group holds {len(files)} slabs of this rank, which has {len(build.layers)} MoE layers, one of {nbytes} "
+            "bytes: start all ranks of the group again"
+        )
+    return files[layer]
+
+
+def _check_adopted(rows: torch.Tensor, tensor: ExpertTensor, name: str) -> None:
+    """Raise DwdpError where the expert that was read is not the adopted one, bit by bit."""
+    if not torch.equal(rows[0].reshape(-1).view(torch.uint8), tensor.parameter.data[0].reshape(-1).view(torch.uint8)):
+        raise DwdpError(
+            f"{name}.{tensor.name} of the checkpoint is not what the group holds of this rank in memory: start all ranks of "
+            "the group again"
+        )
 
 
 def map_peers(
@@ -182,6 +211,14 @@ def map_peers(
             raise DwdpError(f"rank {group[peer]} has {len(handles)} MoE layers, rank {group[build.rank]} {len(slabs)}")
         for layer, handle in zip(slabs, handles, strict=True):
             layer.peers[peer] = transport.map_peer(Handle.from_dict(handle))
+    if build.apart is not None:
+        # With handles of this process's own.
+        build.apart.hold(
+            {
+                group[peer]: [cast("ShmPeerSlab", layer.peers[peer]).handle.to_dict() for layer in slabs]
+                for peer in slabs[0].peers
+            }
+        )
 
 
 def replicate_small(layer: LayerSlab, rank: int) -> int:

@@ -14,7 +14,7 @@ def make_transport(build: ModelBuild, cores: tuple[int, ...], view: str) -> Tran
     if name not in ("auto", *platform.transports):
         raise DwdpError(f"transport {name!r} is not available on {platform.name}: use {platform.transports[0]}")
     if platform.on_cpu:
-        return ShmTransport(build.config.timeout_s, cores)
+        return ShmTransport(build.config.timeout_s, cores, keep_files=build.apart is not None)
     import torch
 
     from vllm_dwdp.transport.cuda_copy import CopyOptions

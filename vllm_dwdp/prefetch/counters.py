@@ -14,7 +14,7 @@ from vllm_dwdp.transport.mapping import PAGE, Mapping
 from vllm_dwdp.transport.memfd import MemoryFile, create_file, map_handle
 
 MAGIC: Final = 0x44574450_50414745  # 'DWDPPAGE'
-VERSION: Final = 6
+VERSION: Final = 7
 VIEWS: Final = ("none", "split", "contiguous", "inplace", "composite")  # a view's code is its position
 _HEADER: Final = ("magic", "version", "view_code")
 
@@ -28,6 +28,7 @@ class Counters:
     experts_held: int  # of one layer
     slab_bytes: int  # all slabs
     slot_bytes: int  # all slots
+    peers_alive: int  # other ranks of the group that are there
     forwards: int  # of the target model, both ways
     direct_forwards: int  # those that read missing experts where they are
     direct_bytes: int  # read from peers by kernels, as expected where every expert is hit as often
@@ -62,6 +63,7 @@ class CounterFields(ctypes.Structure):
     experts_held: int
     slab_bytes: int
     slot_bytes: int
+    peers_alive: int
     forwards: int
     direct_forwards: int
     direct_bytes: int
@@ -110,9 +112,11 @@ class CounterPage(CounterReader):
         self.fields.magic, self.fields.version, self.fields.rank = MAGIC, VERSION, rank
 
     @classmethod
-    def create(cls, rank: int = 0) -> "CounterPage":
-        """A zeroed page for `rank`; raises DwdpError where there is no memory."""
-        return cls(create_file(PAGE, "a counter page"), rank)
+    def create(cls, rank: int = 0, peers: int = 0) -> "CounterPage":
+        """A zeroed page for `rank`, which has so many peers; raises DwdpError where there is no memory."""
+        page = cls(create_file(PAGE, "a counter page"), rank)
+        page.fields.peers_alive = peers
+        return page
 
     @staticmethod
     def open(handle: Handle) -> CounterReader:

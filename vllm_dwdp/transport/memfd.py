@@ -13,7 +13,7 @@ import os
 import secrets
 import socket
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -60,7 +60,7 @@ def this_host() -> Host:
 
 @dataclass
 class MemoryFile:
-    """A memory file of this process, mapped writable; `handle` is what peers need."""
+    """A memory file that this process has open and mapped; `handle` is what peers need."""
 
     fd: int
     mapping: Mapping
@@ -162,6 +162,19 @@ def map_handle(handle: Handle, purpose: str, writable: bool = False) -> Mapping:
         return map_file(fd, handle.nbytes, mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0), purpose)
     finally:
         os.close(fd)
+
+
+def keep_file(handle: Handle, purpose: str) -> MemoryFile:
+    """Map another process's memory file read-only and keep it open, so that others can have it from this process when that
+    one is gone: the handle of what is returned names this process. Raises as `open_file` does.
+    """
+    fd = open_file(handle)
+    try:
+        mapping = map_file(fd, handle.nbytes, mmap.PROT_READ, purpose)
+    except BaseException:
+        os.close(fd)
+        raise
+    return MemoryFile(fd, mapping, replace(handle, payload={**handle.payload, "pid": os.getpid(), "fd": fd}))
 
 
 def _check_host(handle: Handle) -> None:

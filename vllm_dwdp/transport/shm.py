@@ -16,12 +16,12 @@ from vllm_dwdp.transport.inplace import InPlaceRange, PageRun, map_runs
 from vllm_dwdp.transport.limits import require_memory
 from vllm_dwdp.transport.live import LiveTransport
 from vllm_dwdp.transport.mapping import MappedMemory, Mapping, map_private
-from vllm_dwdp.transport.memfd import TRANSPORT, MemoryFile, create_file, map_handle, open_file
+from vllm_dwdp.transport.memfd import TRANSPORT, MemoryFile, create_file, keep_file, map_handle, open_file
 from vllm_dwdp.transport.shm_copy import ShmCopyEngine
 
 
 class ShmSlab(MappedMemory, Slab):
-    """A memory file of this process."""
+    """A memory file of this process, or one that it adopted."""
 
     def __init__(self, file: MemoryFile) -> None:
         super().__init__(file.mapping)
@@ -35,7 +35,7 @@ class ShmSlab(MappedMemory, Slab):
 
 
 class ShmPeerSlab(MappedMemory, PeerSlab):
-    """A peer's memory file, mapped read-only; keeps no descriptor."""
+    """A peer's memory file, mapped read-only. `handle`: the peer's, or this process's where it keeps the file open."""
 
     def __init__(self, mapping: Mapping, handle: Handle) -> None:
         super().__init__(mapping)
@@ -60,9 +60,13 @@ class ShmTransport(LiveTransport):
 
     name = TRANSPORT
 
-    def __init__(self, timeout_s: float = 300.0, copy_cores: Collection[int] = ()) -> None:
-        """timeout_s: limit of a copy's wait for the release of its slot. copy_cores: see ShmCopyEngine's cores."""
+    def __init__(self, timeout_s: float = 300.0, copy_cores: Collection[int] = (), keep_files: bool = False) -> None:
+        """timeout_s: limit of a copy's wait for the release of its slot. copy_cores: see ShmCopyEngine's cores.
+        keep_files: keep peers' files open until `close`, so that others can have them when their owners are gone.
+        """
         super().__init__()
+        self._keep_files = keep_files
+        self._kept: list[int] = []
         self._timeout_s = timeout_s
         self._copy_cores = tuple(copy_cores)
 
@@ -74,9 +78,18 @@ class ShmTransport(LiveTransport):
         """See Transport."""
         return self._checked(slab, ShmSlab).handle
 
+    def adopt_slab(self, file: MemoryFile) -> ShmSlab:
+        """A slab that a process which is gone has filled: the same memory, read-only. The transport closes `file`."""
+        return self._keep(ShmSlab(file))
+
     def map_peer(self, handle: Handle) -> ShmPeerSlab:
         """See Transport; raises DwdpError for a slab of another host, PID namespace or user."""
-        return self._keep(ShmPeerSlab(map_handle(handle, "a peer's slab"), handle))
+        if not self._keep_files:
+            return self._keep(ShmPeerSlab(map_handle(handle, "a peer's slab"), handle))
+        file = keep_file(handle, "a peer's slab")
+        # The mapping goes with the slab, the descriptor does not.
+        self._kept.append(file.fd)
+        return self._keep(ShmPeerSlab(file.mapping, file.handle))
 
     def allocate_slot(self, nbytes: int) -> ShmSlot:
         """See Transport."""
@@ -104,3 +117,9 @@ class ShmTransport(LiveTransport):
     def copy_engine(self) -> ShmCopyEngine:
         """See Transport."""
         return ShmCopyEngine(self._timeout_s, self._copy_cores)
+
+    def close(self) -> None:
+        """See Transport."""
+        super().close()
+        while self._kept:
+            os.close(self._kept.pop())

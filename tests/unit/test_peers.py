@@ -1,0 +1,145 @@
+"""What a rank that is a server of its own tells of the others of its group, and what it compares with them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from tests.unit.helpers import LIMIT_S, LaunchOwner
+from tests.unit.leftovers import build, check_message, refusal
+from tests.unit.member import Members, members
+from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.engine import configure, peers
+from vllm_dwdp.engine.peers import PeerWatch
+from vllm_dwdp.engine.worker import identity_of
+from vllm_dwdp.group.apart import ApartRendezvous
+from vllm_dwdp.group.launch import Apart, DwdpLaunch, launch_of
+from vllm_dwdp.group.launch_folder import make_folder
+from vllm_dwdp.group.meeting import meeting_place
+from vllm_dwdp.hits_file import Hits
+from vllm_dwdp.prefetch.counters import CounterPage
+
+
+class Group(NamedTuple):
+    """This process is rank 0; rank 1 is a process of its own, and what rank 0 says of it is in `said`."""
+
+    rendezvous: ApartRendezvous
+    others: Members
+    page: CounterPage
+    said: list[str]
+
+
+@pytest.fixture
+def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Group]:
+    said: list[str] = []
+    owner = LaunchOwner()
+    for level in ("info", "warning"):
+        monkeypatch.setattr(
+            peers.logger, level, lambda text, *words, level=level: said.append(f"{level}: {text % words}")
+        )
+    path, page = str(tmp_path / "group"), CounterPage.create()
+    with members(path, 2) as others:
+        rendezvous = ApartRendezvous(make_folder(owner), Apart("group", 0, path), [0, 1], LIMIT_S)
+        yield Group(rendezvous, others, page, said)
+        rendezvous.leave()
+    page.close()
+
+
+def test_who_comes_and_goes_is_told_once(group: Group) -> None:
+    other = group.others.start(1)
+    other.ask("join"), other.ask("put", "mapped", True)
+    watch = PeerWatch(group.rendezvous, group.page)
+    for _ in range(2):
+        watch.look()
+        assert (group.page.fields.peers_alive, group.said) == (1, [])
+    other.kill()
+    gone = f"warning: dwdp rank 0: rank 1 (life 1, process {other.process.pid}) is gone; its experts stay mapped here"
+    for _ in range(2):
+        watch.look()
+        assert group.page.fields.peers_alive == 0
+        assert [line.partition(", and")[0] for line in group.said] == [gone]
+    again = group.others.start(1)
+    again.ask("join")
+    watch.look()
+    # One that starts is none that serves.
+    assert group.page.fields.peers_alive == 0 and len(group.said) == 1
+    again.ask("put", "mapped", True)
+    for _ in range(2):
+        watch.look()
+        assert group.page.fields.peers_alive == 1
+        assert group.said[1:] == [f"info: dwdp rank 0: rank 1 is there again (life 2, process {again.process.pid})"]
+
+
+def test_a_rank_that_is_replaced_between_two_looks(group: Group) -> None:
+    other = group.others.start(1)
+    other.ask("join"), other.ask("put", "mapped", True)
+    watch = PeerWatch(group.rendezvous, group.page)
+    watch.look()
+    other.kill()
+    again = group.others.start(1)
+    again.ask("join"), again.ask("put", "mapped", True)
+    watch.look()
+    assert group.page.fields.peers_alive == 1
+    assert group.said == [f"info: dwdp rank 0: rank 1 is there again (life 2, process {again.process.pid})"]
+
+
+def test_the_watch_goes_on_by_itself_and_ends(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "PERIOD_S", 0.01)
+    watch = peers.watch_peers(group.rendezvous, group.page)
+    other = group.others.start(1)
+    other.ask("join"), other.ask("put", "mapped", True)
+    deadline = time.monotonic() + LIMIT_S
+    while group.page.fields.peers_alive != 1:
+        assert time.monotonic() < deadline and watch.is_alive()
+        time.sleep(0.01)
+    watch.stop()
+    assert not watch.is_alive()
+
+
+def test_a_launch_of_one_rank(tiny_moe: Path, tmp_path: Path, nothing_left: None) -> None:
+    """Its config is that of one engine of vLLM, of a MoE model, with the rank of the group."""
+    settings = {"group": "g", "rank": 1, "ranks": 2, "meet": str(tmp_path)}
+    config = build(tiny_moe, data_parallel_size=1, additional_config={"dwdp": settings})
+    launch = launch_of(config)
+    assert launch is not None and launch.apart is not None
+    assert (launch.num_ranks, launch.group_size, launch.ranks_here, launch.rank_of(config)) == (2, 2, [1], 1)
+    assert launch.name == Path(launch.apart.folder).name and launch.apart.folder.startswith(str(tmp_path))
+    assert config.parallel_config.data_parallel_size == 1 and config.model_config.is_moe
+    # Nothing of the group is there before a worker joins.
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_server_is_refused_before_it_starts_anything(
+    tiny_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_left: None
+) -> None:
+    monkeypatch.setattr(configure, "_ENDING_S", 0.1)
+    settings = {"group": "g", "rank": 1, "ranks": 2, "meet": str(tmp_path)}
+    with members(meeting_place("g", str(tmp_path)), 2) as others:
+        other = others.start(1)
+        other.ask("join")
+        pid = other.process.pid
+        told = refusal(lambda: build(tiny_moe, data_parallel_size=1, additional_config={"dwdp": settings}))
+    check_message(told, [f"rank 1 of the group in {tmp_path}", f"is process {pid} (life 1)", "end it first"])
+
+
+def identity(rank: int, meet: str, popularity: Hits | None = None, **settings: Any) -> Any:
+    config = DwdpConfig(group="g", rank=rank, ranks=2, meet=meet, **settings)
+    launch = DwdpLaunch(config, 2, "/made/up", (), popularity=popularity, apart=Apart("g", rank, "/made/up"))
+    model = SimpleNamespace(model="model", dtype="bf16", hf_config=SimpleNamespace(to_dict=dict))
+    return identity_of(SimpleNamespace(model_config=model), launch)  # type: ignore[arg-type]
+
+
+def test_ranks_differ_in_rank_and_in_nothing_else() -> None:
+    assert identity(0, "/tmp") == identity(1, "/tmp/../tmp")
+    assert identity(0, "/tmp").dwdp != identity(1, "/tmp", num_slots=3).dwdp
+    # The file is read by each server when it starts, and may be another one by then.
+    hits = [Hits(7, {"layer": (count, 1)}) for count in (5, 6)]
+    assert identity(0, "/tmp", hits[0]) == identity(1, "/tmp", hits[0])
+    assert identity(0, "/tmp", hits[0]).dwdp != identity(0, "/tmp", hits[1]).dwdp

@@ -1,0 +1,122 @@
+"""The rendezvous of a rank that is a server of its own: its peers come and go, and what they say is said in one life."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, Final
+
+from vllm_dwdp.errors import DwdpTimeout, PeerLost
+from vllm_dwdp.group.launch import Apart
+from vllm_dwdp.group.meeting import Meeting
+from vllm_dwdp.group.rendezvous import Rendezvous
+from vllm_dwdp.transport.base import Handle
+from vllm_dwdp.transport.memfd import MemoryFile, keep_file
+
+logger = logging.getLogger("vllm.dwdp")
+
+SLABS: Final = "slabs"
+_HOLDS: Final = "holds"
+_PAUSE_S: Final = 0.05
+
+
+class ApartRendezvous(Rendezvous):
+    """One rank's view of its group; it holds the rank's position from here on.
+
+    Waits are for who holds a position now. Where nobody does, and a rank that lives has the slabs of that position open,
+    nobody is waited for: the rank is dead, and its experts can be had.
+
+    Raises as Rendezvous, and DwdpError where another process holds the position.
+    """
+
+    def __init__(self, folder: str, apart: Apart, ranks: list[int], timeout_s: float) -> None:
+        """folder: of this launch, for its front end."""
+        super().__init__(folder, apart.rank, timeout_s)
+        self.ranks = ranks
+        self.meeting = Meeting(apart.folder)
+        self.life = self.meeting.join(apart.rank, timeout_s)
+        self._failures: dict[int, str] = {}
+
+    def put(self, name: str, value: Any) -> None:
+        """See Rendezvous; in this life."""
+        super().put(name, value)
+        self.meeting.say(self.rank, name, value)
+
+    def hold(self, handles: dict[int, list[Any]]) -> None:
+        """Tell the group of which ranks this one has the slabs open, by the handles for them, layer by layer."""
+        self.put(_HOLDS, {str(rank): of_rank for rank, of_rank in handles.items()})
+
+    def held(self, rank: int) -> list[Any] | None:
+        """Handles of the slabs of `rank`, which is dead, from one that lives and has them open; None where none does."""
+        for other in self.ranks:
+            if other not in (rank, self.rank) and (found := (self.meeting.said(other, _HOLDS) or {}).get(str(rank))):
+                return list(found)
+        return None
+
+    def adopt(self) -> list[MemoryFile] | None:
+        """The slabs of this rank's last life, layer by layer, opened here, so that they stay whoever dies; None where nobody
+        has them. To be asked once.
+
+        Raises PeerLost where somebody says so for `timeout_s` and has them no longer.
+        """
+        deadline = time.monotonic() + self.timeout_s
+        while (handles := self.held(self.rank)) is not None:
+            files: list[MemoryFile] = []
+            try:
+                for handle in handles:
+                    files.append(keep_file(Handle.from_dict(handle), "an adopted slab"))
+                return files
+            except PeerLost:
+                # Whoever had them is dying: another one may have them too.
+                for file in files:
+                    file.close()
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_PAUSE_S)
+        return None
+
+    def loading(self) -> int:
+        """How many ranks have yet to take the memory of their share, this one among them."""
+        return sum(rank == self.rank or self.meeting.said(rank, SLABS) is None for rank in self.ranks)
+
+    def get(self, rank: int, name: str, timeout_s: float | None = None) -> Any:
+        """Wait for what the holder of `rank` says under `name`, however often it is replaced meanwhile.
+
+        For a rank that is dead and whose slabs can be had: these, where `name` is "slabs", else None.
+
+        Raises:
+            DwdpTimeout: nobody held the position, or its holder did not say `name`, in time.
+            PeerLost: the front end of this launch is gone.
+        """
+        limit = self.timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + limit
+        while True:
+            if (holder := self.meeting.holder(rank)) is None:
+                if (slabs := self.held(rank)) is not None:
+                    return slabs if name == SLABS else None
+            elif (found := self.meeting.said(rank, name)) is not None:
+                return found
+            else:
+                self._tell_failure(rank)
+            self._check_front_end()
+            if time.monotonic() > deadline:
+                where = f"rank {self.rank} waited {limit:g} s for rank {rank} of the group in {self.meeting.path}"
+                if holder is not None:
+                    raise DwdpTimeout(f"{where} ({name}): process {holder.pid} is not that far; look at its log")
+                last = f", which failed: {self._failures[rank]}" if rank in self._failures else ""
+                raise DwdpTimeout(
+                    f"{where}{last}: nobody holds it, nor its experts in memory; start it, or raise dwdp.timeout_s if it "
+                    "is only slow"
+                )
+            time.sleep(_PAUSE_S)
+
+    def leave(self) -> None:
+        """Let go of the position; never raises. What others have open of this rank stays theirs."""
+        self.meeting.leave()
+
+    def _tell_failure(self, rank: int) -> None:
+        """Others' failures end no start here, since a rank may come again: they are logged."""
+        why = self.meeting.said(rank, "failed")
+        if why is not None and self._failures.get(rank) != why:
+            self._failures[rank] = why
+            logger.warning("dwdp rank %d: rank %d failed during its start, and is waited for: %s", self.rank, rank, why)

@@ -1,0 +1,184 @@
+"""The folder in which ranks meet that are servers of their own, and who holds which position there.
+
+Nobody has to answer for the folder, so that there is nothing to restart. Whoever holds a position holds a lock that the
+kernel takes away with the process, however it ends: byte L of the position's file is locked by its life L. So one question
+to the kernel tells whether a position is held, by which process and in which life. Lives are counted up with every start.
+
+The locks are those of POSIX, which go with their process and can be asked for without being taken. A process loses its own
+by closing any descriptor of the file: nobody opens the file of a position that it holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import struct
+import time
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+from vllm_dwdp.errors import DwdpError, DwdpTimeout, PeerLost
+from vllm_dwdp.group.launch_folder import PrivateFolder
+
+#: struct flock of 64-bit Linux: type, whence, start, length, process.
+_FLOCK: Final = "hhqqi4x"
+_DOOR: Final = "door.lock"
+_PAUSE_S: Final = 0.05
+_LEAVE_S: Final = 2.0
+_REMEDY: Final = (
+    "set dwdp.meet, the same for all ranks, to a folder on a local file system with owners and permissions, and run all "
+    "ranks as one user"
+)
+
+
+class Holder(NamedTuple):
+    """Who holds a position: its process, and which of the lives of that position it is."""
+
+    pid: int
+    life: int
+
+
+def meeting_place(group: str, meet: str | None) -> str:
+    """The path of the folder of a group of this user: in `meet`, in XDG_RUNTIME_DIR, or in /tmp."""
+    place = meet or os.environ.get("XDG_RUNTIME_DIR") or ""
+    if meet is None and not os.path.isdir(place):
+        # Not TMPDIR, which two servers may have set differently.
+        place = "/tmp"
+    return os.path.join(place, f"dwdp-group-{os.geteuid()}-{group}")
+
+
+class Meeting(PrivateFolder):
+    """The open folder of a group; made where there is none.
+
+    Raises DwdpError where it cannot be made, or is not this user's alone; everything here, where a file cannot be opened.
+    """
+
+    called = "the group's folder"
+    remedy = _REMEDY
+
+    def __init__(self, path: str) -> None:
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+        except OSError as error:
+            raise DwdpError(f"making {path} for a group to meet in failed ({error.strerror}): {_REMEDY}") from error
+        super().__init__(path)
+        self._held: dict[int, tuple[int, Holder]] = {}
+
+    def join(self, rank: int, timeout_s: float) -> int:
+        """Hold the position `rank` for as long as this process lives, and forget what its earlier lives have said.
+
+        Returns the number of this life. Raises DwdpError where another process holds it, DwdpTimeout.
+        """
+        with self._door(timeout_s):
+            if (holder := self.holder(rank)) is not None:
+                raise _taken(rank, holder, self.path)
+            life = int(self.read(f"{rank}-life.json") or 0) + 1
+            self.write(f"{rank}-life.json", life)
+            fd = self._create(_lock_file(rank))
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, life)
+            self._held[rank] = fd, Holder(os.getpid(), life)
+            for name in os.listdir(self.fd):
+                if name.startswith(f"{rank}.") and name != _lock_file(rank):
+                    os.unlink(name, dir_fd=self.fd)
+        return life
+
+    def holder(self, rank: int) -> Holder | None:
+        """Who holds the position `rank`; None where nobody does."""
+        if rank in self._held:
+            return self._held[rank][1]
+        if (fd := self._open(_lock_file(rank))) is None:
+            return None
+        try:
+            found = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        finally:
+            os.close(fd)
+        kind, _, life, _, pid = struct.unpack(_FLOCK, found)
+        return None if kind == fcntl.F_UNLCK else Holder(pid, life)
+
+    def say(self, rank: int, name: str, value: Any) -> None:
+        """Publish a JSON-able value of a position that this process holds."""
+        self.write(_message(rank, self._held[rank][1].life, name), value)
+
+    def said(self, rank: int, name: str) -> Any | None:
+        """What the holder of `rank` has said under `name` in this life; None where it has not, or nobody holds it."""
+        holder = self.holder(rank)
+        return None if holder is None else self.read(_message(rank, holder.life, name))
+
+    def leave(self) -> None:
+        """Let go of what this process holds; the last one takes the folder with it. Idempotent, and never raises."""
+        with contextlib.suppress(OSError, DwdpError), self._door(_LEAVE_S):
+            while self._held:
+                fd, _ = self._held.popitem()[1]
+                os.close(fd)
+            locks = [name for name in os.listdir(self.fd) if name.endswith(".lock") and name != _DOOR]
+            if all(self.holder(int(name.removesuffix(".lock"))) is None for name in locks):
+                shutil.rmtree(self.path, ignore_errors=True)
+
+    def _open(self, name: str, flags: int = 0) -> int | None:
+        try:
+            return os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600, dir_fd=self.fd)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self.failed(f"opening {name}", error) from error
+
+    def _create(self, name: str) -> int:
+        if (fd := self._open(name, os.O_CREAT)) is None:
+            raise self._removed()
+        return fd
+
+    def _removed(self) -> PeerLost:
+        return PeerLost(f"{self.path} was removed while this rank joined: start it again")
+
+    @contextlib.contextmanager
+    def _door(self, timeout_s: float) -> Iterator[None]:
+        """Nobody else joins or leaves meanwhile; raises DwdpTimeout, PeerLost where the folder was removed."""
+        deadline = time.monotonic() + timeout_s
+        fd = self._create(_DOOR)
+        try:
+            while True:
+                try:
+                    fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError as error:
+                    if error.errno not in (errno.EACCES, errno.EAGAIN):
+                        raise
+                if time.monotonic() > deadline:
+                    raise DwdpTimeout(f"another process has kept {_DOOR} in {self.path} for {timeout_s:g} s: end it")
+                time.sleep(_PAUSE_S)
+            if not os.path.exists(self.path) or not os.path.samestat(os.stat(self.path), os.fstat(self.fd)):
+                raise self._removed()
+            yield
+        finally:
+            os.close(fd)
+
+
+def check_free(path: str, rank: int, wait_s: float) -> None:
+    """Raise DwdpError where a process goes on holding a position for `wait_s`, since it may just be ending.
+
+    To be asked before a server starts anything; whoever joins then has the last word. Makes no folder.
+    """
+    deadline = time.monotonic() + wait_s
+    while os.path.lexists(path) and (holder := Meeting(path).holder(rank)) is not None:
+        if time.monotonic() > deadline:
+            raise _taken(rank, holder, path)
+        time.sleep(_PAUSE_S)
+
+
+def _taken(rank: int, holder: Holder, path: str) -> DwdpError:
+    return DwdpError(
+        f"rank {rank} of the group in {path} is process {holder.pid} (life {holder.life}), which is there, be it stopped: "
+        "end it first, or give this server another rank"
+    )
+
+
+def _lock_file(rank: int) -> str:
+    return f"{rank}.lock"
+
+
+def _message(rank: int, life: int, name: str) -> str:
+    return f"{rank}.{life}-{name}.json"
