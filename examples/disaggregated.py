@@ -99,7 +99,7 @@ def start_engines(servers: Servers, plan: Plan, decode: bool, port: int = 0) -> 
         options |= {"distributed_executor_backend": "dwdp", "data_parallel_size": ranks}
         options["additional_config"] = {"dwdp": {"weight_view": plan.view, **dwdp_settings(ranks)}}
     else:
-        environ["VLLM_RPC_BASE_PATH"] = str(servers.folder)  # a plain vLLM leaves its sockets where they are
+        environ["TMPDIR"] = str(servers.folder)  # a plain vLLM leaves its sockets, and a file, where they are
     port = port or free_ports(1)
     # Rank i of a launch listens at this port + i.
     environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_ports(ranks))

@@ -57,7 +57,7 @@ def test_tokens_are_plain_vllms(
         assert parts.transfers() == len(through)
         assert parts.prompts() == [len(through) // ranks] * ranks
         parts.wait_until_quiet()
-        assert [name for name in parts.left() if not name.startswith("vllm_dist_")] == []  # of a plain vLLM
+        assert parts.left() == []
 
 
 def started(folder: Path, *words: str) -> tuple[subprocess.Popen[bytes], Path, Leftovers]:
