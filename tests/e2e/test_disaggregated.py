@@ -216,5 +216,4 @@ def test_nothing_stays(parts: Cluster) -> None:
     """The last test of this module: it ends everything."""
     with contextlib.suppress(OSError):
         parts.post(parts.prefill, {"prompt": LONG, "max_tokens": 1, "kv_transfer_params": {"do_remote_decode": True}})
-    # A plain vLLM that was killed leaves the file in which its one worker met itself.
     assert parts.left() == []
