@@ -16,6 +16,7 @@ from vllm_dwdp.errors import DOCTOR, DwdpError, DwdpTimeout, PeerLost
 from vllm_dwdp.transport import vmm_socket
 from vllm_dwdp.transport.base import Copy
 from vllm_dwdp.transport.cuda_copy import CopyOptions
+from vllm_dwdp.transport.cuda_vmm import INSTEAD
 from vllm_dwdp.transport.vmm import Part, VmmTransport
 from vllm_dwdp.transport.vmm_memory import VmmSlab
 
@@ -270,7 +271,7 @@ def test_an_owner_that_ends_meanwhile(pair: Vmm, monkeypatch: pytest.MonkeyPatch
     handle = pair.handle()
     pair.owner.close()
     text = one_line(pair.reader, handle)
-    assert "Connection refused" in text and text.endswith(f'set dwdp.transport to "cupy_ipc"{DOCTOR}')
+    assert "Connection refused" in text and text.endswith(f"{INSTEAD}{DOCTOR}")
     monkeypatch.setattr("vllm_dwdp.transport.vmm.is_gone", lambda process: True)
     assert "(process 1000) is gone (Connection refused)" in one_line(pair.reader, handle, PeerLost)
 
@@ -279,7 +280,9 @@ def test_a_machine_that_refuses_says_what_else_there_is() -> None:
     machine = Machine()
     device = machine.process()
     device.vmm.missing = "made up"
-    with pytest.raises(DwdpError, match=r'no transport vmm \(made up\): set dwdp.transport to "cupy_ipc"'):
+    # The composite view has no other transport: both have to go.
+    instead = r'no transport vmm \(made up\): set dwdp.transport to "cupy_ipc", without weight_view "composite"'
+    with pytest.raises(DwdpError, match=instead):
         VmmTransport(device, device.vmm)
     device.vmm.missing = ""
     for call in ("create", "export"):
