@@ -276,6 +276,11 @@ def test_an_owner_that_ends_meanwhile(pair: Vmm, monkeypatch: pytest.MonkeyPatch
     assert "Connection refused" in text and text.endswith(f"{INSTEAD}{DOCTOR}")
     monkeypatch.setattr("vllm_dwdp.transport.vmm.is_gone", lambda process: True)
     assert "(process 1000) is gone (Connection refused)" in one_line(pair.reader, handle, PeerLost)
+    # One whose socket has closed may be seen a little longer.
+    looks = iter([False, False, False, True])
+    monkeypatch.setattr("vllm_dwdp.transport.vmm.is_gone", lambda process: next(looks))
+    monkeypatch.setattr("vllm_dwdp.transport.vmm._ENDING_S", LIMIT_S)
+    assert "(process 1000) is gone (Connection refused)" in one_line(pair.reader, handle, PeerLost)
 
 
 def test_a_machine_that_refuses_says_what_else_there_is() -> None:
