@@ -21,6 +21,7 @@ from ci.bench.servers import Server, ServerFailed, System, Target, environment, 
 
 #: Seconds that prefill keeps a KV cache that nobody fetches, as of requests that a turn gave up at its end.
 LEASE_S: Final = 5
+ROUTER: Final = Path(sys.executable).parent / "vllm-router"
 #: A router answers as soon as both its servers do.
 ROUTER_S: Final = 60.0
 
@@ -72,7 +73,7 @@ class Prefill(Server):
         """See Server; then the router is started, and waited for."""
         super().wait(deadline)
         port, metrics = _free_ports(1), _free_ports(1)
-        words = [str(Path(sys.executable).parent / "vllm-router"), "--vllm-pd-disaggregation", "--kv-connector", "nixl"]
+        words = [str(ROUTER), "--vllm-pd-disaggregation", "--kv-connector", "nixl"]
         words += ["--port", str(port), "--prometheus-port", str(metrics), "--policy", "round_robin"]
         words += ["--decode", self._decode, "--worker-startup-check-interval", "1", "--disable-retries"]
         for url in self._urls:
@@ -105,6 +106,19 @@ def split(devices: Sequence[str], prefill: int, cpu: bool) -> tuple[list[str], l
             f"--prefill-devices {prefill}: of {len(devices)} devices, leave some to prefill and some to decode"
         )
     return list(devices[:prefill]), list(devices[prefill:])
+
+
+def check(system: System, devices: Sequence[str], prefill: int, cpu: bool) -> None:
+    """Raise ValueError where `system` cannot decode for all, or nothing could take requests to it."""
+    _, theirs = split(devices, prefill, cpu)
+    if system.kind == "replicas" and len(theirs) > 1:
+        raise ValueError(
+            f"--decode {system.kind}: {len(theirs)} servers, but one decodes for all systems; use tp, dpep or dwdp"
+        )
+    if not ROUTER.is_file():
+        raise ValueError(
+            f"--decode: there is no {ROUTER}, which takes requests to both sides: pip install '.[disaggregated]'"
+        )
 
 
 def _free_ports(count: int) -> int:

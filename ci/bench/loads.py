@@ -24,13 +24,12 @@ from pathlib import Path
 
 import torch
 
-from ci.bench import tiles
-from ci.bench.apart import split
+from ci.bench import apart, tiles
 from ci.bench.load import SHAPE, Load, parse_loads
 from ci.bench.models import MODELS, model_in
 from ci.bench.results import slower_bases
 from ci.bench.run import Bench, say
-from ci.bench.servers import parse_system, parse_systems
+from ci.bench.servers import ServerFailed, parse_system, parse_systems
 from ci.report.loads_picture import draw
 from vllm_dwdp.errors import DwdpError
 
@@ -133,7 +132,7 @@ def arguments() -> argparse.Namespace:
         args.model = args.model or ("tiny" if args.cpu else "qwen3")
         args.decode = parse_system(args.decode) if args.decode else None
         if args.decode:
-            split(devices_of(args.cpu), args.prefill_devices, args.cpu)
+            apart.check(args.decode, devices_of(args.cpu), args.prefill_devices, args.cpu)
         check(args)
     except ValueError as error:
         parser.error(str(error))
@@ -168,6 +167,8 @@ def main() -> int:
             bench.start(model, common_words(args, args.loads), devices_of(args.cpu), logs)
             bench.run(model)
             bench.tell()
+        except ServerFailed as error:
+            raise SystemExit(f"bench: {error}") from None
         finally:
             bench.stop()
     if args.earlier and bench.found["base"]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ci.bench import apart, servers
+from ci.bench import apart, loads, servers
 from ci.bench.loads import arguments
 
 
@@ -76,3 +76,37 @@ def test_sides_without_devices_are_refused_before_anything_starts(
     with pytest.raises(SystemExit):
         arguments()
     assert "--prefill-devices 2: of 2 devices" in capsys.readouterr().err
+
+
+def test_what_cannot_decode_for_all_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    (router := tmp_path / "vllm-router").touch()
+    for decode, where, says in (
+        ("replicas", router, "--decode replicas: 2 servers, but one decodes for all"),
+        ("tp", tmp_path / "none", f"there is no {tmp_path}/none, which takes requests"),
+        ("tp", router, ""),
+    ):
+        monkeypatch.setattr(apart, "ROUTER", where)
+        monkeypatch.setattr(sys, "argv", ["loads", "--systems", "dwdp", "tp", "--decode", decode])
+        if says:
+            with pytest.raises(SystemExit):
+                arguments()
+            assert says in capsys.readouterr().err
+        else:
+            assert arguments().decode.kind == "tp"
+
+
+def test_a_decode_that_does_not_come_up_is_one_line(
+    tmp_path: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (router := tmp_path / "vllm-router").touch()
+    monkeypatch.setattr(apart, "ROUTER", router)
+    monkeypatch.setattr(loads, "devices_of", lambda cpu: ["0", "1"])
+    monkeypatch.setattr(servers.Server, "stop", lambda *_: None)  # of processes that are nobody's
+    words = ["loads", "--cpu", "--systems", "dwdp", "tp", "--decode", "tp", "--logs", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match=r"^bench: decode-tp ended with 3: no error \(.*decode-tp-0.log\)$"):
+        loads.main()
+    assert started, "it was"

@@ -206,9 +206,29 @@ def test_wrong_numbers(capsys: pytest.CaptureFixture[str], words: list[str]) -> 
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("way", ["DWDP", "DEP"])
+def test_prompts_of_too_many_steps_are_refused_at_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is simulated; those of 64 steps are, by all eight ranks of a group."""
+    monkeypatch.setattr(prefill_pool, "_PROMPTS", MANY)
+    monkeypatch.setattr(prefill_pool, "_OF_A_RANK", 100)
+
+    def simulated(*_: object, **__: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(prefill_pool, "Fleet", simulated)
+    long = replace(R1, ranks=8, lengths=Lengths(131072), tokens=2048)
+    with pytest.raises(NotImplementedError):
+        prefill_group(long, way)
+    with pytest.raises(DwdpError, match=r"^--tokens-per-step 16: prompts take 512 steps .* of 15 at most: raise it"):
+        prefill_group(replace(long, lengths=Lengths(8192), tokens=16), way)
+
+
 def test_a_model_that_does_not_fit_a_group() -> None:
     whole = replace(R1, model=load_model("DeepSeek-R1"), hardware=load_hardware("h200"))
-    with pytest.raises(DwdpError, match="DWDP: a rank of 4 has no room for a prompt; DEP: a rank of 4 has no room"):
+    with pytest.raises(
+        DwdpError,
+        match=r"GPUs will do \(DWDP: a rank of 4 has no room for a prompt; DEP: a rank of 4 has no room .*\): add --ranks",
+    ):
         pools(PoolRequest(whole, 1, 9, 1, 5e10))
     with pytest.raises(DwdpError, match="no engine on H100 decodes"):
         pools(PoolRequest(replace(whole, hardware=load_hardware("h100")), 1, 9, 1, 5e10))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ci.report.travel import constants, rows
+from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict import travel
 from vllm_dwdp.predict.cli import main
@@ -78,7 +79,9 @@ def test_nothing_travels_where_nothing_is_missing() -> None:
 
 def test_who_travels_follows_the_settings() -> None:
     few = predicted_few(MODEL, H100, 2)
-    assert few.travel == few.direct == 256 and [few.way(n) for n in (1, 256, 257)] == ["travel", "travel", "pulled"]
+    most = DwdpConfig().travel_tokens
+    assert few.travel == few.direct == most
+    assert [few.way(n) for n in (1, most, most + 1)] == ["travel", "travel", "pulled"]
     less = predicted_few(MODEL, H100, 2, travel_tokens=16)
     assert less.travel == 16 < less.direct and less.way(17) == "direct"
     asked = predicted_few(MODEL, H100, 2, decode="direct")
@@ -115,7 +118,8 @@ def test_plan_respects_decode_and_travel_tokens(capsys: pytest.CaptureFixture[st
         found["ways"] = {d["way"] for d in found["decode"]}
         return found
 
-    assert plan()["travel_tokens"] == 256 and "DWDP, tokens travel" in plan("--decode", "travel")["ways"]
+    assert plan()["travel_tokens"] == DwdpConfig().travel_tokens
+    assert "DWDP, tokens travel" in plan("--decode", "travel")["ways"]
     for more in (("--decode", "direct"), ("--travel-tokens", "32"), ("--weight-view", "contiguous")):
         assert "DWDP, tokens travel" not in plan(*more)["ways"]
     for words, says in (
@@ -125,6 +129,14 @@ def test_plan_respects_decode_and_travel_tokens(capsys: pytest.CaptureFixture[st
         assert main(["plan", "qwen3-30b-a3b", "--decode", "travel", *words]) == 2
         line = capsys.readouterr().err
         assert says in line and line.count("\n") == 1
+    for more, said in (
+        (("--weight-view", "contiguous"), "DWDP pulls in every step."),
+        (("--decode", "direct"), "DWDP reads directly in steps of at most "),
+        (("--travel-tokens", "2"), "DWDP has tokens travel in steps of at most 2 tokens a rank, reads directly up to "),
+    ):
+        assert main(["plan", "qwen3-30b-a3b", "--hardware", "h100", "--ranks", "2", *more]) == 0
+        text = capsys.readouterr().out
+        assert f"  {said}" in text and ("pulls in larger ones" in text) == ("every" not in said)
     with pytest.raises(SystemExit):
         main(["plan", "qwen3-30b-a3b", "--decode", "pull"])
     assert capsys.readouterr().err.count("\n") == 1

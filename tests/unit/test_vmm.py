@@ -16,6 +16,7 @@ from vllm_dwdp.errors import DOCTOR, DwdpError, DwdpTimeout, PeerLost
 from vllm_dwdp.transport import vmm_socket
 from vllm_dwdp.transport.base import Copy
 from vllm_dwdp.transport.cuda_copy import CopyOptions
+from vllm_dwdp.transport.cuda_vmm import INSTEAD
 from vllm_dwdp.transport.vmm import Part, VmmTransport
 from vllm_dwdp.transport.vmm_memory import VmmSlab
 
@@ -194,9 +195,11 @@ def test_a_failed_step_of_letting_go_keeps_no_other(pair: Vmm, call: str, caplog
         left.free_range(address, nbytes)
 
 
-def test_work_ends_before_memory_goes(pair: Vmm) -> None:
-    pair.owner.allocate_slab(PAGE).close()
-    assert pair.mine.calls["synchronize"] == 2  # the trial of the start, and this one
+def test_work_ends_before_memory_goes(pair: Vmm, monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped: list[int] = []
+    monkeypatch.setattr(pair.mine.vmm, "synchronize", lambda: mapped.append(len(pair.mine.vmm.mappings)))
+    pair.owner.allocate_pieces(SIZES).close()
+    assert mapped == [len(SIZES)] and not pair.mine.vmm.mappings
 
 
 def test_more_descriptors_than_a_message_holds(pair: Vmm) -> None:
@@ -270,8 +273,13 @@ def test_an_owner_that_ends_meanwhile(pair: Vmm, monkeypatch: pytest.MonkeyPatch
     handle = pair.handle()
     pair.owner.close()
     text = one_line(pair.reader, handle)
-    assert "Connection refused" in text and text.endswith(f'set dwdp.transport to "cupy_ipc"{DOCTOR}')
+    assert "Connection refused" in text and text.endswith(f"{INSTEAD}{DOCTOR}")
     monkeypatch.setattr("vllm_dwdp.transport.vmm.is_gone", lambda process: True)
+    assert "(process 1000) is gone (Connection refused)" in one_line(pair.reader, handle, PeerLost)
+    # One whose socket has closed may be seen a little longer.
+    looks = iter([False, False, False, True])
+    monkeypatch.setattr("vllm_dwdp.transport.vmm.is_gone", lambda process: next(looks))
+    monkeypatch.setattr("vllm_dwdp.transport.vmm._ENDING_S", LIMIT_S)
     assert "(process 1000) is gone (Connection refused)" in one_line(pair.reader, handle, PeerLost)
 
 
@@ -279,7 +287,9 @@ def test_a_machine_that_refuses_says_what_else_there_is() -> None:
     machine = Machine()
     device = machine.process()
     device.vmm.missing = "made up"
-    with pytest.raises(DwdpError, match=r'no transport vmm \(made up\): set dwdp.transport to "cupy_ipc"'):
+    # The composite view has no other transport: both have to go.
+    instead = r'no transport vmm \(made up\): set dwdp.transport to "cupy_ipc", without weight_view "composite"'
+    with pytest.raises(DwdpError, match=instead):
         VmmTransport(device, device.vmm)
     device.vmm.missing = ""
     for call in ("create", "export"):

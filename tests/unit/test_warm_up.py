@@ -62,6 +62,18 @@ def test_sizes_of_a_split_view(monkeypatch: pytest.MonkeyPatch) -> None:
         one.sharing.close()
 
 
+def test_kernels_of_a_rank_that_gives_way_are_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theirs change at another size."""
+    monkeypatch.setattr(ModelBuild, "_current", None)
+    _, ranks = share_on_gpus(monkeypatch, "split")
+    for module in ranks[0].modules:
+        kernel: Any = module.quant_method.moe_kernel.fused_experts
+        kernel.all_tiles = lambda tokens, top_k: (Tiles(16, 64, 64), Tiles(16, 64 if tokens < 37 else 128, 64))
+    assert 37 in warm_up_sizes(ranks[0].sharing.layers, 0, 33, 60)
+    for one in ranks:
+        one.sharing.close()
+
+
 def test_layers_of_another_shape_have_kernels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """As models have them whose layers were pruned apart; tables of one kind, dtype and device are there for any shape."""
     monkeypatch.setattr(ModelBuild, "_current", None)

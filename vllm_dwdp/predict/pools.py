@@ -128,5 +128,7 @@ def pools(request: PoolRequest, prefill: Mapping[str, PrefillGroup] | None = Non
         found[way] = Pools(group, groups, decode, engines, ttft, request.rate, case.osl)
     if all(isinstance(pool, str) for pool in found.values()):
         why = "; ".join(f"{way}: {pool}" for way, pool in found.items())
+        if not fits & set(WAYS):
+            raise DwdpError(f"no number of GPUs will do ({why}): add --ranks, or take a smaller format")
         raise DwdpError(f"no number of GPUs meets --ttft {show_time(request.ttft_s)} ({why}): raise it, or add --ranks")
     return found

@@ -8,6 +8,7 @@ from typing import Final
 
 import numpy as np
 
+from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.sim.requests import Stream
 from vllm_dwdp.predict.sim.run import Fleet, streams_of
 from vllm_dwdp.predict.sim.scenario import Scenario
@@ -19,6 +20,8 @@ LOADS: Final = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0
 #: higher the load, the more.
 _PROMPTS: Final = 2400
 _OF_A_RANK: Final = 100
+#: Steps of all ranks at all loads that are simulated at most: a minute or two.
+_STEPS: Final = 15_000_000
 _SEED: Final = 7
 
 
@@ -50,7 +53,7 @@ class PrefillGroup:
 
 
 def prefill_group(case: Case, way: str) -> PrefillGroup:
-    """A group of prefill as the case has it, under 'DWDP' or 'DEP'."""
+    """A group of prefill as the case has it, under 'DWDP' or 'DEP'. Raises DwdpError where prompts take too many steps."""
     prompt = case.lengths.mean * (1 - case.cached)
     most = case.ranks * case.step(way).tokens_per_gpu / prompt
     # DWDP's ranks do not wait for each other.
@@ -63,10 +66,16 @@ def prefill_group(case: Case, way: str) -> PrefillGroup:
     )  # fmt: skip
     # What has come is computed, however long it takes.
     parts = math.ceil(prompt / case.tokens)
+    counts = [max(_OF_A_RANK, _PROMPTS / parts / simulated) / (1 - load) for load in LOADS]
+    # Of all ranks for both ways, so that none is simulated where the other is refused.
+    if (steps := parts * case.ranks * sum(counts)) > _STEPS:
+        raise DwdpError(
+            f"--tokens-per-step {case.tokens}: prompts take {parts:,} steps on average, so that {steps / 1e6:,.0f} million "
+            f"would be simulated, of {_STEPS // 10**6} at most: raise it, or plan fewer --ranks"
+        )
     fleet, waits = Fleet(scenario, until=math.inf), []
-    for load in LOADS:
+    for load, count in zip(LOADS, counts, strict=True):
         rate = load * most / case.ranks
-        count = max(_OF_A_RANK, _PROMPTS / parts / simulated) / (1 - load)
         here = replace(scenario, seconds=count / rate, stream=replace(scenario.stream, rate=rate))
         waits.append(float(np.mean(fleet.run(way, 0, streams_of(here, 0, simulated)).ttft)))
     return PrefillGroup(way, case.ranks, most, tuple(np.maximum.accumulate(waits).tolist()))

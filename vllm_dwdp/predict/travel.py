@@ -45,13 +45,14 @@ class Few(NamedTuple):
 
     def lines(self, ranks: int) -> list[str]:
         """For the report of a plan with so many ranks."""
-        does = "reads nothing directly"
+        does = "pulls in every step"
         if self.direct:
             does = f"reads directly in steps of at most {self.direct:,} tokens a rank"
-        if self.travel:
-            does = f"has tokens travel in steps of at most {self.travel:,} tokens a rank"
-            does += f", reads directly up to {self.direct:,}" if self.direct > self.travel else ""
-        said = [f"  DWDP {does}, and pulls in larger ones."]
+            if self.travel:
+                does = f"has tokens travel in steps of at most {self.travel:,} tokens a rank"
+                does += f", reads directly up to {self.direct:,}" if self.direct > self.travel else ""
+            does += ", and pulls in larger ones"
+        said = [f"  DWDP {does}."]
         if self.why is not None:
             said.append(f"  Tokens do not travel: {self.why}.")
         if self.travel and ranks > 2:

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from vllm_dwdp.errors import DOCTOR, DwdpError
 from vllm_dwdp.transport.cuda_device import CudaError
-from vllm_dwdp.transport.cuda_vmm import VmmCalls
+from vllm_dwdp.transport.cuda_vmm import INSTEAD, VmmCalls
 
 _SUCCESS: Final = 0
 
@@ -16,8 +16,8 @@ def import_driver() -> Any:
         return importlib.import_module("cuda.bindings.driver")
     except ImportError as error:
         raise DwdpError(
-            f"cuda.bindings cannot be imported ({error}): pip install cuda-bindings of CUDA's major version, or leave "
-            f'dwdp.transport at "cupy_ipc"{DOCTOR}'
+            f"cuda.bindings cannot be imported ({error}): pip install cuda-bindings of CUDA's major version, or "
+            f"{INSTEAD}{DOCTOR}"
         ) from error
 
 

@@ -6,6 +6,10 @@ call raises CudaError; none synchronises unless it says so.
 """
 
 from abc import ABC, abstractmethod
+from typing import Final
+
+#: What to do where such memory cannot be had.
+INSTEAD: Final = 'set dwdp.transport to "cupy_ipc", without weight_view "composite"'
 
 
 class VmmCalls(ABC):

@@ -22,7 +22,7 @@ from vllm_dwdp.transport.cuda_copy import CopyOptions
 from vllm_dwdp.transport.cuda_device import CudaDevice, CudaError
 from vllm_dwdp.transport.cuda_memory import require_free, too_little
 from vllm_dwdp.transport.cuda_peers import CudaTransport
-from vllm_dwdp.transport.cuda_vmm import VmmCalls
+from vllm_dwdp.transport.cuda_vmm import INSTEAD, VmmCalls
 from vllm_dwdp.transport.limits import require_descriptors
 from vllm_dwdp.transport.mapping import round_up
 from vllm_dwdp.transport.process import ProcessId, is_gone
@@ -41,7 +41,7 @@ from vllm_dwdp.transport.vmm_socket import DescriptorServer, fetch
 logger = logging.getLogger(__name__)
 
 TRANSPORT: Final = "vmm"
-_OTHERWISE: Final = f'set dwdp.transport to "cupy_ipc"{DOCTOR}'
+_OTHERWISE: Final = f"{INSTEAD}{DOCTOR}"
 #: How long a process whose socket has closed may take to be seen as gone.
 _ENDING_S: Final = 1.0
 _POLL_S: Final = 0.01

@@ -21,6 +21,7 @@ from collections.abc import Generator, Sequence
 from typing import Final
 
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.transport.cuda_vmm import INSTEAD
 from vllm_dwdp.transport.limits import require_descriptors
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,8 @@ class DescriptorServer:
                 self._thread.start()
             except (OSError, RuntimeError) as error:
                 raise DwdpError(
-                    f"the socket for descriptors of device memory cannot be served ({error}): raise ulimit -n and -u, or "
-                    'set dwdp.transport to "cupy_ipc"'
+                    f"the socket for descriptors of device memory cannot be served ({error}): raise ulimit -n and -u, "
+                    f"or {INSTEAD}"
                 ) from error
             self._ends = undo.pop_all()
 
