@@ -47,9 +47,11 @@ class ApartRendezvous(Rendezvous):
         self.put(_HOLDS, {str(rank): of_rank for rank, of_rank in handles.items()})
 
     def held(self, rank: int) -> list[Any] | None:
-        """Handles of the slabs of `rank`, which is dead, from one that lives and has them open; None where none does."""
+        """Handles of the slabs of `rank`, which is dead, from one that lives and has them open, this one where it has; None
+        where none does.
+        """
         for other in self.ranks:
-            if other not in (rank, self.rank) and (found := (self.meeting.said(other, _HOLDS) or {}).get(str(rank))):
+            if other != rank and (found := (self.meeting.said(other, _HOLDS) or {}).get(str(rank))):
                 return list(found)
         return None
 
