@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,17 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Group]:
         yield Group(rendezvous, others, page, said)
         rendezvous.leave()
     page.close()
+
+
+def test_a_group_whose_folder_was_removed_is_not_said_to_be_gone(group: Group) -> None:
+    other = group.others.start(1)
+    other.ask("join"), other.ask("put", "mapped", True)
+    watch = PeerWatch(group.rendezvous, group.page)
+    watch.look()
+    shutil.rmtree(group.rendezvous.meeting.path)
+    watch.run()
+    assert group.page.fields.peers_alive == 1 and len(group.said) == 1
+    check_message(group.said[0], ["the group is no longer watched", "was removed", "start it again", "dwdp.meet"])
 
 
 def test_who_comes_and_goes_is_told_once(group: Group) -> None:

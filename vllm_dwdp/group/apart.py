@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from vllm_dwdp.errors import DwdpTimeout, PeerLost
 from vllm_dwdp.group.launch import Apart
-from vllm_dwdp.group.meeting import Meeting
+from vllm_dwdp.group.meeting import join
 from vllm_dwdp.group.rendezvous import Rendezvous
 from vllm_dwdp.transport.base import Handle
 from vllm_dwdp.transport.memfd import MemoryFile, keep_file
@@ -33,8 +33,7 @@ class ApartRendezvous(Rendezvous):
         """folder: of this launch, for its front end."""
         super().__init__(folder, apart.rank, timeout_s)
         self.ranks = ranks
-        self.meeting = Meeting(apart.folder)
-        self.life = self.meeting.join(apart.rank, timeout_s)
+        self.meeting, self.life = join(apart.folder, apart.rank, timeout_s)
         self._failures: dict[int, str] = {}
 
     def put(self, name: str, value: Any) -> None:
