@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -151,6 +152,8 @@ def identity(rank: int, meet: str, popularity: Hits | None = None, **settings: A
 def test_ranks_differ_in_rank_and_in_nothing_else() -> None:
     assert identity(0, "/tmp") == identity(1, "/tmp/../tmp")
     assert identity(0, "/tmp").dwdp != identity(1, "/tmp", num_slots=3).dwdp
+    # What differs can be read.
+    assert json.loads(identity(1, "/tmp", num_slots=3).dwdp) == {"group": "g", "num_slots": 3, "ranks": 2}
     # The file is read by each server when it starts, and may be another one by then.
     hits = [Hits(7, {"layer": (count, 1)}) for count in (5, 6)]
     assert identity(0, "/tmp", hits[0]) == identity(1, "/tmp", hits[0])

@@ -96,11 +96,9 @@ class Meeting(PrivateFolder):
         if (fd := self._open(_lock_file(rank))) is None:
             return None
         try:
-            found = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+            return _locked_by(fd)
         finally:
             os.close(fd)
-        kind, _, life, _, pid = struct.unpack(_FLOCK, found)
-        return None if kind == fcntl.F_UNLCK else Holder(pid, life)
 
     def say(self, rank: int, name: str, value: Any) -> None:
         """Publish a JSON-able value of a position that this process holds."""
@@ -164,7 +162,8 @@ class Meeting(PrivateFolder):
                     if error.errno not in (errno.EACCES, errno.EAGAIN):
                         raise
                 if time.monotonic() > deadline:
-                    raise DwdpTimeout(f"another process has kept {_DOOR} in {self.path} for {timeout_s:g} s: end it")
+                    who = f"process {holder.pid}" if (holder := _locked_by(fd)) else "another process"
+                    raise DwdpTimeout(f"{who} has kept {_DOOR} in {self.path} for {timeout_s:g} s: end it")
                 time.sleep(_PAUSE_S)
             self.check_there()
             yield
@@ -202,6 +201,13 @@ def check_free(path: str, rank: int, wait_s: float) -> None:
         if time.monotonic() > deadline:
             raise _taken(rank, holder, path)
         time.sleep(_PAUSE_S)
+
+
+def _locked_by(fd: int) -> Holder | None:
+    """Which other process has locked the file, and from which byte on."""
+    found = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    kind, _, first, _, pid = struct.unpack(_FLOCK, found)
+    return None if kind == fcntl.F_UNLCK else Holder(pid, first)
 
 
 def _taken(rank: int, holder: Holder, path: str) -> DwdpError:
