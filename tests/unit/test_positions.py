@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import os
 import shutil
 import signal
@@ -13,31 +11,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from tests.unit.helpers import LIMIT_S, LaunchOwner
+from tests.unit.helpers import LIMIT_S
 from tests.unit.leftovers import check_message, refusal
-from tests.unit.member import NBYTES, Members, contents, members
+from tests.unit.member import Members, contents, members
 from vllm_dwdp.errors import DwdpError, DwdpTimeout, PeerLost
-from vllm_dwdp.group.apart import SLABS, ApartRendezvous
-from vllm_dwdp.group.launch import Apart
-from vllm_dwdp.group.launch_folder import make_folder
+from vllm_dwdp.group.apart import SLABS
 from vllm_dwdp.group.meeting import Holder, Meeting, check_free, meeting_place
-from vllm_dwdp.transport.shm import ShmTransport
 
 pytestmark = pytest.mark.usefixtures("public")
-
-
-def _target(folder: str, name: str) -> str:
-    try:
-        return os.readlink(os.path.join(folder, name))
-    except OSError:  # closed meanwhile
-        return ""
 
 
 @pytest.fixture
@@ -230,51 +215,6 @@ def test_a_rank_returns_while_another_is_dead(path: str) -> None:
         assert third.ask("inodes") == second.ask("inodes") == inodes
 
 
-def test_a_rank_that_dies_while_others_start_is_kept_by_who_has_mapped_it(path: str) -> None:
-    """Be it that others are waited for, for as long as they take: this process is rank 0."""
-    pytest.importorskip("torch")
-    from vllm_dwdp.layers.slabs import map_peers
-
-    owner, transport = LaunchOwner(), ShmTransport(LIMIT_S, keep_files=True)
-    rendezvous = ApartRendezvous(make_folder(owner), Apart("group", 0, path), [0, 1, 2], LIMIT_S)
-    layer: Any = SimpleNamespace(slab=transport.allocate_slab(NBYTES), peers={})
-    ctypes.memmove(layer.slab.address, contents(0), NBYTES)
-    build: Any = SimpleNamespace(rank=0, apart=rendezvous)
-    with members(path, 3) as three, ThreadPoolExecutor(1) as pool:
-        second, third = three.start(1), three.start(2)
-        assert [second.ask("join"), third.ask("join")] == [1, 1]
-        rendezvous.put("memory", True), third.ask("put", "memory", True)
-        second.send("start")
-        starting = pool.submit(map_peers, [layer], build, transport, rendezvous, rendezvous.ranks)
-        deadline = time.monotonic() + LIMIT_S
-        while rendezvous.meeting.said(0, "holds") is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        second.kill()
-        again = three.start(1)
-        assert again.ask("join") == 2
-        again.send("start"), third.send("start")
-        starting.result(LIMIT_S)
-        assert {rank: ctypes.string_at(slab.address, NBYTES) for rank, slab in layer.peers.items()} == {
-            rank: contents(rank) for rank in (1, 2)
-        }
-        rendezvous.put("mapped", True)
-        assert again.answer() is True and third.answer() is False
-        assert again.ask("inodes")[1] == third.ask("inodes")[1] == layer.peers[1].handle.payload["inode"]
-    transport.close()
-    rendezvous.leave()
-
-
-def test_who_has_mapped_a_dead_rank_does_not_wait_for_it(two: Members) -> None:
-    first, second = two.start(0), two.start(1)
-    first.ask("join"), second.ask("join")
-    for member in (first, second):
-        member.send("start")
-    assert [first.answer(), second.answer()] == [False, False]
-    second.kill()
-    # It never said this.
-    assert first.ask("gather", "later", True, [0, 1]) == [True, None]
-
-
 def test_memory_is_asked_for_by_those_who_have_yet_to_load(two: Members) -> None:
     first, second = two.start(0), two.start(1)
     first.ask("join")
@@ -298,17 +238,6 @@ def test_other_checkpoints_are_named(two: Members) -> None:
     check_message(refusal(first.answer), told)
 
 
-def test_who_differs_is_told_before_another_is_waited_for(path: str) -> None:
-    with members(path, 3) as three:
-        first, second = three.start(0), three.start(1)
-        first.ask("join"), second.ask("join")
-        first.ask("put", "checkpoint", {"sampled bytes": "1a"})
-        began = time.monotonic()
-        message = refusal(lambda: second.ask("check_same", "checkpoint", {"sampled bytes": "2b"}, [0, 1, 2], "use one"))
-        check_message(message, ["ranks 1 and 0 cannot share experts (sampled bytes: 2b here, 1a there): use one"])
-        assert time.monotonic() - began < LIMIT_S / 2
-
-
 def test_the_last_one_takes_the_folder_along(two: Members, path: str) -> None:
     first, second = two.start_all()
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o700
@@ -330,68 +259,6 @@ def test_a_folder_that_was_removed_is_not_joined(path: str) -> None:
     check_message(refusal(lambda: moved.join(0, LIMIT_S), PeerLost), told)
     shutil.rmtree(f"{path}-moved")
     check_message(refusal(lambda: removed.join(0, LIMIT_S), PeerLost), told)
-
-
-def test_who_joins_while_the_last_one_leaves_meets_others(two: Members, path: str) -> None:
-    """In a folder that has just gone, or is just going file by file: the next is made."""
-    other = two.start(0)
-    other.ask("bytes")  # it is up
-    with Meeting(path)._door(LIMIT_S):
-        other.send("join")
-        # It has opened the folder, and waits.
-        opened = f"/proc/{other.process.pid}/fd"
-        deadline = time.monotonic() + LIMIT_S
-        while not any(_target(opened, fd) == f"{path}/door.lock" for fd in os.listdir(opened)):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        shutil.rmtree(path)
-    assert other.answer() == 1 and Meeting(path).holder(0) == Holder(other.process.pid or 0, 1)
-
-
-def test_what_the_last_one_removes_cannot_be_joined(two: Members, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    other, remove, joined = two.start(0), shutil.rmtree, []
-
-    def removing(folder: str, **how: Any) -> None:
-        os.unlink(os.path.join(folder, "door.lock"))
-        joined.append(other.ask("join"))
-        remove(folder, **how)
-
-    meeting = Meeting(path)
-    meeting.join(0, LIMIT_S)
-    with monkeypatch.context() as patched:
-        patched.setattr(shutil, "rmtree", removing)
-        meeting.leave()
-    assert joined == [1] and Meeting(path).holder(0) == Holder(other.process.pid or 0, 1)
-    assert sorted(os.listdir(os.path.dirname(path))) == [os.path.basename(path)]
-
-
-def test_a_folder_in_use_is_not_tidied_up(two: Members, path: str) -> None:
-    """systemd-tmpfiles asks for this lock."""
-    first = two.start(0)
-    first.ask("join")
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        first.kill()
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    finally:
-        os.close(fd)
-
-
-def test_a_file_that_lost_its_bytes_is_told(path: str) -> None:
-    meeting = Meeting(path)
-    Path(path, "0-life.json").touch()
-    told = [f"0-life.json in {path} cannot be read", "end all ranks and remove the folder"]
-    check_message(refusal(lambda: meeting.join(0, LIMIT_S)), told)
-
-
-def test_a_place_where_no_folder_can_be_made_is_told_at_once(public: Path) -> None:
-    gone = str(public / "none")
-    check_message(
-        refusal(lambda: check_free(f"{gone}/group", 0, wait_s=0)),
-        [f"a group cannot meet in {gone}: user {os.geteuid()} finds no such folder", "set dwdp.meet"],
-    )
 
 
 def test_a_folder_without_descriptors_left(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
