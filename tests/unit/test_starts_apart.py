@@ -79,6 +79,18 @@ def test_who_has_mapped_a_dead_rank_does_not_wait_for_it(two: Members) -> None:
     assert first.ask("gather", "later", True, [0, 1]) == [True, None]
 
 
+def test_no_memory_is_asked_for_by_a_rank_that_is_dead_and_has_it(path: str) -> None:
+    with members(path, 3) as three:
+        _, second, third = three.start_all()
+        second.kill(), third.kill()
+        second = three.start(1)
+        second.ask("join")
+        assert second.ask("loading") == 1
+        # It needs memory for a moment, as any that returns.
+        three.start(2).ask("join")
+        assert second.ask("loading") == 2
+
+
 def test_who_differs_is_told_before_another_is_waited_for(path: str) -> None:
     with members(path, 3) as three:
         first, second = three.start(0), three.start(1)

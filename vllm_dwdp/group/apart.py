@@ -77,8 +77,16 @@ class ApartRendezvous(Rendezvous):
         return None
 
     def loading(self) -> int:
-        """How many ranks have yet to take the memory of their share, this one among them."""
-        return sum(rank == self.rank or self.meeting.said(rank, SLABS) is None for rank in self.ranks)
+        """How many ranks have yet to take the memory of their share, this one among them.
+
+        Those that are dead, and whose share is in memory, ask for themselves when they return.
+        """
+        return sum(rank == self.rank or not self._has_loaded(rank) for rank in self.ranks)
+
+    def _has_loaded(self, rank: int) -> bool:
+        if self.meeting.holder(rank) is None:
+            return self.held(rank) is not None
+        return self.meeting.said(rank, SLABS) is not None
 
     def get(self, rank: int, name: str, timeout_s: float | None = None) -> Any:
         """Wait for what the holder of `rank` says under `name`, however often it is replaced meanwhile.
