@@ -149,14 +149,17 @@ class Meeting:
         def put(name: str, value: Any) -> None:
             self.said[name][rank] = value
 
+        def get(other: int, name: str) -> Any:
+            self.turn.notify_all()
+            if not self.turn.wait_for(lambda: other in self.said[name] or not self.num_ranks, LIMIT_S):
+                raise TimeoutError(name)
+            return self.said[name][other]
+
         def gather(name: str, value: Any, group: list[int]) -> list[Any]:
             put(name, value)
-            self.turn.notify_all()
-            if not self.turn.wait_for(lambda: len(self.said[name]) >= self.num_ranks, LIMIT_S):
-                raise TimeoutError(name)
-            return [self.said[name][other] for other in group]
+            return [get(other, name) for other in group]
 
-        return SimpleNamespace(rank=rank, put=put, gather=gather)
+        return SimpleNamespace(rank=rank, put=put, get=get, gather=gather)
 
 
 @dataclass

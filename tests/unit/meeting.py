@@ -21,6 +21,7 @@ class Meeting:
         return SimpleNamespace(
             rank=rank,
             put=lambda name, value: self._put(rank, name, value),
+            get=self._get,
             gather=lambda name, value, ranks: self._gather(rank, name, value, ranks),
         )
 
@@ -29,9 +30,11 @@ class Meeting:
             self.said[rank, name] = value
             self._changed.notify_all()
 
+    def _get(self, rank: int, name: str) -> Any:
+        with self._changed:
+            assert self._changed.wait_for(lambda: (rank, name) in self.said, LIMIT_S), name
+            return self.said[rank, name]
+
     def _gather(self, rank: int, name: str, value: Any, ranks: list[int]) -> list[Any]:
         self._put(rank, name, value)
-        with self._changed:
-            wanted = [(other, name) for other in ranks]
-            assert self._changed.wait_for(lambda: all(key in self.said for key in wanted), LIMIT_S), name
-            return [self.said[key] for key in wanted]
+        return [self._get(other, name) for other in ranks]

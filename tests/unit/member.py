@@ -41,12 +41,12 @@ def _start(
     else:
         slab = transport.allocate_slab(NBYTES)
         ctypes.memmove(slab.address, contents(rank), NBYTES)
-    mine = [transport.export_handle(slab).to_dict()]
+    rendezvous.put(SLABS, [transport.export_handle(slab).to_dict()])
     peers: dict[int, ShmPeerSlab] = {rank: slab}  # type: ignore[dict-item]
-    for other, handles in zip(rendezvous.ranks, rendezvous.gather(SLABS, mine, rendezvous.ranks), strict=True):
+    for other in rendezvous.ranks:
         if other != rank:
-            peers[other] = transport.map_peer(Handle.from_dict(handles[0]))
-    rendezvous.hold({other: [peer.handle.to_dict()] for other, peer in peers.items() if other != rank})
+            peers[other] = transport.map_peer(Handle.from_dict(rendezvous.get(other, SLABS)[0]))
+            rendezvous.hold({mapped: [peer.handle.to_dict()] for mapped, peer in peers.items() if mapped != rank})
     rendezvous.gather("mapped", True, rendezvous.ranks)
     return adopted is not None, peers
 

@@ -201,6 +201,14 @@ def test_fine_tunes_are_told_apart(model: Path, tmp_path: Path) -> None:
     assert fingerprint([file, str(pickle)])["checkpoint files"].startswith("2 of")
 
 
+def test_random_weights_are_compared_too(model: Path) -> None:
+    """With none, so that they do not mix with a checkpoint."""
+    files: list[list[str]] = []
+    apart = BuildApart(None, 1, lambda held: None, lambda found: files.append(list(found)))
+    load(model, 0, RANKS, apart=apart, load_format="dummy")
+    assert files == [[]] and fingerprint([])["checkpoint files"].startswith("0 of 0 bytes")
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     broken = tmp_path / "model.safetensors"
     for content in (b"", (1 << 40).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[["):

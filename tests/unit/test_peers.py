@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +52,17 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Group]:
         yield Group(rendezvous, others, page, said)
         rendezvous.leave()
     page.close()
+
+
+def test_a_group_whose_folder_was_removed_is_not_said_to_be_gone(group: Group) -> None:
+    other = group.others.start(1)
+    other.ask("join"), other.ask("put", "mapped", True)
+    watch = PeerWatch(group.rendezvous, group.page)
+    watch.look()
+    shutil.rmtree(group.rendezvous.meeting.path)
+    watch.run()
+    assert group.page.fields.peers_alive == 1 and len(group.said) == 1
+    check_message(group.said[0], ["the group is no longer watched", "was removed", "start it again", "dwdp.meet"])
 
 
 def test_who_comes_and_goes_is_told_once(group: Group) -> None:
@@ -139,6 +152,8 @@ def identity(rank: int, meet: str, popularity: Hits | None = None, **settings: A
 def test_ranks_differ_in_rank_and_in_nothing_else() -> None:
     assert identity(0, "/tmp") == identity(1, "/tmp/../tmp")
     assert identity(0, "/tmp").dwdp != identity(1, "/tmp", num_slots=3).dwdp
+    # What differs can be read.
+    assert json.loads(identity(1, "/tmp", num_slots=3).dwdp) == {"group": "g", "num_slots": 3, "ranks": 2}
     # The file is read by each server when it starts, and may be another one by then.
     hits = [Hits(7, {"layer": (count, 1)}) for count in (5, 6)]
     assert identity(0, "/tmp", hits[0]) == identity(1, "/tmp", hits[0])

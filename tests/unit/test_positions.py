@@ -83,7 +83,7 @@ def test_nobody_joins_while_another_does(path: str) -> None:
     ) as joining:
         assert joining.stdout is not None and joining.stdout.readline() == "in\n"
         message = refusal(lambda: Meeting(path).join(0, timeout_s=0.3), DwdpTimeout)
-        check_message(message, [f"has kept door.lock in {path} for 0.3 s", "end it"])
+        check_message(message, [f"process {joining.pid} has kept door.lock in {path} for 0.3 s", "end it"])
         joining.kill()
     meeting = Meeting(path)
     assert meeting.join(0, LIMIT_S) == 1

@@ -68,6 +68,13 @@ class _ShareOnlyMixin:
             build.meet("memory")
         return model
 
+    def _compare(self, files: list[str]) -> None:
+        """With what other servers of the group read."""
+        build = ModelBuild.current()
+        if build.apart is not None and not build.apart.files_checked:
+            build.apart.same_files(files)
+            build.apart.files_checked = True
+
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         build = ModelBuild.current()
         # A dense drafter comes behind its target, whose rows are written and processed by then.
@@ -109,9 +116,7 @@ class ShareOnlyLoader(_ShareOnlyMixin, DefaultModelLoader):
             source.allow_patterns_overrides,
         )
         build = ModelBuild.current()
-        if build.apart is not None and not build.apart.files_checked:
-            build.apart.same_files(files)
-            build.apart.files_checked = True
+        self._compare(files)
         experts = {layer.placement.num_experts for layer in build.layers}
         self._by_layer = self._built_by_layer if use_safetensors and _layers_in(files, self._built_by_layer) else {}
         if use_safetensors and (self._by_layer or any(_fused_names(path, experts) for path in files)):
@@ -217,6 +222,10 @@ def _warn_of_pickles(files: list[str]) -> None:
 
 class ShareOnlyDummyLoader(_ShareOnlyMixin, DummyModelLoader):
     """Random weights for this rank's share, for benchmarks (`--load-format dummy`)."""
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        self._compare([])
+        super().load_weights(model, model_config)
 
 
 def switch_loader(vllm_config: VllmConfig) -> None:

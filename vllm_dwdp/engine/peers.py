@@ -62,7 +62,8 @@ class PeerWatch(threading.Thread):
                 return
 
     def look(self) -> None:
-        """See who is there."""
+        """See who is there; raises PeerLost where the group's folder was removed."""
+        self._rendezvous.meeting.check_there()
         for rank in self._others:
             now, before = self._serving(rank), self._known.get(rank)
             if now != before or rank not in self._known:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_dwdp import __version__
 from vllm_dwdp.compat.versions import vllm_version
-from vllm_dwdp.config import AUTO
+from vllm_dwdp.config import AUTO, DwdpConfig
 from vllm_dwdp.engine.auto_share import check_foreseen, memory_of, settle
 from vllm_dwdp.engine.frozen import WRITES, freeze, refuse_methods
 from vllm_dwdp.engine.heap import freed_memory_is_returned
@@ -55,18 +56,19 @@ def die_with_parent() -> None:
 def identity_of(vllm_config: VllmConfig, launch: DwdpLaunch) -> Identity:
     """What the ranks of a group compare before they share weights."""
     model, settings = vllm_config.model_config, launch.config.to_dict()
-    chosen = None
     if launch.apart is not None:
         # Each server has its own; and reads the file `popularity` when it starts.
         settings |= {"rank": None, "meet": None}
-        chosen = launch.popularity and asdict(launch.popularity)
+        if launch.popularity is not None:
+            settings["popularity"] = identity_hash(asdict(launch.popularity))
+    told = {key: value for key, value in settings.items() if value != getattr(DwdpConfig, key)}
     return Identity(
         vllm=vllm_version(),
         vllm_dwdp=__version__,
         model=model.model,
         model_hash=identity_hash(model.hf_config.to_dict()),
         dtype=str(model.dtype),
-        dwdp=identity_hash({"ranks": launch.num_ranks, **settings, **({"popularity": chosen} if chosen else {})}),
+        dwdp=json.dumps({**told, "ranks": launch.num_ranks}, sort_keys=True),
     )
 
 

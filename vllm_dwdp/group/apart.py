@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from vllm_dwdp.errors import DwdpTimeout, PeerLost
 from vllm_dwdp.group.launch import Apart
-from vllm_dwdp.group.meeting import Meeting
+from vllm_dwdp.group.meeting import join
 from vllm_dwdp.group.rendezvous import Rendezvous
 from vllm_dwdp.transport.base import Handle
 from vllm_dwdp.transport.memfd import MemoryFile, keep_file
@@ -33,8 +33,7 @@ class ApartRendezvous(Rendezvous):
         """folder: of this launch, for its front end."""
         super().__init__(folder, apart.rank, timeout_s)
         self.ranks = ranks
-        self.meeting = Meeting(apart.folder)
-        self.life = self.meeting.join(apart.rank, timeout_s)
+        self.meeting, self.life = join(apart.folder, apart.rank, timeout_s)
         self._failures: dict[int, str] = {}
 
     def put(self, name: str, value: Any) -> None:
@@ -47,9 +46,11 @@ class ApartRendezvous(Rendezvous):
         self.put(_HOLDS, {str(rank): of_rank for rank, of_rank in handles.items()})
 
     def held(self, rank: int) -> list[Any] | None:
-        """Handles of the slabs of `rank`, which is dead, from one that lives and has them open; None where none does."""
+        """Handles of the slabs of `rank`, which is dead, from one that lives and has them open, this one where it has; None
+        where none does.
+        """
         for other in self.ranks:
-            if other not in (rank, self.rank) and (found := (self.meeting.said(other, _HOLDS) or {}).get(str(rank))):
+            if other != rank and (found := (self.meeting.said(other, _HOLDS) or {}).get(str(rank))):
                 return list(found)
         return None
 
@@ -76,8 +77,16 @@ class ApartRendezvous(Rendezvous):
         return None
 
     def loading(self) -> int:
-        """How many ranks have yet to take the memory of their share, this one among them."""
-        return sum(rank == self.rank or self.meeting.said(rank, SLABS) is None for rank in self.ranks)
+        """How many ranks have yet to take the memory of their share, this one among them.
+
+        Those that are dead, and whose share is in memory, ask for themselves when they return.
+        """
+        return sum(rank == self.rank or not self._has_loaded(rank) for rank in self.ranks)
+
+    def _has_loaded(self, rank: int) -> bool:
+        if self.meeting.holder(rank) is None:
+            return self.held(rank) is not None
+        return self.meeting.said(rank, SLABS) is not None
 
     def get(self, rank: int, name: str, timeout_s: float | None = None) -> Any:
         """Wait for what the holder of `rank` says under `name`, however often it is replaced meanwhile.

@@ -87,6 +87,11 @@ class PrivateFolder:
                 )
             with open(fd, "rb", closefd=False) as file:
                 return json.loads(file.read())
+        except ValueError as error:
+            raise DwdpError(
+                f"{name} in {self.path} cannot be read ({error}), as after a loss of power: end all ranks "
+                "and remove the folder"
+            ) from error
         finally:
             os.close(fd)
 

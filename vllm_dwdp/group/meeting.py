@@ -76,6 +76,9 @@ class Meeting(PrivateFolder):
         with self._door(timeout_s):
             if (holder := self.holder(rank)) is not None:
                 raise _taken(rank, holder, self.path)
+            # systemd-tmpfiles, which tidies /tmp up, leaves a folder alone that somebody has locked.
+            with contextlib.suppress(OSError):
+                fcntl.flock(self.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             life = int(self.read(f"{rank}-life.json") or 0) + 1
             self.write(f"{rank}-life.json", life)
             fd = self._create(_lock_file(rank))
@@ -93,11 +96,9 @@ class Meeting(PrivateFolder):
         if (fd := self._open(_lock_file(rank))) is None:
             return None
         try:
-            found = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+            return _locked_by(fd)
         finally:
             os.close(fd)
-        kind, _, life, _, pid = struct.unpack(_FLOCK, found)
-        return None if kind == fcntl.F_UNLCK else Holder(pid, life)
 
     def say(self, rank: int, name: str, value: Any) -> None:
         """Publish a JSON-able value of a position that this process holds."""
@@ -116,7 +117,17 @@ class Meeting(PrivateFolder):
                 os.close(fd)
             locks = [name for name in os.listdir(self.fd) if name.endswith(".lock") and name != _DOOR]
             if all(self.holder(int(name.removesuffix(".lock"))) is None for name in locks):
-                shutil.rmtree(self.path, ignore_errors=True)
+                # As a whole: while it goes file by file somebody could lock one that is about to go.
+                gone = f"{self.path}.gone-{os.getpid()}"
+                os.rename(self.path, gone)
+                shutil.rmtree(gone, ignore_errors=True)
+
+    def check_there(self) -> None:
+        """Raise PeerLost where the folder was removed: whoever comes then meets elsewhere."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path), os.fstat(self.fd)):
+                return
+        raise self._removed()
 
     def _open(self, name: str, flags: int = 0) -> int | None:
         try:
@@ -132,7 +143,10 @@ class Meeting(PrivateFolder):
         return fd
 
     def _removed(self) -> PeerLost:
-        return PeerLost(f"{self.path} was removed while this rank joined: start it again")
+        return PeerLost(
+            f"{self.path} was removed, so that no rank that comes finds this one: start it again, with dwdp.meet in a "
+            "folder that stays"
+        )
 
     @contextlib.contextmanager
     def _door(self, timeout_s: float) -> Iterator[None]:
@@ -148,25 +162,52 @@ class Meeting(PrivateFolder):
                     if error.errno not in (errno.EACCES, errno.EAGAIN):
                         raise
                 if time.monotonic() > deadline:
-                    raise DwdpTimeout(f"another process has kept {_DOOR} in {self.path} for {timeout_s:g} s: end it")
+                    who = f"process {holder.pid}" if (holder := _locked_by(fd)) else "another process"
+                    raise DwdpTimeout(f"{who} has kept {_DOOR} in {self.path} for {timeout_s:g} s: end it")
                 time.sleep(_PAUSE_S)
-            if not os.path.exists(self.path) or not os.path.samestat(os.stat(self.path), os.fstat(self.fd)):
-                raise self._removed()
+            self.check_there()
             yield
         finally:
             os.close(fd)
 
 
+def join(path: str, rank: int, timeout_s: float) -> tuple[Meeting, int]:
+    """The group's folder, and the life in which this process holds the position `rank` there; raises as Meeting does.
+
+    The last one that leaves may take the folder along just then: the next is made.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            meeting = Meeting(path)
+            return meeting, meeting.join(rank, timeout_s)
+        except PeerLost:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_PAUSE_S)
+
+
 def check_free(path: str, rank: int, wait_s: float) -> None:
     """Raise DwdpError where a process goes on holding a position for `wait_s`, since it may just be ending.
 
-    To be asked before a server starts anything; whoever joins then has the last word. Makes no folder.
+    To be asked before a server starts anything; whoever joins then has the last word. Makes no folder, and raises DwdpError
+    where none could be made either.
     """
-    deadline = time.monotonic() + wait_s
+    deadline, place = time.monotonic() + wait_s, os.path.dirname(path)
+    if not os.path.lexists(path) and not os.access(place, os.W_OK | os.X_OK):
+        why = "may not write there" if os.path.isdir(place) else "finds no such folder"
+        raise DwdpError(f"a group cannot meet in {place}: user {os.geteuid()} {why}; {_REMEDY}")
     while os.path.lexists(path) and (holder := Meeting(path).holder(rank)) is not None:
         if time.monotonic() > deadline:
             raise _taken(rank, holder, path)
         time.sleep(_PAUSE_S)
+
+
+def _locked_by(fd: int) -> Holder | None:
+    """Which other process has locked the file, and from which byte on."""
+    found = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    kind, _, first, _, pid = struct.unpack(_FLOCK, found)
+    return None if kind == fcntl.F_UNLCK else Holder(pid, first)
 
 
 def _taken(rank: int, holder: Holder, path: str) -> DwdpError:

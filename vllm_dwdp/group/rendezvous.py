@@ -103,7 +103,10 @@ class Rendezvous:
 
     def check_same(self, name: str, mine: dict[str, str], ranks: list[int], remedy: str) -> None:
         """Compare `mine` over `ranks`; raises DwdpError that names the rank and the fields that differ."""
-        for rank, theirs in zip(ranks, self.gather(name, mine, ranks), strict=True):
+        self.put(name, mine)
+        # One by one: who differs is told before a rank is waited for that may never come.
+        for rank in ranks:
+            theirs = mine if rank == self.rank else self.get(rank, name)
             if difference := _difference(mine, theirs or mine):
                 raise DwdpError(f"ranks {self.rank} and {rank} cannot share experts ({difference}): {remedy}")
 

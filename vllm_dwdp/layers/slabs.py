@@ -203,22 +203,24 @@ def map_peers(
     slabs: list[LayerSlab], build: ModelBuild, transport: Transport, rendezvous: Rendezvous, group: list[int]
 ) -> None:
     """Exchange the handles of all slabs over `group` and map every peer's."""
-    mine = [transport.export_handle(layer.slab).to_dict() for layer in slabs]
-    for peer, handles in enumerate(rendezvous.gather("slabs", mine, group)):
+    rendezvous.put("slabs", [transport.export_handle(layer.slab).to_dict() for layer in slabs])
+    for peer in range(len(group)):
         if peer == build.rank:
             continue
+        # Each as soon as it is there: it may be gone by the time that the last one is.
+        handles = rendezvous.get(group[peer], "slabs")
         if len(handles) != len(slabs):
             raise DwdpError(f"rank {group[peer]} has {len(handles)} MoE layers, rank {group[build.rank]} {len(slabs)}")
         for layer, handle in zip(slabs, handles, strict=True):
             layer.peers[peer] = transport.map_peer(Handle.from_dict(handle))
-    if build.apart is not None:
-        # With handles of this process's own.
-        build.apart.hold(
-            {
-                group[peer]: [cast("ShmPeerSlab", layer.peers[peer]).handle.to_dict() for layer in slabs]
-                for peer in slabs[0].peers
-            }
-        )
+        if build.apart is not None:
+            # With handles of this process's own.
+            build.apart.hold(
+                {
+                    group[mapped]: [cast("ShmPeerSlab", layer.peers[mapped]).handle.to_dict() for layer in slabs]
+                    for mapped in slabs[0].peers
+                }
+            )
 
 
 def replicate_small(layer: LayerSlab, rank: int) -> int:

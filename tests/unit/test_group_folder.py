@@ -1,0 +1,100 @@
+"""The folder of a group while ranks come and the last one goes, and what others do to it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.helpers import LIMIT_S
+from tests.unit.leftovers import check_message, refusal
+from tests.unit.member import Members, members
+from vllm_dwdp.group.meeting import Holder, Meeting, check_free
+
+pytestmark = pytest.mark.usefixtures("public")
+
+
+@pytest.fixture
+def path(public: Path) -> str:
+    return str(public / "dwdp-group-test")
+
+
+@pytest.fixture
+def two(path: str) -> Iterator[Members]:
+    with members(path, 2) as group:
+        yield group
+
+
+def _target(folder: str, name: str) -> str:
+    try:
+        return os.readlink(os.path.join(folder, name))
+    except OSError:  # closed meanwhile
+        return ""
+
+
+def test_who_joins_while_the_last_one_leaves_meets_others(two: Members, path: str) -> None:
+    """In a folder that has just gone, or is just going file by file: the next is made."""
+    other = two.start(0)
+    other.ask("bytes")  # it is up
+    with Meeting(path)._door(LIMIT_S):
+        other.send("join")
+        # It has opened the folder, and waits.
+        opened = f"/proc/{other.process.pid}/fd"
+        deadline = time.monotonic() + LIMIT_S
+        while not any(_target(opened, fd) == f"{path}/door.lock" for fd in os.listdir(opened)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        shutil.rmtree(path)
+    assert other.answer() == 1 and Meeting(path).holder(0) == Holder(other.process.pid or 0, 1)
+
+
+def test_what_the_last_one_removes_cannot_be_joined(two: Members, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, remove, joined = two.start(0), shutil.rmtree, []
+
+    def removing(folder: str, **how: Any) -> None:
+        os.unlink(os.path.join(folder, "door.lock"))
+        joined.append(other.ask("join"))
+        remove(folder, **how)
+
+    meeting = Meeting(path)
+    meeting.join(0, LIMIT_S)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", removing)
+        meeting.leave()
+    assert joined == [1] and Meeting(path).holder(0) == Holder(other.process.pid or 0, 1)
+    assert sorted(os.listdir(os.path.dirname(path))) == [os.path.basename(path)]
+
+
+def test_a_folder_in_use_is_not_tidied_up(two: Members, path: str) -> None:
+    """systemd-tmpfiles asks for this lock."""
+    first = two.start(0)
+    first.ask("join")
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        first.kill()
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(fd)
+
+
+def test_a_file_that_lost_its_bytes_is_told(path: str) -> None:
+    meeting = Meeting(path)
+    Path(path, "0-life.json").touch()
+    told = [f"0-life.json in {path} cannot be read", "end all ranks and remove the folder"]
+    check_message(refusal(lambda: meeting.join(0, LIMIT_S)), told)
+
+
+def test_a_place_where_no_folder_can_be_made_is_told_at_once(public: Path) -> None:
+    gone = str(public / "none")
+    check_message(
+        refusal(lambda: check_free(f"{gone}/group", 0, wait_s=0)),
+        [f"a group cannot meet in {gone}: user {os.geteuid()} finds no such folder", "set dwdp.meet"],
+    )

@@ -1,0 +1,102 @@
+"""Ranks that are servers of their own, while some of them start: deaths, and ranks that do not belong."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from tests.unit.helpers import LIMIT_S, LaunchOwner
+from tests.unit.leftovers import check_message, refusal
+from tests.unit.member import NBYTES, Members, contents, members
+from vllm_dwdp.group.apart import ApartRendezvous
+from vllm_dwdp.group.launch import Apart
+from vllm_dwdp.group.launch_folder import make_folder
+from vllm_dwdp.layers.slabs import map_peers
+from vllm_dwdp.transport.shm import ShmTransport
+
+pytestmark = pytest.mark.usefixtures("public")
+
+
+@pytest.fixture
+def path(public: Path) -> str:
+    return str(public / "dwdp-group-test")
+
+
+@pytest.fixture
+def two(path: str) -> Iterator[Members]:
+    with members(path, 2) as group:
+        yield group
+
+
+def test_a_rank_that_dies_while_others_start_is_kept_by_who_has_mapped_it(path: str) -> None:
+    """Be it that others are waited for, for as long as they take: this process is rank 0."""
+    owner, transport = LaunchOwner(), ShmTransport(LIMIT_S, keep_files=True)
+    rendezvous = ApartRendezvous(make_folder(owner), Apart("group", 0, path), [0, 1, 2], LIMIT_S)
+    layer: Any = SimpleNamespace(slab=transport.allocate_slab(NBYTES), peers={})
+    ctypes.memmove(layer.slab.address, contents(0), NBYTES)
+    build: Any = SimpleNamespace(rank=0, apart=rendezvous)
+    with members(path, 3) as three, ThreadPoolExecutor(1) as pool:
+        second, third = three.start(1), three.start(2)
+        assert [second.ask("join"), third.ask("join")] == [1, 1]
+        rendezvous.put("memory", True), third.ask("put", "memory", True)
+        second.send("start")
+        starting = pool.submit(map_peers, [layer], build, transport, rendezvous, rendezvous.ranks)
+        deadline = time.monotonic() + LIMIT_S
+        while rendezvous.meeting.said(0, "holds") is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        second.kill()
+        again = three.start(1)
+        assert again.ask("join") == 2
+        again.send("start"), third.send("start")
+        starting.result(LIMIT_S)
+        assert {rank: ctypes.string_at(slab.address, NBYTES) for rank, slab in layer.peers.items()} == {
+            rank: contents(rank) for rank in (1, 2)
+        }
+        rendezvous.put("mapped", True)
+        assert again.answer() is True and third.answer() is False
+        assert again.ask("inodes")[1] == third.ask("inodes")[1] == layer.peers[1].handle.payload["inode"]
+    transport.close()
+    rendezvous.leave()
+
+
+def test_who_has_mapped_a_dead_rank_does_not_wait_for_it(two: Members) -> None:
+    first, second = two.start(0), two.start(1)
+    first.ask("join"), second.ask("join")
+    for member in (first, second):
+        member.send("start")
+    assert [first.answer(), second.answer()] == [False, False]
+    second.kill()
+    # It never said this.
+    assert first.ask("gather", "later", True, [0, 1]) == [True, None]
+
+
+def test_no_memory_is_asked_for_by_a_rank_that_is_dead_and_has_it(path: str) -> None:
+    with members(path, 3) as three:
+        _, second, third = three.start_all()
+        second.kill(), third.kill()
+        second = three.start(1)
+        second.ask("join")
+        assert second.ask("loading") == 1
+        # It needs memory for a moment, as any that returns.
+        three.start(2).ask("join")
+        assert second.ask("loading") == 2
+
+
+def test_who_differs_is_told_before_another_is_waited_for(path: str) -> None:
+    with members(path, 3) as three:
+        first, second = three.start(0), three.start(1)
+        first.ask("join"), second.ask("join")
+        first.ask("put", "checkpoint", {"sampled bytes": "1a"})
+        began = time.monotonic()
+        message = refusal(lambda: second.ask("check_same", "checkpoint", {"sampled bytes": "2b"}, [0, 1, 2], "use one"))
+        check_message(message, ["ranks 1 and 0 cannot share experts (sampled bytes: 2b here, 1a there): use one"])
+        assert time.monotonic() - began < LIMIT_S / 2
