@@ -22,7 +22,7 @@ logger = logging.getLogger("vllm.dwdp")
 
 class TravelCounts:
     """state: int32 [., ranks] of the requester, on the device; its counts wrap. asked_lately: whether others had this rank
-    compute for them within a second before the forward at hand."""
+    compute for them since the last forward, or within a second before it."""
 
     def __init__(self, state: torch.Tensor, attendant: Attendant, counters: CounterPage) -> None:
         self._state, self._attendant, self._counters = state, attendant, counters
