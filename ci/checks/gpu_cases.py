@@ -71,7 +71,9 @@ CASES = {
         {**GPT_OSS, **PAGES, "num_experts": 8}, 2, {**COMPOSITE, "experts_per_rank": 5, "num_slots": 3}, DEFAULT
     ),
     # vLLM's FP8 kernels on GPUs want a router of 16 experts or a multiple.
-    "qwen3-fp8-composite": Case({**QWEN_FP8, **PAGES, "num_experts": 16}, 2, {**COMPOSITE, "experts_per_rank": 9}, EAGER),
+    "qwen3-fp8-composite": Case(
+        {**QWEN_FP8, **PAGES, "num_experts": 16}, 2, {**COMPOSITE, "experts_per_rank": 9}, EAGER
+    ),
     "qwen3-serve": Case(QWEN, 2, {}, FULL, serve=True),
     "qwen3-serve-default": Case(QWEN, 2, {}, DEFAULT, serve=True),
     "qwen3-pulled": Case(QWEN, 2, PULLED, EAGER),
