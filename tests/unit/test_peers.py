@@ -60,6 +60,7 @@ def test_a_group_whose_folder_was_removed_is_not_said_to_be_gone(group: Group) -
     watch = PeerWatch(group.rendezvous, group.page)
     watch.look()
     shutil.rmtree(group.rendezvous.meeting.path)
+    watch._stopping.set()  # one look
     watch.run()
     assert group.page.fields.peers_alive == 1 and len(group.said) == 1
     check_message(group.said[0], ["the group is no longer watched", "was removed", "start it again", "dwdp.meet"])
