@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 import signal
 import stat
 import subprocess
@@ -20,7 +18,7 @@ from tests.unit.leftovers import check_message, refusal
 from tests.unit.member import Members, contents, members
 from vllm_dwdp.errors import DwdpError, DwdpTimeout, PeerLost
 from vllm_dwdp.group.apart import SLABS
-from vllm_dwdp.group.meeting import Holder, Meeting, check_free, meeting_place
+from vllm_dwdp.group.meeting import Holder, Meeting, check_free
 
 pytestmark = pytest.mark.usefixtures("public")
 
@@ -247,48 +245,6 @@ def test_the_last_one_takes_the_folder_along(two: Members, path: str) -> None:
     assert not os.path.exists(path)
     again = two.start(0)
     assert again.ask("join") == 1
-
-
-def test_a_folder_that_was_removed_is_not_joined(path: str) -> None:
-    """Nobody would meet there: the next one makes another."""
-    moved, removed = Meeting(path), Meeting(path)
-    told = [f"{path} was removed", "start it again"]
-    os.rename(path, f"{path}-moved")
-    check_message(refusal(lambda: moved.join(0, LIMIT_S), PeerLost), told)
-    os.mkdir(path, 0o700)
-    check_message(refusal(lambda: moved.join(0, LIMIT_S), PeerLost), told)
-    shutil.rmtree(f"{path}-moved")
-    check_message(refusal(lambda: removed.join(0, LIMIT_S), PeerLost), told)
-
-
-def test_a_folder_without_descriptors_left(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    meeting = Meeting(path)
-
-    def full(*_: object, **__: object) -> int:
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    monkeypatch.setattr(os, "open", full)
-    for ask in (lambda: meeting.holder(1), lambda: meeting.join(0, LIMIT_S)):
-        check_message(refusal(ask), [f".lock in {path} failed", "Too many open files", "raise ulimit -n"])
-
-
-def test_a_folder_that_is_not_this_users_alone_is_refused(public: Path, path: str) -> None:
-    os.mkdir(path)
-    os.chmod(path, 0o755)
-    check_message(refusal(lambda: Meeting(path)), [f"{path} belongs to user", "with mode 0755", "set dwdp.meet"])
-    gone = str(public / "none" / "group")
-    check_message(refusal(lambda: Meeting(gone)), [f"making {gone} for a group to meet in failed", "set dwdp.meet"])
-
-
-def test_where_a_group_meets(monkeypatch: pytest.MonkeyPatch, public: Path) -> None:
-    name = f"dwdp-group-{os.geteuid()}-g"
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(public))
-    assert meeting_place("g", None) == str(public / name)
-    assert meeting_place("g", "/somewhere") == f"/somewhere/{name}"
-    for unusable in ("/no/such/folder", ""):
-        monkeypatch.setenv("XDG_RUNTIME_DIR", unusable)
-        monkeypatch.setenv("TMPDIR", str(public))  # which two servers may have set differently
-        assert meeting_place("g", None) == f"/tmp/{name}"
 
 
 def test_a_forked_child_does_not_keep_the_position(path: str) -> None:
