@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.helpers import LIMIT_S, LaunchOwner, descriptors, slab_maps
+from tests.unit.member import Members, members
 from vllm_dwdp.group.launch_folder import make_folder
 from vllm_dwdp.transport.shm import ShmTransport
 
@@ -101,6 +102,19 @@ def public(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         os.chmod(folder, 0o1777)
         monkeypatch.setattr(tempfile, "tempdir", folder)
         yield Path(folder)
+
+
+@pytest.fixture
+def group_path(public: Path) -> str:
+    """Where a group of servers may meet; nobody has made it."""
+    return str(public / "dwdp-group-test")
+
+
+@pytest.fixture
+def two_members(group_path: str) -> Iterator[Members]:
+    """A group of two ranks, each in a process of its own once it is started."""
+    with members(group_path, 2) as group:
+        yield group
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,11 @@ import pytest
 
 from tests.unit.helpers import LIMIT_S
 from tests.unit.leftovers import check_message, refusal
-from tests.unit.member import Members, members
+from tests.unit.member import Members
 from vllm_dwdp.errors import PeerLost
 from vllm_dwdp.group.meeting import Holder, Meeting, check_free, meeting_place
 
 pytestmark = pytest.mark.usefixtures("public")
-
-
-@pytest.fixture
-def path(public: Path) -> str:
-    return str(public / "dwdp-group-test")
-
-
-@pytest.fixture
-def two(path: str) -> Iterator[Members]:
-    with members(path, 2) as group:
-        yield group
 
 
 def _target(folder: str, name: str) -> str:
@@ -40,44 +28,46 @@ def _target(folder: str, name: str) -> str:
         return ""
 
 
-def test_who_joins_while_the_last_one_leaves_meets_others(two: Members, path: str) -> None:
+def test_who_joins_while_the_last_one_leaves_meets_others(two_members: Members, group_path: str) -> None:
     """In a folder that has just gone, or is just going file by file: the next is made."""
-    other = two.start(0)
+    other = two_members.start(0)
     other.ask("bytes")  # it is up
-    with Meeting(path)._door(LIMIT_S):
+    with Meeting(group_path)._door(LIMIT_S):
         other.send("join")
         # It has opened the folder, and waits.
         opened = f"/proc/{other.process.pid}/fd"
         deadline = time.monotonic() + LIMIT_S
-        while not any(_target(opened, fd) == f"{path}/door.lock" for fd in os.listdir(opened)):
+        while not any(_target(opened, fd) == f"{group_path}/door.lock" for fd in os.listdir(opened)):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        shutil.rmtree(path)
-    assert other.answer() == 1 and Meeting(path).holder(0) == Holder(other.process.pid or 0, 1)
+        shutil.rmtree(group_path)
+    assert other.answer() == 1 and Meeting(group_path).holder(0) == Holder(other.process.pid or 0, 1)
 
 
-def test_what_the_last_one_removes_cannot_be_joined(two: Members, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    other, remove, joined = two.start(0), shutil.rmtree, []
+def test_what_the_last_one_removes_cannot_be_joined(
+    two_members: Members, group_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, remove, joined = two_members.start(0), shutil.rmtree, []
 
     def removing(folder: str, **how: Any) -> None:
         os.unlink(os.path.join(folder, "door.lock"))
         joined.append(other.ask("join"))
         remove(folder, **how)
 
-    meeting = Meeting(path)
+    meeting = Meeting(group_path)
     meeting.join(0, LIMIT_S)
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", removing)
         meeting.leave()
-    assert joined == [1] and Meeting(path).holder(0) == Holder(other.process.pid or 0, 1)
-    assert sorted(os.listdir(os.path.dirname(path))) == [os.path.basename(path)]
+    assert joined == [1] and Meeting(group_path).holder(0) == Holder(other.process.pid or 0, 1)
+    assert sorted(os.listdir(os.path.dirname(group_path))) == [os.path.basename(group_path)]
 
 
-def test_a_folder_in_use_is_not_tidied_up(two: Members, path: str) -> None:
+def test_a_folder_in_use_is_not_tidied_up(two_members: Members, group_path: str) -> None:
     """systemd-tmpfiles asks for this lock."""
-    first = two.start(0)
+    first = two_members.start(0)
     first.ask("join")
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(group_path, os.O_RDONLY)
     try:
         with pytest.raises(BlockingIOError):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,10 +77,10 @@ def test_a_folder_in_use_is_not_tidied_up(two: Members, path: str) -> None:
         os.close(fd)
 
 
-def test_a_file_that_lost_its_bytes_is_told(path: str) -> None:
-    meeting = Meeting(path)
-    Path(path, "0-life.json").touch()
-    told = [f"0-life.json in {path} cannot be read", "end all ranks and remove the folder"]
+def test_a_file_that_lost_its_bytes_is_told(group_path: str) -> None:
+    meeting = Meeting(group_path)
+    Path(group_path, "0-life.json").touch()
+    told = [f"0-life.json in {group_path} cannot be read", "end all ranks and remove the folder"]
     check_message(refusal(lambda: meeting.join(0, LIMIT_S)), told)
 
 
@@ -102,33 +92,35 @@ def test_a_place_where_no_folder_can_be_made_is_told_at_once(public: Path) -> No
     )
 
 
-def test_a_folder_that_was_removed_is_not_joined(path: str) -> None:
+def test_a_folder_that_was_removed_is_not_joined(group_path: str) -> None:
     """Nobody would meet there: the next one makes another."""
-    moved, removed = Meeting(path), Meeting(path)
-    told = [f"{path} was removed", "start it again"]
-    os.rename(path, f"{path}-moved")
+    moved, removed = Meeting(group_path), Meeting(group_path)
+    told = [f"{group_path} was removed", "start it again"]
+    os.rename(group_path, f"{group_path}-moved")
     check_message(refusal(lambda: moved.join(0, LIMIT_S), PeerLost), told)
-    os.mkdir(path, 0o700)
+    os.mkdir(group_path, 0o700)
     check_message(refusal(lambda: moved.join(0, LIMIT_S), PeerLost), told)
-    shutil.rmtree(f"{path}-moved")
+    shutil.rmtree(f"{group_path}-moved")
     check_message(refusal(lambda: removed.join(0, LIMIT_S), PeerLost), told)
 
 
-def test_a_folder_without_descriptors_left(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    meeting = Meeting(path)
+def test_a_folder_without_descriptors_left(group_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    meeting = Meeting(group_path)
 
     def full(*_: object, **__: object) -> int:
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(os, "open", full)
     for ask in (lambda: meeting.holder(1), lambda: meeting.join(0, LIMIT_S)):
-        check_message(refusal(ask), [f".lock in {path} failed", "Too many open files", "raise ulimit -n"])
+        check_message(refusal(ask), [f".lock in {group_path} failed", "Too many open files", "raise ulimit -n"])
 
 
-def test_a_folder_that_is_not_this_users_alone_is_refused(public: Path, path: str) -> None:
-    os.mkdir(path)
-    os.chmod(path, 0o755)
-    check_message(refusal(lambda: Meeting(path)), [f"{path} belongs to user", "with mode 0755", "set dwdp.meet"])
+def test_a_folder_that_is_not_this_users_alone_is_refused(public: Path, group_path: str) -> None:
+    os.mkdir(group_path)
+    os.chmod(group_path, 0o755)
+    check_message(
+        refusal(lambda: Meeting(group_path)), [f"{group_path} belongs to user", "with mode 0755", "set dwdp.meet"]
+    )
     gone = str(public / "none" / "group")
     check_message(refusal(lambda: Meeting(gone)), [f"making {gone} for a group to meet in failed", "set dwdp.meet"])
 

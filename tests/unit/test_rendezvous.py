@@ -47,7 +47,7 @@ def test_a_wait_without_time_looks_once(folder: str) -> None:
 
 def _overwrite(path: str) -> None:
     rank, count = Rendezvous(path, 1, LIMIT_S), 0
-    until = time.monotonic() + LIMIT_S
+    until = time.monotonic() + 4 * LIMIT_S  # a busy machine reads 77 of them in LIMIT_S
     while rank.peek(0, "enough") is None and time.monotonic() < until:
         count += 1
         rank.put("slabs", [count] * 50_000)  # many pages
@@ -62,11 +62,11 @@ def test_no_message_is_read_before_it_is_whole(folder: str) -> None:
         if (found := rank.peek(1, "slabs")) is not None:
             assert len(found) == 50_000 and len(set(found)) == 1
             seen.add(found[0])
-        if len(seen) == 30:
+        if len(seen) == 100:
             rank.put("enough", True)
     process.join(LIMIT_S)
     # They did run at the same time.
-    assert process.exitcode == 0 and len(seen) >= 30 and rank.peek(1, "written") >= 30
+    assert process.exitcode == 0 and len(seen) >= 100 and rank.peek(1, "written") >= 100
     assert sorted(os.listdir(folder)) == ["0-enough.json", "1-slabs.json", "1-written.json", "front-end.json"]
 
 

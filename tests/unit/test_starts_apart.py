@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,25 +24,14 @@ from vllm_dwdp.transport.shm import ShmTransport
 pytestmark = pytest.mark.usefixtures("public")
 
 
-@pytest.fixture
-def path(public: Path) -> str:
-    return str(public / "dwdp-group-test")
-
-
-@pytest.fixture
-def two(path: str) -> Iterator[Members]:
-    with members(path, 2) as group:
-        yield group
-
-
-def test_a_rank_that_dies_while_others_start_is_kept_by_who_has_mapped_it(path: str) -> None:
+def test_a_rank_that_dies_while_others_start_is_kept_by_who_has_mapped_it(group_path: str) -> None:
     """Be it that others are waited for, for as long as they take: this process is rank 0."""
     owner, transport = LaunchOwner(), ShmTransport(LIMIT_S, keep_files=True)
-    rendezvous = ApartRendezvous(make_folder(owner), Apart("group", 0, path), [0, 1, 2], LIMIT_S)
+    rendezvous = ApartRendezvous(make_folder(owner), Apart("group", 0, group_path), [0, 1, 2], LIMIT_S)
     layer: Any = SimpleNamespace(slab=transport.allocate_slab(NBYTES), peers={})
     ctypes.memmove(layer.slab.address, contents(0), NBYTES)
     build: Any = SimpleNamespace(rank=0, apart=rendezvous)
-    with members(path, 3) as three, ThreadPoolExecutor(1) as pool:
+    with members(group_path, 3) as three, ThreadPoolExecutor(1) as pool:
         second, third = three.start(1), three.start(2)
         assert [second.ask("join"), third.ask("join")] == [1, 1]
         rendezvous.put("memory", True), third.ask("put", "memory", True)
@@ -68,8 +55,8 @@ def test_a_rank_that_dies_while_others_start_is_kept_by_who_has_mapped_it(path: 
     rendezvous.leave()
 
 
-def test_who_has_mapped_a_dead_rank_does_not_wait_for_it(two: Members) -> None:
-    first, second = two.start(0), two.start(1)
+def test_who_has_mapped_a_dead_rank_does_not_wait_for_it(two_members: Members) -> None:
+    first, second = two_members.start(0), two_members.start(1)
     first.ask("join"), second.ask("join")
     for member in (first, second):
         member.send("start")
@@ -79,8 +66,8 @@ def test_who_has_mapped_a_dead_rank_does_not_wait_for_it(two: Members) -> None:
     assert first.ask("gather", "later", True, [0, 1]) == [True, None]
 
 
-def test_no_memory_is_asked_for_by_a_rank_that_is_dead_and_has_it(path: str) -> None:
-    with members(path, 3) as three:
+def test_no_memory_is_asked_for_by_a_rank_that_is_dead_and_has_it(group_path: str) -> None:
+    with members(group_path, 3) as three:
         _, second, third = three.start_all()
         second.kill(), third.kill()
         second = three.start(1)
@@ -91,8 +78,8 @@ def test_no_memory_is_asked_for_by_a_rank_that_is_dead_and_has_it(path: str) -> 
         assert second.ask("loading") == 2
 
 
-def test_who_differs_is_told_before_another_is_waited_for(path: str) -> None:
-    with members(path, 3) as three:
+def test_who_differs_is_told_before_another_is_waited_for(group_path: str) -> None:
+    with members(group_path, 3) as three:
         first, second = three.start(0), three.start(1)
         first.ask("join"), second.ask("join")
         first.ask("put", "checkpoint", {"sampled bytes": "1a"})

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isnan
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm_dwdp.predict.plan_report import table
 from vllm_dwdp.predict.sim.disaggregated import PoolsResult
 from vllm_dwdp.predict.sim.run import Result
 from vllm_dwdp.predict.sim.scenario import Scenario
 from vllm_dwdp.predict.units import show_count, show_time
+
+Figures = TypeVar("Figures", Result, PoolsResult)
 
 
 def results_text(s: Scenario, results: list[Result]) -> str:
@@ -37,14 +39,7 @@ def results_text(s: Scenario, results: list[Result]) -> str:
         "  gap: between two tokens of a request. Shares of the GPUs' time: exposed, compute stood still for a pull;",
         "  waiting, for other ranks or in a stall; idle, no request. done: finished of arrived. lost: with a dead group.",
     ]
-    best = {r.way: r for r in results}
-    if "DWDP" in best:
-        for way, r in best.items():
-            if way != "DWDP" and r.prompt_per_gpu:
-                tail.append(
-                    f"  DWDP against {way}: {best['DWDP'].prompt_per_gpu / r.prompt_per_gpu:.2f}x prompt tokens/s/GPU, "
-                    f"{best['DWDP'].ttft[0] / r.ttft[0]:.2f}x median TTFT"
-                )
+    tail += _against_dwdp(results, lambda r: r.prompt_per_gpu, "prompt")
     return "\n".join([*head, table(lines), *tail])
 
 
@@ -74,15 +69,20 @@ def pools_text(s: Scenario, results: list[PoolsResult]) -> str:
         "  gap: between two tokens of a request. transfer: from the last of a KV cache sent to the step that takes it, with",
         "  any wait for a slot. Idle: shares of the time of each pool. done: finished of arrived. lost: with a dead group.",
     ]
-    best = {r.way: r for r in results}
-    if "DWDP" in best:
-        for way, r in best.items():
-            if way != "DWDP" and r.output_per_gpu:
-                tail.append(
-                    f"  DWDP against {way}: {best['DWDP'].output_per_gpu / r.output_per_gpu:.2f}x output tokens/s/GPU, "
-                    f"{best['DWDP'].ttft[0] / r.ttft[0]:.2f}x median TTFT"
-                )
+    tail += _against_dwdp(results, lambda r: r.output_per_gpu, "output")
     return "\n".join([*head, table(lines), *tail])
+
+
+def _against_dwdp(results: Sequence[Figures], per_gpu: Callable[[Figures], float], what: str) -> list[str]:
+    """A line for every other way; per_gpu: tokens/s of `what`."""
+    best = {r.way: r for r in results}
+    dwdp = best.pop("DWDP", None)
+    return [
+        f"  DWDP against {way}: {per_gpu(dwdp) / per_gpu(r):.2f}x {what} tokens/s/GPU, "
+        f"{dwdp.ttft[0] / r.ttft[0]:.2f}x median TTFT"
+        for way, r in best.items()
+        if dwdp is not None and per_gpu(r)
+    ]
 
 
 def _time(seconds: float) -> str:
