@@ -19,6 +19,7 @@ from vllm_dwdp.predict.roofline import local_time
 from vllm_dwdp.predict.sim.costs import Chunk, StepCost
 from vllm_dwdp.predict.sim.flows import simulate_layers
 from vllm_dwdp.predict.sim.groups import HEALTHY, Fault, Limits, run_alone
+from vllm_dwdp.predict.sim.report import results_text
 from vllm_dwdp.predict.sim.requests import Stream
 from vllm_dwdp.predict.sim.run import Result, run_scenario, streams_of
 from vllm_dwdp.predict.sim.scenario import Scenario, parse_scenario
@@ -225,3 +226,14 @@ def test_the_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert {r["way"] for r in out["results"]} == {"DWDP", "DEP", "TP"}
     assert not any(isinstance(v, float) and math.isnan(v) for r in out["results"] for v in r.values())
     assert main(["simulate", str(tmp_path / "none.toml")]) == 2
+
+
+def test_dwdp_is_divided_by_every_other_way() -> None:
+    times = (2.0, 3.0, 4.0)
+    dwdp = Result("DWDP", 9, 9, 0, 300.0, 30.0, (1.0, 2.0, 3.0), times, 0.0, 0.0, 0.1, 5)
+    others = [
+        replace(dwdp, way="DEP", prompt_per_gpu=200.0, ttft=times),
+        replace(dwdp, way="TP", prompt_per_gpu=0.0),
+    ]
+    lines = [line for line in results_text(scenario(), [dwdp, *others]).splitlines() if "against" in line]
+    assert lines == ["  DWDP against DEP: 1.50x prompt tokens/s/GPU, 0.50x median TTFT"], "TP computed nothing"

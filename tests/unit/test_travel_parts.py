@@ -23,6 +23,7 @@ from vllm_dwdp.layers.sharing import ExpertSharing
 from vllm_dwdp.layers.travel import Travel, sizes, why_not
 from vllm_dwdp.layers.travel_counts import TravelCounts
 from vllm_dwdp.prefetch.counters import CounterPage
+from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
 
 
 @settings(deadline=None)
@@ -132,6 +133,40 @@ def test_limits_are_those_of_direct_reads_and_some_more() -> None:
     # Of each owner: the mailbox there from rank 0, its bell for rank 0, its rows here.
     assert found.mails.tolist() == [1 << 20, 2 << 20] and found.bells.tolist() == [0, 100]
     assert found.answers.tolist() == [(1 << 20) + 1024, (1 << 20) + 1280]
+
+
+def test_every_layer_gives_way_where_its_rank_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what a start sets up, all but that is left out: it needs a GPU."""
+    tables = [SimpleNamespace(rows=64, cols=32, dtype=torch.bfloat16)] * 2
+    kernels = [SimpleNamespace(tables=tables, quant_kind="none") for _ in range(2)]
+    layers: Any = [
+        SimpleNamespace(
+            build=SimpleNamespace(
+                module=SimpleNamespace(
+                    top_k=2,
+                    activation="silu",
+                    quant_method=SimpleNamespace(moe_kernel=SimpleNamespace(fused_experts=one)),
+                )
+            )
+        )
+        for one in kernels
+    ]
+    exchange = SimpleNamespace(handles=lambda: None, map=lambda peers: None)
+    attendant = SimpleNamespace(served=0, failed=0, start=lambda prepare: None)
+    monkeypatch.setattr(travel, "Exchange", lambda *given: exchange)
+    state = torch.zeros(STATE_ROWS, 2, dtype=torch.int32)
+    monkeypatch.setattr(Travel, "_make_requester", lambda self, costs: setattr(self, "state", state))
+    monkeypatch.setattr(Travel, "_attach", lambda self, layers: None)
+    monkeypatch.setattr(Travel, "_make_attendant", lambda self, layers: attendant)
+    transport: Any = object.__new__(CupyIpcTransport)
+    transport.device = SimpleNamespace(index=0)
+    meeting: Any = SimpleNamespace(gather=lambda name, mine, group: [mine, mine])
+    page = CounterPage.create(rank=0)
+    made = Travel(SimpleNamespace(rank=0), layers, transport, meeting, [0, 1], None, 8, page)  # type: ignore[arg-type]
+    for asked in (False, True, False):
+        made.counts.asked_lately = asked
+        assert [kernel.gives_way() for kernel in kernels] == [asked, asked]
+    page.close()
 
 
 def test_a_rank_that_was_asked_lately_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
