@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from tests.unit.helpers import LIMIT_S
 from tests.unit.leftovers import check_message, refusal
-from tests.unit.member import Members
+from tests.unit.member import Member, Members
 from vllm_dwdp.errors import PeerLost
 from vllm_dwdp.group.meeting import Holder, Meeting, check_free, meeting_place
 
@@ -28,39 +29,81 @@ def _target(folder: str, name: str) -> str:
         return ""
 
 
+def _wait_at_the_door(other: Member, group_path: str) -> None:
+    opened = f"/proc/{other.process.pid}/fd"
+    deadline = time.monotonic() + LIMIT_S
+    while not any(_target(opened, fd) == f"{group_path}/door.lock" for fd in os.listdir(opened)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_who_joins_while_the_last_one_leaves_meets_others(two_members: Members, group_path: str) -> None:
-    """In a folder that has just gone, or is just going file by file: the next is made."""
+    """In a folder that has just gone: the next is made."""
     other = two_members.start(0)
     other.ask("bytes")  # it is up
     with Meeting(group_path)._door(LIMIT_S):
         other.send("join")
-        # It has opened the folder, and waits.
-        opened = f"/proc/{other.process.pid}/fd"
-        deadline = time.monotonic() + LIMIT_S
-        while not any(_target(opened, fd) == f"{group_path}/door.lock" for fd in os.listdir(opened)):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        _wait_at_the_door(other, group_path)
         shutil.rmtree(group_path)
     assert other.answer() == 1 and Meeting(group_path).holder(0) == Holder(other.process.pid or 0, 1)
 
 
-def test_what_the_last_one_removes_cannot_be_joined(
+def test_who_waited_at_a_door_that_was_removed_goes_to_the_next(two_members: Members, group_path: str) -> None:
+    """Where somebody joins, and makes it, before the last one has removed the folder."""
+    other = two_members.start(0)
+    other.ask("bytes")
+    with ExitStack() as after:
+        with Meeting(group_path)._door(LIMIT_S):
+            other.send("join")
+            _wait_at_the_door(other, group_path)
+            os.unlink(os.path.join(group_path, "door.lock"))
+            after.enter_context(Meeting(group_path)._door(LIMIT_S))
+        _wait_at_the_door(other, group_path)
+        assert Meeting(group_path).holder(0) is None
+    assert other.answer() == 1
+
+
+def test_a_folder_that_is_joined_while_the_last_one_leaves_stays(
     two_members: Members, group_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other, remove, joined = two_members.start(0), shutil.rmtree, []
+    other, remove, joined = two_members.start(0), os.rmdir, []
 
-    def removing(folder: str, **how: Any) -> None:
-        os.unlink(os.path.join(folder, "door.lock"))
+    def removing(folder: str) -> None:
         joined.append(other.ask("join"))
-        remove(folder, **how)
+        remove(folder)
 
     meeting = Meeting(group_path)
     meeting.join(0, LIMIT_S)
     with monkeypatch.context() as patched:
-        patched.setattr(shutil, "rmtree", removing)
+        patched.setattr(os, "rmdir", removing)
         meeting.leave()
     assert joined == [1] and Meeting(group_path).holder(0) == Holder(other.process.pid or 0, 1)
-    assert sorted(os.listdir(os.path.dirname(group_path))) == [os.path.basename(group_path)]
+
+
+@pytest.mark.parametrize("removed", range(4))
+def test_what_a_killed_last_one_leaves_is_a_folder_for_the_next(
+    two_members: Members, group_path: str, monkeypatch: pytest.MonkeyPatch, removed: int
+) -> None:
+    """Killed after so many files; vLLM kills a worker that takes its time to end."""
+    meeting, unlink, gone = Meeting(group_path), os.unlink, []
+    meeting.join(0, LIMIT_S)
+    meeting.say(0, "slabs", [])
+
+    def killed(name: str, **where: Any) -> None:
+        if len(gone) == removed:
+            raise OSError(errno.EINTR, "killed")
+        gone.append(name)
+        unlink(name, **where)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", killed)
+        meeting.leave()
+    assert len(gone) == removed
+    assert os.listdir(os.path.dirname(group_path)) == [os.path.basename(group_path)]
+    other = two_members.start(0)
+    assert other.ask("join") in (1, 2)
+    assert other.ask("leave") is None
+    assert os.listdir(os.path.dirname(group_path)) == []
 
 
 def test_a_folder_in_use_is_not_tidied_up(two_members: Members, group_path: str) -> None:

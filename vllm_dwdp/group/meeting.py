@@ -14,7 +14,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import struct
 import time
 from collections.abc import Iterator
@@ -117,10 +116,11 @@ class Meeting(PrivateFolder):
                 os.close(fd)
             locks = [name for name in os.listdir(self.fd) if name.endswith(".lock") and name != _DOOR]
             if all(self.holder(int(name.removesuffix(".lock"))) is None for name in locks):
-                # As a whole: while it goes file by file somebody could lock one that is about to go.
-                gone = f"{self.path}.gone-{os.getpid()}"
-                os.rename(self.path, gone)
-                shutil.rmtree(gone, ignore_errors=True)
+                # The door goes last: whoever waited at it sees that, and where this process is killed before, what is
+                # left is a folder that the next start uses.
+                for name in [*(name for name in os.listdir(self.fd) if name != _DOOR), _DOOR]:
+                    os.unlink(name, dir_fd=self.fd)
+                os.rmdir(self.path)
 
     def check_there(self) -> None:
         """Raise PeerLost where the folder was removed: whoever comes then meets elsewhere."""
@@ -148,6 +148,11 @@ class Meeting(PrivateFolder):
             "folder that stays"
         )
 
+    def _is_door(self, fd: int) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.stat(_DOOR, dir_fd=self.fd), os.fstat(fd))
+        return False
+
     @contextlib.contextmanager
     def _door(self, timeout_s: float) -> Iterator[None]:
         """Nobody else joins or leaves meanwhile; raises DwdpTimeout, PeerLost where the folder was removed."""
@@ -166,6 +171,8 @@ class Meeting(PrivateFolder):
                     raise DwdpTimeout(f"{who} has kept {_DOOR} in {self.path} for {timeout_s:g} s: end it")
                 time.sleep(_PAUSE_S)
             self.check_there()
+            if not self._is_door(fd):
+                raise self._removed()
             yield
         finally:
             os.close(fd)
