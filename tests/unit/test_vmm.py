@@ -42,7 +42,7 @@ class Vmm(Pair):
 
 @pytest.fixture
 def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[Vmm]:
-    monkeypatch.setattr("vllm_dwdp.transport.vmm._ENDING_S", 0.0)
+    monkeypatch.setattr("vllm_dwdp.transport.vmm_kept._ENDING_S", 0.0)
     made = Vmm()
     yield made
     made.close()
@@ -274,12 +274,12 @@ def test_an_owner_that_ends_meanwhile(pair: Vmm, monkeypatch: pytest.MonkeyPatch
     pair.owner.close()
     text = one_line(pair.reader, handle)
     assert "Connection refused" in text and text.endswith(f"{INSTEAD}{DOCTOR}")
-    monkeypatch.setattr("vllm_dwdp.transport.vmm.is_gone", lambda process: True)
+    monkeypatch.setattr("vllm_dwdp.transport.vmm_kept.is_gone", lambda process: True)
     assert "(process 1000) is gone (Connection refused)" in one_line(pair.reader, handle, PeerLost)
     # One whose socket has closed may be seen a little longer.
     looks = iter([False, False, False, True])
-    monkeypatch.setattr("vllm_dwdp.transport.vmm.is_gone", lambda process: next(looks))
-    monkeypatch.setattr("vllm_dwdp.transport.vmm._ENDING_S", LIMIT_S)
+    monkeypatch.setattr("vllm_dwdp.transport.vmm_kept.is_gone", lambda process: next(looks))
+    monkeypatch.setattr("vllm_dwdp.transport.vmm_kept._ENDING_S", LIMIT_S)
     assert "(process 1000) is gone (Connection refused)" in one_line(pair.reader, handle, PeerLost)
 
 

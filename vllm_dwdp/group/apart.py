@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
+from collections.abc import Iterable
 from typing import Any, Final
 
 from vllm_dwdp.errors import DwdpTimeout, PeerLost
 from vllm_dwdp.group.launch import Apart
-from vllm_dwdp.group.meeting import join
+from vllm_dwdp.group.meeting import Meeting, join
 from vllm_dwdp.group.rendezvous import Rendezvous
 from vllm_dwdp.transport.base import Handle
-from vllm_dwdp.transport.memfd import MemoryFile, keep_file
+from vllm_dwdp.transport.kept import KeptSlab, keep_slab, memory_of
 
 logger = logging.getLogger("vllm.dwdp")
 
@@ -49,12 +51,9 @@ class ApartRendezvous(Rendezvous):
         """Handles of the slabs of `rank`, which is dead, from one that lives and has them open, this one where it has; None
         where none does.
         """
-        for other in self.ranks:
-            if other != rank and (found := (self.meeting.said(other, _HOLDS) or {}).get(str(rank))):
-                return list(found)
-        return None
+        return _held(self.meeting, rank, self.ranks)
 
-    def adopt(self) -> list[MemoryFile] | None:
+    def adopt(self) -> list[KeptSlab] | None:
         """The slabs of this rank's last life, layer by layer, opened here, so that they stay whoever dies; None where nobody
         has them. To be asked once.
 
@@ -62,10 +61,10 @@ class ApartRendezvous(Rendezvous):
         """
         deadline = time.monotonic() + self.timeout_s
         while (handles := self.held(self.rank)) is not None:
-            files: list[MemoryFile] = []
+            files: list[KeptSlab] = []
             try:
                 for handle in handles:
-                    files.append(keep_file(Handle.from_dict(handle), "an adopted slab"))
+                    files.append(keep_slab(Handle.from_dict(handle), "an adopted slab", self.timeout_s))
                 return files
             except PeerLost:
                 # Whoever had them is dying: another one may have them too.
@@ -129,3 +128,20 @@ class ApartRendezvous(Rendezvous):
         if why is not None and self._failures.get(rank) != why:
             self._failures[rank] = why
             logger.warning("dwdp rank %d: rank %d failed during its start, and is waited for: %s", self.rank, rank, why)
+
+
+def left_in_memory(apart: Apart, ranks: Iterable[int]) -> int:
+    """Bytes of the slabs that the last life of this rank has left, which it will adopt; 0 where nobody has them. To be asked
+    before the position is held.
+    """
+    if not os.path.lexists(apart.folder):
+        return 0
+    held = _held(Meeting(apart.folder), apart.rank, ranks) or []
+    return sum(memory_of(Handle.from_dict(handle)) for handle in held)
+
+
+def _held(meeting: Meeting, rank: int, ranks: Iterable[int]) -> list[Any] | None:
+    for other in ranks:
+        if other != rank and (found := (meeting.said(other, _HOLDS) or {}).get(str(rank))):
+            return list(found)
+    return None
