@@ -174,13 +174,15 @@ def test_the_watch_goes_on_by_itself_and_ends(group: Group, monkeypatch: pytest.
     assert not watch.is_alive()
 
 
-def test_a_launch_of_one_rank(tiny_moe: Path, tmp_path: Path, nothing_left: None) -> None:
-    """Its config is that of one engine of vLLM, of a MoE model, with the rank of the group."""
-    settings = {"group": "g", "rank": 1, "ranks": 2, "meet": str(tmp_path)}
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_launch_of_one_rank(rank: int, tiny_moe: Path, tmp_path: Path, nothing_left: None) -> None:
+    """Its config is that of one engine of vLLM, of a MoE model, with the rank of the group, be it an extra one."""
+    settings = {"group": "g", "rank": rank, "ranks": 2, "meet": str(tmp_path)}
     config = build(tiny_moe, data_parallel_size=1, additional_config={"dwdp": settings})
     launch = launch_of(config)
     assert launch is not None and launch.apart is not None
-    assert (launch.num_ranks, launch.group_size, launch.ranks_here, launch.rank_of(config)) == (2, 2, [1], 1)
+    assert (launch.num_ranks, launch.group_size, launch.ranks_here, launch.rank_of(config)) == (2, 2, [rank], rank)
+    assert launch.group_of(rank) == [0, 1]
     assert launch.name == Path(launch.apart.folder).name and launch.apart.folder.startswith(str(tmp_path))
     assert config.parallel_config.data_parallel_size == 1 and config.model_config.is_moe
     # Nothing of the group is there before a worker joins.
