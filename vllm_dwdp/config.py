@@ -39,6 +39,8 @@ _LEAST: Final[dict[str, int]] = {
 _OPTIONAL: Final = frozenset({"group_size", "experts_per_rank", "slice_bytes", "rank", "ranks"})
 #: What only a server has that is one rank of a group.
 _OF_A_RANK: Final = ("rank", "ranks", "meet")
+#: A rank beyond `ranks` is an extra one; a number far beyond is a mistake, a port say.
+MAX_EXTRA: Final = 64
 _GROUP_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 #: Counts that may also be left to dwdp, with this word.
 AUTO: Final = "auto"
@@ -69,8 +71,8 @@ class DwdpConfig:
     travel_tokens: most tokens of a forward whose tokens travel.
     hits: file into which ranks write how often each expert was hit. popularity: such a file, by which experts beyond
         E/N are chosen.
-    group: name of a group of servers, of which this one is `rank` of `ranks`; None where one launch has all ranks. meet: the
-        folder in which such a group has its own.
+    group: name of a group of servers, of which this one is `rank` of `ranks`, or an extra one, from `ranks` on, which has
+        the share of rank % ranks; None where one launch has all ranks. meet: the folder in which such a group has its own.
     """
 
     group_size: int | None = None
@@ -190,8 +192,11 @@ def _apart(config: DwdpConfig) -> Iterator[str]:
     for key in ("rank", "ranks"):
         if getattr(config, key) is None:
             yield f"dwdp.group is {group!r} without dwdp.{key}: give each of its servers rank, 0 to ranks - 1, and ranks"
-    if (config.rank or 0) >= (config.ranks or 0):
-        yield f"dwdp.rank is {config.rank} of {config.ranks} ranks: it must be 0 to {(config.ranks or 0) - 1}"
+    if (config.rank or 0) >= (ranks := config.ranks or 0) + MAX_EXTRA:
+        yield (
+            f"dwdp.rank is {config.rank} of {ranks} ranks: it must be 0 to {ranks - 1}, or for an extra rank {ranks} to "
+            f"{ranks + MAX_EXTRA - 1}"
+        )
     meet: object = config.meet
     if isinstance(meet, str) and re.fullmatch(r"[^/]+:\d+", meet):
         yield (

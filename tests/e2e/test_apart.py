@@ -27,8 +27,8 @@ RANKS = 2
 PROMPTS = ("No rank waits", "for another one", "and a dead one takes nobody along")
 
 
-def arguments(rank: int, meet: str) -> list[str]:
-    settings = {"group": "e2e", "rank": rank, "ranks": RANKS, "meet": meet, "timeout_s": 200}
+def arguments(rank: int, meet: str, **more: Any) -> list[str]:
+    settings = {"group": "e2e", "rank": rank, "ranks": RANKS, "meet": meet, "timeout_s": 200, **more}
     return ["--enforce-eager", *dwdp_arguments(1), "--additional-config", json.dumps({"dwdp": settings})]
 
 
@@ -42,8 +42,8 @@ class Group:
     expected: dict[str, list[int]]
     servers: list[Server]
 
-    def start(self, rank: int) -> Server:
-        return start_server(self.folder, self.model, *arguments(rank, self.meet))
+    def start(self, rank: int, **more: Any) -> Server:
+        return start_server(self.folder, self.model, *arguments(rank, self.meet, **more))
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +148,45 @@ def test_a_killed_rank_takes_nobody_along_and_returns(group: Group) -> None:
     assert [server.left() for server in (dead, *group.servers)] == [[], [], []]
     # The last one takes the folder along, unless vLLM leaves its worker no time.
     assert os.listdir(group.meet) in ([], [f"dwdp-group-{os.geteuid()}-e2e"])
+
+
+@pytest.mark.full
+def test_an_extra_rank_comes_and_outlives_the_others_which_return_from_it(group: Group) -> None:
+    """Contiguous, workers in their engines; and a fourth server, extra too, that is none of this group."""
+    settings = {"weight_view": "contiguous", "launcher": "uni"}
+    for server in group.servers:
+        server.stop()
+    started: list[Server] = []
+    try:
+        with ThreadPoolExecutor(RANKS + 1) as pool:
+            started += pool.map(lambda rank: group.start(rank, **settings), [0, 1, 3])
+        extra = started[-1]
+        assert all(alive(server, 2) for server in started)
+        assert {prompt: extra.complete(prompt) for prompt in PROMPTS} == group.expected
+        counted = extra.metrics()
+        assert counted['dwdp:experts_held{engine="3"}'] == started[1].metrics()['dwdp:experts_held{engine="1"}']
+        for server in started[:RANKS]:
+            [engine] = server.pids("VLLM::EngineCore")
+            os.kill(engine, signal.SIGKILL)
+        assert alive(extra, 0)
+        for server in started[:RANKS]:
+            server.process.wait(60)
+        with pytest.raises(AssertionError, match="cannot share experts"):
+            group.start(4, **settings, num_slots=3)
+        assert {prompt: extra.complete(prompt) for prompt in PROMPTS} == group.expected
+        with ThreadPoolExecutor(RANKS) as pool:
+            started += pool.map(lambda rank: group.start(rank, **settings), range(RANKS))
+        assert all(alive(server, 2) for server in started[RANKS:])
+        extra.stop()
+        for rank, server in enumerate(started[-RANKS:]):
+            assert f"dwdp rank {rank}: experts adopted, in " in server.log.read_text()
+            assert alive(server, 1) and "rank 3 (life 1, process " in server.log.read_text()
+            assert {prompt: server.complete(prompt) for prompt in PROMPTS} == group.expected
+            server.stop()
+    finally:
+        for server in started:
+            server.kill()
+    assert [server.left() for server in started] == [[]] * len(started)
 
 
 @pytest.mark.full

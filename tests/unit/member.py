@@ -33,8 +33,8 @@ def contents(rank: int) -> bytes:
 def _start(
     rendezvous: ApartRendezvous, transport: ShmTransport, adopted: list[MemoryFile] | None
 ) -> tuple[bool, dict[int, ShmPeerSlab]]:
-    """What a worker does: (whether the slab was adopted, the slabs of the others)."""
-    rank = rendezvous.rank
+    """What a worker does: (whether the slab was adopted, the slabs of all)."""
+    rank = rendezvous.share
     rendezvous.gather("memory", True, rendezvous.ranks)
     if adopted is not None:
         slab = transport.adopt_slab(adopted[0])
@@ -42,11 +42,12 @@ def _start(
         slab = transport.allocate_slab(NBYTES)
         ctypes.memmove(slab.address, contents(rank), NBYTES)
     rendezvous.put(SLABS, [transport.export_handle(slab).to_dict()])
+    rendezvous.hold({rank: [transport.export_handle(slab).to_dict()]})
     peers: dict[int, ShmPeerSlab] = {rank: slab}  # type: ignore[dict-item]
     for other in rendezvous.ranks:
         if other != rank:
             peers[other] = transport.map_peer(Handle.from_dict(rendezvous.get(other, SLABS)[0]))
-            rendezvous.hold({mapped: [peer.handle.to_dict()] for mapped, peer in peers.items() if mapped != rank})
+            rendezvous.hold({mapped: [peer.handle.to_dict()] for mapped, peer in peers.items()})
     rendezvous.gather("mapped", True, rendezvous.ranks)
     return adopted is not None, peers
 

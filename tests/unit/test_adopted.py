@@ -76,8 +76,8 @@ class Servers:
         """What rank 1 has left and rank 0 has open."""
         return [keep_file(Handle.from_dict(handle), "an adopted slab") for handle in self.held[0][1]]
 
-    def share(self, rank: int) -> ExpertSharing:
-        made = ExpertSharing(self.ranks[rank].build, self.meeting.of(rank), LAUNCH)
+    def share(self, rank: int, position: int | None = None) -> ExpertSharing:
+        made = ExpertSharing(self.ranks[rank].build, self.meeting.of(rank if position is None else position), LAUNCH)
         made.start()
         return made
 
@@ -128,6 +128,24 @@ def test_a_rank_that_returns_computes_from_what_it_left(servers: Servers, plain:
     # What the first has open it has from then on, whoever else comes and goes.
     servers.sharing[1].close()
     assert wrong(plain, servers.ranks[0]) == [] and first.layers
+
+
+def test_an_extra_rank_computes_from_the_share_of_another_that_lives(servers: Servers, plain: Loaded) -> None:
+    first = servers.sharing[0]
+    mine = servers.held[0][0]
+    files = [keep_file(Handle.from_dict(handle), "an adopted slab") for handle in mine]
+    read = READ.expert_bytes
+    servers.ranks.append(servers.load(0, files))
+    assert 0 < READ.expert_bytes - read <= (read / 2) / 2
+    servers.sharing.append(servers.share(2, position=2))
+    extra = servers.sharing[2]
+    assert [file.handle.payload["inode"] for file in files] == [handle["payload"]["inode"] for handle in mine]
+    counted = extra.counters.snapshot()
+    assert (counted.rank, counted.peers_alive, first.counters.snapshot().peers_alive) == (2, 2, 1)
+    # The owner may go: what the extra one has it passes on.
+    first.close()
+    assert wrong(plain, servers.ranks[2]) == []
+    assert {rank: len(handles) for rank, handles in servers.held[0].items()} == {0: LAYERS, 1: LAYERS}
 
 
 def test_an_adopted_slab_cannot_be_written(servers: Servers) -> None:

@@ -63,7 +63,9 @@ APART = {"group": "a", "rank": 0, "ranks": 2}
         pytest.param(1, {"group": "a", "ranks": 2}, ["without dwdp.rank", "0 to ranks - 1"], id="group-without-rank"),
         pytest.param(1, {"group": "a", "rank": 0}, ["without dwdp.ranks"], id="group-without-ranks"),
         pytest.param(1, {"group": "a", "rank": 0, "ranks": 1}, ["ranks is 1", ">= 2"], id="one-server"),
-        pytest.param(1, {"group": "a", "rank": 2, "ranks": 2}, ["rank is 2 of 2", "0 to 1"], id="rank-above-ranks"),
+        pytest.param(
+            1, {**APART, "rank": 66}, ["rank is 66 of 2", "0 to 1", "extra rank 2 to 65"], id="rank-above-extras"
+        ),
         pytest.param(2, {**APART}, ["size is 2 with dwdp.group 'a'", "for each rank"], id="group-of-launches"),
         pytest.param(1, {**APART, "meet": "h:1"}, ["'h:1', an address", "one machine only"], id="meet-at-an-address"),
         pytest.param(1, {**APART, "meet": "here"}, ["'here'", "absolute path"], id="meet-relative"),
@@ -129,6 +131,8 @@ def test_servers_of_their_own_on_gpus_and_without_an_api(tiny_moe: Path, monkeyp
         config = DwdpConfig.parse({"group": "a", "rank": 0, "ranks": 2, key: told})
         refused = refusal(lambda config=config: options.check_settings(config, platform=CUDA))
         check_message(refused, [f'dwdp.{key} is "{told}" with dwdp.group', "leave"])
+    extra = refusal(lambda: options.check_settings(DwdpConfig(group="a", rank=2, ranks=2), platform=CUDA))
+    check_message(extra, ["dwdp.rank is 2 of 2, an extra rank", "give a rank of 0 to 1"])
     apart = DwdpConfig(group="a", rank=0, ranks=2)
     options.check_settings(apart, platform=CUDA)
     # Each starts when memory is not what it was.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import configure, peers
 from vllm_dwdp.engine.peers import PeerWatch
 from vllm_dwdp.engine.worker import identity_of
-from vllm_dwdp.group.apart import ApartRendezvous
+from vllm_dwdp.group.apart import SLABS, ApartRendezvous
 from vllm_dwdp.group.launch import Apart, DwdpLaunch, launch_of
 from vllm_dwdp.group.launch_folder import make_folder
 from vllm_dwdp.group.meeting import meeting_place
@@ -60,10 +61,66 @@ def test_a_group_whose_folder_was_removed_is_not_said_to_be_gone(group: Group) -
     watch = PeerWatch(group.rendezvous, group.page)
     watch.look()
     shutil.rmtree(group.rendezvous.meeting.path)
-    watch._stopping.set()  # one look
-    watch.run()
-    assert group.page.fields.peers_alive == 1 and len(group.said) == 1
-    check_message(group.said[0], ["the group is no longer watched", "was removed", "start it again", "dwdp.meet"])
+    for _ in range(2):
+        watch.look()
+        assert group.page.fields.peers_alive == 1 and len(group.said) == 1
+    check_message(group.said[0], ["the group cannot be watched", "was removed", "start it again", "dwdp.meet"])
+    # Who was there is known by its process.
+    other.kill()
+    watch.look()
+    assert group.page.fields.peers_alive == 0 and len(group.said) == 1
+
+
+def test_a_watch_goes_on_after_an_error(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = group.others.start(1)
+    other.ask("join"), other.ask("put", "mapped", True)
+    watch = PeerWatch(group.rendezvous, group.page)
+    watch.look()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for _ in range(2):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            watch.look(), watch.look()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert group.page.fields.peers_alive == 1
+        watch.look()
+    # Once for each time that it began.
+    assert len(group.said) == 2 and group.said[0] == group.said[1]
+    check_message(group.said[0], ["the group cannot be watched", "Too many open files", "ulimit -n"])
+    other.kill()
+    watch.look()
+    assert group.page.fields.peers_alive == 0
+
+
+def test_extra_ranks_are_told_when_they_come_and_go(group: Group) -> None:
+    watch = PeerWatch(group.rendezvous, group.page)
+    other, extra = group.others.start(1), group.others.start(2)
+    assert other.ask("join") == 1
+    other.ask("put", "mapped", True)
+    group.rendezvous.put(SLABS, [])
+    assert extra.ask("join") == 1
+    watch.look()
+    # One that starts is none that serves.
+    assert (group.page.fields.peers_alive, group.said) == (1, [])
+    extra.kill()
+    watch.look()
+    assert group.said == []
+    for life in (2, 3):
+        group.said.clear()
+        extra = group.others.start(2)
+        assert extra.ask("join") == life
+        extra.ask("put", "mapped", True)
+        watch.look(), watch.look()
+        assert group.page.fields.peers_alive == 2
+        extra.kill()
+        watch.look(), watch.look()
+        assert group.page.fields.peers_alive == 1
+        who = f"(life {life}, process {extra.process.pid})"
+        assert group.said == [
+            f"info: dwdp rank 0: rank 2 is there, an extra one {who}",
+            f"warning: dwdp rank 0: rank 2 {who} is gone; serving goes on",
+        ]
 
 
 def test_who_comes_and_goes_is_told_once(group: Group) -> None:
@@ -117,13 +174,15 @@ def test_the_watch_goes_on_by_itself_and_ends(group: Group, monkeypatch: pytest.
     assert not watch.is_alive()
 
 
-def test_a_launch_of_one_rank(tiny_moe: Path, tmp_path: Path, nothing_left: None) -> None:
-    """Its config is that of one engine of vLLM, of a MoE model, with the rank of the group."""
-    settings = {"group": "g", "rank": 1, "ranks": 2, "meet": str(tmp_path)}
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_launch_of_one_rank(rank: int, tiny_moe: Path, tmp_path: Path, nothing_left: None) -> None:
+    """Its config is that of one engine of vLLM, of a MoE model, with the rank of the group, be it an extra one."""
+    settings = {"group": "g", "rank": rank, "ranks": 2, "meet": str(tmp_path)}
     config = build(tiny_moe, data_parallel_size=1, additional_config={"dwdp": settings})
     launch = launch_of(config)
     assert launch is not None and launch.apart is not None
-    assert (launch.num_ranks, launch.group_size, launch.ranks_here, launch.rank_of(config)) == (2, 2, [1], 1)
+    assert (launch.num_ranks, launch.group_size, launch.ranks_here, launch.rank_of(config)) == (2, 2, [rank], rank)
+    assert launch.group_of(rank) == [0, 1]
     assert launch.name == Path(launch.apart.folder).name and launch.apart.folder.startswith(str(tmp_path))
     assert config.parallel_config.data_parallel_size == 1 and config.model_config.is_moe
     # Nothing of the group is there before a worker joins.

@@ -122,6 +122,7 @@ def test_cores_that_the_user_reserves_are_left_alone(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("CPU_VISIBLE_MEMORY_NODES", "1")
     assert cores.bind_ranks(2) == {BIND: "12,13|14,15"}
     assert cores.bind_ranks(2, [1]) == {BIND: "14,15"}  # the other rank is a server of its own
+    assert cores.bind_ranks(2, [3]) == {BIND: "14,15"}  # an extra one
     # vLLM refuses it beside a list of cores; it asks for what the list gives.
     monkeypatch.setenv("VLLM_CPU_SIM_MULTI_NUMA", "1")
     assert cores.bind_ranks(2) == {BIND: "8,9,10,11|12,13,14,15", "VLLM_CPU_SIM_MULTI_NUMA": "0"}

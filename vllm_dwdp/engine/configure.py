@@ -191,7 +191,10 @@ def create_engine_config(
         said = f"{num_ranks} independent ranks in groups of {group_size}"
         if launch.apart is not None:
             apart = launch.apart
-            said = f"rank {apart.rank} of {num_ranks} of the group {apart.group}, which meets in {apart.folder}"
+            extra = (
+                f", an extra one with the share of rank {apart.rank % num_ranks}," if apart.rank >= num_ranks else ""
+            )
+            said = f"rank {apart.rank}{extra} of {num_ranks} of the group {apart.group}, which meets in {apart.folder}"
         logger.info(
             "dwdp: %s, workers in %s",
             *(said, {"mp": "processes of their own", "uni": "their engines", "ray": "Ray"}[launcher]),

@@ -50,7 +50,8 @@ def reserve_cores(cores: list[int], reserved: int) -> list[int]:
 def bind_ranks(num_ranks: int, here: Sequence[int] | None = None) -> dict[str, str]:
     """What engines need so that each rank computes on cores of its own; nothing where the user bound them.
 
-    here: the ranks of this launch, where others of the group have servers of their own; None for all.
+    here: the ranks of this launch, where others of the group have servers of their own; None for all. An extra rank has the
+        cores of the rank whose share it has.
     vLLM's automatic binding gives every independent engine the same first cores.
     """
     if is_users(_BIND, default="auto"):
@@ -69,7 +70,7 @@ def bind_ranks(num_ranks: int, here: Sequence[int] | None = None) -> dict[str, s
     if (reserved := envs.VLLM_CPU_NUM_OF_RESERVED_CPU) is not None:
         lists = [reserve_cores(part, reserved) for part in lists]
     if here is not None:
-        lists = [lists[rank] for rank in here]
+        lists = [lists[rank % num_ranks] for rank in here]
     bound = {_BIND: "|".join(",".join(map(str, part)) for part in lists)}
     # It asks for parts of the cores per rank, which these are; vLLM refuses it beside a list.
     return {**bound, _SIMULATED_NODES: "0"} if _SIMULATED_NODES in os.environ else bound

@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 from vllm_dwdp.group.apart import ApartRendezvous
 from vllm_dwdp.group.checkpoint import fingerprint
 from vllm_dwdp.layers.build import BuildApart
+from vllm_dwdp.transport.process import ProcessId, is_gone, process_with
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,36 +41,56 @@ def found_apart(rendezvous: Rendezvous) -> BuildApart | None:
 
 
 class PeerWatch(threading.Thread):
-    """Tells once a second who of the group is there: one line for each that comes or goes, and `peers_alive` of the page."""
+    """Tells once a second who of the group is there: one line for each that comes or goes, and `peers_alive` of the page.
+
+    Where that cannot be asked, those who were there count as long as their processes live.
+    """
 
     def __init__(self, rendezvous: ApartRendezvous, page: CounterPage) -> None:
         super().__init__(name="dwdp-peers", daemon=True)
         self._rendezvous, self._page = rendezvous, page
-        self._others = [rank for rank in rendezvous.ranks if rank != rendezvous.rank]
         self._known: dict[int, Holder | None] = {}
+        self._processes: dict[int, ProcessId] = {}
+        self._failure = ""
         self._stopping = threading.Event()
 
     def run(self) -> None:
         """Until stopped."""
         while True:
-            try:
-                self.look()
-            except Exception as error:
-                # Serving needs nothing of this.
-                logger.warning("dwdp rank %d: the group is no longer watched: %s", self._rendezvous.rank, error)
-                return
+            self.look()
             if self._stopping.wait(PERIOD_S):
                 return
 
     def look(self) -> None:
-        """See who is there; raises PeerLost where the group's folder was removed."""
+        """See who is there; what prevents that is told once, until it is something else. Never raises."""
+        failure = ""
+        try:
+            self._ask()
+        except Exception as error:
+            # Serving needs nothing of this.
+            failure = str(error)
+            if failure != self._failure:
+                logger.warning("dwdp rank %d: the group cannot be watched: %s", self._rendezvous.rank, failure)
+        self._failure = failure
+        if self._known:
+            self._page.fields.peers_alive = sum(self._is_there(rank, bool(failure)) for rank in self._known)
+
+    def _ask(self) -> None:
         self._rendezvous.meeting.check_there()
-        for rank in self._others:
+        first = not self._known
+        for rank in (*self._rendezvous.ranks, *self._rendezvous.extras()):
+            if rank == self._rendezvous.rank:
+                continue
             now, before = self._serving(rank), self._known.get(rank)
             if now != before or rank not in self._known:
-                self._tell(rank, now, before)
+                if now is not None:
+                    self._processes[rank] = process_with(now.pid)
+                if not first or now is None:
+                    self._tell(rank, now, before)
                 self._known[rank] = now
-        self._page.fields.peers_alive = sum(holder is not None for holder in self._known.values())
+
+    def _is_there(self, rank: int, by_process: bool) -> bool:
+        return self._known[rank] is not None and not (by_process and is_gone(self._processes[rank]))
 
     def _serving(self, rank: int) -> Holder | None:
         """Who holds the position, once it has mapped everything; who was there already is not asked again."""
@@ -79,12 +100,14 @@ class PeerWatch(threading.Thread):
         return None
 
     def _tell(self, rank: int, now: Holder | None, before: Holder | None) -> None:
-        me = self._rendezvous.rank
-        if now is None:
+        me, extra = self._rendezvous.rank, rank not in self._rendezvous.ranks
+        if now is not None:
+            again = "there, an extra one" if extra else "there again"
+            logger.info("dwdp rank %d: rank %d is %s (life %d, process %d)", me, rank, again, now.life, now.pid)
+        elif before or not extra:
             gone = f"rank {rank} (life {before.life}, process {before.pid})" if before else f"rank {rank}"
-            logger.warning("dwdp rank %d: %s is gone; its experts stay mapped here, and serving goes on", me, gone)
-        elif rank in self._known:
-            logger.info("dwdp rank %d: rank %d is there again (life %d, process %d)", me, rank, now.life, now.pid)
+            kept = "" if extra else "its experts stay mapped here, and "
+            logger.warning("dwdp rank %d: %s is gone; %sserving goes on", me, gone, kept)
 
     def stop(self) -> None:
         """End, and wait for it."""

@@ -136,7 +136,7 @@ class DwdpWorkerMixin:
                 launch = self._dwdp_settle(rendezvous)
             build = ModelBuild(
                 launch.config,
-                group.index(rank),
+                rank % len(group),
                 len(group),
                 platform_of(current_platform),
                 meet=lambda name: rendezvous.gather(name, True, group),

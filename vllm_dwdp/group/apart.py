@@ -28,6 +28,9 @@ class ApartRendezvous(Rendezvous):
     Waits are for who holds a position now. Where nobody does, and a rank that lives has the slabs of that position open,
     nobody is waited for: the rank is dead, and its experts can be had.
 
+    A rank that is none of `ranks` is an extra one, with the share of one of them. It waits for `ranks`; nobody waits for it.
+    What it has open is as good as what they have.
+
     Raises as Rendezvous, and DwdpError where another process holds the position.
     """
 
@@ -35,6 +38,7 @@ class ApartRendezvous(Rendezvous):
         """folder: of this launch, for its front end."""
         super().__init__(folder, apart.rank, timeout_s)
         self.ranks = ranks
+        self.share = ranks[apart.rank % len(ranks)]
         self.meeting, self.life = join(apart.folder, apart.rank, timeout_s)
         self._failures: dict[int, str] = {}
 
@@ -47,20 +51,28 @@ class ApartRendezvous(Rendezvous):
         """Tell the group of which ranks this one has the slabs open, by the handles for them, layer by layer."""
         self.put(_HOLDS, {str(rank): of_rank for rank, of_rank in handles.items()})
 
+    def extras(self) -> list[int]:
+        """Positions of extra ranks, be it that nobody holds them now."""
+        return [rank for rank in self.meeting.positions() if rank not in self.ranks]
+
     def held(self, rank: int) -> list[Any] | None:
-        """Handles of the slabs of `rank`, which is dead, from one that lives and has them open, this one where it has; None
-        where none does.
-        """
-        return _held(self.meeting, rank, self.ranks)
+        """Handles of the slabs of `rank` from one that lives and has them open, this one too; None where none has."""
+        return _held(self.meeting, rank, (*self.ranks, *self.extras()))
 
     def adopt(self) -> list[KeptSlab] | None:
-        """The slabs of this rank's last life, layer by layer, opened here, so that they stay whoever dies; None where nobody
-        has them. To be asked once.
+        """The slabs of this rank's share that another rank has, layer by layer, opened here, so that they stay whoever dies;
+        None where nobody has them. An extra rank waits for them. To be asked once.
 
-        Raises PeerLost where somebody says so for `timeout_s` and has them no longer.
+        Raises:
+            PeerLost: somebody says to have them for `timeout_s` and has them no longer.
+            DwdpTimeout: as `get`, of an extra rank.
         """
         deadline = time.monotonic() + self.timeout_s
-        while (handles := self.held(self.rank)) is not None:
+        while True:
+            if (handles := self.held(self.share)) is None:
+                if self.rank in self.ranks:
+                    return None
+                handles = self.get(self.share, SLABS)
             files: list[KeptSlab] = []
             try:
                 for handle in handles:
@@ -73,14 +85,21 @@ class ApartRendezvous(Rendezvous):
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_PAUSE_S)
-        return None
+
+    def check_same(self, name: str, mine: dict[str, str], ranks: list[int], remedy: str) -> None:
+        """See Rendezvous; also with extra ranks that serve, since all of `ranks` may be dead and live on in these."""
+        super().check_same(name, mine, ranks, remedy)
+        for rank in self.extras():
+            # One that does not belong holds nothing, and ends by itself.
+            if self.meeting.said(rank, _HOLDS) is not None:
+                self._compare(rank, mine, self.meeting.said(rank, name), remedy)
 
     def loading(self) -> int:
-        """How many ranks have yet to take the memory of their share, this one among them.
+        """How many ranks have yet to take the memory of their share, this one among them; of extra ranks this one only.
 
         Those that are dead, and whose share is in memory, ask for themselves when they return.
         """
-        return sum(rank == self.rank or not self._has_loaded(rank) for rank in self.ranks)
+        return 1 + sum(rank != self.rank and not self._has_loaded(rank) for rank in self.ranks)
 
     def _has_loaded(self, rank: int) -> bool:
         if self.meeting.holder(rank) is None:
@@ -142,6 +161,6 @@ def left_in_memory(apart: Apart, ranks: Iterable[int]) -> int:
 
 def _held(meeting: Meeting, rank: int, ranks: Iterable[int]) -> list[Any] | None:
     for other in ranks:
-        if other != rank and (found := (meeting.said(other, _HOLDS) or {}).get(str(rank))):
+        if found := (meeting.said(other, _HOLDS) or {}).get(str(rank)):
             return list(found)
     return None

@@ -22,7 +22,10 @@ RENDEZVOUS_ENV = "DWDP_RENDEZVOUS"
 
 @dataclass(frozen=True)
 class Apart:
-    """The place of a launch of one rank in a group of servers: its `rank` there, and the folder in which they meet."""
+    """The place of a launch of one rank in a group of servers: its `rank` there, and the folder in which they meet.
+
+    A rank from the number of ranks on is an extra one: it has the share of rank modulo that number, and nobody needs it.
+    """
 
     group: str
     rank: int
@@ -69,8 +72,8 @@ class DwdpLaunch:
         return self.config.resolve_group_size(self.num_ranks)
 
     def group_of(self, rank: int) -> list[int]:
-        """The ranks of the group that `rank` belongs to, ascending."""
-        first = rank // self.group_size * self.group_size
+        """The ranks of the group that `rank` belongs to, ascending; an extra rank is none of them."""
+        first = rank % self.num_ranks // self.group_size * self.group_size
         return list(range(first, first + self.group_size))
 
 

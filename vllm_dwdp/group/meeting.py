@@ -99,6 +99,15 @@ class Meeting(PrivateFolder):
         finally:
             os.close(fd)
 
+    def positions(self) -> list[int]:
+        """All that somebody has held in this folder, be it that nobody does now, ascending."""
+        try:
+            names = os.listdir(self.fd)
+        except OSError as error:
+            raise self.failed("listing files", error) from error
+        stems = [name.removesuffix(".lock") for name in names if name.endswith(".lock")]
+        return sorted(int(stem) for stem in stems if stem.isdecimal())
+
     def say(self, rank: int, name: str, value: Any) -> None:
         """Publish a JSON-able value of a position that this process holds."""
         self.write(_message(rank, self._held[rank][1].life, name), value)

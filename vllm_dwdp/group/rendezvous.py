@@ -106,9 +106,11 @@ class Rendezvous:
         self.put(name, mine)
         # One by one: who differs is told before a rank is waited for that may never come.
         for rank in ranks:
-            theirs = mine if rank == self.rank else self.get(rank, name)
-            if difference := _difference(mine, theirs or mine):
-                raise DwdpError(f"ranks {self.rank} and {rank} cannot share experts ({difference}): {remedy}")
+            self._compare(rank, mine, mine if rank == self.rank else self.get(rank, name), remedy)
+
+    def _compare(self, rank: int, mine: dict[str, str], theirs: dict[str, str] | None, remedy: str) -> None:
+        if difference := _difference(mine, theirs or mine):
+            raise DwdpError(f"ranks {self.rank} and {rank} cannot share experts ({difference}): {remedy}")
 
     def _check_front_end(self) -> None:
         if self._folder.is_abandoned():

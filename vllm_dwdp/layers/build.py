@@ -43,7 +43,7 @@ class BuildApart:
     """What a rank that is a server of its own finds in its group, and tells it.
 
     Attributes:
-        adopted: the slabs that this rank's last life has left, layer by layer; None where nobody has them.
+        adopted: the slabs of this rank's share that somebody has, layer by layer; None where nobody has them.
         loading: ranks that have yet to take memory, this one among them.
         hold: tells the group which slabs this rank has open: rank -> handles, layer by layer.
         same_files: raises DwdpError where the files of the checkpoint are not those of the others.
@@ -61,7 +61,7 @@ class ModelBuild:
     """The group, seen from one rank, and its MoE layers in the order in which vLLM builds them.
 
     Attributes:
-        rank: place in the group, 0..group_size-1.
+        rank: place in the group, 0..group_size-1; an extra rank has that of another.
         group_size: N.
         platform: where kernels run.
         meet: returns when all ranks of the group have called it with this name.
@@ -117,7 +117,7 @@ class ModelBuild:
 
     @property
     def adopts(self) -> bool:
-        """Whether the share is in memory already, where the rank's last life has left it."""
+        """Whether the share is in memory already, where its owner, or this rank's last life, has put it."""
         return self.apart is not None and self.apart.adopted is not None
 
     def _loaded(self, layer: LayerBuild) -> tuple[int, ...]:

@@ -62,7 +62,7 @@ class ExpertSharing:
             self.layers = move_to_slabs(build, self.transport, tensors, paged)
             map_peers(self.layers, build, self.transport, rendezvous, group)
             self.replicated_bytes = sum(replicate_small(layer, build.rank) for layer in self.layers)
-            self.counters = CounterPage.create(group[build.rank], peers=len(group) - 1)
+            self.counters = CounterPage.create(rendezvous.rank, peers=sum(rank != rendezvous.rank for rank in group))
             self._closing.callback(self.counters.close)
             if self.view == "inplace":
                 self._attach_pages()

@@ -183,8 +183,8 @@ def _adopted(build: ModelBuild, layer: int, nbytes: int) -> KeptSlab | None:
         return None
     if len(files) != len(build.layers) or files[layer].handle.nbytes != nbytes:
         raise DwdpError(
-            f"the group holds {len(files)} slabs of this rank, which has {len(build.layers)} MoE layers, one of {nbytes} "
-            "bytes: start all ranks of the group again"
+            f"the group holds {len(files)} slabs of this rank's share, which has {len(build.layers)} MoE layers, one of "
+            f"{nbytes} bytes: start all ranks of the group again"
         )
     return files[layer]
 
@@ -193,8 +193,8 @@ def _check_adopted(rows: torch.Tensor, tensor: ExpertTensor, name: str) -> None:
     """Raise DwdpError where the expert that was read is not the adopted one, bit by bit."""
     if not torch.equal(rows[0].reshape(-1).view(torch.uint8), tensor.parameter.data[0].reshape(-1).view(torch.uint8)):
         raise DwdpError(
-            f"{name}.{tensor.name} of the checkpoint is not what the group holds of this rank in memory: start all ranks of "
-            "the group again"
+            f"{name}.{tensor.name} of the checkpoint is not what the group holds of this share in memory: start all ranks "
+            "of the group again"
         )
 
 
@@ -202,24 +202,24 @@ def map_peers(
     slabs: list[LayerSlab], build: ModelBuild, transport: Transport, rendezvous: Rendezvous, group: list[int]
 ) -> None:
     """Exchange the handles of all slabs over `group` and map every peer's."""
-    rendezvous.put("slabs", [transport.export_handle(layer.slab).to_dict() for layer in slabs])
+    mine = [transport.export_handle(layer.slab).to_dict() for layer in slabs]
+    rendezvous.put("slabs", mine)
+    held = {group[build.rank]: mine}
+    if build.apart is not None:
+        build.apart.hold(held)
     for peer in range(len(group)):
         if peer == build.rank:
             continue
         # Each as soon as it is there: it may be gone by the time that the last one is.
         handles = rendezvous.get(group[peer], "slabs")
         if len(handles) != len(slabs):
-            raise DwdpError(f"rank {group[peer]} has {len(handles)} MoE layers, rank {group[build.rank]} {len(slabs)}")
+            raise DwdpError(f"rank {group[peer]} has {len(handles)} MoE layers, rank {rendezvous.rank} {len(slabs)}")
         for layer, handle in zip(slabs, handles, strict=True):
             layer.peers[peer] = transport.map_peer(Handle.from_dict(handle))
         if build.apart is not None:
             # With handles of this process's own.
-            build.apart.hold(
-                {
-                    group[mapped]: [cast("KeptPeer", layer.peers[mapped]).handle.to_dict() for layer in slabs]
-                    for mapped in slabs[0].peers
-                }
-            )
+            held[group[peer]] = [cast("KeptPeer", layer.peers[peer]).handle.to_dict() for layer in slabs]
+            build.apart.hold(held)
 
 
 def replicate_small(layer: LayerSlab, rank: int) -> int:

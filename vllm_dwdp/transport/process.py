@@ -27,6 +27,11 @@ def _this_process(pid: int) -> ProcessId:
         return ProcessId(pid, 0, "")
 
 
+def process_with(pid: int) -> ProcessId:
+    """The process that has this id now; started is 0 where there is none. Raises OSError where that is unknown."""
+    return this_process()._replace(pid=pid, started=_started(pid) or 0)
+
+
 def is_gone(process: ProcessId) -> bool:
     """Whether `process` has certainly ended; False where it cannot be known, as from another PID namespace."""
     here = this_process()
