@@ -7,6 +7,7 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tests.unit.fake_cuda import Machine
 from tests.unit.fake_vmm import PAGE, fail_at, open_descriptors
 from tests.unit.gpu_sharing import LAYERS, SHAPES, GpuRank, Group, Meeting, share_on_gpus
 from tests.unit.leftovers import check_message, refusal
+from vllm_dwdp.engine import loader
 from vllm_dwdp.errors import PeerLost
 from vllm_dwdp.group.apart import left_in_memory
 from vllm_dwdp.group.launch import Apart
@@ -186,4 +188,20 @@ def test_memory_that_was_left_counts_as_the_ranks_own(
     meeting.say(0, "holds", {str(rank): handles for rank, handles in servers.held[0].items()})
     whole = sum(piece.nbytes for layer in servers.group.ranks[1].sharing.layers for piece in layer.slab.pieces)  # type: ignore[union-attr]
     assert whole % PAGE == 0 and left_in_memory(apart, range(RANKS)) == whole
+    found = SimpleNamespace(apart=apart, num_ranks=RANKS)
+    monkeypatch.setattr(loader, "launch_of", lambda config: config)
+    ours: Any = object.__new__(loader.ShareOnlyLoader)
+    assert ours.get_external_weight_memory(found) == whole
+    for other in (None, SimpleNamespace(apart=None)):
+        assert ours.get_external_weight_memory(other) == 0
     meeting.leave()
+
+
+def test_a_dead_rank_says_nothing_of_small_steps(servers: Servers) -> None:
+    servers.kill()
+    servers.group.meeting.said["direct_tokens"][0] = None
+    servers.start(servers.adopted())
+    assert (servers.group.ranks[1].sharing.direct_tokens or 0) > 0 or servers.group.ranks[
+        1
+    ].sharing.view == "contiguous"
+    servers.forward()
