@@ -11,26 +11,22 @@ rank has, or shares one.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
-import os
 import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.request import Request, urlopen
 
 from devices import SMALL_CACHE, as_arguments, count_gpus, dwdp_settings, engine_options
-from servers import SIGNALS, Server, Servers, free_ports
+from servers import BIN, Server, Servers, free_ports, run_with_servers, small_checkpoint
 
-BIN = Path(sys.executable).parent
 START_LIMIT_S = 600
 PROMPTS = [
     "The experts of a layer",
@@ -63,14 +59,6 @@ class Answer(NamedTuple):
 def say(text: str) -> None:
     """One line of progress, at once."""
     print(f"disaggregated: {text}", flush=True)
-
-
-def small_checkpoint() -> str:
-    """Write a small random MoE checkpoint with a tokenizer, unless it is there, and return its folder."""
-    here = Path(__file__).resolve().parent
-    folder = here.parent / ".cache" / "examples" / "qwen3_moe"
-    subprocess.run([sys.executable, "-m", "checkpoints", str(folder), "--experts", "16"], check=True, cwd=here)
-    return str(folder)
 
 
 def devices_of(plan: Plan, decode: bool) -> tuple[dict[str, Any], dict[str, str]]:
@@ -219,26 +207,7 @@ def main() -> int:
     args = parser.parse_args()
     if importlib.util.find_spec("nixl") is None or not (BIN / "vllm-router").exists():
         raise SystemExit("disaggregated: nixl or vllm-router is missing: pip install '.[disaggregated]' in this folder")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-
-    def end(signum: int, frame: object) -> None:
-        raise SystemExit(128 + signum)
-
-    for sign in SIGNALS:
-        signal.signal(sign, end)
-    with tempfile.TemporaryDirectory(prefix="dwdp-disaggregated-") as folder:
-        servers = Servers(Path(folder))
-        try:
-            return run(servers, args)
-        except (SystemExit, OSError) as error:
-            # The code of a signal, or one line.
-            code = error.code if isinstance(error, SystemExit) else str(error)
-            raise SystemExit(f"disaggregated: {code}" if isinstance(code, str) else code) from None
-        finally:
-            count = len(servers.started)
-            servers.stop()
-            say(f"{count} servers stopped")
+    return run_with_servers("disaggregated", functools.partial(run, args=args))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,16 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+BIN = Path(sys.executable).parent
 STOP_LIMIT_S = 30
 TIDY_LIMIT_S = 5
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -107,6 +110,16 @@ class Servers:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
+    def kill(self, server: Server) -> None:
+        """SIGKILL to all processes of a server at once, as where memory runs out; one of Python's lives on for a moment,
+        which takes away the names of shared memory."""
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                group = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[2])
+                if group == server.process.pid and b"resource_tracker" not in (folder / "cmdline").read_bytes():
+                    os.kill(int(folder.name), signal.SIGKILL)
+        self.stop(server)
+
 
 def _end_group(group: int) -> None:
     """Children of a process that ended: some only tidy up for a moment, those of a killed one are killed after that."""
@@ -127,3 +140,35 @@ def free_ports(count: int) -> int:
                 taken.enter_context(socket.create_server(("127.0.0.1", first + more)))
             return first
     raise SystemExit(f"there are no {count} free ports in a row")
+
+
+def small_checkpoint() -> str:
+    """Write a small random MoE checkpoint with a tokenizer, unless it is there, and return its folder."""
+    here = Path(__file__).resolve().parent
+    folder = here.parent / ".cache" / "examples" / "qwen3_moe"
+    subprocess.run([sys.executable, "-m", "checkpoints", str(folder), "--experts", "16"], check=True, cwd=here)
+    return str(folder)
+
+
+def run_with_servers(name: str, run: Callable[[Servers], int]) -> int:
+    """What an example called `name` does with servers, which are stopped however it ends; raises SystemExit in one line."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+    def end(signum: int, frame: object) -> None:
+        raise SystemExit(128 + signum)
+
+    for sign in SIGNALS:
+        signal.signal(sign, end)
+    with tempfile.TemporaryDirectory(prefix=f"dwdp-{name.replace('_', '-')}-") as folder:
+        servers = Servers(Path(folder))
+        try:
+            return run(servers)
+        except (SystemExit, OSError) as error:
+            # The code of a signal, or one line.
+            code = error.code if isinstance(error, SystemExit) else str(error)
+            raise SystemExit(f"{name}: {code}" if isinstance(code, str) else code) from None
+        finally:
+            count = len(servers.started)
+            servers.stop()
+            print(f"{name}: {count} servers stopped", flush=True)

@@ -1,0 +1,148 @@
+"""Steady load by plain HTTP: clients that each ask, wait for the answer and ask again; what came of every request."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+TOKENS = 16
+#: One request in so many streams.
+STREAMED = 4
+LIMIT_S = 120
+PAUSE_S = 0.05
+
+
+class Asked(NamedTuple):
+    """A request: seconds of time.monotonic(), whether it streamed, tokens that came, and what went wrong or nothing."""
+
+    began: float
+    ended: float
+    streamed: bool
+    tokens: int
+    trouble: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """It got no whole answer, and is no stream that began."""
+        return bool(self.trouble) and not self.cut
+
+    @property
+    def cut(self) -> bool:
+        """A stream that began and did not end."""
+        return self.streamed and bool(self.trouble) and self.tokens > 0
+
+
+class Span(NamedTuple):
+    """Requests that ended within some seconds; a rate is of whole answers."""
+
+    seconds: float
+    answers: int
+    failed: int
+    failed_streams: int
+    cut: int
+    slowest_s: float
+
+    @property
+    def rate(self) -> float:
+        """Answers per second."""
+        return self.answers / self.seconds
+
+
+def over(asked: Sequence[Asked], begin: float, end: float) -> Span:
+    """What ended from `begin` on and before `end`."""
+    within = [each for each in asked if begin <= each.ended < end]
+    failed = [each.streamed for each in within if each.failed]
+    return Span(
+        seconds=end - begin,
+        answers=sum(not each.trouble for each in within),
+        failed=failed.count(False),
+        failed_streams=failed.count(True),
+        cut=sum(each.cut for each in within),
+        slowest_s=max((each.ended - each.began for each in within), default=0.0),
+    )
+
+
+def rates(asked: Sequence[Asked], begin: float, end: float, width_s: float = 5.0) -> list[tuple[float, float]]:
+    """Answers per second around each whole second after `begin`, in windows of `width_s`; where a window is whole."""
+    ends = [each.ended - begin for each in asked if not each.trouble]
+    half, found = width_s / 2, []
+    for second in range(int(end - begin) + 1):
+        if half <= second <= end - begin - half:
+            found.append((float(second), sum(second - half <= at < second + half for at in ends) / width_s))
+    return found
+
+
+def complete(url: str, prompt: str, streamed: bool = False) -> Asked:
+    """One greedy completion."""
+    body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    body |= {"stream": streamed, "return_token_ids": True}
+    request = Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    began, tokens, trouble = time.monotonic(), 0, ""
+    try:
+        with urlopen(request, timeout=LIMIT_S) as reply:
+            for part in _parts(reply) if streamed else [json.load(reply)]:
+                if "choices" not in part:
+                    trouble = str(part.get("error", part))
+                    break
+                tokens += len(part["choices"][0].get("token_ids") or ())
+    except HTTPError as error:
+        with error:
+            trouble = f"{error}: {error.read(200).decode(errors='replace')}"
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        trouble = f"{type(error).__name__}: {error}"
+    if tokens != TOKENS and not trouble:
+        trouble = f"ended after {tokens} of {TOKENS} tokens"
+    return Asked(began, time.monotonic(), streamed, tokens, " ".join(trouble.split()))
+
+
+def _parts(reply: http.client.HTTPResponse) -> Iterator[dict]:
+    """The events of a stream."""
+    for line in reply:
+        if line.startswith(b"data: {"):
+            yield json.loads(line[6:])
+
+
+@dataclass
+class Load:
+    """`clients` threads that ask `url` while it is entered; `asked` grows."""
+
+    url: str
+    clients: int = 6
+    asked: list[Asked] = field(default_factory=list)
+    _over: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
+
+    def __enter__(self) -> Load:
+        # Daemons: Ctrl-C waits for no answer.
+        self._threads = [threading.Thread(target=self._ask, args=(i,), daemon=True) for i in range(self.clients)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._over.set()
+        if kind is None:
+            for thread in self._threads:
+                thread.join(LIMIT_S + 5)
+
+    def _ask(self, client: int) -> None:
+        number = client
+        while not self._over.wait(PAUSE_S):
+            number += 1
+            self.asked.append(complete(self.url, f"{client} asks for the {number}th time", number % STREAMED == 0))
+
+    def troubles(self, streamed: bool) -> list[str]:
+        """What went wrong, each once."""
+        return sorted({each.trouble for each in self.asked if each.trouble and each.streamed == streamed})
+
+    def median_s(self) -> float:
+        """Of requests that do not stream."""
+        return statistics.median(each.ended - each.began for each in self.asked if not each.streamed)
