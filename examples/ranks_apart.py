@@ -82,10 +82,8 @@ def leave(servers: Servers, router: Server, server: Server) -> None:
 
 def last_way(server: Server) -> str:
     """How the latest life of a rank came by its experts, as its log tells."""
-    return next(
-        (line.split("dwdp ", 1)[1] for line in reversed(server.log.read_text().splitlines()) if ": experts " in line),
-        "its log does not say how it came by its experts",
-    )
+    told = [line[line.index("dwdp rank") :] for line in server.log.read_text().splitlines() if "of loading" in line]
+    return (told or ["its log does not say how it came by its experts"])[-1]
 
 
 def tell(servers: Servers, router: Server, ranks: list[Server], group: Group, story: Story) -> None:
@@ -94,14 +92,15 @@ def tell(servers: Servers, router: Server, ranks: list[Server], group: Group, st
     killed = ranks.pop()
     story.mark(f"rank {group.ranks - 1}: SIGKILL to all of its server", "it is dead")
     servers.kill(killed)
-    say(f"         the router saw it within {behind_router.wait_for(router, killed, there=False):.1f} s of its end")
+    say(f"         the router takes it out {behind_router.wait_for(router, killed, there=False):.1f} s later")
+    servers.stop(killed)
     time.sleep(QUIET_S)
     story.mark(f"rank {group.ranks - 1}: started again, as it was", "it starts, on the cores of the others")
     ranks.append(start_rank(servers, group, group.ranks - 1, int(killed.url.rsplit(":", 1)[1])))
     servers.wait(START_LIMIT_S)
     story.mark(f"rank {group.ranks - 1}: answers again", "all ranks are there")
     say(f"         {last_way(ranks[-1])}")
-    say(f"         the router saw it {behind_router.wait_for(router, ranks[-1], there=True):.1f} s later")
+    say(f"         the router sends it requests {behind_router.wait_for(router, ranks[-1], there=True):.1f} s later")
     time.sleep(QUIET_S)
     story.mark(f"rank {group.ranks}, an extra one: started", "an extra rank starts")
     extra = start_rank(servers, group, group.ranks)

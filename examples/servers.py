@@ -111,14 +111,15 @@ class Servers:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def kill(self, server: Server) -> None:
-        """SIGKILL to all processes of a server at once, as where memory runs out; one of Python's lives on for a moment,
-        which takes away the names of shared memory."""
+        """SIGKILL to all processes of a server at once, as where memory runs out; `stop` has still to be called.
+
+        Python's own that takes away names of shared memory is left to do so.
+        """
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 group = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[2])
                 if group == server.process.pid and b"resource_tracker" not in (folder / "cmdline").read_bytes():
                     os.kill(int(folder.name), signal.SIGKILL)
-        self.stop(server)
 
 
 def _end_group(group: int) -> None:
