@@ -19,11 +19,18 @@ WORDS += ["--health-check-interval-secs", "1", "--health-failure-threshold", "1"
 WORDS += ["--health-check-timeout-secs", "5"]
 
 
-def start_router(servers: Servers, behind: Sequence[Server]) -> Server:
-    """vllm-router in front of these."""
+def start_router(servers: Servers, behind: Sequence[Server], more: Sequence[str] = ()) -> Server:
+    """vllm-router in front of these. more: words of its command."""
     port, metrics = free_ports(1), free_ports(1)
     command = [str(BIN / "vllm-router"), "--port", str(port), "--prometheus-port", str(metrics)]
-    command += ["--worker-startup-check-interval", "1", *WORDS, "--worker-urls", *(server.url for server in behind)]
+    command += [
+        "--worker-startup-check-interval",
+        "1",
+        *WORDS,
+        *more,
+        "--worker-urls",
+        *(server.url for server in behind),
+    ]
     return servers.start("router", port, command, {})
 
 

@@ -182,6 +182,7 @@ def test_an_extra_rank_comes_and_outlives_the_others_which_return_from_it(group:
             assert f"dwdp rank {rank}: experts adopted, in " in server.log.read_text()
             assert alive(server, 1) and "rank 3 (life 1, process " in server.log.read_text()
             assert {prompt: server.complete(prompt) for prompt in PROMPTS} == group.expected
+        for server in started[-RANKS:]:
             server.stop()
     finally:
         for server in started:

@@ -98,9 +98,11 @@ def test_other_hosts_namespaces_and_users_are_told_apart(
     transport: ShmTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handle = transport.export_handle(transport.allocate_slab(PAGE))
-    name, boot, _ = handle.host.split("|")
-    with pytest.raises(DwdpError, match=r"host elsewhere .* one host only"):
-        transport.map_peer(dataclasses.replace(handle, host=f"elsewhere|{boot}|pid:[1]"))
+    name, boot, namespace = handle.host.split("|")
+    with pytest.raises(DwdpError, match=r"host elsewhere \(boot 01234567\) .* one host only"):
+        transport.map_peer(dataclasses.replace(handle, host=f"elsewhere|01234567-89|{namespace}"))
+    # Containers have names of their own, and may share the namespace.
+    transport.map_peer(dataclasses.replace(handle, host=f"elsewhere|{boot}|{namespace}"))
     with pytest.raises(DwdpError, match=r"PID namespace pid:\[1\] .* one container"):
         transport.map_peer(dataclasses.replace(handle, host=f"{name}|{boot}|pid:[1]"))
     with pytest.raises(DwdpError, match="transport 'cupy_ipc'"):

@@ -11,7 +11,7 @@ from vllm_dwdp.group.launch import Apart
 from vllm_dwdp.group.meeting import join
 from vllm_dwdp.group.rendezvous import Rendezvous
 from vllm_dwdp.transport.base import Handle
-from vllm_dwdp.transport.memfd import MemoryFile, keep_file
+from vllm_dwdp.transport.memfd import MemoryFile, keep_file, this_host
 
 logger = logging.getLogger("vllm.dwdp")
 
@@ -132,6 +132,9 @@ class ApartRendezvous(Rendezvous):
                 if holder is not None:
                     raise DwdpTimeout(f"{where} ({name}): process {holder.pid} is not that far; look at its log")
                 last = f", which failed: {self._failures[rank]}" if rank in self._failures else ""
+                there = self.meeting.last_host(rank)
+                if there is not None and not there.is_machine_of(this_host()):
+                    last += f", which ran on {there.machine}, this one runs on {this_host().machine}"
                 raise DwdpTimeout(
                     f"{where}{last}: nobody holds it, nor its experts in memory; start it, or raise dwdp.timeout_s if it "
                     "is only slow"

@@ -21,9 +21,11 @@ from typing import Any, Final, NamedTuple
 
 from vllm_dwdp.errors import DwdpError, DwdpTimeout, PeerLost
 from vllm_dwdp.group.launch_folder import PrivateFolder
+from vllm_dwdp.transport.memfd import Host, this_host
 
 #: struct flock of 64-bit Linux: type, whence, start, length, process.
 _FLOCK: Final = "hhqqi4x"
+_HOST: Final = "host"
 _DOOR: Final = "door.lock"
 _PAUSE_S: Final = 0.05
 _LEAVE_S: Final = 2.0
@@ -70,23 +72,49 @@ class Meeting(PrivateFolder):
     def join(self, rank: int, timeout_s: float) -> int:
         """Hold the position `rank` for as long as this process lives, and forget what its earlier lives have said.
 
-        Returns the number of this life. Raises DwdpError where another process holds it, DwdpTimeout.
+        Returns the number of this life. Raises DwdpError where another process holds it, and as `check_host`; DwdpTimeout.
         """
         with self._door(timeout_s):
+            self.check_host()
             if (holder := self.holder(rank)) is not None:
                 raise _taken(rank, holder, self.path)
             # systemd-tmpfiles, which tidies /tmp up, leaves a folder alone that somebody has locked.
             with contextlib.suppress(OSError):
                 fcntl.flock(self.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            life = int(self.read(f"{rank}-life.json") or 0) + 1
-            self.write(f"{rank}-life.json", life)
+            life = int(self.read(_life_file(rank)) or 0) + 1
+            self.write(_life_file(rank), life)
             fd = self._create(_lock_file(rank))
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, life)
             self._held[rank] = fd, Holder(os.getpid(), life)
             for name in os.listdir(self.fd):
                 if name.startswith(f"{rank}.") and name != _lock_file(rank):
                     os.unlink(name, dir_fd=self.fd)
+            self.say(rank, _HOST, this_host())
         return life
+
+    def check_host(self) -> None:
+        """Raise DwdpError where a rank is there that runs on another machine, or in another PID namespace: a folder can be
+        shared with it, memory cannot.
+        """
+        here = this_host()
+        for rank in self.positions():
+            if (told := self.said(rank, _HOST)) is None or here.reaches(there := Host(*told)):
+                continue
+            where = f"rank {rank} of the group in {self.path} runs"
+            if here.is_machine_of(there):
+                raise DwdpError(
+                    f"{where} in PID namespace {there.pid_namespace}, this server in {here.pid_namespace}: run all ranks "
+                    "of a group in one container, or share its PID namespace"
+                )
+            raise DwdpError(
+                f"{where} on {there.machine}, this server on {here.machine}: ranks of a group share memory of one machine; "
+                "start all of them on one, and let those of another have another dwdp.group, or dwdp.meet"
+            )
+
+    def last_host(self, rank: int) -> Host | None:
+        """Where the last life of `rank` ran, be it that nobody holds the position as far as locks tell."""
+        told = self.read(_message(rank, int(self.read(_life_file(rank)) or 0), _HOST))
+        return None if told is None else Host(*told)
 
     def holder(self, rank: int) -> Holder | None:
         """Who holds the position `rank`; None where nobody does."""
@@ -207,12 +235,14 @@ def check_free(path: str, rank: int, wait_s: float) -> None:
     """Raise DwdpError where a process goes on holding a position for `wait_s`, since it may just be ending.
 
     To be asked before a server starts anything; whoever joins then has the last word. Makes no folder, and raises DwdpError
-    where none could be made either.
+    where none could be made either; and as `Meeting.check_host`.
     """
     deadline, place = time.monotonic() + wait_s, os.path.dirname(path)
     if not os.path.lexists(path) and not os.access(place, os.W_OK | os.X_OK):
         why = "may not write there" if os.path.isdir(place) else "finds no such folder"
         raise DwdpError(f"a group cannot meet in {place}: user {os.geteuid()} {why}; {_REMEDY}")
+    if os.path.lexists(path):
+        Meeting(path).check_host()
     while os.path.lexists(path) and (holder := Meeting(path).holder(rank)) is not None:
         if time.monotonic() > deadline:
             raise _taken(rank, holder, path)
@@ -235,6 +265,10 @@ def _taken(rank: int, holder: Holder, path: str) -> DwdpError:
 
 def _lock_file(rank: int) -> str:
     return f"{rank}.lock"
+
+
+def _life_file(rank: int) -> str:
+    return f"{rank}-life.json"
 
 
 def _message(rank: int, life: int, name: str) -> str:

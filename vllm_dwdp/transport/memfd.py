@@ -40,11 +40,24 @@ _REMEDIES: Final = {
 
 
 class Host(NamedTuple):
-    """What two processes must share to open each other's memory files."""
+    """What two processes must share to open each other's memory files: all but the name, which containers may differ in."""
 
     name: str
     boot_id: str
     pid_namespace: str
+
+    def is_machine_of(self, other: "Host") -> bool:
+        """Whether one kernel runs both."""
+        return self.boot_id == other.boot_id
+
+    def reaches(self, other: "Host") -> bool:
+        """Whether processes here see those there."""
+        return self[1:] == other[1:]
+
+    @property
+    def machine(self) -> str:
+        """For a message."""
+        return f"{self.name} (boot {self.boot_id[:8]})"
 
 
 @cache
@@ -180,16 +193,15 @@ def keep_file(handle: Handle, purpose: str) -> MemoryFile:
 def _check_host(handle: Handle) -> None:
     handle.check_transport(TRANSPORT)
     here, there = this_host(), Host(*handle.host.split("|"))
-    if here == there:
+    if here.reaches(there):
         return
-    if here._replace(pid_namespace="") == there._replace(pid_namespace=""):
+    if here.is_machine_of(there):
         raise DwdpError(
             f"a slab of PID namespace {there.pid_namespace} cannot be opened from {here.pid_namespace} on one host: "
             f"run all ranks of a group in one container, or share its PID namespace{DOCTOR}"
         )
     raise DwdpError(
-        f"a slab of host {there.name} (boot {there.boot_id[:8]}) cannot be opened on {here.name} "
-        f"(boot {here.boot_id[:8]}): "
+        f"a slab of host {there.machine} cannot be opened on {here.machine}: "
         "shm joins ranks of one host only; choose dwdp.group_size so that a group fits on a host"
     )
 
