@@ -67,17 +67,11 @@ def start_rank(servers: Servers, group: Group, rank: int, port: int = 0) -> Serv
     """`vllm serve` for one rank, at `port` or a free one; a rank from `ranks` on is an extra one."""
     port = port or free_ports(1)
     settings = {"group": group.name, "rank": rank, "ranks": group.ranks, "meet": str(group.meet), "timeout_s": 400}
-    options = {"max_model_len": 512, "served_model_name": "demo", "api_server_count": 1, "shutdown_timeout": 30}
+    options = {"max_model_len": 512, "served_model_name": "demo", "api_server_count": 1}
     options |= {"distributed_executor_backend": "dwdp", "additional_config": {"dwdp": settings}}
     command = [str(BIN / "vllm"), "serve", group.model, "--port", str(port), "--enforce-eager", *as_arguments(options)]
     # A server that is killed leaves its sockets where they are.
     return servers.start(f"{group.name}-{rank}", port, command, {"TMPDIR": str(servers.folder)})
-
-
-def leave(servers: Servers, router: Server, server: Server) -> None:
-    """Take a server out of the router, then stop it, which first ends what it has (`--shutdown-timeout`)."""
-    behind_router.remove(router, server)
-    servers.stop(server)
 
 
 def last_way(server: Server) -> str:
@@ -91,7 +85,7 @@ def tell(servers: Servers, router: Server, ranks: list[Server], group: Group, st
     time.sleep(QUIET_S)
     killed = ranks.pop()
     story.mark(f"rank {group.ranks - 1}: SIGKILL to all of its server", "it is dead")
-    servers.kill(killed)
+    servers.strike(killed)
     say(f"         the router takes it out {behind_router.wait_for(router, killed, there=False):.1f} s later")
     servers.stop(killed)
     time.sleep(QUIET_S)
@@ -100,7 +94,6 @@ def tell(servers: Servers, router: Server, ranks: list[Server], group: Group, st
     servers.wait(START_LIMIT_S)
     story.mark(f"rank {group.ranks - 1}: answers again", "all ranks are there")
     say(f"         {last_way(ranks[-1])}")
-    say(f"         the router sends it requests {behind_router.wait_for(router, ranks[-1], there=True):.1f} s later")
     time.sleep(QUIET_S)
     story.mark(f"rank {group.ranks}, an extra one: started", "an extra rank starts")
     extra = start_rank(servers, group, group.ranks)
@@ -110,7 +103,7 @@ def tell(servers: Servers, router: Server, ranks: list[Server], group: Group, st
     say(f"         {last_way(extra)}")
     time.sleep(QUIET_S)
     story.mark(f"rank {group.ranks}: leaves", "it has left")
-    leave(servers, router, extra)
+    behind_router.leave(servers, router, extra)
     time.sleep(QUIET_S)
     story.mark("end")
 

@@ -11,15 +11,25 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 TOKENS = 16
+running: list[object] = []
 
 
 class Handler(BaseHTTPRequestHandler):
     """Completions of 16 tokens in a tenth of a second, or a stream of them; `text` is this server's name."""
 
     def do_GET(self) -> None:
-        self._send(json.dumps({"data": [{"id": "demo"}]}).encode())
+        if self.path == "/metrics":
+            return self._send(f"vllm:num_requests_running {len(running)}\nvllm:num_requests_waiting 0\n".encode())
+        return self._send(json.dumps({"data": [{"id": "demo"}]}).encode())
 
     def do_POST(self) -> None:
+        running.append(self)
+        try:
+            self._answer()
+        finally:
+            running.remove(self)
+
+    def _answer(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if body["prompt"] == "broken":
             return self._send(b'{"error": "on purpose"}', 500)

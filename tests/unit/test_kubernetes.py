@@ -236,7 +236,7 @@ def test_words_of_the_router_of_ranks(apart: dict[str, dict[str, Any]]) -> None:
     assert (told.host, told.port, len(told.worker_urls)) == ("0.0.0.0", 8000, len(ranks))
     changed = {name: value for name, value in vars(ours).items() if value != getattr(parse_router_args([]), name)}
     assert changed and {name: getattr(told, name) for name in changed} == changed
-    assert router["readinessProbe"]["httpGet"]["port"] == told.port
+    assert router["readinessProbe"]["httpGet"] == {"path": "/readiness", "port": told.port}
     assert spec["template"]["metadata"]["labels"] == spec["selector"]["matchLabels"]
     assert apart["Service/moe"]["spec"]["selector"] == spec["selector"]["matchLabels"]
     assert apart["Service/moe"]["spec"]["ports"][0]["targetPort"] == told.port
