@@ -116,7 +116,7 @@ def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ranks_apart_picture.check(str(path))
         ranks_apart_picture.draw(*story(), str(path))
     first, second = (path.read_text() for path in paths)
-    assert first == second and "<!-- 1  killed -->" in first and "<!-- 1 streams cut off -->" in first
+    assert first == second and "<!-- 1  killed -->" in first and "<!-- streams cut off: 1 -->" in first
     for wrong in ("no/such/folder.svg", str(tmp_path / "a.txt")):
         with pytest.raises(SystemExit, match=r"name an .svg or .png in a folder that is there"):
             ranks_apart_picture.check(wrong)
