@@ -1,6 +1,7 @@
-"""A small server that answers as vLLM does, for tests of what stands in front: `python -m tests.unit.answering NAME`.
+"""A small server that answers as vLLM does, for tests of what stands in front: `python -m tests.unit.answering NAME PORT`.
 
-It prints its port. A model called `cut` has its streams cut off, one called `broken` gets HTTP 500.
+The prompt says what happens: a stream of `cut` ends early, one of `error` with an error, one of `slow` takes 3 s; `broken`
+gets HTTP 500.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 TOKENS = 16
 running: list[object] = []
+answered: list[str] = []
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -19,7 +21,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/metrics":
-            return self._send(f"vllm:num_requests_running {len(running)}\nvllm:num_requests_waiting 0\n".encode())
+            figures = {"num_requests_running": len(running), "num_requests_waiting": 0, "answered": len(answered)}
+            return self._send("".join(f"vllm:{name} {value}\n" for name, value in figures.items()).encode())
         return self._send(json.dumps({"data": [{"id": "demo"}]}).encode())
 
     def do_POST(self) -> None:
@@ -28,6 +31,7 @@ class Handler(BaseHTTPRequestHandler):
             self._answer()
         finally:
             running.remove(self)
+        answered.append(self.path)
 
     def _answer(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -41,7 +45,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         for token in range(3 if body["prompt"] == "cut" else TOKENS):
             self.wfile.write(b"data: " + json.dumps(self._part([token])).encode() + b"\n\n")
-            time.sleep(0.01)
+            time.sleep(0.2 if body["prompt"] == "slow" else 0.01)
         if body["prompt"] == "error":
             self.wfile.write(b'data: {"error": {"message": "engine is dead"}}\n\n')
 
@@ -60,6 +64,4 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2]) if len(sys.argv) > 2 else 0), Handler)
-    print(server.server_address[1], flush=True)
-    server.serve_forever()
+    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()

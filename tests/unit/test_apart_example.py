@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ import behind_router
 import ranks_apart
 import ranks_apart_picture
 from ranks_apart import Mark
-from servers import BIN, Server, Servers, free_ports
+from servers import BIN, Server, Servers, free_ports, series
 from steady_load import TOKENS, Asked, Load, complete, over, rates
 
 REPO = Path(__file__).resolve().parents[2]
@@ -142,12 +143,19 @@ def test_the_router_loses_no_request_when_a_server_dies_and_returns(
         before = len(load.asked)
         behind[1] = answering("two", int(behind[1].url.rsplit(":", 1)[1]))
         assert behind_router.wait_for(router, behind[1], there=True) < 10
+        deadline = time.monotonic() + 15
+        while not series(behind[1], "vllm:answered"):
+            assert time.monotonic() < deadline, "a server that is back gets no requests"
+            time.sleep(0.1)
         third = answering("three")
         servers.wait(20)
         behind_router.add(router, third)
         assert behind_router.wait_for(router, third, there=True) < 10
         time.sleep(1)
-        behind_router.leave(servers, router, third)
+        with ThreadPoolExecutor(1) as pool:
+            slow = pool.submit(complete, third.url, "slow", streamed=True)
+            behind_router.leave(servers, router, third)
+        assert slow.result().trouble == ""
         assert third.url not in behind_router.healthy(router) and third not in servers.started
         time.sleep(1)
     assert load.troubles(streamed=False) == [] and len(load.asked) > before > 10
