@@ -126,6 +126,7 @@ def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ranks_apart_picture.check(str(paths[0]))
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not (BIN / "vllm-router").exists(), reason="needs the extra `disaggregated`")
 def test_the_router_loses_no_request_when_a_server_dies_and_returns(
     servers: Servers, answering: Callable[..., Server]
