@@ -24,7 +24,7 @@ STOPPED_S = (2.0, 40.0)
 #: What a server had is lost, or answered, within so many seconds of the end of it.
 GRACE_S = 10.0
 #: How often each event is drawn where it may happen; starts take long, and most of them should not be killed.
-WEIGHTS = {"start": 6, "stop": 3, "kill": 4, "end": 1, "leave": 2, "kill a start": 1, "nothing": 10}
+WEIGHTS = {"start": 8, "stop": 6, "kill": 3, "end": 1, "leave": 1, "kill a start": 0.4, "nothing": 8}
 
 
 class Blow(NamedTuple):
