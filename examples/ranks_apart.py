@@ -125,7 +125,7 @@ def report(asked: Sequence[Asked], marks: Sequence[Mark]) -> list[str]:
     lines.append(f"{len(asked)} requests, {streams} of them streams; the slowest took {whole.slowest_s:.1f} s")
     lines.append(f"{whole.failed} of {len(asked) - streams} requests that do not stream failed")
     lines.append(
-        f"{whole.cut} of {streams} streams were cut off: their tokens were on the way from the server that was killed"
+        f"{whole.cut} of {streams} streams were cut off, those that the killed server had begun"
         f"; {whole.failed_streams} failed before their first token"
     )
     return lines

@@ -38,7 +38,7 @@ def test_no_request_fails_whatever_happens_to_a_rank(tmp_path: Path) -> None:
     assert "rank 2: experts adopted, in " in text and "rank 3: experts adopted, in " in text
     rows = [line.split() for line in text.splitlines() if line.endswith(" s") and "there   " in line]
     assert len(rows) == 3 and all(int(row[-6]) > 0 for row in rows)
-    assert "4 servers stopped" in text and "5  rank 3: leaves" in picture.read_text()
+    assert "4 servers stopped" in text and "6  rank 3: leaves" in picture.read_text()
     assert before.check(process.pid) == []
 
 
