@@ -22,7 +22,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/metrics":
             figures = {"num_requests_running": len(running), "num_requests_waiting": 0, "answered": len(answered)}
-            return self._send("".join(f'vllm:{name}{{engine="0"}} {value}\n' for name, value in figures.items()).encode())
+            return self._send(
+                "".join(f'vllm:{name}{{engine="0"}} {value}\n' for name, value in figures.items()).encode()
+            )
         return self._send(json.dumps({"data": [{"id": "demo"}]}).encode())
 
     def do_POST(self) -> None:
