@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
-from servers import BIN, Server, Servers, free_ports
+from servers import BIN, Server, Servers, free_ports, series
 
 #: Retries are the router's own: up to five, the first after 50 ms. In turn, so that a retry meets another server.
 WORDS = ["--policy", "round_robin", "--retry-max-retries", "5"]
@@ -23,14 +23,8 @@ def start_router(servers: Servers, behind: Sequence[Server], more: Sequence[str]
     """vllm-router in front of these. more: words of its command."""
     port, metrics = free_ports(1), free_ports(1)
     command = [str(BIN / "vllm-router"), "--port", str(port), "--prometheus-port", str(metrics)]
-    command += [
-        "--worker-startup-check-interval",
-        "1",
-        *WORDS,
-        *more,
-        "--worker-urls",
-        *(server.url for server in behind),
-    ]
+    command += ["--worker-startup-check-interval", "1", *WORDS, *more]
+    command += ["--worker-urls", *(server.url for server in behind)]
     return servers.start("router", port, command, {})
 
 
@@ -42,6 +36,20 @@ def add(router: Server, server: Server) -> None:
 def remove(router: Server, server: Server) -> None:
     """It gets no more requests; those that it has go on."""
     _post(f"{router.url}/remove_worker?url={quote(server.url, safe='')}")
+
+
+def leave(servers: Servers, router: Server, server: Server, limit_s: float = 60) -> None:
+    """Take a server out of the router, wait until it has answered what it has, and stop it."""
+    remove(router, server)
+    deadline, quiet = time.monotonic() + limit_s, 0
+    # Twice: one that the router chose it for just now may still be on its way.
+    while quiet < 2:
+        time.sleep(1)
+        busy = sum(series(server, f"vllm:num_requests_{state}") for state in ("running", "waiting"))
+        quiet = 0 if busy else quiet + 1
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{server.name} still has {busy:.0f} requests {limit_s:.0f} s after it left the router")
+    servers.stop(server)
 
 
 def _post(url: str) -> None:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from urllib.request import Request, urlopen
 
 from devices import SMALL_CACHE, as_arguments, count_gpus, dwdp_settings, engine_options
-from servers import BIN, Server, Servers, free_ports, run_with_servers, small_checkpoint
+from servers import BIN, Server, Servers, free_ports, run_with_servers, series, small_checkpoint
 
 START_LIMIT_S = 600
 PROMPTS = [
@@ -132,13 +132,6 @@ def ask(url: str, prompt: str, tokens: int, **more: Any) -> Answer:
 def alone(decode: Server, prompt: str, tokens: int) -> Answer:
     """The same of the decoding engine without prefill. The salt hides the blocks that came from there."""
     return ask(decode.url, prompt, tokens, cache_salt="alone")
-
-
-def series(server: Server, name: str, label: str = "") -> float:
-    """The sum of a metric over its labels, or over those that contain `label`."""
-    with urlopen(f"{server.url}/metrics", timeout=30) as reply:
-        lines = reply.read().decode().splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0] == name and label in line)
 
 
 def latency(answers: Sequence[Answer]) -> str:

@@ -67,25 +67,17 @@ def start_rank(servers: Servers, group: Group, rank: int, port: int = 0) -> Serv
     """`vllm serve` for one rank, at `port` or a free one; a rank from `ranks` on is an extra one."""
     port = port or free_ports(1)
     settings = {"group": group.name, "rank": rank, "ranks": group.ranks, "meet": str(group.meet), "timeout_s": 400}
-    options = {"max_model_len": 512, "served_model_name": "demo", "api_server_count": 1, "shutdown_timeout": 30}
+    options = {"max_model_len": 512, "served_model_name": "demo", "api_server_count": 1}
     options |= {"distributed_executor_backend": "dwdp", "additional_config": {"dwdp": settings}}
     command = [str(BIN / "vllm"), "serve", group.model, "--port", str(port), "--enforce-eager", *as_arguments(options)]
     # A server that is killed leaves its sockets where they are.
     return servers.start(f"{group.name}-{rank}", port, command, {"TMPDIR": str(servers.folder)})
 
 
-def leave(servers: Servers, router: Server, server: Server) -> None:
-    """Take a server out of the router, then stop it, which first ends what it has (`--shutdown-timeout`)."""
-    behind_router.remove(router, server)
-    servers.stop(server)
-
-
 def last_way(server: Server) -> str:
     """How the latest life of a rank came by its experts, as its log tells."""
-    return next(
-        (line.split("dwdp ", 1)[1] for line in reversed(server.log.read_text().splitlines()) if ": experts " in line),
-        "its log does not say how it came by its experts",
-    )
+    told = [line[line.index("dwdp rank") :] for line in server.log.read_text().splitlines() if "of loading" in line]
+    return (told or ["its log does not say how it came by its experts"])[-1]
 
 
 def tell(servers: Servers, router: Server, ranks: list[Server], group: Group, story: Story) -> None:
@@ -93,15 +85,15 @@ def tell(servers: Servers, router: Server, ranks: list[Server], group: Group, st
     time.sleep(QUIET_S)
     killed = ranks.pop()
     story.mark(f"rank {group.ranks - 1}: SIGKILL to all of its server", "it is dead")
-    servers.kill(killed)
-    say(f"         the router saw it within {behind_router.wait_for(router, killed, there=False):.1f} s of its end")
+    servers.strike(killed)
+    say(f"         the router takes it out {behind_router.wait_for(router, killed, there=False):.1f} s later")
+    servers.stop(killed)
     time.sleep(QUIET_S)
     story.mark(f"rank {group.ranks - 1}: started again, as it was", "it starts, on the cores of the others")
     ranks.append(start_rank(servers, group, group.ranks - 1, int(killed.url.rsplit(":", 1)[1])))
     servers.wait(START_LIMIT_S)
     story.mark(f"rank {group.ranks - 1}: answers again", "all ranks are there")
     say(f"         {last_way(ranks[-1])}")
-    say(f"         the router saw it {behind_router.wait_for(router, ranks[-1], there=True):.1f} s later")
     time.sleep(QUIET_S)
     story.mark(f"rank {group.ranks}, an extra one: started", "an extra rank starts")
     extra = start_rank(servers, group, group.ranks)
@@ -111,7 +103,7 @@ def tell(servers: Servers, router: Server, ranks: list[Server], group: Group, st
     say(f"         {last_way(extra)}")
     time.sleep(QUIET_S)
     story.mark(f"rank {group.ranks}: leaves", "it has left")
-    leave(servers, router, extra)
+    behind_router.leave(servers, router, extra)
     time.sleep(QUIET_S)
     story.mark("end")
 
@@ -133,7 +125,7 @@ def report(asked: Sequence[Asked], marks: Sequence[Mark]) -> list[str]:
     lines.append(f"{len(asked)} requests, {streams} of them streams; the slowest took {whole.slowest_s:.1f} s")
     lines.append(f"{whole.failed} of {len(asked) - streams} requests that do not stream failed")
     lines.append(
-        f"{whole.cut} of {streams} streams were cut off: their tokens were on the way from the server that was killed"
+        f"{whole.cut} of {streams} streams were cut off, those that the killed server had begun"
         f"; {whole.failed_streams} failed before their first token"
     )
     return lines

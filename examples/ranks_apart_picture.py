@@ -35,8 +35,8 @@ def draw(asked: Sequence[Asked], marks: Sequence[Mark], path: str) -> None:
     )
     cuts = [each.ended - begin for each in asked if each.cut]
     fails = [each.ended - begin for each in asked if each.failed]
-    axis.plot(cuts, [0] * len(cuts), "x", color=COLOURS["pull"], clip_on=False, label=f"{len(cuts)} streams cut off")
-    axis.plot(fails, [0] * len(fails), "o", color="black", clip_on=False, label=f"{len(fails)} requests failed")
+    axis.plot(cuts, [0] * len(cuts), "x", color=COLOURS["pull"], clip_on=False, label=f"streams cut off: {len(cuts)}")
+    axis.plot(fails, [0] * len(fails), "o", color="black", clip_on=False, label=f"requests failed: {len(fails)}")
     for number, mark in enumerate(marks[1:-1], 1):
         axis.axvline(mark.at - begin, color="#555555", lw=0.9, ls=":")
         axis.text(mark.at - begin, 1.01, str(number), transform=axis.get_xaxis_transform(), ha="center", fontsize=9)

@@ -110,14 +110,18 @@ class Servers:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-    def kill(self, server: Server) -> None:
-        """SIGKILL to all processes of a server at once, as where memory runs out; one of Python's lives on for a moment,
-        which takes away the names of shared memory."""
+    def strike(self, server: Server) -> None:
+        """SIGKILL to all processes of a server at once, as where memory runs out; one of Python's, which takes away names
+        of shared memory, is left to do so. `stop` has still to be called."""
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 group = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[2])
                 if group == server.process.pid and b"resource_tracker" not in (folder / "cmdline").read_bytes():
                     os.kill(int(folder.name), signal.SIGKILL)
+
+    def kill(self, server: Server) -> None:
+        """`strike`, and wait until nothing is left."""
+        self.strike(server)
         self.stop(server)
 
 
@@ -129,6 +133,13 @@ def _end_group(group: int) -> None:
             os.killpg(group, 0)
             time.sleep(0.05)
         os.killpg(group, signal.SIGKILL)
+
+
+def series(server: Server, name: str, label: str = "") -> float:
+    """The sum of a metric over its labels, or over those that contain `label`."""
+    with urlopen(f"{server.url}/metrics", timeout=30) as reply:
+        lines = reply.read().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0] == name and label in line)
 
 
 def free_ports(count: int) -> int:

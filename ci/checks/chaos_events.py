@@ -18,15 +18,13 @@ from servers import Server, Servers  # isort: skip
 from ci.checks.chaos_places import END_LIMIT_S, Group, Place
 
 #: Between two events.
-PAUSE_S = (3.0, 12.0)
+PAUSE_S = (2.0, 6.0)
 #: A server is stopped so long: shorter than what a request may take in the router, and longer.
 STOPPED_S = (2.0, 40.0)
 #: What a server had is lost, or answered, within so many seconds of the end of it.
 GRACE_S = 10.0
-#: Parts that are killed, or stopped; "all" is the whole server.
-PARTS = ("all", "front end", "engine", "worker")
-#: How often each event is drawn where it may happen.
-WEIGHTS = {"start": 5, "stop": 3, "kill": 4, "end": 1, "leave": 2, "kill a start": 1}
+#: How often each event is drawn where it may happen; starts take long, and most of them should not be killed.
+WEIGHTS = {"start": 8, "stop": 6, "kill": 3, "end": 1, "leave": 1, "kill a start": 0.4, "nothing": 8}
 
 
 class Blow(NamedTuple):
@@ -99,22 +97,22 @@ class Chaos:
         except OSError as error:
             self.say(f"      the router does not answer: {error}")
             return
-        if not may:
+        what = self._rng.choices(["nothing", *may], [WEIGHTS[event] for event in ("nothing", *may)])[0]
+        if what == "nothing":
             return
-        what = self._rng.choices(list(may), [WEIGHTS[event] for event in may])[0]
         place = self._rng.choice(may[what])
         if what == "start":
             self._tell(place, "is started")
             place.start(self.servers, self.group)
         elif what == "stop":
-            part, seconds = self._rng.choice(PARTS), self._rng.uniform(*STOPPED_S)
+            part, seconds = self._rng.choice(place.parts()), self._rng.uniform(*STOPPED_S)
             self._tell(place, f"SIGSTOP to {part}, for {seconds:.0f} s")
             self._blow(place, "stop", seconds + GRACE_S)
             place.signal(part, signal.SIGSTOP)
             place.become("stopped", seconds)
         elif what in ("kill", "kill a start"):
             # Of a server that is stopped, no process could notice that another one is gone.
-            part = "all" if place.state == "stopped" else self._rng.choice(PARTS)
+            part = "all" if place.state == "stopped" else self._rng.choice(place.parts())
             self._tell(place, f"SIGKILL to {part}" + (", while it starts" if place.state == "starting" else ""))
             self._blow(place, what, GRACE_S)
             self._kill(place, part)
@@ -151,10 +149,9 @@ class Chaos:
         if part == "all":
             self.servers.kill(server)
             self._gone(place)
-        elif place.signal(part, signal.SIGKILL):
-            place.become("ending", END_LIMIT_S)
         else:
-            self.say("      which is not there yet")
+            place.signal(part, signal.SIGKILL)
+            place.become("ending", END_LIMIT_S)
 
     def _see_start(self, place: Place) -> None:
         server = self._server(place)

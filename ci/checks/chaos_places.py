@@ -123,17 +123,21 @@ class Place:
         except psutil.NoSuchProcess:
             return {}
 
-    def signal(self, part: str, sign: signal.Signals) -> bool:
-        """Send a signal to a part of the server, or to "all" parts; False where there is no such process.
+    def parts(self) -> list[str]:
+        """What can get a signal now: "all", and parts that are there; a server that starts has no worker yet."""
+        there = self.pids()
+        return ["all", *(part for part, name in PARTS.items() if name in there)]
+
+    def signal(self, part: str, sign: signal.Signals) -> None:
+        """Send a signal to a part of the server, or to "all" parts.
 
         Python's process that takes names of shared memory away is none: it goes on in vLLM's place.
         """
         names = PARTS.values() if part == "all" else [PARTS[part]]
-        group = [pid for name, pid in self.pids().items() if name in names]
-        for pid in group:
+        for name, pid in self.pids().items():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, sign)
-        return bool(group)
+                if name in names:
+                    os.kill(pid, sign)
 
     def has_ended(self) -> bool:
         """Whether no process of the server is left."""

@@ -140,6 +140,22 @@ def run_job(
     return {**json.loads(out.read_text()), "left": before.check(process.pid), "log": text}
 
 
+def start_example(name: str, folder: Path, *words: str) -> tuple[subprocess.Popen[bytes], Path, Leftovers]:
+    """One of examples/ in a session of its own, its output, and what was there before."""
+    before, log = Leftovers(), folder / "log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, f"examples/{name}.py", *words],
+            cwd=REPO,
+            env=environment(TMPDIR=str(before.tmp)),
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=listen_to_ctrl_c,
+        )
+    return process, log, before
+
+
 def side_by_side(*jobs: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
     """What jobs return, run at the same time: most of an engine's start is one thread that imports vLLM. On GPUs one after
     the other, since vLLM refuses to start where free memory changes meanwhile."""

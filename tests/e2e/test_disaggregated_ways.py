@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.disaggregated import cluster, example, needs_extra
-from tests.e2e.engines import REPO, Leftovers, as_one_rank, environment, gpus, listen_to_ctrl_c, run_job
+from tests.e2e.engines import as_one_rank, gpus, run_job, start_example
 from tests.e2e.job import PROMPTS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.full, needs_extra]
@@ -60,25 +58,9 @@ def test_tokens_are_plain_vllms(
         assert parts.left() == []
 
 
-def started(folder: Path, *words: str) -> tuple[subprocess.Popen[bytes], Path, Leftovers]:
-    """The example in a session of its own, its output, and what was there before."""
-    before, log = Leftovers(), folder / "log"
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "examples/disaggregated.py", *words],
-            cwd=REPO,
-            env=environment(TMPDIR=str(before.tmp)),
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=listen_to_ctrl_c,
-        )
-    return process, log, before
-
-
 def test_the_example(model: Path, tmp_path: Path) -> None:
     """All of its output; with --keep it ends by Ctrl-C."""
-    process, log, before = started(tmp_path, "--model", str(model), "--keep")
+    process, log, before = start_example("disaggregated", tmp_path, "--model", str(model), "--keep")
     try:
         while "stay up until" not in log.read_text():
             assert process.poll() is None, log.read_text()
@@ -96,7 +78,7 @@ def test_the_example(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seconds", [1, 15])
 def test_a_start_that_is_stopped(seconds: int, model: Path, tmp_path: Path) -> None:
-    process, log, before = started(tmp_path, "--model", str(model))
+    process, log, before = start_example("disaggregated", tmp_path, "--model", str(model))
     try:
         while "starting prefill" not in log.read_text():
             assert process.poll() is None, log.read_text()
@@ -120,7 +102,7 @@ def test_a_start_that_is_stopped(seconds: int, model: Path, tmp_path: Path) -> N
 )
 def test_a_start_that_fails(words: tuple[str, ...], told: str, tmp_path: Path) -> None:
     """One line that says why, and nothing left."""
-    process, log, before = started(tmp_path, *words)
+    process, log, before = start_example("disaggregated", tmp_path, *words)
     try:
         assert process.wait(200) == 1
     finally:
