@@ -146,9 +146,12 @@ class DwdpConfig:
         return None if isinstance(self.experts_per_rank, str) else self.experts_per_rank
 
     def goes_by_memory(self, platform: Platform) -> bool:
-        """Whether ranks choose their number of experts; without a setting on GPUs of their own, where more is faster."""
+        """Whether ranks choose their number of experts; without a setting on GPUs of their own, where more is faster.
+
+        Servers of a group do not: they start when memory is not what it was.
+        """
         if self.experts_per_rank is None:
-            return not platform.on_cpu and self.ranks_per_device == 1
+            return not platform.on_cpu and self.ranks_per_device == 1 and self.group is None
         return self.experts_per_rank == AUTO
 
     def resolve_slice_bytes(self, platform: Platform) -> int | None:

@@ -24,6 +24,7 @@ LEASE_S: Final = 5
 ROUTER: Final = Path(sys.executable).parent / "vllm-router"
 #: A router answers as soon as both its servers do.
 ROUTER_S: Final = 60.0
+_given: Final[set[int]] = set()
 
 
 def transfer(role: str, cpu: bool) -> list[str]:
@@ -122,16 +123,23 @@ def check(system: System, devices: Sequence[str], prefill: int, cpu: bool) -> No
 
 
 def _free_ports(count: int) -> int:
-    """The first of so many ports in a row at which nobody listens."""
+    """The first of so many ports in a row at which nobody listens, and which no call has returned.
+
+    Systems that start side by side listen later.
+    """
     for _ in range(100):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             first = int(probe.getsockname()[1])
+        ports = range(first, first + count)
+        if not _given.isdisjoint(ports):
+            continue
         try:
-            for port in range(first, first + count):
+            for port in ports:
                 with socket.socket() as one:
                     one.bind(("127.0.0.1", port))
         except (OSError, OverflowError):
             continue
+        _given.update(ports)
         return first
     raise ServerFailed(f"there are no {count} free ports in a row")

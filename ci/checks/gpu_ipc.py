@@ -5,7 +5,7 @@ With two GPUs or more, owners lie on the second one, so that rates are those of 
 
     python -m ci.checks.gpu_ipc                      all parts, under 4 minutes; table on stdout, JSON beside it
     python -m ci.checks.gpu_ipc --only ranks,exposed
-    python -m ci.checks.gpu_ipc --transport vmm      of that transport instead of cupy_ipc, and its composed ranges
+    python -m ci.checks.gpu_ipc --transport vmm      of that transport instead of cupy_ipc, composed ranges, adopted slabs
     python -m ci.checks.gpu_ipc --cpu                the parts with processes over shared memory, on any machine
 
 Every part runs in a process of its own and has a limit of time, so that one failure hides no other. Exit code 1: some
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ci.bench.rates import MIB, Layer, Row, exposed, launch_times, merge, overlap, rates, same_bytes
+from ci.checks.gpu_adopt import adopted_part
 from ci.checks.gpu_compose import compose_part
 from ci.checks.gpu_group import Group
 from ci.checks.gpu_mapped import Mapped, TorchCompute
@@ -171,15 +172,16 @@ def parts(transport: str, acquires: int) -> dict[str, Callable[[], list[Row]]]:
             "ranks": lambda: ranks_part([Setting("shm", 2)], "play", acquires),
             "killed": lambda: ended_part("shm", "killed", "play"),
             "left": lambda: ended_part("shm", "left", "direct"),
+            "adopted": lambda: adopted_part("shm"),
             # Without graphs: there are none here.
             "direct": lambda: ranks_part([Setting("shm", 2)], "direct", acquires),
         }
     two, three, four = (Setting(transport, ranks) for ranks in (2, 3, 4))
-    composed = {"compose": compose_part} if transport == "vmm" else {}
+    own = {"compose": compose_part, "adopted": lambda: adopted_part("vmm")} if transport == "vmm" else {}
     return {
         "refusals": lambda: refusals_part(transport),
         "ranks": lambda: ranks_part([two, three, four, Setting("cuda_pinned", 2)], "play", acquires),
-        **composed,
+        **own,
         "killed": lambda: both_ways(transport, "killed"),
         "left": lambda: both_ways(transport, "left"),
         "exposed": exposed_part,
@@ -260,7 +262,8 @@ def main() -> int:
     gpus = 0 if arguments.cpu else visible_gpus()
     transport = "shm" if arguments.cpu else arguments.transport
     known = list(parts(transport, arguments.acquires))
-    others = {"pair"} if gpus > 1 else {"pair", "overlap-link"}
+    # Without a GPU tests look at the same: tests/unit/test_positions.py.
+    others = {"adopted"} if arguments.cpu else {"pair"} if gpus > 1 else {"pair", "overlap-link"}
     names = arguments.only.split(",") if arguments.only else [name for name in known if name not in others]
     if unknown := [name for name in names if name not in known]:
         parser.error(f"no part {', '.join(unknown)}: there are {', '.join(known)}")

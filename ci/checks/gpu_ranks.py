@@ -44,23 +44,24 @@ class Played(NamedTuple):
     exposed_s: float
 
 
-def make_transport(name: str, rank: int, num_ranks: int, options: CopyOptions) -> Transport:
-    """On the device of `rank`, where ranks share devices as evenly as there are."""
+def make_transport(name: str, rank: int, num_ranks: int, options: CopyOptions, keep: bool = False) -> Transport:
+    """On the device of `rank`, where ranks share devices as evenly as there are. keep: what peers map, for others (shm and
+    vmm)."""
     if name == "shm":
-        return ShmTransport(LIMIT_S)
+        return ShmTransport(LIMIT_S, keep_files=keep)
     import torch
 
     count = torch.cuda.device_count()
     per_device = -(-num_ranks // max(1, count))
     visible = CupyDevice(0).devices()
     device = CupyDevice(device_of_rank(rank, num_ranks, per_device, visible).index)
-    return transport_on(device, name, options)
+    return transport_on(device, name, options, keep)
 
 
-def transport_on(device: CupyDevice, name: str, options: CopyOptions) -> Transport:
+def transport_on(device: CupyDevice, name: str, options: CopyOptions, keep: bool = False) -> Transport:
     """One of the transports of GPUs."""
     if name == "vmm":
-        return VmmTransport(device, BindingsVmm(device.index), options)
+        return VmmTransport(device, BindingsVmm(device.index), options, keep_descriptors=keep)
     kind = CupyIpcTransport if name == "cupy_ipc" else PinnedTransport
     return kind(device, options)
 

@@ -207,14 +207,20 @@ def baseline(root: Path, files: Sequence[str], mutants: Iterable[Mutant]) -> str
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT, listed: Path = LIST) -> int:
     """One line per mutant, then the counts; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="ID", help="these mutants, or those whose ids begin so")
+    parser.add_argument(
+        "--only", nargs="+", metavar="ID", help="these mutants; of an id that no mutant has, those whose ids begin so"
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="mutants at a time")
     parser.add_argument("--rest", action="store_true", help="all unit tests where the named ones let a mutant live")
     parser.add_argument("--no-baseline", action="store_true", help="do not run the named tests unchanged first")
     parser.add_argument("--list", action="store_true", help="say what there is and run nothing")
     args = parser.parse_args(arguments)
 
-    mutants = [m for m in load(listed) if not args.only or m.id.startswith(tuple(args.only))]
+    mutants = load(listed)
+    if args.only:
+        known = {mutant.id for mutant in mutants}
+        begins = tuple(id for id in args.only if id not in known)
+        mutants = [m for m in mutants if m.id in args.only or m.id.startswith(begins)]
     alive = [mutant for mutant in mutants if not mutant.retired]
     if args.list:
         for mutant in mutants:

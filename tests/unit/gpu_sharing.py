@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from tests.unit.cuda_rank import LIMIT_S, process_id
 from tests.unit.fake_cuda import FakeCuda, Machine
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.group.launch import DwdpLaunch
-from vllm_dwdp.layers.build import LayerBuild, ModelBuild
+from vllm_dwdp.layers.build import BuildApart, LayerBuild, ModelBuild
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 from vllm_dwdp.layers.sharing import ExpertSharing
 from vllm_dwdp.layers.views.split import SplitTables
@@ -228,6 +228,14 @@ class GpuRank:
         return self.device.end_torch_capture()
 
 
+class Group(NamedTuple):
+    """Ranks in order, and what they said."""
+
+    machine: Machine
+    meeting: Meeting
+    ranks: list[GpuRank]
+
+
 def end_process(device: FakeCuda) -> None:
     """SIGKILL of the process: its work is gone, and its memory is another's but for what others have mapped."""
     for stream in device.streams.values():
@@ -243,10 +251,16 @@ def share_on_gpus(
     num_ranks: int = 2,
     seed: int = 0,
     captured_tokens: int = 0,
+    apart: Callable[[int], BuildApart | None] = lambda rank: None,
+    group: Group | None = None,
     **settings: Any,
 ) -> tuple[Machine, list[GpuRank]]:
-    """`ExpertSharing` of every rank, not started; raises what one of them raised."""
-    machine, here = Machine(seed), threading.local()
+    """`ExpertSharing` of every rank, not started; raises what one of them raised.
+
+    group: of an earlier call, for the ranks that are no longer in there.
+    """
+    group, here = group or Group(Machine(seed), Meeting(num_ranks), []), threading.local()
+    machine, meeting, ranks = group
 
     def synchronize() -> None:
         while any(stream.work for stream in here.device.streams.values()):
@@ -261,10 +275,10 @@ def share_on_gpus(
     # Nothing is computed here for others.
     config = DwdpConfig.parse({"weight_view": view, "decode": "direct", **settings})
     launch = DwdpLaunch(config, num_ranks, "/made/up", (), captured_tokens=captured_tokens)
-    meeting, placement, failed = Meeting(num_ranks), place(EXPERTS, num_ranks, config.experts_per_rank), []
-    ranks = []
-    for rank in range(num_ranks):
-        build = ModelBuild(config, rank, num_ranks, platform=CUDA)
+    placement, failed = place(EXPERTS, num_ranks, config.experts_per_rank), []
+    starting = range(len(ranks), num_ranks)
+    for rank in starting:
+        build = ModelBuild(config, rank, num_ranks, platform=CUDA, apart=apart(rank))
         modules = [Experts(layer, placement.shares[rank]) for layer in range(LAYERS)]
         build.layers = [LayerBuild(module, f"layer{i}", placement, False) for i, module in enumerate(modules)]
         ranks.append(GpuRank(machine.process(), modules, build.open()))
@@ -281,7 +295,7 @@ def share_on_gpus(
                 meeting.num_ranks = 0  # nobody waits for it
                 meeting.turn.notify_all()
 
-    threads = [threading.Thread(target=set_up, args=(rank,)) for rank in range(num_ranks)]
+    threads = [threading.Thread(target=set_up, args=(rank,)) for rank in starting]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -127,8 +127,16 @@ def test_what_does_not_go_with_tokens_that_travel(
 
 def test_servers_of_their_own_on_gpus_and_without_an_api(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    config = DwdpConfig(group="a", rank=0, ranks=2)
-    check_message(refusal(lambda: options.check_settings(config, platform=CUDA)), ["'a'", "on CPU only", "leave group"])
+    for key, told in (("transport", "cupy_ipc"), ("weight_view", "composite"), ("decode", "travel")):
+        config = DwdpConfig.parse({"group": "a", "rank": 0, "ranks": 2, key: told})
+        refused = refusal(lambda config=config: options.check_settings(config, platform=CUDA))
+        check_message(refused, [f'dwdp.{key} is "{told}" with dwdp.group', "leave"])
+    extra = refusal(lambda: options.check_settings(DwdpConfig(group="a", rank=2, ranks=2), platform=CUDA))
+    check_message(extra, ["dwdp.rank is 2 of 2, an extra rank", "give a rank of 0 to 1"])
+    apart = DwdpConfig(group="a", rank=0, ranks=2)
+    options.check_settings(apart, platform=CUDA)
+    # Each starts when memory is not what it was.
+    assert DwdpConfig().goes_by_memory(CUDA) and not apart.goes_by_memory(CUDA)
     monkeypatch.undo()
     headless = refusal(lambda: build(tiny_moe, True, data_parallel_size=1, additional_config={"dwdp": APART}))
     check_message(headless, ["--headless does not go with dwdp.group 'a'", "leave it out"])

@@ -110,3 +110,16 @@ def test_a_decode_that_does_not_come_up_is_one_line(
     with pytest.raises(SystemExit, match=r"^bench: decode-tp ended with 3: no error \(.*decode-tp-0.log\)$"):
         loads.main()
     assert started, "it was"
+
+
+def test_no_port_is_given_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Systems that start side by side listen only later."""
+    first = apart._free_ports(3)
+    real, asked = apart.socket.socket.getsockname, [first + 2, first - 2]
+
+    def getsockname(self: Any) -> Any:
+        return ("127.0.0.1", asked.pop()) if asked else real(self)
+
+    monkeypatch.setattr(apart.socket.socket, "getsockname", getsockname)
+    second = apart._free_ports(3)
+    assert abs(second - first) >= 3 and not asked

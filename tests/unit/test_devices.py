@@ -84,3 +84,19 @@ def test_numa_nodes_of_ranks_that_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -
     for nodes in ([], [0]):
         with pytest.raises(DwdpError, match=r"ranks_per_device is 2: give one node for each of the 2 ranks"):
             set_devices(config(1 << 30, None, nodes=nodes), two, 2)
+
+
+def test_a_server_of_its_own_takes_its_place_among_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = SimpleNamespace(device_count=lambda: 2, device_id_to_physical_device_id=lambda i: 4 + i)
+    monkeypatch.setattr(devices, "current_platform", platform)
+
+    def given(rank: int, ids: list[int] | None, ranks: int = 2, **settings: Any) -> list[int]:
+        made = config(1 << 30, ids, nodes=[0])
+        set_devices(made, DwdpConfig(group="g", rank=rank, ranks=ranks, **settings), ranks)
+        return made.parallel_config.assigned_physical_gpu_ids  # type: ignore[no-any-return]
+
+    assert [given(rank, None) for rank in (0, 1)] == [[4], [5]]
+    assert [given(rank, None, 4, ranks_per_device=2) for rank in range(4)] == [[4], [4], [5], [5]]
+    assert given(0, [5]) == [5]  # as the user says
+    with pytest.raises(DwdpError, match=r"3 ranks .* need 3 GPUs but 2 are visible"):
+        given(0, None, 3)

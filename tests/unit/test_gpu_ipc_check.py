@@ -164,8 +164,8 @@ def test_composed_ranges(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parts_of_the_transports() -> None:
     from ci.checks.gpu_ipc import parts
 
-    assert parts("vmm", 1).keys() - parts("cupy_ipc", 1).keys() == {"compose"}
-    assert parts("shm", 1).keys() == {"ranks", "killed", "left", "direct"}
+    assert parts("vmm", 1).keys() - parts("cupy_ipc", 1).keys() == {"compose", "adopted"}
+    assert parts("shm", 1).keys() == {"ranks", "killed", "left", "direct", "adopted"}
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -223,3 +223,9 @@ def test_a_part_that_fails_hides_no_other(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     rows = json.loads(out.read_text())["rows"]
     assert {row["part"] for row in rows if row["ok"] is False} == {"refusals", "compose"}
+
+
+def test_an_owner_is_killed_and_its_next_life_adopts(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", SCRIPT, "--cpu", "--only", "adopted", "--json", str(tmp_path / "report.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=320, cwd=ROOT)
+    assert done.returncode == 0 and "0 failed of 6 checks" in done.stdout, done.stdout + done.stderr

@@ -76,6 +76,17 @@ def test_caught_broken_and_surviving_mutants(tree: Path, capsys: pytest.CaptureF
     assert run(tree, capsys, TRIPLE, BROKEN, THIRD, options="--only triple --no-baseline")[0] == 0
 
 
+def test_which_mutants_are_meant(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = entry("triple-too", "return 2 * x", "return 4 * x")
+    for only, ids in (
+        ("triple", ["triple"]),
+        ("trip", ["triple", "triple-too"]),
+        ("triple third", ["triple", "third"]),
+    ):
+        _, lines = run(tree, capsys, TRIPLE, more, THIRD, options=f"--list --only {only}")
+        assert [line.split()[0] for line in lines] == ids
+
+
 def test_the_rest_of_the_tests(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tree / "tests/unit/test_more.py").write_text(
         "from code_of_tree import half\ndef test_half():\n    assert half(6) == 3"

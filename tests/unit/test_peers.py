@@ -202,15 +202,18 @@ def test_a_second_server_is_refused_before_it_starts_anything(
     check_message(told, [f"rank 1 of the group in {tmp_path}", f"is process {pid} (life 1)", "end it first"])
 
 
-def identity(rank: int, meet: str, popularity: Hits | None = None, **settings: Any) -> Any:
+def identity(rank: int, meet: str, popularity: Hits | None = None, path: str = "model", **settings: Any) -> Any:
     config = DwdpConfig(group="g", rank=rank, ranks=2, meet=meet, **settings)
     launch = DwdpLaunch(config, 2, "/made/up", (), popularity=popularity, apart=Apart("g", rank, "/made/up"))
-    model = SimpleNamespace(model="model", dtype="bf16", hf_config=SimpleNamespace(to_dict=dict))
+    told = {"_name_or_path": path, "layers": 3}
+    model = SimpleNamespace(model=path, dtype="bf16", hf_config=SimpleNamespace(to_dict=lambda: told))
     return identity_of(SimpleNamespace(model_config=model), launch)  # type: ignore[arg-type]
 
 
 def test_ranks_differ_in_rank_and_in_nothing_else() -> None:
     assert identity(0, "/tmp") == identity(1, "/tmp/../tmp")
+    # The files are compared, wherever each has them.
+    assert identity(0, "/tmp", path="/here/model") == identity(1, "/tmp", path="/mnt/model")
     assert identity(0, "/tmp").dwdp != identity(1, "/tmp", num_slots=3).dwdp
     # What differs can be read.
     assert json.loads(identity(1, "/tmp", num_slots=3).dwdp) == {"group": "g", "num_slots": 3, "ranks": 2}

@@ -72,6 +72,7 @@ def layer(scales: str | None = None, rows: int = 64, on_input: bool = False, **c
         ({}, [layer(), layer(activation="gelu")], "2 kinds of MoE layers"),
         ({}, [layer(config=7.0), layer(config=8.0), layer()], "3 kinds of MoE layers"),
         ({"ranks_per_device": 2}, [layer()], "2 ranks share a GPU"),
+        ({"group": "g", "rank": 0, "ranks": 2}, [layer()], "may die, and would not answer"),
         ({"transport": "cuda_pinned"}, [layer()], '"cuda_pinned" reaches no GPU'),
     ],
 )

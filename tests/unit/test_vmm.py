@@ -5,6 +5,7 @@ import gc
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -42,7 +43,7 @@ class Vmm(Pair):
 
 @pytest.fixture
 def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[Vmm]:
-    monkeypatch.setattr("vllm_dwdp.transport.vmm._ENDING_S", 0.0)
+    monkeypatch.setattr("vllm_dwdp.transport.vmm_kept._ENDING_S", 0.0)
     made = Vmm()
     yield made
     made.close()
@@ -259,6 +260,21 @@ def test_an_owner_that_does_not_answer(pair: Vmm, monkeypatch: pytest.MonkeyPatc
     reader.close()
 
 
+def test_an_owner_that_answers_slowly_has_one_limit_for_all(pair: Vmm, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle, send = pair.owner.export_handle(pair.owner.allocate_pieces(6 * [PAGE])), vmm_socket.socket.send_fds
+
+    def slowly(*given: Any) -> int:
+        time.sleep(0.2)
+        return send(*given)
+
+    monkeypatch.setattr(vmm_socket, "AT_ONCE", 1)
+    monkeypatch.setattr(vmm_socket.socket, "send_fds", slowly)
+    other = pair.machine.process(1)
+    reader = VmmTransport(other, other.vmm, CopyOptions(timeout_s=0.5), process_id(5))
+    assert "gave no descriptors of its slab within 0.5 s" in one_line(reader, handle, DwdpTimeout)
+    reader.close()
+
+
 def test_a_reader_that_says_nothing_holds_up_nobody(pair: Vmm, monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 
@@ -274,12 +290,12 @@ def test_an_owner_that_ends_meanwhile(pair: Vmm, monkeypatch: pytest.MonkeyPatch
     pair.owner.close()
     text = one_line(pair.reader, handle)
     assert "Connection refused" in text and text.endswith(f"{INSTEAD}{DOCTOR}")
-    monkeypatch.setattr("vllm_dwdp.transport.vmm.is_gone", lambda process: True)
+    monkeypatch.setattr("vllm_dwdp.transport.vmm_kept.is_gone", lambda process: True)
     assert "(process 1000) is gone (Connection refused)" in one_line(pair.reader, handle, PeerLost)
     # One whose socket has closed may be seen a little longer.
     looks = iter([False, False, False, True])
-    monkeypatch.setattr("vllm_dwdp.transport.vmm.is_gone", lambda process: next(looks))
-    monkeypatch.setattr("vllm_dwdp.transport.vmm._ENDING_S", LIMIT_S)
+    monkeypatch.setattr("vllm_dwdp.transport.vmm_kept.is_gone", lambda process: next(looks))
+    monkeypatch.setattr("vllm_dwdp.transport.vmm_kept._ENDING_S", LIMIT_S)
     assert "(process 1000) is gone (Connection refused)" in one_line(pair.reader, handle, PeerLost)
 
 

@@ -136,6 +136,8 @@ SEAMS: Final = (
          ("self", "model", "model_config")),
     Seam(_LOADER + "base_loader.BaseModelLoader.create_model", "method", _E + "loader.py",
          ("self", "vllm_config", "model_config", "prefix"), returns="nn.Module"),
+    Seam(_LOADER + "base_loader.BaseModelLoader.get_external_weight_memory", "method", _E + "loader.py",
+         ("self", "vllm_config"), returns="int", optional=True),
     Seam(_LOADER + "default_loader.DefaultModelLoader", "class", _E + "loader.py",
          attributes=("local_expert_ids", "counter_before_loading_weights", "Source")),
     Seam(_LOADER + "default_loader.DefaultModelLoader.Source.is_unused_weight", "attribute", "vllm_dwdp/compat/versions.py",

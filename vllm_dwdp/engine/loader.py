@@ -34,6 +34,8 @@ from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 
 from vllm_dwdp.compat.versions import used_files
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.group.apart import left_in_memory
+from vllm_dwdp.group.launch import launch_of
 from vllm_dwdp.layers.build import ModelBuild, numbers_in
 from vllm_dwdp.layers.coverage import EXPERT_BY_EXPERT, check_coverage, check_memory
 from vllm_dwdp.layers.read_stats import READ
@@ -67,6 +69,11 @@ class _ShareOnlyMixin:
             # A rank that loads at once would take away what a slower one is about to ask for.
             build.meet("memory")
         return model
+
+    def get_external_weight_memory(self, vllm_config: VllmConfig) -> int:
+        """See BaseModelLoader: bytes of the device that this rank's last life left to it, part of its budget."""
+        launch = launch_of(vllm_config)
+        return 0 if launch is None or launch.apart is None else left_in_memory(launch.apart, range(launch.num_ranks))
 
     def _compare(self, files: list[str]) -> None:
         """With what other servers of the group read."""

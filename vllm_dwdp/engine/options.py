@@ -202,10 +202,26 @@ def _on_gpu(config: DwdpConfig) -> Iterator[str]:
     if (version := vllm_version()) in NOT_ON_GPUS:
         yield f"dwdp was tried with vLLM {version} on CPU only: use vLLM {TESTED[-1]} on GPUs"
     if config.group is not None:
-        yield (
-            f"dwdp.group is {config.group!r}, which this release has on CPU only: a rank that returns would not get its "
-            "memory of a GPU back; leave group out, and start one launch with --data-parallel-size"
-        )
+        if (config.rank or 0) >= (config.ranks or 0):
+            yield (
+                f"dwdp.rank is {config.rank} of {config.ranks}, an extra rank, whose share is in the memory of another GPU: "
+                f"on GPUs give a rank of 0 to {(config.ranks or 0) - 1}"
+            )
+        if config.transport not in ("auto", "vmm"):
+            yield (
+                f'dwdp.transport is "{config.transport}" with dwdp.group, whose ranks hand memory of dead ones on, which '
+                'only "vmm" can: leave transport out'
+            )
+        if config.weight_view == "composite":
+            yield (
+                'dwdp.weight_view is "composite" with dwdp.group, which has the views split and contiguous: leave one of '
+                "them out"
+            )
+        if config.decode == "travel":
+            yield (
+                'dwdp.decode is "travel" with dwdp.group, of which a dead rank would not answer: leave decode out, and '
+                "experts are read directly"
+            )
     if config.direct_tokens not in ("auto", 0) and config.weight_view == "contiguous":
         yield (
             f'dwdp.direct_tokens is {config.direct_tokens} with weight_view "contiguous", which pulls in every forward: use '

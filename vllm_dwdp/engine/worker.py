@@ -56,7 +56,10 @@ def die_with_parent() -> None:
 def identity_of(vllm_config: VllmConfig, launch: DwdpLaunch) -> Identity:
     """What the ranks of a group compare before they share weights."""
     model, settings = vllm_config.model_config, launch.config.to_dict()
+    name, config = model.model, model.hf_config.to_dict()
     if launch.apart is not None:
+        # Each may have its checkpoint elsewhere, whose bytes are compared.
+        name, config = "told by its files", {key: value for key, value in config.items() if key != "_name_or_path"}
         # Each server has its own; and reads the file `popularity` when it starts.
         settings |= {"rank": None, "meet": None}
         if launch.popularity is not None:
@@ -65,8 +68,8 @@ def identity_of(vllm_config: VllmConfig, launch: DwdpLaunch) -> Identity:
     return Identity(
         vllm=vllm_version(),
         vllm_dwdp=__version__,
-        model=model.model,
-        model_hash=identity_hash(model.hf_config.to_dict()),
+        model=name,
+        model_hash=identity_hash(config),
         dtype=str(model.dtype),
         dwdp=json.dumps({**told, "ranks": launch.num_ranks}, sort_keys=True),
     )

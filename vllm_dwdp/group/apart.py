@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
+from collections.abc import Iterable
 from typing import Any, Final
 
 from vllm_dwdp.errors import DwdpTimeout, PeerLost
 from vllm_dwdp.group.launch import Apart
-from vllm_dwdp.group.meeting import join
+from vllm_dwdp.group.meeting import Meeting, join
 from vllm_dwdp.group.rendezvous import Rendezvous
 from vllm_dwdp.transport.base import Handle
-from vllm_dwdp.transport.memfd import MemoryFile, keep_file, this_host
+from vllm_dwdp.transport.kept import KeptSlab, keep_slab, memory_of
+from vllm_dwdp.transport.memfd import this_host
 
 logger = logging.getLogger("vllm.dwdp")
 
@@ -55,12 +58,9 @@ class ApartRendezvous(Rendezvous):
 
     def held(self, rank: int) -> list[Any] | None:
         """Handles of the slabs of `rank` from one that lives and has them open, this one too; None where none has."""
-        for other in (*self.ranks, *self.extras()):
-            if found := (self.meeting.said(other, _HOLDS) or {}).get(str(rank)):
-                return list(found)
-        return None
+        return _held(self.meeting, rank, (*self.ranks, *self.extras()))
 
-    def adopt(self) -> list[MemoryFile] | None:
+    def adopt(self) -> list[KeptSlab] | None:
         """The slabs of this rank's share that another rank has, layer by layer, opened here, so that they stay whoever dies;
         None where nobody has them. An extra rank waits for them. To be asked once.
 
@@ -74,10 +74,10 @@ class ApartRendezvous(Rendezvous):
                 if self.rank in self.ranks:
                     return None
                 handles = self.get(self.share, SLABS)
-            files: list[MemoryFile] = []
+            files: list[KeptSlab] = []
             try:
                 for handle in handles:
-                    files.append(keep_file(Handle.from_dict(handle), "an adopted slab"))
+                    files.append(keep_slab(Handle.from_dict(handle), "an adopted slab", self.timeout_s))
                 return files
             except PeerLost:
                 # Whoever had them is dying: another one may have them too.
@@ -151,3 +151,20 @@ class ApartRendezvous(Rendezvous):
         if why is not None and self._failures.get(rank) != why:
             self._failures[rank] = why
             logger.warning("dwdp rank %d: rank %d failed during its start, and is waited for: %s", self.rank, rank, why)
+
+
+def left_in_memory(apart: Apart, ranks: Iterable[int]) -> int:
+    """Bytes of the slabs that the last life of this rank has left, which it will adopt; 0 where nobody has them. To be asked
+    before the position is held.
+    """
+    if not os.path.lexists(apart.folder):
+        return 0
+    held = _held(Meeting(apart.folder), apart.rank, ranks) or []
+    return sum(memory_of(Handle.from_dict(handle)) for handle in held)
+
+
+def _held(meeting: Meeting, rank: int, ranks: Iterable[int]) -> list[Any] | None:
+    for other in ranks:
+        if found := (meeting.said(other, _HOLDS) or {}).get(str(rank)):
+            return list(found)
+    return None

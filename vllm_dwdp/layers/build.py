@@ -15,7 +15,7 @@ from vllm_dwdp.hot_placement import place_hot
 from vllm_dwdp.page_placement import cpu_rows, place_on_pages
 from vllm_dwdp.placement import Placement, place
 from vllm_dwdp.platform import Platform
-from vllm_dwdp.transport.memfd import MemoryFile
+from vllm_dwdp.transport.kept import KeptSlab
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
@@ -49,7 +49,7 @@ class BuildApart:
         same_files: raises DwdpError where the files of the checkpoint are not those of the others.
     """
 
-    adopted: list[MemoryFile] | None
+    adopted: list[KeptSlab] | None
     loading: int
     hold: Callable[[dict[int, list[dict[str, Any]]]], object]
     same_files: Callable[[Sequence[str]], object]

@@ -69,8 +69,9 @@ class ExpertSharing:
             else:
                 self._bind_ring()
                 if self.view in BOTH_WAYS:
-                    # The least of the group, so that its ranks behave alike.
-                    self.direct_tokens = min(rendezvous.gather("direct_tokens", self._most_direct(launch), group))
+                    # The least of the group, so that its ranks behave alike; who is dead says nothing.
+                    said = rendezvous.gather("direct_tokens", self._most_direct(launch), group)
+                    self.direct_tokens = min(tokens for tokens in said if tokens is not None)
                 self._attach_ring()
                 if most := self._most_travelling():
                     self._set_out(most, rendezvous, group)

@@ -20,8 +20,7 @@ from vllm_dwdp.transport.vmm import VmmTransport
 
 if TYPE_CHECKING:
     from vllm_dwdp.group.rendezvous import Rendezvous
-    from vllm_dwdp.transport.memfd import MemoryFile
-    from vllm_dwdp.transport.shm import ShmPeerSlab, ShmTransport
+    from vllm_dwdp.transport.kept import Adopting, KeptPeer, KeptSlab
 
 #: Tensors of at most this part of an expert (biases, scales) are replicated at start instead of fetched per forward.
 REPLICATED_PART = 0.01
@@ -152,7 +151,7 @@ def move_to_slabs(
             torch.cuda.empty_cache()
         adopted = _adopted(build, number, layout.slabs[rank].nbytes)
         if adopted is not None:
-            slab: Slab = cast("ShmTransport", transport).adopt_slab(adopted)
+            slab = cast("Adopting", transport).adopt_slab(adopted)
         elif pages is None:
             slab = transport.allocate_slab(layout.slabs[rank].nbytes)
         else:
@@ -178,7 +177,7 @@ def move_to_slabs(
     return slabs
 
 
-def _adopted(build: ModelBuild, layer: int, nbytes: int) -> MemoryFile | None:
+def _adopted(build: ModelBuild, layer: int, nbytes: int) -> KeptSlab | None:
     """An adopted slab of `nbytes`, by its layer's number; None where nothing is adopted."""
     if build.apart is None or (files := build.apart.adopted) is None:
         return None
@@ -219,7 +218,7 @@ def map_peers(
             layer.peers[peer] = transport.map_peer(Handle.from_dict(handle))
         if build.apart is not None:
             # With handles of this process's own.
-            held[group[peer]] = [cast("ShmPeerSlab", layer.peers[peer]).handle.to_dict() for layer in slabs]
+            held[group[peer]] = [cast("KeptPeer", layer.peers[peer]).handle.to_dict() for layer in slabs]
             build.apart.hold(held)
 
 

@@ -24,9 +24,10 @@ def make_transport(build: ModelBuild, cores: tuple[int, ...], view: str) -> Tran
 
     options = CopyOptions(timeout_s=build.config.timeout_s)
     device = CupyDevice(torch.cuda.current_device())
-    if name == "vmm" or view == "composite":
+    apart = build.apart is not None
+    if name == "vmm" or view == "composite" or apart:
         from vllm_dwdp.transport.cuda_bindings import BindingsVmm
         from vllm_dwdp.transport.vmm import VmmTransport
 
-        return VmmTransport(device, BindingsVmm(device.index), options)
+        return VmmTransport(device, BindingsVmm(device.index), options, keep_descriptors=apart)
     return MirroredTransport(device, options) if name == "cuda_pinned" else CupyIpcTransport(device, options)

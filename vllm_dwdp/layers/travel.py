@@ -50,6 +50,8 @@ def why_not(build: ModelBuild, layers: Sequence[LayerSlab]) -> str | None:
     config = build.config
     if any(layer.build.module.dwdp_tables is None for layer in layers):
         return "the view is not split, whose tables owners compute with"
+    if config.group is not None:
+        return "a rank that is a server of its own may die, and would not answer"
     if config.ranks_per_device > 1:
         return f"{config.ranks_per_device} ranks share a GPU, which would serve them in turns"
     if config.transport == "cuda_pinned":

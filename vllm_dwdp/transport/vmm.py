@@ -3,6 +3,7 @@ other in ranges of addresses of its own.
 
 cuda_vmm.py    the calls               vmm_memory.py  ranges made of pieces
 vmm_socket.py  descriptors for peers   cuda_peers.py  what a peer's handle must fit
+vmm_kept.py    descriptors kept for others
 
 cuMemMap maps whole allocations only, so that what is mapped apart is allocated apart. A mapping outlives its owner, as with
 CUDA IPC.
@@ -11,12 +12,12 @@ CUDA IPC.
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Final, NamedTuple
 
-from vllm_dwdp.errors import DOCTOR, DwdpError, DwdpTimeout, PeerLost
+from vllm_dwdp.errors import DOCTOR, DwdpError, PeerLost
 from vllm_dwdp.transport.base import Handle, PeerSlab, Slab, Slot
 from vllm_dwdp.transport.cuda_copy import CopyOptions
 from vllm_dwdp.transport.cuda_device import CudaDevice, CudaError
@@ -26,6 +27,7 @@ from vllm_dwdp.transport.cuda_vmm import INSTEAD, VmmCalls
 from vllm_dwdp.transport.limits import require_descriptors
 from vllm_dwdp.transport.mapping import round_up
 from vllm_dwdp.transport.process import ProcessId, is_gone
+from vllm_dwdp.transport.vmm_kept import KeptPieces, has_ended, no_answer, sizes_in
 from vllm_dwdp.transport.vmm_memory import (
     ComposedRange,
     VmmMemory,
@@ -42,9 +44,6 @@ logger = logging.getLogger(__name__)
 
 TRANSPORT: Final = "vmm"
 _OTHERWISE: Final = f"{INSTEAD}{DOCTOR}"
-#: How long a process whose socket has closed may take to be seen as gone.
-_ENDING_S: Final = 1.0
-_POLL_S: Final = 0.01
 
 
 class Part(NamedTuple):
@@ -70,10 +69,15 @@ class VmmTransport(CudaTransport):
         vmm: VmmCalls,
         options: CopyOptions | None = None,
         process: ProcessId | None = None,
+        keep_descriptors: bool = False,
     ) -> None:
-        """See CudaTransport. Raises DwdpError where this machine refuses such memory, which is tried."""
+        """See CudaTransport. Raises DwdpError where this machine refuses such memory, which is tried.
+
+        keep_descriptors: keep those of peers' slabs until `close`, so that others can have them when their owners are gone.
+        """
         super().__init__(device, options, process)
         self._vmm = vmm
+        self._keep_descriptors = keep_descriptors
         self._server: DescriptorServer | None = None
         self.peers_read_only: bool | None = None
         if why := vmm.why_not():
@@ -102,8 +106,6 @@ class VmmTransport(CudaTransport):
     def export_handle(self, slab: Slab) -> Handle:
         """See Transport; a descriptor for every piece stays open until the slab is let go of."""
         mine = self._checked(slab, VmmSlab)
-        if self._server is None:
-            self._server = DescriptorServer()
         if not mine.token:
             require_descriptors(len(mine.pieces), "exporting a slab")
             with contextlib.ExitStack() as undo:
@@ -111,15 +113,43 @@ class VmmTransport(CudaTransport):
                 for piece in mine.pieces:
                     descriptors.append(self._export(piece.address))
                     undo.callback(os.close, descriptors[-1])
-                mine.token = self._server.offer(descriptors)
+                mine.token = self._served.offer(descriptors)
                 undo.pop_all()
         sizes = [piece.nbytes for piece in mine.pieces]
-        return self._handle(mine.nbytes, socket=self._server.name, token=mine.token, pieces=sizes)
+        return self._handle(mine.nbytes, socket=self._served.name, token=mine.token, pieces=sizes)
+
+    def adopt_slab(self, kept: KeptPieces) -> VmmSlab:
+        """A slab of this device that a process which is gone has filled: the same memory, read-only where `map_peer`'s is.
+
+        The descriptors are this transport's from now on. Raises DwdpError where the memory is another device's.
+        """
+        handle, here = kept.handle, self._handle(kept.handle.nbytes)
+        if handle.device != here.device:
+            raise DwdpError(
+                f"this rank's experts are in memory on {handle.device}, and it was started on {here.device}: start it on "
+                "the GPU that it had (--device-ids), or start all ranks of the group again"
+            )
+        sizes = sizes_in(handle, self.page)
+        descriptors = iter(kept.descriptors)
+        wanted = [
+            Wanted(size, lambda: self._vmm.import_descriptor(next(descriptors)), self._allow_peer) for size in sizes
+        ]
+        try:
+            made = build(self._device, self._vmm, handle.nbytes, wanted)
+        except CudaError as error:
+            raise DwdpError(
+                f"{self._here()} refuses to map experts that other ranks have kept ({error.call}: {error.code}): start all "
+                "ranks of the group again"
+            ) from error
+        slab = VmmSlab(made, self._withdraw)
+        slab.token = self._served.offer(kept.descriptors)
+        kept.descriptors = []
+        return self._keep(slab)
 
     def map_peer(self, handle: Handle) -> VmmPeerSlab:
         """See Transport: all pieces of the handle next to each other. Raises DwdpError where the handle cannot work here,
         DwdpTimeout where its owner does not answer."""
-        return self._map(handle, writable=False)
+        return self._map(handle, writable=False, keep=self._keep_descriptors)
 
     def map_writable(self, handle: Handle) -> VmmPeerSlab:
         """See CudaTransport."""
@@ -194,29 +224,46 @@ class VmmTransport(CudaTransport):
         os.set_inheritable(descriptor, False)
         return descriptor
 
-    def _map(self, handle: Handle, writable: bool) -> VmmPeerSlab:
+    @property
+    def _served(self) -> DescriptorServer:
+        """Made when it is needed first."""
+        if self._server is None:
+            self._server = DescriptorServer()
+        return self._server
+
+    def _map(self, handle: Handle, writable: bool, keep: bool = False) -> VmmPeerSlab:
         owner, words = self._owned(handle, socket=str, token=str, pieces=list)
-        sizes = words["pieces"]
-        fits = all(type(size) is int and size > 0 and size % self.page == 0 for size in sizes)
-        if not fits or not 0 < handle.nbytes <= sum(sizes):
-            raise DwdpError(
-                f"a slab of {handle.nbytes} bytes in pieces {sizes!r:.80} does not fit pages of {self.page} bytes: "
-                "use GPUs of one kind, and run one vllm-dwdp on all ranks"
-            )
+        sizes, limit_s = sizes_in(handle, self.page), self._options.timeout_s
         allow = self._allow_own if writable else self._allow_peer
-        limit_s = self._options.timeout_s
-        try:
-            with contextlib.closing(fetch(words["socket"], words["token"], len(sizes), limit_s)) as descriptors:
-                wanted = [Wanted(size, lambda: self._vmm.import_descriptor(next(descriptors)), allow) for size in sizes]
-                made = build(self._device, self._vmm, handle.nbytes, wanted)
-        except TimeoutError as error:
-            raise DwdpTimeout(
-                f"process {owner.pid} gave no descriptors of its slab within {limit_s} s: look for a stalled rank, or raise "
-                "dwdp.timeout_s"
-            ) from error
-        except (CudaError, OSError) as error:
-            raise self._refused(handle, owner, error) from error
-        return self._keep(VmmPeerSlab(made))
+        if keep:
+            require_descriptors(len(sizes), "keeping a peer's slab")
+        kept: list[int] = []
+        with contextlib.ExitStack() as undo:
+
+            def take() -> int:
+                descriptor = next(descriptors)
+                if keep:
+                    kept.append(os.dup(descriptor))
+                    undo.callback(os.close, kept[-1])
+                return self._vmm.import_descriptor(descriptor)
+
+            try:
+                with contextlib.closing(fetch(words["socket"], words["token"], len(sizes), limit_s)) as descriptors:
+                    wanted = [Wanted(size, take, allow) for size in sizes]
+                    made = build(self._device, self._vmm, handle.nbytes, wanted)
+            except TimeoutError as error:
+                raise no_answer(owner, limit_s) from error
+            except (CudaError, OSError) as error:
+                raise self._refused(handle, owner, error) from error
+            if keep:
+                here = {
+                    "process": self._process._asdict(),
+                    "socket": self._served.name,
+                    "token": self._served.offer(kept),
+                }
+                handle = replace(handle, payload=handle.payload | here)
+            undo.pop_all()
+        return self._keep(VmmPeerSlab(made, handle))
 
     def _allow_own(self, address: int, nbytes: int) -> None:
         self._vmm.set_access(address, nbytes, writable=True)
@@ -237,18 +284,10 @@ class VmmTransport(CudaTransport):
 
     def _refused(self, handle: Handle, owner: ProcessId, error: CudaError | OSError) -> DwdpError:
         said = error.code if isinstance(error, CudaError) else error.strerror or str(error)
-        if is_gone(owner) if isinstance(error, CudaError) else _has_ended(owner):
+        if is_gone(owner) if isinstance(error, CudaError) else has_ended(owner):
             return PeerLost(f"the owner of a slab (process {owner.pid}) is gone ({said}): look at that rank's log")
         return DwdpError(
             f"mapping {handle.nbytes} bytes of process {owner.pid} on {handle.device} for {self._here()} was refused "
             f"({said}): check that the owner still holds them; containers need --network=host and --pid=host (or one "
             f"container for all ranks), and all GPUs in each; or {_OTHERWISE}"
         )
-
-
-def _has_ended(process: ProcessId) -> bool:
-    """Whether a process is gone, or goes just now: its sockets close a little before."""
-    deadline = time.monotonic() + _ENDING_S
-    while not (gone := is_gone(process)) and time.monotonic() < deadline:
-        time.sleep(_POLL_S)
-    return gone

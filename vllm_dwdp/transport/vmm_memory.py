@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
-from vllm_dwdp.transport.base import PeerSlab, Slab, Slot
+from vllm_dwdp.transport.base import Handle, PeerSlab, Slab, Slot
 from vllm_dwdp.transport.cuda_device import CudaDevice, CudaError
 from vllm_dwdp.transport.cuda_vmm import VmmCalls
 from vllm_dwdp.transport.mapping import MappedMemory
@@ -126,7 +126,12 @@ class VmmSlot(VmmMemory, Slot):
 
 
 class VmmPeerSlab(VmmMemory, PeerSlab):
-    """A peer's slab; read-only where the driver has such mappings of device memory."""
+    """A peer's slab; read-only where the driver has such mappings of device memory. `handle`: the peer's, or this process's
+    where it keeps the descriptors."""
+
+    def __init__(self, made: VmmRange, handle: Handle) -> None:
+        super().__init__(made)
+        self.handle = handle
 
 
 class ComposedRange(VmmMemory):

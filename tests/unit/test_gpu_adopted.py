@@ -1,0 +1,207 @@
+"""A rank on a GPU that is a server of its own: it dies, and returns to the device memory that others have kept, over
+simulated CUDA with real pages and sockets."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.unit.cuda_pair import LIMIT_S
+from tests.unit.cuda_rank import process_id
+from tests.unit.fake_cuda import Machine
+from tests.unit.fake_vmm import PAGE, fail_at, open_descriptors
+from tests.unit.gpu_sharing import LAYERS, SHAPES, GpuRank, Group, Meeting, share_on_gpus
+from tests.unit.leftovers import check_message, refusal
+from vllm_dwdp.engine import loader
+from vllm_dwdp.errors import PeerLost
+from vllm_dwdp.group.apart import left_in_memory
+from vllm_dwdp.group.launch import Apart
+from vllm_dwdp.group.meeting import Holder
+from vllm_dwdp.group.meeting import Meeting as Folder
+from vllm_dwdp.layers.build import BuildApart, ModelBuild
+from vllm_dwdp.transport.base import Handle
+from vllm_dwdp.transport.kept import KeptSlab, keep_slab
+from vllm_dwdp.transport.vmm import VmmTransport
+
+RANKS = 2
+
+
+@pytest.fixture(autouse=True)
+def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelBuild, "_current", None)
+    monkeypatch.setattr("vllm_dwdp.transport.vmm_kept._ENDING_S", 0.0)
+
+
+class Servers:
+    """Two ranks, and what each told the group to hold."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, view: str) -> None:
+        self._monkeypatch, self._view = monkeypatch, view
+        self.group = Group(Machine(num_devices=2), Meeting(RANKS), [])
+        self.held: dict[int, dict[int, list[dict[str, Any]]]] = {}
+        self.start(None)
+
+    def start(self, adopted: list[KeptSlab] | None) -> None:
+        """Those that are not there."""
+
+        def apart(rank: int) -> BuildApart:
+            return BuildApart(adopted, 1, lambda held: self.held.update({rank: held}), lambda files: None)
+
+        there = len(self.group.ranks)
+        share_on_gpus(self._monkeypatch, self._view, RANKS, group=self.group, apart=apart, num_slots=2)
+        for rank in self.group.ranks[there:]:
+            rank.sharing.start()
+
+    def kill(self) -> GpuRank:
+        """Rank 1: the kernel closes its sockets and descriptors; device memory goes as the driver lets it go."""
+        dead = self.group.ranks.pop()
+        self.group.machine.drain()
+        dead.sharing.close()
+        return dead
+
+    def adopted(self) -> list[KeptSlab]:
+        return [keep_slab(Handle.from_dict(handle), "an adopted slab", LIMIT_S) for handle in self.held[0][1]]
+
+    def forward(self) -> None:
+        for rank in self.group.ranks:
+            rank.wrong = rank.compared = 0
+            rank.forward()
+            self.group.machine.drain()
+            assert (rank.compared, rank.wrong) == (LAYERS * len(SHAPES), 0)
+
+
+@pytest.fixture(params=["split", "contiguous"])
+def servers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Servers]:
+    before = open_descriptors()
+    found = Servers(monkeypatch, request.param)
+    yield found
+    while found.group.ranks:
+        found.group.ranks.pop().sharing.close()
+    # Each allocation that a tensor still holds has one of its own.
+    assert open_descriptors() - before == len(found.group.machine.allocations)
+
+
+def handle_of_the_dead(servers: Servers) -> Handle:
+    return Handle.from_dict(servers.held[0][1][0])
+
+
+def test_a_rank_dies_and_returns_to_its_memory(servers: Servers) -> None:
+    servers.forward()
+    first = servers.group.ranks[0]
+    assert isinstance(first.sharing.transport, VmmTransport)
+    of_first = first.sharing.slab_bytes
+    servers.kill()
+    servers.forward()
+    before = servers.group.machine.used[0]
+    servers.start(servers.adopted())
+    servers.forward()
+    second = servers.group.ranks[1]
+    assert second.build.adopts and second.sharing.slab_bytes and first.sharing.slab_bytes == of_first
+    # Nothing of its share was allocated once more.
+    slots = sum(piece.nbytes for slot in second.sharing.slots for piece in slot.pieces)  # type: ignore[attr-defined]
+    assert servers.group.machine.used[0] - before < slots + PAGE
+    # What it was given it gives: the first may go, and return from the second.
+    held = servers.held[1][0]
+    assert [handle["nbytes"] for handle in held] == [layer.slab.nbytes for layer in first.sharing.layers]
+    servers.kill()
+    servers.start(servers.adopted())
+    servers.forward()
+
+
+def test_what_was_adopted_cannot_be_written(servers: Servers) -> None:
+    servers.kill()
+    servers.start(servers.adopted())
+    second = servers.group.ranks[1]
+    for layer in second.sharing.layers:
+        for piece in layer.slab.pieces:  # type: ignore[union-attr]
+            assert not second.device.vmm.mappings[piece.address].writable
+
+
+def test_a_rank_on_another_gpu_is_refused(servers: Servers) -> None:
+    dead = servers.kill()
+    kept = servers.adopted()
+    other = servers.group.machine.process(1)
+    transport = VmmTransport(other, other.vmm, process=process_id(other.number), keep_descriptors=True)
+    here, there = (servers.group.machine.infos[number].uuid for number in (1, dead.device.index))
+    refused = refusal(lambda: transport.adopt_slab(kept[0]))  # type: ignore[arg-type]
+    check_message(refused, [f"in memory on cuda:{there}", f"started on cuda:{here}", "--device-ids"])
+    for one in kept:
+        one.close()
+        one.close()
+    transport.close()
+
+
+def test_a_keeper_that_is_gone_or_has_it_no_longer(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+    servers.kill()
+    handle = handle_of_the_dead(servers)
+    other = Handle(handle.transport, handle.host, handle.device, handle.nbytes, handle.payload | {"token": 64 * "0"})
+    process = handle.payload["process"]["pid"]
+    check_message(
+        refusal(lambda: keep_slab(other, "it", LIMIT_S), PeerLost), [f"process {process} has a slab no longer"]
+    )
+    servers.kill()
+    monkeypatch.setattr("vllm_dwdp.transport.vmm_kept.is_gone", lambda process: True)
+    check_message(refusal(lambda: keep_slab(handle, "it", LIMIT_S), PeerLost), [f"process {process}) is gone"])
+
+
+@pytest.mark.parametrize("call", ["reserve", "import_descriptor", "map"])
+def test_no_failed_call_leaves_anything(servers: Servers, call: str) -> None:
+    servers.kill()
+    device, kept = servers.group.machine.process(), servers.adopted()
+    transport = VmmTransport(device, device.vmm, process=process_id(device.number), keep_descriptors=True)
+    before = len(device.vmm.mappings), len(device.vmm.ranges)
+    undo = fail_at(device.vmm, call, 0)
+    check_message(
+        refusal(lambda: transport.adopt_slab(kept[0])),  # type: ignore[arg-type]
+        [
+            "refuses to map experts that other ranks have kept",
+            "CUDA_ERROR_UNKNOWN",
+            "start all ranks of the group again",
+        ],
+    )
+    undo()
+    gc.collect()
+    assert (len(device.vmm.mappings), len(device.vmm.ranges)) == before and not device.vmm.handles
+    for one in kept:
+        one.close()
+    transport.close()
+
+
+def test_memory_that_was_left_counts_as_the_ranks_own(
+    servers: Servers, public: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM measures what is free before the model is built."""
+    folder = str(public / "group")
+    apart = Apart("group", 1, folder)
+    assert left_in_memory(apart, range(RANKS)) == 0 and not os.path.exists(folder)
+    meeting = Folder(folder)
+    meeting.join(0, LIMIT_S)
+    # The locks of this process are not seen by itself.
+    monkeypatch.setattr(Folder, "holder", lambda self, rank: Holder(os.getpid(), 1) if rank == 0 else None)
+    assert left_in_memory(apart, range(RANKS)) == 0
+    meeting.say(0, "holds", {str(rank): handles for rank, handles in servers.held[0].items()})
+    whole = sum(piece.nbytes for layer in servers.group.ranks[1].sharing.layers for piece in layer.slab.pieces)  # type: ignore[union-attr]
+    assert whole % PAGE == 0 and left_in_memory(apart, range(RANKS)) == whole
+    found = SimpleNamespace(apart=apart, num_ranks=RANKS)
+    monkeypatch.setattr(loader, "launch_of", lambda config: config)
+    ours: Any = object.__new__(loader.ShareOnlyLoader)
+    assert ours.get_external_weight_memory(found) == whole
+    for other in (None, SimpleNamespace(apart=None)):
+        assert ours.get_external_weight_memory(other) == 0
+    meeting.leave()
+
+
+def test_a_dead_rank_says_nothing_of_small_steps(servers: Servers) -> None:
+    servers.kill()
+    servers.group.meeting.said["direct_tokens"][0] = None
+    servers.start(servers.adopted())
+    assert (servers.group.ranks[1].sharing.direct_tokens or 0) > 0 or servers.group.ranks[
+        1
+    ].sharing.view == "contiguous"
+    servers.forward()
