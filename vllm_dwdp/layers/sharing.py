@@ -11,6 +11,8 @@ from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.coverage import check_slots
 from vllm_dwdp.layers.first_use import seal, unused
 from vllm_dwdp.layers.hits import HitCounts
+from vllm_dwdp.layers.kept import check_kernels
+from vllm_dwdp.layers.largest import share_largest
 from vllm_dwdp.layers.rates import copy_rate, product_rate
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.slabs import map_peers, move_to_slabs, replicate_small, tensors_of
@@ -61,6 +63,7 @@ class ExpertSharing:
             paged = composite.lay_out(tensors, self._vmm.page) if self.view == "composite" else None
             self.layers = move_to_slabs(build, self.transport, tensors, paged)
             map_peers(self.layers, build, self.transport, rendezvous, group)
+            share_largest(build, rendezvous, group)
             self.replicated_bytes = sum(replicate_small(layer, build.rank) for layer in self.layers)
             self.counters = CounterPage.create(group[build.rank], peers=len(group) - 1)
             self._closing.callback(self.counters.close)
@@ -169,8 +172,8 @@ class ExpertSharing:
             module, most = layer.build.module, self.direct_tokens
             gate = DirectGate(self.prefetcher, module, most) if most else contiguous.RingGate(self.prefetcher)
             module.dwdp_attach(gate, i)
-        if self.view == "composite":
-            composite.check_kernels(self.layers)
+        if self.view != "split" and not self.build.platform.on_cpu:
+            check_kernels(self.layers, self.view)
 
     @property
     def _vmm(self) -> VmmTransport:

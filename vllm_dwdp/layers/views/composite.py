@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.layers.kept import kept_apart
 from vllm_dwdp.layers.slabs import ExpertTensor, LayerSlab, LayerTensors, specs_of
 from vllm_dwdp.page_plan import SLOT, PagedLayout
 from vllm_dwdp.transport.base import Copy, CopyEngine, PeerSlab, Program, Slab, Slot
@@ -134,18 +133,6 @@ def attach(
             for item in pages.pulls(rank, slice_bytes)
         ]
     )
-
-
-def check_kernels(layers: Sequence[LayerSlab]) -> None:
-    """Raise DwdpError where vLLM's kernel objects, made for all experts by now, would not see which range is taken."""
-    for layer in layers:
-        method = layer.build.module.quant_method
-        found = kept_apart(method, [tensor.parameter for tensor in layer.fetched])
-        if found is not None:
-            raise DwdpError(
-                f'weight_view "composite": {type(method).__name__} keeps {layer.build.name}.{layer.fetched[found].name} in '
-                f"a tensor of its own, which would not follow from pulls to direct reads: {_REMEDY}"
-            )
 
 
 def _pages(layer: LayerSlab) -> PagedLayout:
