@@ -243,9 +243,11 @@ def share_on_gpus(
     num_ranks: int = 2,
     seed: int = 0,
     captured_tokens: int = 0,
+    builds: Sequence[ModelBuild] | None = None,
     **settings: Any,
 ) -> tuple[Machine, list[GpuRank]]:
-    """`ExpertSharing` of every rank, not started; raises what one of them raised."""
+    """`ExpertSharing` of every rank, not started; raises what one of them raised. builds: loaded layers, instead of small
+    ones."""
     machine, here = Machine(seed), threading.local()
 
     def synchronize() -> None:
@@ -263,7 +265,10 @@ def share_on_gpus(
     launch = DwdpLaunch(config, num_ranks, "/made/up", (), captured_tokens=captured_tokens)
     meeting, placement, failed = Meeting(num_ranks), place(EXPERTS, num_ranks, config.experts_per_rank), []
     ranks = []
-    for rank in range(num_ranks):
+    for rank, build in enumerate(builds or ()):
+        build.config = config
+        ranks.append(GpuRank(machine.process(), [layer.module for layer in build.layers], build.open()))
+    for rank in range(num_ranks if builds is None else 0):
         build = ModelBuild(config, rank, num_ranks, platform=CUDA)
         modules = [Experts(layer, placement.shares[rank]) for layer in range(LAYERS)]
         build.layers = [LayerBuild(module, f"layer{i}", placement, False) for i, module in enumerate(modules)]

@@ -16,7 +16,6 @@ OPTIONS: Final = {
     "MARLIN": "marlin",
     "VLLM_CUTLASS": "cutlass",
     "FLASHINFER_CUTLASS": "flashinfer_cutlass",
-    "EMULATION": "emulation",
 }
 
 #: Why kernels that one may have met are not among those of a method.
@@ -24,7 +23,7 @@ _REFUSED: Final = {
     "DEEPGEMM": "lay scales out in strides that slabs do not keep",
     "HUMMING": "put a layout of their own into the layer, without a row per expert",
     "FLASHINFER_TRTLLM": "keep scales and counts of the experts that they were made with",
-    "AITER": "are not for these GPUs",
+    "EMULATION": "leave scales without a row per expert",
 }
 
 
@@ -109,10 +108,10 @@ METHODS: Final = {
         "int8_backend", ("TRITON",), ("weight", "weight_scale", "bias"), (), _int8_kernel
     ),
     "CompressedTensorsWNA16MoEMethod": Method(
-        "wna16_backend", ("MARLIN", "TRITON", "EMULATION"), _WNA16_ROWS, (), _setup_kernel
+        "wna16_backend", ("MARLIN", "TRITON"), _WNA16_ROWS, (), _setup_kernel
     ),
-    "AutoGPTQMoEMethod": Method("wna16_moe_backend", ("MARLIN", "EMULATION"), _GPTQ_ROWS, (), _setup_kernel),
-    "AutoAWQMoEMethod": Method("wna16_moe_backend", ("MARLIN", "EMULATION"), _GPTQ_ROWS, (), _setup_kernel),
+    "AutoGPTQMoEMethod": Method("wna16_moe_backend", ("MARLIN",), _GPTQ_ROWS, (), _setup_kernel),
+    "AutoAWQMoEMethod": Method("wna16_moe_backend", ("MARLIN",), _GPTQ_ROWS, (), _setup_kernel),
 }
 
 
