@@ -208,9 +208,7 @@ FORMS: Final[dict[str, Form]] = {
     "ct-int8": Form(_wna16(8), _compressed("pack-quantized", _int(8)), GROUP),
     "ct-w8a8": Form(
         _w8a8,
-        _compressed(
-            "int-quantized", {**_INT8, "strategy": "channel"}, {**_INT8, "strategy": "token", "dynamic": True}
-        ),
+        _compressed("int-quantized", {**_INT8, "strategy": "channel"}, {**_INT8, "strategy": "token", "dynamic": True}),
         16,
     ),
 }
@@ -221,7 +219,7 @@ def quantise_experts(weights: Tensors, form: str) -> tuple[Tensors, dict[str, An
     found, kept = {}, []
     for name, tensor in weights.items():
         stem, _, last = name.rpartition(".")
-        before, dot, rest = stem.rpartition(".experts.")
+        _, dot, rest = stem.rpartition(".experts.")
         if dot and last == "weight" and tensor.dim() == 2:
             made = FORMS[form].pack(tensor, int(rest.partition(".")[0]))
             found.update({f"{stem}.{part}": value for part, value in made.items()})

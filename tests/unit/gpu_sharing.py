@@ -265,7 +265,7 @@ def share_on_gpus(
     launch = DwdpLaunch(config, num_ranks, "/made/up", (), captured_tokens=captured_tokens)
     meeting, placement, failed = Meeting(num_ranks), place(EXPERTS, num_ranks, config.experts_per_rank), []
     ranks = []
-    for rank, build in enumerate(builds or ()):
+    for build in builds or ():
         build.config = config
         ranks.append(GpuRank(machine.process(), [layer.module for layer in build.layers], build.open()))
     for rank in range(num_ranks if builds is None else 0):

@@ -1,7 +1,7 @@
 """vLLM on CPU that chooses expert kernels, and processes weights for them, as on a Hopper GPU; nothing is computed.
 
-Choosing and processing are vLLM's own code. What it calls of CUDA stands in here: a repacking into Marlin's layout by one with
-that layout's shape, which for each expert is some order of its own elements, and FP8 quantisation by torch's.
+Choosing and processing are vLLM's own code. What it calls of CUDA stands in here: a repacking into Marlin's layout by one
+with that layout's shape, which for each expert is some order of its own elements, and FP8 quantisation by torch's.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def repack(b_q_weight: torch.Tensor, size_k: int, size_n: int, num_bits: int, is
     return b_q_weight.contiguous().view(size_k // 16, size_n * num_bits // 2)
 
 
-def repack_all(b_q_weight: torch.Tensor, size_k: int, size_n: int, num_bits: int, is_a_8bit: bool = False) -> torch.Tensor:
+def repack_all(
+    b_q_weight: torch.Tensor, size_k: int, size_n: int, num_bits: int, is_a_8bit: bool = False
+) -> torch.Tensor:
     """As `gptq_marlin_moe_repack`, and AWQ's."""
     return torch.stack([repack(expert, size_k, size_n, num_bits) for expert in b_q_weight])
 

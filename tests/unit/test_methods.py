@@ -16,17 +16,20 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
+from safetensors.torch import load_file
 
+from examples.checkpoints import expert_tensors as expert_tensors_of
+from examples.checkpoints.quantised import FORMS
 from tests.unit import fake_vmm
 from tests.unit.gpu_sharing import MANY, share_on_gpus
 from tests.unit.hopper import on_hopper
 from tests.unit.leftovers import check_message, refusal
-from tests.unit.whole_model import Loaded, expert_layers, load, vllm_groups
+from tests.unit.whole_model import Loaded, edited, expert_layers, load, vllm_groups
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers import gates, methods
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.kept import _tensors_in
-from vllm_dwdp.layers.slabs import expert_tensors
+from vllm_dwdp.layers.slabs import expert_tensors, tensors_of
 from vllm_dwdp.layers.views import split
 from vllm_dwdp.platform import CUDA
 
@@ -42,6 +45,21 @@ TAKEN = [
     *((form, "marlin") for form in ("gptq-int4", "gptq-int8", "awq-int4", "ct-int4", "ct-int4-zeros", "ct-int8")),
     *((form, "triton") for form in ("ct-int4", "ct-int4-zeros", "ct-int8", "ct-w8a8")),
 ]
+
+
+#: One of each method, kernels and kind of parameters.
+COMPOSITE = [
+    ("fp8-block", "triton"), ("fp8-tensor-static", "triton"), ("fp8-block", "marlin"), ("ct-fp8-channel", "cutlass"),
+    ("ct-fp8-tensor-static", "cutlass"), ("gptq-int4", "marlin"), ("awq-int4", "marlin"), ("ct-int4-zeros", "marlin"),
+    ("ct-int4", "triton"), ("ct-w8a8", "triton"),
+]  # fmt: skip
+CONTIGUOUS = [("fp8-tensor-static", "marlin"), ("ct-fp8-channel", "triton"), ("gptq-int8", "marlin")]
+
+
+def cases() -> Iterator[Any]:
+    for view, quick in (("composite", COMPOSITE), ("contiguous", CONTIGUOUS)):
+        for taken in TAKEN:
+            yield pytest.param(*taken, view, marks=() if taken in quick else pytest.mark.full)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,8 +91,7 @@ def kept(module: Any) -> list[tuple[torch.Size, torch.dtype, bytes]]:
     return [(tensor.shape, tensor.dtype, as_bytes(tensor)) for tensor in found]
 
 
-@pytest.mark.parametrize("view", ["composite", "contiguous"])
-@pytest.mark.parametrize(("form", "kernels"), TAKEN)
+@pytest.mark.parametrize(("form", "kernels", "view"), list(cases()))
 def test_every_byte_is_plain_vllms(
     form: str, kernels: str, view: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,3 +120,196 @@ def test_every_byte_is_plain_vllms(
                 assert kept(module) == kept(whole)
                 module.dwdp_gate.release(number, tokens)
         rank.sharing.close()
+
+
+def matrices(folder: Path, form: str, kernels: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(w13, w2) [E, outputs, inputs] of every layer, as vLLM's parameters mean them."""
+    found = []
+    for module in expert_layers(load(folder, 0, 1, moe_backend=kernels).model).values():
+        pair = []
+        for name in ("w13", "w2"):
+            weight = getattr(module, f"{name}_weight").data
+            if kernels != "emulation":
+                scale = getattr(module, f"{name}_weight_scale", None)
+                scale = getattr(module, f"{name}_weight_scale_inv", None) if scale is None else scale
+                weight = weight.float() - (128 if weight.dtype == torch.uint8 else 0)
+                weight = weight * expanded(scale.data.float(), weight.shape)
+            pair.append(weight.float())
+        found.append((pair[0], pair[1]))
+    return found
+
+
+def expanded(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Scales of an expert, of its rows, groups or blocks, one for each weight."""
+    scale = scale.view(*scale.shape, *[1] * (3 - scale.ndim))
+    for dim in (1, 2):
+        scale = scale.repeat_interleave(shape[dim] // scale.shape[dim], dim)
+    return scale
+
+
+#: Largest error beside the largest weight. FP8 has 3 bits behind the first; of 4 bits a step is a seventh.
+ERRORS = {"fp8": 0.07, "int4": 0.08, "int8": 0.005, "w8a8": 0.005}
+
+
+@pytest.mark.parametrize(
+    ("form", "kernels"),
+    [(form, kernels) for form, kernels in TAKEN if kernels == "triton" and "int4" not in form]
+    + [(form, "emulation") for form in ("awq-int4", "ct-int4", "ct-int4-zeros")],
+)
+def test_vllm_reads_the_weights_that_were_quantised(form: str, kernels: str, checkpoint: Callable[..., Path]) -> None:
+    """Of 4 bits by vLLM's own way back to BF16, which takes GPTQ's stored zero points for zero points: see the next test."""
+    error = next(error for word, error in ERRORS.items() if word in form)
+    found = matrices(checkpoint(**SIZES, experts=form), form, kernels)
+    for expert in expert_tensors_of(checkpoint(**SIZES)):
+        for read, right in zip(found[expert.layer], (expert.w13, expert.w2), strict=True):
+            apart = (read[expert.expert] - right.float()).abs().max() / right.float().abs().max()
+            assert 0 < apart < error
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_and_compressed_tensors_are_the_same_to_a_kernel(bits: int, checkpoint: Callable[..., Path]) -> None:
+    """Packed along other dimensions, in files and parameters of other names."""
+    gptq, packed = (
+        expert_layers(load(checkpoint(**SIZES, experts=f"{form}-int{bits}"), 0, 1, moe_backend="marlin").model)
+        for form in ("gptq", "ct")
+    )
+    for one, other in zip(gptq.values(), packed.values(), strict=True):
+        for name in ("w13", "w2"):
+            assert torch.equal(getattr(one, f"{name}_weight"), getattr(other, f"{name}_weight"))
+            assert torch.equal(getattr(one, f"{name}_scales"), getattr(other, f"{name}_weight_scale"))
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "said"),
+    [
+        ("gptq-int4", "up_proj.qweight", r"w13_qweight \(up\) of 1 .*: 1;"),
+        ("gptq-int8", "down_proj.scales", r"w2_scales of 1 .*: 1;"),
+        ("awq-int4", "gate_proj.qweight", r"w13_qweight \(gate\) of 1 .*: 1;"),
+        ("ct-int4-zeros", "up_proj.weight_zero_point", r"w13_weight_zero_point \(up\) of 1 .*: 1;"),
+        ("ct-int8", "down_proj.weight_packed", r"w2_weight_packed of 1 .*: 1;"),
+        ("ct-w8a8", "down_proj.weight", r"w2_weight of 1 .*: 1;"),
+        ("fp8-tensor-static", "down_proj.input_scale", r"w2_input_scale of 1 .*: 1;"),
+    ],
+)
+def test_an_experts_tensor_that_is_not_there(
+    form: str, name: str, said: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    def edit(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        del tensors[f"model.layers.1.mlp.experts.1.{name}"]
+        return tensors
+
+    folder = edited(checkpoint(**SIZES, experts=form), tmp_path / "copy", edit)
+    kernels = "triton" if (form, "triton") in TAKEN else "marlin"
+    with pytest.raises(DwdpError, match=f"^no tensor .* was loaded into model.layers.1.mlp.experts.{said}"):
+        rank_of(folder, 0, kernels)
+    rank_of(folder, 1, kernels)
+
+
+@pytest.mark.parametrize("form", ["gptq-int4", "awq-int4", "ct-int4"])
+def test_kernels_that_break_the_rule_are_refused_before_weights_load(
+    form: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM dequantises at start and leaves one scale in place of a row per expert."""
+    monkeypatch.setattr("vllm_dwdp.engine.loader.mark_rows", lambda build: pytest.fail("weights are loaded"))
+    message = refusal(lambda: rank_of(checkpoint(**SIZES, experts=form), 0, "emulation"))
+    check_message(
+        message, ["kernels EMULATION", "scales without a row per expert", "dwdp needs --moe-backend", "marlin"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "kernels", "said"),
+    [
+        ("Fp8MoEMethod", "DEEPGEMM", "strides that slabs do not keep: dwdp needs --moe-backend triton or marlin"),
+        ("Fp8MoEMethod", "HUMMING", "a layout of their own"),
+        ("UnquantizedFusedMoEMethod", "FLASHINFER_TRTLLM", "counts of the experts that they were made with"),
+        ("AutoGPTQMoEMethod", "TRITON", "the kernels TRITON: dwdp needs --moe-backend marlin"),
+        ("UnquantizedFusedMoEMethod", None, "the kernels None"),
+        ("MoeWNA16Method", "TRITON", "use MoeWNA16Method, which this release"),
+        ("ModelOptNvFp4FusedMoE", "MARLIN", "use ModelOptNvFp4FusedMoE, which this release"),
+    ],
+)
+def test_methods_and_kernels_that_are_not_known(method: str, kernels: str | None, said: str) -> None:
+    def made(kernels: str | None) -> Any:
+        given = None if kernels is None else SimpleNamespace(name=kernels)
+        known = methods.METHODS.get(method)
+        return type(method, (), {known.backend if known else "backend": given})()
+
+    assert said in str(methods.why_not(made(kernels), on_cpu=False))
+    for name in methods.METHODS[method].kernels if method in methods.METHODS else ():
+        assert methods.why_not(made(name), on_cpu=False) is None
+        assert (methods.why_not(made(name), on_cpu=True) is None) == (method == methods.UNQUANTISED)
+
+
+class Layer(torch.nn.Module):
+    """Of 3 experts, computed by vLLM's method of this name."""
+
+    def __init__(self, method: str, **parameters: torch.Tensor) -> None:
+        super().__init__()
+        self.quant_method = type(method, (), {})()
+        for name, data in parameters.items():
+            self.register_parameter(name, torch.nn.Parameter(data, requires_grad=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        # As long as the share, by accident.
+        ("workspace", torch.zeros(3), r"layer.workspace \[3\] is no parameter that .* knows of Fp8MoEMethod"),
+        ("w13_weight_scale", torch.zeros(1), "layer.w13_weight_scale has 1 rows for a share of 3"),
+        ("w13_weight_scale", torch.tensor(1.0), "layer.w13_weight_scale has no rows for a share of 3"),
+        # Experts behind another dimension, as some kernels' scales lie.
+        ("w13_weight_scale_inv", torch.zeros(2, 3), "has 2 rows for a share of 3"),
+        (
+            "w13_weight_scale_inv",
+            torch.zeros(3, 4, 2).mT,
+            r"\[3, 2, 4\] has strides \[8, 1, 2\], which a slab would not",
+        ),
+        ("w2_bias", torch.zeros(3, 0), r"layer.w2_bias has empty rows \[3, 0\]"),
+    ],
+)
+def test_parameters_that_break_the_rule(name: str, data: torch.Tensor, said: str) -> None:
+    weights = {"w13_weight": torch.zeros(3, 4, 2), "w2_weight": torch.zeros(3, 2, 2)}
+    expert_tensors(Layer("Fp8MoEMethod", **weights), 3, "layer")
+    with pytest.raises(DwdpError, match=said):
+        expert_tensors(Layer("Fp8MoEMethod", **weights, **{name: data}), 3, "layer")
+
+
+def test_a_largest_value_is_no_row_and_nothing_else_is_one() -> None:
+    layer = Layer("Fp8MoEMethod", w13_weight=torch.zeros(3, 4, 2), w13_input_scale=torch.tensor(1.0))
+    fetched, small = expert_tensors(layer, 3, "layer")
+    assert [tensor.name for tensor in (*fetched, *small)] == ["w13_weight"]
+    with pytest.raises(DwdpError, match=r"w13_input_scale \[\] is no parameter that .* knows of Unquantized"):
+        expert_tensors(Layer(methods.UNQUANTISED, w13_input_scale=torch.tensor(1.0)), 3, "layer")
+
+
+@pytest.mark.parametrize(
+    ("form", "kernels", "why"),
+    [
+        ("fp8-block", "triton", None),
+        ("fp8-tensor", "triton", None),
+        ("fp8-block", "marlin", "are computed by the kernels MARLIN"),
+        ("fp8-tensor-static", "triton", "are computed by Fp8MoEMethod, for which no split-weight kernel was tried"),
+        ("ct-fp8-channel", "triton", "are computed by CompressedTensorsW8A8Fp8MoEMethod, for which"),
+        ("ct-fp8-channel", "cutlass", "are computed by the kernels VLLM_CUTLASS"),
+        ("ct-w8a8", "triton", "are computed by CompressedTensorsW8A8Int8MoEMethod, for which"),
+    ],
+)
+def test_layers_that_have_a_split_view(
+    form: str, kernels: str, why: str | None, checkpoint: Callable[..., Path]
+) -> None:
+    build = rank_of(checkpoint(**SIZES, experts=form), 0, kernels).build
+    found = split.why_not(tensors_of(build)[0])
+    assert found is None if why is None else str(found).startswith(why)
+
+
+def test_forms_say_what_they_are(checkpoint: Callable[..., Path]) -> None:
+    """Everything but experts stays as it is."""
+    for form in FORMS:
+        folder = checkpoint(**SIZES, experts=form)
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        assert config["quant_method"] in ("fp8", "gptq", "awq", "compressed-tensors")
+        types = {name: tensor.dtype for name, tensor in load_file(folder / "model.safetensors").items()}
+        kept = {dtype for name, dtype in types.items() if not re.search(r"\.experts\.\d", name)}
+        assert kept == {torch.bfloat16}
+        assert any(name.rpartition(".")[0].endswith("experts.4.down_proj") for name in types)

@@ -46,8 +46,8 @@ def check_kernels(layers: Sequence[LayerSlab], view: str) -> None:
         if found is not None:
             raise DwdpError(
                 f'weight_view "{view}": {type(method).__name__} keeps {layer.build.name}.{layer.fetched[found].name} in '
-                "a tensor of its own, which would not follow what is pulled: choose another --moe-backend, or use weight_view "
-                "split"
+                "a tensor of its own, which would not follow what is pulled: choose another --moe-backend, or use "
+                "weight_view split"
             )
 
 

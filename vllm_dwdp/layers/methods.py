@@ -1,7 +1,7 @@
 """What dwdp knows of vLLM's methods that compute experts: which parameters they leave, and in which kernels' layouts.
 
-The rule: once vLLM has processed a layer, every parameter has a row per expert in its first dimension, and is spread over the
-group or replicated. A method is listed here if that was read in its source, kernel by kernel; all else is refused by name
+The rule: once vLLM has processed a layer, every parameter has a row per expert in its first dimension, and is spread over
+the group or replicated. A method is listed here if that was read in its source, kernel by kernel; all else is refused by name
 before weights load. Names are checked too, since a first dimension may be as long as a share by accident.
 """
 
@@ -101,15 +101,11 @@ METHODS: Final = {
         "unquantized_backend", ("TRITON", "FLASHINFER_CUTLASS"), ("weight", "bias"), (), _init_moe_kernel
     ),
     "Fp8MoEMethod": Method("fp8_backend", _FP8_KERNELS, _FP8_ROWS, ("input_scale",), _init_moe_kernel),
-    "CompressedTensorsW8A8Fp8MoEMethod": Method(
-        "fp8_backend", _FP8_KERNELS, _FP8_ROWS, ("input_scale",), _fp8_kernel
-    ),
+    "CompressedTensorsW8A8Fp8MoEMethod": Method("fp8_backend", _FP8_KERNELS, _FP8_ROWS, ("input_scale",), _fp8_kernel),
     "CompressedTensorsW8A8Int8MoEMethod": Method(
         "int8_backend", ("TRITON",), ("weight", "weight_scale", "bias"), (), _int8_kernel
     ),
-    "CompressedTensorsWNA16MoEMethod": Method(
-        "wna16_backend", ("MARLIN", "TRITON"), _WNA16_ROWS, (), _setup_kernel
-    ),
+    "CompressedTensorsWNA16MoEMethod": Method("wna16_backend", ("MARLIN", "TRITON"), _WNA16_ROWS, (), _setup_kernel),
     "AutoGPTQMoEMethod": Method("wna16_moe_backend", ("MARLIN",), _GPTQ_ROWS, (), _setup_kernel),
     "AutoAWQMoEMethod": Method("wna16_moe_backend", ("MARLIN",), _GPTQ_ROWS, (), _setup_kernel),
 }

@@ -117,8 +117,10 @@ def expert_tensors(module: Any, share: int, name: str) -> tuple[tuple[ExpertTens
 
 
 def has_rows(module: Any, parameter_name: str, parameter: torch.Tensor, share: int, name: str) -> bool:
-    """Whether a parameter of a layer, whose name is `name`, is to be shared by rows; raises DwdpError where it breaks the rule
-    of methods.py."""
+    """Whether a parameter of a layer, whose name is `name`, is to be shared by rows.
+
+    Raises DwdpError where it breaks the rule of methods.py.
+    """
     if parameter_name in NOT_PER_EXPERT:
         return False
     known, here = method_of(module), f"{name}.{parameter_name}"
