@@ -14,6 +14,7 @@ class Platform:
     slice_bytes: the most of one copy, None for whole ranges. On CPU a program of few copies needs the interpreter's lock
         between them (transport/shm_copy.py), one of many does not.
     quantisations: of checkpoints, by vLLM's names; which methods and kernels those lead to: layers/methods.py.
+    split: those of them that split-weight kernels read, from weights in the layout of vLLM's Triton kernels.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Platform:
     launcher: str
     slice_bytes: int | None
     quantisations: tuple[str, ...]
+    split: tuple[str, ...] = ()
 
 
 # fmt: off
@@ -34,7 +36,7 @@ CPU: Final = Platform(
 CUDA: Final = Platform(
     "GPUs", False, ("vllm.v1.worker.gpu_worker.Worker", "vllm_dwdp.engine.gpu_worker.DwdpGPUWorker"),
     transports=("cupy_ipc", "vmm", "cuda_pinned"), views=("split", "composite", "contiguous"), launcher="uni",
-    slice_bytes=None, quantisations=("fp8", "compressed-tensors", "auto_gptq", "auto_awq"))
+    slice_bytes=None, quantisations=("fp8", "compressed-tensors", "auto_gptq", "auto_awq"), split=("fp8",))
 # fmt: on
 
 

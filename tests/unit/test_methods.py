@@ -30,7 +30,7 @@ from vllm_dwdp.layers import gates, methods
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.kept import _tensors_in
 from vllm_dwdp.layers.slabs import expert_tensors, tensors_of
-from vllm_dwdp.layers.views import split
+from vllm_dwdp.layers.views import choose_view, split
 from vllm_dwdp.platform import CUDA
 
 EXPERTS, RANKS, FEW = 5, 2, 16
@@ -289,18 +289,31 @@ def test_a_largest_value_is_no_row_and_nothing_else_is_one() -> None:
         ("fp8-block", "triton", None),
         ("fp8-tensor", "triton", None),
         ("fp8-block", "marlin", "are computed by the kernels MARLIN"),
-        ("fp8-tensor-static", "triton", "are computed by Fp8MoEMethod, for which no split-weight kernel was tried"),
+        (
+            "fp8-tensor-static",
+            "triton",
+            "are computed by Fp8MoEMethod with static scales, for which no split-weight kernel was tried",
+        ),
         ("ct-fp8-channel", "triton", "are computed by CompressedTensorsW8A8Fp8MoEMethod, for which"),
         ("ct-fp8-channel", "cutlass", "are computed by the kernels VLLM_CUTLASS"),
         ("ct-w8a8", "triton", "are computed by CompressedTensorsW8A8Int8MoEMethod, for which"),
     ],
 )
 def test_layers_that_have_a_split_view(
-    form: str, kernels: str, why: str | None, checkpoint: Callable[..., Path]
+    form: str, kernels: str, why: str | None, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = rank_of(checkpoint(**SIZES, experts=form), 0, kernels).build
+    folder = checkpoint(**SIZES, experts=form)
+    build = rank_of(folder, 0, kernels).build
     found = split.why_not(tensors_of(build)[0])
-    assert found is None if why is None else str(found).startswith(why)
+    assert choose_view(build, tensors_of(build)) == ("contiguous" if why else "split")
+    if why is None:
+        assert found is None
+        return
+    assert str(found).startswith(why)
+    # Asked for, it is refused before weights load.
+    monkeypatch.setattr("vllm_dwdp.engine.loader.mark_rows", lambda build: pytest.fail("weights are loaded"))
+    with pytest.raises(DwdpError, match=f'weight_view "split": experts of model.layers.0.* {why}.*: use weight_view'):
+        rank_of(folder, 0, kernels, "split")
 
 
 def test_forms_say_what_they_are(checkpoint: Callable[..., Path]) -> None:

@@ -44,6 +44,8 @@ def check_coverage(model: nn.Module, build: ModelBuild) -> None:
             raise DwdpError(f"{name}: MoE layer {path} ({type(module).__name__}) is not covered by dwdp")
         if why := methods.why_not(module.quant_method, build.platform.on_cpu):
             raise DwdpError(f"{name}: experts of {path} {why}")
+        if build.config.weight_view == "split" and (why := methods.why_not_split(module.quant_method)):
+            raise DwdpError(f'{name}: weight_view "split": experts of {path} {why}: use weight_view auto or contiguous')
         if why := _refused_loader(type(module)):
             raise DwdpError(f"{name}: experts of {path} {why}")
         inside.update(map(id, module.parameters()))  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
 """What dwdp knows of vLLM's methods that compute experts: which parameters they leave, and in which kernels' layouts.
 
 The rule: once vLLM has processed a layer, every parameter has a row per expert in its first dimension, and is spread over
-the group or replicated. A method is listed here if that was read in its source, kernel by kernel; all else is refused by name
-before weights load. Names are checked too, since a first dimension may be as long as a share by accident.
+the group or replicated. A method is listed here if that was read in its source, kernel by kernel; all else is refused by
+name before weights load. Names are checked too, since a first dimension may be as long as a share by accident.
 """
 
 from __future__ import annotations
@@ -96,6 +96,9 @@ _WNA16_ROWS: Final = ("weight_packed", "weight_scale", "weight_zero_point", "wei
 
 UNQUANTISED: Final = "UnquantizedFusedMoEMethod"
 
+#: Methods whose weights split-weight kernels were tried with on GPUs, with activations that are scaled as they come.
+_SPLIT: Final = (UNQUANTISED, "Fp8MoEMethod")
+
 METHODS: Final = {
     UNQUANTISED: Method(
         "unquantized_backend", ("TRITON", "FLASHINFER_CUTLASS"), ("weight", "bias"), (), _init_moe_kernel
@@ -136,6 +139,17 @@ def why_not(method: Any, on_cpu: bool) -> str | None:
     why = f", which {_REFUSED[kernels]}" if kernels in _REFUSED else ""
     options = ", ".join(OPTIONS[kernel] for kernel in known.kernels)
     return f"use {name} with the kernels {kernels}{why}: dwdp needs --moe-backend {options.replace(', ', ' or ')}"
+
+
+def why_not_split(method: Any) -> str | None:
+    """None where split-weight kernels can compute what `method` does; else what is wrong with "experts of <layer>"."""
+    name = type(method).__name__
+    if (kernels := kernels_of(method)) not in (None, "TRITON"):
+        return f"are computed by the kernels {kernels}, which find no experts by their addresses"
+    static = getattr(getattr(method, "quant_config", None), "activation_scheme", "dynamic") != "dynamic"
+    if name in METHODS and (name not in _SPLIT or static):
+        return f"are computed by {name}{' with static scales' if static else ''}, for which no split-weight kernel was tried"
+    return None
 
 
 def rebuild_kernel(module: Any) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_dwdp.copy_plan import Layout, build_plan
-from vllm_dwdp.layers.methods import UNQUANTISED, kernels_of, method_of
+from vllm_dwdp.layers import methods
 from vllm_dwdp.layers.slabs import ExpertTensor, LayerSlab
 from vllm_dwdp.prefetch.prefetcher import bind_plan
 from vllm_dwdp.transport.base import CopyEngine, Memory, Program
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
 #: What the split-weight kernels fetch; everything else of a layer is small and replicated.
 WEIGHTS = ("w13_weight", "w2_weight")
-
-#: Methods of vLLM whose weights these kernels were tried with on GPUs, with activations that are scaled as they come.
-_TRIED: Final = frozenset({UNQUANTISED, "Fp8MoEMethod"})
 
 
 class SplitTables(NamedTuple):
@@ -32,12 +29,8 @@ def why_not(layer: LayerSlab) -> str | None:
     """None where there is a split-weight kernel for `layer`; else what is wrong with "experts of <layer>"."""
     import torch
 
-    module = layer.build.module
-    method = getattr(module, "quant_method", None)
-    if (kernels := kernels_of(method)) not in (None, "TRITON"):
-        return f"are computed by the kernels {kernels}, which find no experts by their addresses"
-    if method_of(module) is not None and not has_split_kernel(method):
-        return f"are computed by {type(method).__name__}, for which no split-weight kernel was tried"
+    if why := methods.why_not_split(getattr(layer.build.module, "quant_method", None)):
+        return why
     fetched = tuple(tensor.name for tensor in layer.fetched)
     if fetched != WEIGHTS:
         return f"have no split-weight kernel (they fetch {', '.join(fetched)}, not just {' and '.join(WEIGHTS)})"
@@ -45,12 +38,6 @@ def why_not(layer: LayerSlab) -> str | None:
     if layer.fetched[0].dtype not in known:
         return f"have no split-weight kernel (they are {layer.fetched[0].dtype})"
     return None
-
-
-def has_split_kernel(method: Any) -> bool:
-    """Whether the split-weight kernels were tried with what vLLM's `method` computes."""
-    static = getattr(getattr(method, "quant_config", None), "activation_scheme", "dynamic") != "dynamic"
-    return type(method).__name__ in _TRIED and not static
 
 
 def addresses(layer: LayerSlab, rank: int, tensor: str, slot: Memory, layout: Layout) -> list[int]:
