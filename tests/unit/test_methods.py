@@ -18,6 +18,8 @@ pytest.importorskip("vllm")
 import torch
 from safetensors.torch import load_file
 
+from ci.checks.gpu_cases import QUANTISED
+from examples.checkpoints import CheckpointSpec
 from examples.checkpoints import expert_tensors as expert_tensors_of
 from examples.checkpoints.quantised import FORMS
 from tests.unit import fake_vmm
@@ -31,6 +33,8 @@ from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.kept import _tensors_in
 from vllm_dwdp.layers.slabs import expert_tensors, tensors_of
 from vllm_dwdp.layers.views import choose_view, split
+from vllm_dwdp.page_plan import TensorPages
+from vllm_dwdp.placement import place
 from vllm_dwdp.platform import CUDA
 
 EXPERTS, RANKS, FEW = 5, 2, 16
@@ -326,3 +330,18 @@ def test_forms_say_what_they_are(checkpoint: Callable[..., Path]) -> None:
         kept = {dtype for name, dtype in types.items() if not re.search(r"\.experts\.\d", name)}
         assert kept == {torch.bfloat16}
         assert any(name.rpartition(".")[0].endswith("experts.4.down_proj") for name in types)
+
+
+def test_cases_for_gpus_are_those_that_are_simulated() -> None:
+    """And every rank has pages to fetch there, of the smallest experts."""
+    found: dict[str, set[tuple[str, str]]] = {"composite": set(), "contiguous": set(), "split": set()}
+    for name, case in QUANTISED.items():
+        form, kernels = case.model["experts"], case.options["moe_backend"]
+        assert name == f"{form}-{kernels}-{case.dwdp['weight_view']}"
+        found[case.dwdp["weight_view"]].add((form, kernels))
+        spec = CheckpointSpec(**case.model)
+        for row in spec.expert_bytes:
+            pages = TensorPages(place(spec.num_experts, case.ranks), row, 2 << 20)
+            assert all(pages.missing(rank) for rank in range(case.ranks))
+    assert found["composite"] == set(TAKEN) >= found["contiguous"]
+    assert found["split"] == {("fp8-block", "triton"), ("fp8-tensor", "triton")}
