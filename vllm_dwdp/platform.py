@@ -36,7 +36,7 @@ CPU: Final = Platform(
 CUDA: Final = Platform(
     "GPUs", False, ("vllm.v1.worker.gpu_worker.Worker", "vllm_dwdp.engine.gpu_worker.DwdpGPUWorker"),
     transports=("cupy_ipc", "vmm", "cuda_pinned"), views=("split", "composite", "contiguous"), launcher="uni",
-    slice_bytes=None, quantisations=("fp8", "compressed-tensors", "auto_gptq", "auto_awq"), split=("fp8",))
+    slice_bytes=None, quantisations=("fp8", "compressed-tensors", "auto_gptq", "auto_awq", "gpt_oss_mxfp4"), split=("fp8",))
 # fmt: on
 
 

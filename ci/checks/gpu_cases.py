@@ -108,6 +108,7 @@ _QUANTISED = (
     ("fp8-block", "triton", (*_BOTH, "split")),
     ("gptq-int4", "marlin", _BOTH),
     ("ct-fp8-channel", "cutlass", _BOTH),
+    ("mxfp4", "marlin", _BOTH),
     ("fp8-tensor-static", "triton", _BOTH),
     ("awq-int4", "marlin", _BOTH),
     ("ct-int4", "marlin", _BOTH),
@@ -134,7 +135,7 @@ _QUANTISED = (
 #: `--quantised`: FORM-KERNELS-VIEW.
 QUANTISED = {
     f"{form}-{kernels}-{view}": Case(
-        {**QWEN, **PAGES, "intermediate": 768, "experts": form},
+        {**(GPT_OSS if form == "mxfp4" else QWEN), **PAGES, "intermediate": 768, "experts": form},
         2,
         _VIEWS[view][0],
         {**_VIEWS[view][1], "moe_backend": kernels},

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 GROUP: Final = 64
 #: Rows and columns that share a scale.
 BLOCK: Final = 128
+#: Weights that share an exponent in MXFP4, and what 3 bits mean there.
+MX_GROUP: Final = 32
+MX_LEVELS: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 #: AutoAWQ's order of eight columns within 32 bits.
 AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 #: Of static activation scales: every expert has another, so that the largest is not in every share.
@@ -25,7 +28,8 @@ INPUT_SCALE: Final = 0.01
 
 
 class Form(NamedTuple):
-    """pack: the tensors of one matrix [outputs, inputs] by their last names, of the expert with this number.
+    """pack: the tensors of one matrix [outputs, inputs] by their last names, of the expert with this number; of one that is
+    fused by what follows its name, of all experts [E, outputs, inputs].
 
     config: what config.json says. step: what the inputs and outputs of experts have to be multiples of. bits: of a weight.
     """
@@ -34,6 +38,7 @@ class Form(NamedTuple):
     config: dict[str, Any]
     step: int
     bits: int = 8
+    fused: bool = False
 
 
 def fp8(matrix: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,6 +83,18 @@ def packed(values: torch.Tensor, bits: int, dim: int, order: tuple[int, ...] | N
     whole = (split << shifts).sum(-1)
     # What fills the 32nd bit is negative in int32.
     return torch.where(whole >= 1 << 31, whole - (1 << 32), whole).int().movedim(-1, dim).contiguous()
+
+
+def mxfp4(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(uint8 [..., groups, 16], two weights to a byte, the first in the low half; uint8 [..., groups], exponents + 127)."""
+    import torch
+
+    values = matrices.float().unflatten(-1, (-1, MX_GROUP))
+    exponent = values.abs().amax(-1).clamp(min=2.0**-120).log2().floor() - 2
+    scaled = values / torch.exp2(exponent)[..., None]
+    levels = torch.tensor(MX_LEVELS)
+    code = (scaled.abs()[..., None] - levels).abs().argmin(-1).to(torch.uint8) | (scaled < 0).to(torch.uint8) << 3
+    return code[..., ::2] | code[..., 1::2] << 4, (exponent + 127).to(torch.uint8)
 
 
 def _fp8(kind: str, name: str, static: bool = False) -> Callable[[torch.Tensor, int], Tensors]:
@@ -133,6 +150,13 @@ def _w8a8(matrix: torch.Tensor, expert: int) -> Tensors:
     import torch
 
     return {"weight": (stored - 128).to(torch.int8), "weight_scale": scale.float()}
+
+
+def _mxfp4(matrices: torch.Tensor, expert: int) -> Tensors:
+    import torch
+
+    blocks, scales = zip(*map(mxfp4, matrices), strict=True)
+    return {"_blocks": torch.stack(blocks), "_scales": torch.stack(scales)}
 
 
 def _own(method: str, **more: Any) -> dict[str, Any]:
@@ -211,6 +235,8 @@ FORMS: Final[dict[str, Form]] = {
         _compressed("int-quantized", {**_INT8, "strategy": "channel"}, {**_INT8, "strategy": "token", "dynamic": True}),
         16,
     ),
+    # As gpt-oss is published.
+    "mxfp4": Form(_mxfp4, _own("mxfp4", **{IGNORED: []}), MX_GROUP, 4, fused=True),
 }
 
 
@@ -223,6 +249,11 @@ def quantise_experts(weights: Tensors, form: str) -> tuple[Tensors, dict[str, An
         if dot and last == "weight" and tensor.dim() == 2:
             made = FORMS[form].pack(tensor, int(rest.partition(".")[0]))
             found.update({f"{stem}.{part}": value for part, value in made.items()})
+            continue
+        if FORMS[form].fused and tensor.dim() == 3 and name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            # Stored input-major by gpt-oss.
+            made = FORMS[form].pack(tensor.transpose(1, 2), -1)
+            found.update({f"{name}{part}": value for part, value in made.items()})
             continue
         found[name] = tensor
         if last == "weight" and tensor.dim() == 2 and "embed" not in name:

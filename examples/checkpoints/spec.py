@@ -112,10 +112,13 @@ class CheckpointSpec:
         form = FORMS.get(self.experts)
         if form is None:
             raise DwdpError(f"unknown form of experts {self.experts!r}: choose one of {', '.join(FORMS)}")
-        if self.fp8 or self.is_fused or self.hidden % form.step or self.intermediate % form.step:
+        stored = self.family == "gpt_oss" if form.fused else not self.is_fused
+        if self.fp8 or not stored or self.hidden % form.step or self.intermediate % form.step:
+            needs = "family gpt_oss" if form.fused else "experts one by one"
             raise DwdpError(
-                f"experts as {self.experts} with hidden {self.hidden}, intermediate {self.intermediate}, fused "
-                f"{self.is_fused}, fp8 {self.fp8}: needs experts one by one, in sizes that are multiples of {form.step}"
+                f"experts as {self.experts} in family {self.family} with hidden {self.hidden}, intermediate "
+                f"{self.intermediate}, fused {self.is_fused}, fp8 {self.fp8}: needs {needs}, in sizes that are multiples of "
+                f"{form.step}"
             )
 
     @property

@@ -16,12 +16,12 @@ import torch
 
 _LAYERS = "vllm.model_executor.layers."
 _MODULES = (
-    *(f"fused_moe.oracle.{name}" for name in ("fp8", "int_wna16", "int8", "unquantized")),
+    *(f"fused_moe.oracle.{name}" for name in ("fp8", "int_wna16", "int8", "mxfp4", "unquantized")),
     *(
         f"fused_moe.experts.{name}"
         for name in ("marlin_moe", "triton_moe", "cutlass_moe", "triton_cutlass_moe", "int4_emulation_moe")
     ),
-    *(f"quantization.utils.{name}" for name in ("marlin_utils", "marlin_utils_fp8")),
+    *(f"quantization.utils.{name}" for name in ("marlin_utils", "marlin_utils_fp4", "marlin_utils_fp8")),
 )
 
 

@@ -84,11 +84,11 @@ def test_vllm_chooses_kernels_where_there_are_none_of_ours(
     assert (found, args.moe_backend) == ([built], given)
 
 
-@pytest.mark.parametrize("quantisation", ["gpt_oss_mxfp4", "modelopt_fp4", "moe_wna16", "awq", "bitsandbytes"])
+@pytest.mark.parametrize("quantisation", ["mxfp4", "modelopt_fp4", "moe_wna16", "awq", "bitsandbytes"])
 def test_quantisations_that_nobody_has_looked_at(quantisation: str) -> None:
     model: Any = SimpleNamespace(model="m", quantization=quantisation, get_num_experts=lambda: 8)
     with pytest.raises(
-        DwdpError, match=f"^m: quantisation '{quantisation}' is not supported .*: use a BF16, .* or of GPTQ"
+        DwdpError, match=f"^m: quantisation '{quantisation}' is not supported .*: use a BF16, .* of GPTQ"
     ):
         options.check_model(model, CUDA)
 

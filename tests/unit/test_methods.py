@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from safetensors.torch import load_file
 from ci.checks.gpu_cases import QUANTISED
 from examples.checkpoints import CheckpointSpec
 from examples.checkpoints import expert_tensors as expert_tensors_of
-from examples.checkpoints.quantised import FORMS
+from examples.checkpoints.quantised import FORMS, MX_LEVELS
 from tests.unit import fake_vmm
 from tests.unit.gpu_sharing import MANY, share_on_gpus
 from tests.unit.hopper import on_hopper
@@ -48,6 +47,7 @@ TAKEN = [
     *((f"ct-fp8-{form}", "marlin") for form in ("channel", "block", "tensor-static")),
     *((form, "marlin") for form in ("gptq-int4", "gptq-int8", "awq-int4", "ct-int4", "ct-int4-zeros", "ct-int8")),
     *((form, "triton") for form in ("ct-int4", "ct-int4-zeros", "ct-int8", "ct-w8a8")),
+    ("mxfp4", "marlin"),
 ]
 
 
@@ -55,9 +55,13 @@ TAKEN = [
 COMPOSITE = [
     ("fp8-block", "triton"), ("fp8-tensor-static", "triton"), ("fp8-block", "marlin"), ("ct-fp8-channel", "cutlass"),
     ("ct-fp8-tensor-static", "cutlass"), ("gptq-int4", "marlin"), ("awq-int4", "marlin"), ("ct-int4-zeros", "marlin"),
-    ("ct-int4", "triton"), ("ct-w8a8", "triton"),
+    ("ct-int4", "triton"), ("ct-w8a8", "triton"), ("mxfp4", "marlin"),
 ]  # fmt: skip
 CONTIGUOUS = [("fp8-tensor-static", "marlin"), ("ct-fp8-channel", "triton"), ("gptq-int8", "marlin")]
+
+
+def sizes(form: str) -> dict[str, Any]:
+    return {**SIZES, "experts": form, **({"family": "gpt_oss"} if form == "mxfp4" else {})}
 
 
 def cases() -> Iterator[Any]:
@@ -100,7 +104,7 @@ def test_every_byte_is_plain_vllms(
     form: str, kernels: str, view: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fake_vmm, "PAGE", 3 * 4096)
-    folder = checkpoint(**SIZES, experts=form)
+    folder = checkpoint(**sizes(form))
     plain = list(expert_layers(load(folder, 0, 1, moe_backend=kernels).model).values())
     direct = {"direct_tokens": FEW} if view == "composite" else {}
     builds = [rank_of(folder, rank, kernels, view).build for rank in range(RANKS)]
@@ -163,11 +167,32 @@ ERRORS = {"fp8": 0.07, "int4": 0.08, "int8": 0.005, "w8a8": 0.005}
 def test_vllm_reads_the_weights_that_were_quantised(form: str, kernels: str, checkpoint: Callable[..., Path]) -> None:
     """Of 4 bits by vLLM's own way back to BF16, which takes GPTQ's stored zero points for zero points: see the next test."""
     error = next(error for word, error in ERRORS.items() if word in form)
-    found = matrices(checkpoint(**SIZES, experts=form), form, kernels)
+    found = matrices(checkpoint(**sizes(form)), form, kernels)
     for expert in expert_tensors_of(checkpoint(**SIZES)):
         for read, right in zip(found[expert.layer], (expert.w13, expert.w2), strict=True):
             apart = (read[expert.expert] - right.float()).abs().max() / right.float().abs().max()
             assert 0 < apart < error
+
+
+def test_vllm_reads_gpt_osss_weights_that_were_quantised(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they lie in its parameters before they are repacked. A group's largest value may be cut by a quarter."""
+    from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4MoEMethod
+
+    monkeypatch.setattr(GptOssMxfp4MoEMethod, "process_weights_after_loading", lambda self, layer: None)
+    whole = expert_layers(load(checkpoint(**sizes("mxfp4")), 0, 1, moe_backend="marlin").model)
+    levels = torch.tensor([*MX_LEVELS, *(-level for level in MX_LEVELS)])
+    for expert in expert_tensors_of(checkpoint(**SIZES, family="gpt_oss")):
+        module = list(whole.values())[expert.layer]
+        for name, right in (("w13", expert.w13), ("w2", expert.w2)):
+            packed, exponents = (getattr(module, f"{name}_weight{part}")[expert.expert] for part in ("", "_scale"))
+            values = levels[torch.stack([packed & 15, packed >> 4], -1).long()].view(right.shape[0], -1, 32)
+            read = (values * torch.exp2(exponents.float() - 127)[..., None]).view(right.shape[0], -1)
+            # vLLM pads rows to what its kernels want.
+            assert not read[:, right.shape[1] :].any()
+            apart = (read[:, : right.shape[1]] - right.float()).abs().max() / right.float().abs().max()
+            assert 0 < apart < 0.26
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -202,7 +227,7 @@ def test_an_experts_tensor_that_is_not_there(
         del tensors[f"model.layers.1.mlp.experts.1.{name}"]
         return tensors
 
-    folder = edited(checkpoint(**SIZES, experts=form), tmp_path / "copy", edit)
+    folder = edited(checkpoint(**sizes(form)), tmp_path / "copy", edit)
     kernels = "triton" if (form, "triton") in TAKEN else "marlin"
     with pytest.raises(DwdpError, match=f"^no tensor .* was loaded into model.layers.1.mlp.experts.{said}"):
         rank_of(folder, 0, kernels)
@@ -215,7 +240,7 @@ def test_kernels_that_break_the_rule_are_refused_before_weights_load(
 ) -> None:
     """vLLM dequantises at start and leaves one scale in place of a row per expert."""
     monkeypatch.setattr("vllm_dwdp.engine.loader.mark_rows", lambda build: pytest.fail("weights are loaded"))
-    message = refusal(lambda: rank_of(checkpoint(**SIZES, experts=form), 0, "emulation"))
+    message = refusal(lambda: rank_of(checkpoint(**sizes(form)), 0, "emulation"))
     check_message(
         message, ["kernels EMULATION", "scales without a row per expert", "dwdp needs --moe-backend", "marlin"]
     )
@@ -306,7 +331,7 @@ def test_a_largest_value_is_no_row_and_nothing_else_is_one() -> None:
 def test_layers_that_have_a_split_view(
     form: str, kernels: str, why: str | None, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = checkpoint(**SIZES, experts=form)
+    folder = checkpoint(**sizes(form))
     build = rank_of(folder, 0, kernels).build
     found = split.why_not(tensors_of(build)[0])
     assert choose_view(build, tensors_of(build)) == ("contiguous" if why else "split")
@@ -323,13 +348,14 @@ def test_layers_that_have_a_split_view(
 def test_forms_say_what_they_are(checkpoint: Callable[..., Path]) -> None:
     """Everything but experts stays as it is."""
     for form in FORMS:
-        folder = checkpoint(**SIZES, experts=form)
+        folder = checkpoint(**sizes(form))
         config = json.loads((folder / "config.json").read_text())["quantization_config"]
-        assert config["quant_method"] in ("fp8", "gptq", "awq", "compressed-tensors")
+        assert config["quant_method"] in ("fp8", "gptq", "awq", "compressed-tensors", "mxfp4")
         types = {name: tensor.dtype for name, tensor in load_file(folder / "model.safetensors").items()}
-        kept = {dtype for name, dtype in types.items() if not re.search(r"\.experts\.\d", name)}
+        kept = {dtype for name, dtype in types.items() if ".experts." not in name}
         assert kept == {torch.bfloat16}
-        assert any(name.rpartition(".")[0].endswith("experts.4.down_proj") for name in types)
+        stem = "experts.down_proj_" if form == "mxfp4" else "experts.4.down_proj."
+        assert any(stem in name for name in types)
 
 
 def test_cases_for_gpus_are_those_that_are_simulated() -> None:

@@ -63,6 +63,20 @@ def _int8_kernel(method: Any, layer: Any) -> None:
     )
 
 
+def _mxfp4_kernel(method: Any, layer: Any) -> None:
+    """As the end of GptOssMxfp4MoEMethod._setup_kernel."""
+    from vllm.model_executor.layers.fused_moe.oracle.mxfp4 import make_mxfp4_moe_kernel
+
+    method.moe_quant_config = method.get_fused_moe_quant_config(layer)
+    method.moe_kernel = make_mxfp4_moe_kernel(
+        moe_quant_config=method.moe_quant_config,
+        moe_config=method.moe,
+        mxfp4_backend=method.mxfp4_backend,
+        experts_cls=method.experts_cls,
+        routing_tables=layer._expert_routing_tables(),
+    )
+
+
 class Method(NamedTuple):
     """A class of vLLM that computes experts.
 
@@ -110,6 +124,8 @@ METHODS: Final = {
     ),
     "CompressedTensorsWNA16MoEMethod": Method("wna16_backend", ("MARLIN", "TRITON"), _WNA16_ROWS, (), _setup_kernel),
     "AutoGPTQMoEMethod": Method("wna16_moe_backend", ("MARLIN",), _GPTQ_ROWS, (), _setup_kernel),
+    # Triton's own kernels for it keep weights in tensors that are no parameters.
+    "GptOssMxfp4MoEMethod": Method("mxfp4_backend", ("MARLIN",), ("weight", "weight_scale", "bias"), (), _mxfp4_kernel),
     "AutoAWQMoEMethod": Method("wna16_moe_backend", ("MARLIN",), _GPTQ_ROWS, (), _setup_kernel),
 }
 
