@@ -97,8 +97,8 @@ def test_pages_of_shares_are_whole_before_anybody_may_read_them(monkeypatch: pyt
     original: Any = composite.fill
     checked = []
 
-    def fill(layers: Any, rank: int) -> None:
-        original(layers, rank)
+    def fill(layers: Any, rank: int) -> int:
+        nbytes: int = original(layers, rank)
         device: Any = layers[0].slab._mapped()._device
         assert not device.streams[0].work, "copies were under way"
         for number, layer in enumerate(layers):
@@ -110,11 +110,19 @@ def test_pages_of_shares_are_whole_before_anybody_may_read_them(monkeypatch: pyt
                     expected = whole[page * pages.page :][: pages.page]
                     assert own[at : at + len(expected)].numpy().tobytes() == expected
                     checked.append(page)
+        return nbytes
 
     monkeypatch.setattr(composite, "fill", fill)
     _, ranks = share_on_gpus(monkeypatch, "composite", 3)
     pages = ranks[0].sharing.layers[0].paged
     assert pages is not None and sum(len(list(pages.foreign(rank))) for rank in range(3)) == 4
+    for number, rank in enumerate(ranks):
+        small = LAYERS * EXPERTS * 2 * SHAPES["w13_bias"][0]
+        shared = LAYERS * sum(item.nbytes for item in pages.foreign(number))
+        assert rank.sharing.replicated_bytes == rank.sharing.snapshot()["replicated_bytes"] == small + shared
+        assert f" MB, and {(small + shared) / 1e6:.1f} MB replicated), worker in a test" in rank.sharing.describe(
+            "a test"
+        )
     assert len(checked) == LAYERS * sum(len(held) for tensor in pages.pages.values() for held in tensor.held)
     for rank in ranks:
         rank.sharing.close()

@@ -371,3 +371,27 @@ def test_cases_for_gpus_are_those_that_are_simulated() -> None:
             assert all(pages.missing(rank) for rank in range(case.ranks))
     assert found["composite"] == set(TAKEN) >= found["contiguous"]
     assert found["split"] == {("fp8-block", "triton"), ("fp8-tensor", "triton")}
+
+
+@pytest.mark.parametrize(
+    ("form", "kernels"), [("ct-int4", "marlin"), ("ct-w8a8", "triton"), ("ct-fp8-channel", "cutlass")]
+)
+def test_a_layer_that_the_warm_up_left_out_has_nothing_to_compute_with(
+    form: str, kernels: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Integers have no NaN, and kernels that take addresses would read past one line of it."""
+    folder = checkpoint(**sizes(form))
+    builds = [rank_of(folder, rank, kernels, "contiguous").build for rank in range(RANKS)]
+    plain = list(expert_layers(load(folder, 0, 1, moe_backend=kernels).model).values())[1]
+    _, ranks = share_on_gpus(monkeypatch, "contiguous", builds=builds)
+    for rank in ranks:
+        rank.sharing.start()
+        used, left_out = rank.modules
+        used.dwdp_gate.acquire(0, MANY)  # type: ignore[union-attr]
+        used.dwdp_gate.release(0, MANY)  # type: ignore[union-attr]
+        rank.sharing.seal_unused()
+        assert len(used.w13_weight) == EXPERTS and not left_out.w13_weight.numel() and not left_out.w2_weight.numel()
+        left_out.dwdp_gate.acquire(1, MANY)  # type: ignore[union-attr]
+        rank.device.machine.drain()
+        assert as_bytes(left_out.w13_weight) == as_bytes(plain.w13_weight)
+        rank.sharing.close()

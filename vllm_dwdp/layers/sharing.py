@@ -110,7 +110,7 @@ class ExpertSharing:
         if self.build.expects_pages:
             check_slots(self.build, ring.used_slots * nbytes)
         if self.view == "composite":
-            composite.fill(self.layers, rank)
+            self.replicated_bytes += composite.fill(self.layers, rank)
             self.slots = [composite.allocate_slot(self.layers, rank, self._vmm) for _ in range(ring.used_slots)]
             attach: Any = partial(composite.attach, transport=self._vmm)
         else:
@@ -266,9 +266,9 @@ class ExpertSharing:
         slots = sum(slot.nbytes for slot in self.slots)
         return (
             f"{self.experts_held} of {experts} experts in {len(self.layers)} MoE layers "
-            f"({self.slab_bytes / 1e6:.1f} MB), worker in {place}, view {self.view}, "
-            f"{len(self.slots)} slots ({slots / 1e6:.1f} MB), a forward pulls {self.bytes_per_forward / 1e6:.1f} MB"
-            + self._describe_direct()
+            f"({self.slab_bytes / 1e6:.1f} MB, and {self.replicated_bytes / 1e6:.1f} MB replicated), worker in {place}, "
+            f"view {self.view}, {len(self.slots)} slots ({slots / 1e6:.1f} MB), "
+            f"a forward pulls {self.bytes_per_forward / 1e6:.1f} MB" + self._describe_direct()
         )
 
     def _describe_direct(self) -> str:

@@ -95,17 +95,20 @@ def slot_bytes(layers: Sequence[LayerSlab], rank: int) -> int:
     return sum(_pages(layers[0]).slots[rank].sizes)
 
 
-def fill(layers: Sequence[LayerSlab], rank: int) -> None:
-    """Copy what is on the outermost pages of `rank` and not of its share, from the owners' shares; returns when it is done.
+def fill(layers: Sequence[LayerSlab], rank: int) -> int:
+    """Copy what is on the outermost pages of `rank` and not of its share, from the owners' shares; returns its bytes.
 
-    No page may be read by a peer before.
+    No page may be read by a peer before it returns.
     """
+    nbytes = 0
     for layer in layers:
         own = layer.slab.tensor()
         for item in _pages(layer).foreign(rank):
             source = layer.memory(item.source).tensor()[item.src_offset :]
             own[item.dst_offset :][: item.nbytes].copy_(source[: item.nbytes])
+            nbytes += item.nbytes
     torch.cuda.synchronize()
+    return nbytes
 
 
 def attach(
