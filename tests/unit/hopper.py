@@ -19,7 +19,14 @@ _MODULES = (
     *(f"fused_moe.oracle.{name}" for name in ("fp8", "int_wna16", "int8", "mxfp4", "unquantized")),
     *(
         f"fused_moe.experts.{name}"
-        for name in ("marlin_moe", "triton_moe", "cutlass_moe", "triton_cutlass_moe", "int4_emulation_moe")
+        for name in (
+            "marlin_moe",
+            "triton_moe",
+            "cutlass_moe",
+            "triton_cutlass_moe",
+            "int4_emulation_moe",
+            "flashinfer_cutlass_moe",
+        )
     ),
     *(f"quantization.utils.{name}" for name in ("marlin_utils", "marlin_utils_fp4", "marlin_utils_fp8")),
 )
@@ -98,6 +105,10 @@ def on_hopper() -> Iterator[None]:
             ("scaled_fp8_quant", quantise),
         ):
             stack.enter_context(mock.patch.object(_custom_ops, name, stand_in))
-        cutlass = importlib.import_module(_LAYERS + "fused_moe.experts.cutlass_moe")
-        stack.enter_context(mock.patch.object(cutlass, "cutlass_group_gemm_supported", lambda: True))
+        for name, there in (
+            ("cutlass_moe", "cutlass_group_gemm_supported"),
+            ("flashinfer_cutlass_moe", "has_flashinfer_cutlass_fused_moe"),
+        ):
+            module = importlib.import_module(f"{_LAYERS}fused_moe.experts.{name}")
+            stack.enter_context(mock.patch.object(module, there, lambda: True))
         yield
