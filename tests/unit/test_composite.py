@@ -202,9 +202,24 @@ def test_auto_takes_it_once_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert choose_view(build(), [odd]) == "contiguous"
     monkeypatch.setattr("vllm_dwdp.layers.views.COMPOSITE_WITHOUT_KERNEL", True)
-    assert choose_view(build(), [odd]) == choose_view(build(direct_tokens=8), [odd]) == "composite"
-    assert choose_view(build(), [odd, scattered]) == "contiguous"
-    assert choose_view(build(), [layer(0, place(8, 2))]) == "split"
+    page = lambda: 1024  # noqa: E731
+    assert choose_view(build(), [odd], page) == choose_view(build(direct_tokens=8), [odd], page) == "composite"
+    assert choose_view(build(), [odd]) == choose_view(build(), [odd, scattered], page) == "contiguous"
+    # Rows of 1024 bytes, all on one page.
+    assert choose_view(build(), [odd], lambda: 1 << 14) == "contiguous"
+    assert choose_view(build(), [layer(0, place(8, 2))], lambda: pytest.fail("asked for nothing")) == "split"
+
+
+def test_auto_leaves_it_where_its_pages_take_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small tensor has a page of its own in every layer, while slots of all experts are two."""
+    monkeypatch.setattr("vllm_dwdp.layers.views.COMPOSITE_WITHOUT_KERNEL", True)
+    layers = []
+    for number in range(5):
+        made = layer(number, place(8, 2), dtype=torch.int8).build
+        made.module.register_parameter("bias", torch.nn.Parameter(torch.zeros(4), requires_grad=False))
+        layers.append(LayerTensors(made, *expert_tensors(made.module, 4, made.name)))
+    for count, view in ((4, "composite"), (5, "contiguous")):
+        assert choose_view(build(), layers[:count], lambda: 4096) == view
 
 
 @pytest.mark.parametrize("transport", ["cupy_ipc", "cuda_pinned"])

@@ -234,3 +234,25 @@ def test_a_layer_that_the_warm_up_left_out_has_nothing_to_compute_with(
         rank.device.machine.drain()
         assert as_bytes(left_out.w13_weight) == as_bytes(plain.w13_weight)
         rank.sharing.close()
+
+
+@pytest.mark.parametrize(("refuses", "view"), [((), "composite"), ((1,), "contiguous"), ((0, 1), "contiguous")])
+def test_auto_asks_every_rank_for_pages(
+    refuses: tuple[int, ...], view: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it may take the composite view: where one device refuses such memory, no rank does."""
+    monkeypatch.setattr(fake_vmm, "PAGE", 3 * 4096)
+    monkeypatch.setattr("vllm_dwdp.layers.views.COMPOSITE_WITHOUT_KERNEL", True)
+    builds = [rank_of(checkpoint(**sizes("ct-w8a8")), rank).build for rank in range(RANKS)]
+    numbers: list[Any] = []
+
+    def why_not(self: Any) -> str | None:
+        if self not in numbers:
+            numbers.append(self)
+        return "no such memory" if numbers.index(self) in refuses else None
+
+    monkeypatch.setattr(fake_vmm.FakeVmm, "why_not", why_not)
+    _, ranks = share_on_gpus(monkeypatch, "auto", builds=builds, direct_tokens=FEW if view == "composite" else 0)
+    assert [rank.sharing.view for rank in ranks] == [view] * RANKS
+    for rank in ranks:
+        rank.sharing.close()

@@ -16,7 +16,7 @@ from vllm_dwdp.layers.largest import share_largest
 from vllm_dwdp.layers.rates import copy_rate, product_rate
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.slabs import map_peers, move_to_slabs, replicate_small, tensors_of
-from vllm_dwdp.layers.transports import make_transport
+from vllm_dwdp.layers.transports import make_transport, page_of_group
 from vllm_dwdp.layers.views import BOTH_WAYS, VIEWS, choose_view, composite, contiguous, inplace
 from vllm_dwdp.layers.views.direct import DirectGate, ForwardCounts, layer_costs, measured_tokens, memory_rate
 from vllm_dwdp.prefetch.counters import CounterPage
@@ -48,7 +48,7 @@ class ExpertSharing:
         build.shared = True
         group = launch.group_of(rendezvous.rank)
         tensors = tensors_of(build)
-        self.view = choose_view(build, tensors)
+        self.view = choose_view(build, tensors, lambda: page_of_group(build, rendezvous, group))
         self.transport = make_transport(build, launch.cores, self.view)
         self.slots: list[Slot] = []
         self.trace: list[TraceEvent] = []
@@ -282,10 +282,10 @@ class ExpertSharing:
             how = "as travel_tokens asks"
         if self.direct_tokens == self._captured and told != self.direct_tokens:
             how = "as the sizes of CUDA graphs ask"
-        said = f", one of at most {self.direct_tokens} tokens ({how}) reads missing experts where they are"
-        if self.travel is not None:
-            said += f", or has their owners compute, up to {self.travel.buckets[-1]} tokens"
-        return said
+        owners = (
+            f", or has their owners compute, up to {self.travel.buckets[-1]} tokens" if self.travel is not None else ""
+        )
+        return f", one of at most {self.direct_tokens} tokens ({how}) reads missing experts where they are{owners}"
 
     def close(self) -> None:
         """Wait for copies in flight, then let go of peers and slabs; idempotent. Peers' mappings outlive ours.

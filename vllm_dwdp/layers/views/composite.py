@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_dwdp.copy_plan import LayerLayout
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.slabs import ExpertTensor, LayerSlab, LayerTensors, specs_of
 from vllm_dwdp.page_plan import SLOT, PagedLayout
@@ -83,6 +84,23 @@ def lay_out(layers: Sequence[LayerTensors], page: int) -> list[PagedLayout]:
                 f"{layers[0].build.name}, and nothing is left to fetch: {_REMEDY}, or fewer dwdp.experts_per_rank"
             )
     return layouts
+
+
+def fits(layers: Sequence[LayerTensors], page: int, num_slots: int) -> bool:
+    """Whether `layers` have a layout in pages of `page` bytes, and no rank needs more memory for it than for the contiguous
+    view."""
+    try:
+        layouts = lay_out(layers, page)
+    except DwdpError:
+        return False
+    slots = min(num_slots, len(layers))
+    whole = [LayerLayout(layer.build.placement, specs_of(layer)) for layer in layers]
+    for rank, slot in enumerate(layouts[0].slots):
+        paged = sum(sum(layout.slabs[rank].sizes) for layout in layouts) + slots * sum(slot.sizes)
+        largest = max(layout.slot(rank).nbytes for layout in whole)
+        if paged > sum(layout.slabs[rank].nbytes for layout in whole) + slots * largest:
+            return False
+    return True
 
 
 def allocate_slot(layers: Sequence[LayerSlab], rank: int, transport: VmmTransport) -> Slot:
