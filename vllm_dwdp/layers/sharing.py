@@ -282,10 +282,9 @@ class ExpertSharing:
             how = "as travel_tokens asks"
         if self.direct_tokens == self._captured and told != self.direct_tokens:
             how = "as the sizes of CUDA graphs ask"
-        owners = (
-            f", or has their owners compute, up to {self.travel.buckets[-1]} tokens" if self.travel is not None else ""
-        )
-        return f", one of at most {self.direct_tokens} tokens ({how}) reads missing experts where they are{owners}"
+        said = f", one of at most {self.direct_tokens} tokens ({how}) reads missing experts where they are"
+        last = self.travel.buckets[-1] if self.travel else 0
+        return f"{said}, or has their owners compute, up to {last} tokens" if last else said
 
     def close(self) -> None:
         """Wait for copies in flight, then let go of peers and slabs; idempotent. Peers' mappings outlive ours.
