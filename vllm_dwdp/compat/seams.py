@@ -178,7 +178,7 @@ SEAMS: Final = (
     Seam(_MOE + "oracle.int8.make_int8_moe_kernel", "function", _L + "methods.py",
          ("int8_backend", "moe_quant_config", "moe_config", "experts_cls", "routing_tables"), optional=True),
     Seam(_MOE + "oracle.mxfp4.make_mxfp4_moe_kernel", "function", _L + "methods.py",
-         ("moe_quant_config", "moe_config", "mxfp4_backend", "experts_cls", "routing_tables"), optional=True),
+         ("moe_quant_config", "moe_config", "experts_cls", "mxfp4_backend", "routing_tables"), optional=True),
     Seam(_QUANT + "auto_gptq.AutoGPTQMoEMethod._setup_kernel", "method", _L + "methods.py", ("self", "layer"),
          optional=True),
     Seam(_QUANT + "auto_awq.AutoAWQMoEMethod._setup_kernel", "method", _L + "methods.py", ("self", "layer"), optional=True),
