@@ -13,7 +13,8 @@ class Platform:
     launcher: as in plain vLLM; on CPU a copy thread would share the engine's interpreter lock.
     slice_bytes: the most of one copy, None for whole ranges. On CPU a program of few copies needs the interpreter's lock
         between them (transport/shm_copy.py), one of many does not.
-    quantisations: of checkpoints. methods: classes of vLLM whose weights may lie in slabs and slots.
+    quantisations: of checkpoints, by vLLM's names; which methods and kernels those lead to: layers/methods.py.
+    split: those of them that split-weight kernels read, from weights in the layout of vLLM's Triton kernels.
     """
 
     name: str
@@ -24,19 +25,18 @@ class Platform:
     launcher: str
     slice_bytes: int | None
     quantisations: tuple[str, ...]
-    methods: tuple[str, ...]
+    split: tuple[str, ...] = ()
 
 
 # fmt: off
 CPU: Final = Platform(
     "CPU", True, ("vllm.v1.worker.cpu_worker.CPUWorker", "vllm_dwdp.engine.cpu_worker.DwdpCPUWorker"),
     transports=("shm",), views=("inplace", "contiguous"), launcher="mp", slice_bytes=1 << 20,
-    quantisations=(), methods=("UnquantizedFusedMoEMethod",))
-# FP8 with scales per block or tensor; with which kernels is checked when the layers exist.
+    quantisations=())
 CUDA: Final = Platform(
     "GPUs", False, ("vllm.v1.worker.gpu_worker.Worker", "vllm_dwdp.engine.gpu_worker.DwdpGPUWorker"),
     transports=("cupy_ipc", "vmm", "cuda_pinned"), views=("split", "composite", "contiguous"), launcher="uni",
-    slice_bytes=None, quantisations=("fp8",), methods=("UnquantizedFusedMoEMethod", "Fp8MoEMethod"))
+    slice_bytes=None, quantisations=("fp8", "compressed-tensors", "auto_gptq", "auto_awq", "gpt_oss_mxfp4"), split=("fp8",))
 # fmt: on
 
 

@@ -100,3 +100,46 @@ CASES = {
     "big-deepseek-fp8-serve-4": Case(DEEPSEEK_BIG, 4, {}, FULL, serve=True),
     "qwen3-pinned-split": Case(QWEN, 2, {**SPLIT, "transport": "cuda_pinned"}, EAGER),
 }
+
+_VIEWS = {"composite": (COMPOSITE, FULL), "contiguous": (CONTIGUOUS, EAGER), "split": (SPLIT, FULL)}
+_BOTH = ("composite", "contiguous")
+#: (form of the experts, see examples/checkpoints/quantised.py; --moe-backend; views), in order of value.
+_QUANTISED = (
+    ("fp8-block", "triton", (*_BOTH, "split")),
+    ("gptq-int4", "marlin", _BOTH),
+    ("ct-fp8-channel", "cutlass", _BOTH),
+    ("mxfp4", "marlin", _BOTH),
+    ("fp8-tensor-static", "triton", _BOTH),
+    ("awq-int4", "marlin", _BOTH),
+    ("ct-int4", "marlin", _BOTH),
+    ("fp8-block", "marlin", _BOTH),
+    ("fp8-tensor", "triton", (*_BOTH, "split")),
+    ("ct-w8a8", "triton", _BOTH),
+    ("gptq-int8", "marlin", _BOTH),
+    ("ct-int4-zeros", "marlin", _BOTH),
+    ("ct-int4", "triton", _BOTH),
+    ("ct-fp8-tensor-static", "cutlass", _BOTH),
+    ("ct-fp8-block", "triton", _BOTH),
+    ("ct-fp8-channel", "triton", _BOTH),
+    ("ct-int8", "marlin", _BOTH),
+    ("fp8-tensor", "marlin", ("composite",)),
+    ("fp8-tensor-static", "marlin", ("composite",)),
+    ("ct-fp8-channel", "marlin", ("composite",)),
+    ("ct-fp8-block", "marlin", ("composite",)),
+    ("ct-fp8-tensor-static", "triton", ("composite",)),
+    ("ct-fp8-tensor-static", "marlin", ("composite",)),
+    ("ct-int4-zeros", "triton", ("composite",)),
+    ("ct-int8", "triton", ("composite",)),
+)
+
+#: `--quantised`: FORM-KERNELS-VIEW.
+QUANTISED = {
+    f"{form}-{kernels}-{view}": Case(
+        {**(GPT_OSS if form == "mxfp4" else QWEN), **PAGES, "intermediate": 768, "experts": form},
+        2,
+        _VIEWS[view][0],
+        {**_VIEWS[view][1], "moe_backend": kernels},
+    )
+    for form, kernels, views in _QUANTISED
+    for view in views
+}

@@ -1,4 +1,4 @@
-"""Real engines on a GPU: DWDP against plain vLLM. `python -m ci.checks.gpu_e2e [--json FILE] [--only NAME]`.
+"""Real engines on a GPU: DWDP against plain vLLM. `python -m ci.checks.gpu_e2e [--quantised] [--json FILE] [--only NAME]`.
 
 One GPU is enough: several ranks share it (`ranks_per_device`); more are used as far as there are ranks. Every case of
 ci/checks/gpu_cases.py writes a small random checkpoint, runs plain vLLM and DWDP, and compares: bytes of every expert as the
@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ci.checks.gpu_cases import CASES, Case
+from ci.checks.gpu_cases import CASES, QUANTISED, Case
 from ci.checks.visible import visible_gpus, wanted
 from examples.checkpoints import CheckpointSpec, write_checkpoint
 from tests.e2e.engines import REPO, run_job
@@ -211,7 +211,7 @@ def attempt(name: str, folder: Path, plain: Plain, args: argparse.Namespace) -> 
     """The row of a case, also where it fails."""
     place = folder / name
     place.mkdir(parents=True, exist_ok=True)
-    case = CASES[name]
+    case = (QUANTISED if args.quantised else CASES)[name]
     try:
         row = (check_serve if case.serve else check)(case, place, plain, args)
     except Exception as error:
@@ -223,9 +223,9 @@ def attempt(name: str, folder: Path, plain: Plain, args: argparse.Namespace) -> 
 
 def table(rows: list[dict[str, Any]]) -> None:
     heads = f"{'view':11} {'held':>5} {'slabs MB':>9} {'slots MB':>9} {'tokens':9} {'logprob':>8} {'s':>5}"
-    print(f"\n{'case':26} {'result':10} {heads}")
+    print(f"\n{'case':32} {'result':10} {heads}")
     for row in rows:
-        line = f"{row['case']:26} {'WRONG' if row['wrong'] else 'ok':10} "
+        line = f"{row['case']:32} {'WRONG' if row['wrong'] else 'ok':10} "
         tokens = "equal" if row.get("same_tokens") else "differ"
         if "view" in row:
             line += f"{row['view']:11} {row['experts_held']:5} {row['slab_bytes'] / 1e6:9.2f} "
@@ -239,6 +239,9 @@ def main() -> int:
     """Run the cases and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--quantised", action="store_true", help="the cases of quantised experts, instead of the others"
+    )
     parser.add_argument("--only", default="", help="cases of these names, or whose names contain this, by comma")
     parser.add_argument("--skip", default="", help="cases of these names, by comma, are left out")
     parser.add_argument("--logs", type=Path, help="folder in which the engines' logs are kept")
@@ -248,9 +251,10 @@ def main() -> int:
     parser.add_argument("--limit-s", type=float, default=450, help="begin no case after this many seconds")
     args = parser.parse_args()
     args.gpus = 0 if args.cpu else visible_gpus()
-    names = wanted(CASES, args.only, args.skip)
+    cases = QUANTISED if args.quantised else CASES
+    names = wanted(cases, args.only, args.skip)
     for name in names:
-        checkpoint(CASES[name])
+        checkpoint(cases[name])
     rows: dict[str, dict[str, Any]] = {}
     plain, begun, writing = Plain(), time.monotonic(), threading.Lock()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vllm_dwdp.errors import DwdpError
 
+from .quantised import FORMS
 from .spec import FAMILIES, ITEM_SIZES, CheckpointSpec
 from .write import write_checkpoint
 
@@ -36,6 +37,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(ITEM_SIZES), default=default.dtype)
     parser.add_argument("--fused", action="store_true", help="all experts of a layer in one tensor")
     parser.add_argument("--fp8", action="store_true", help="weights in FP8 with scales per block")
+    parser.add_argument(
+        "--quantised", dest="experts", choices=list(FORMS), default="", help="form of the experts alone"
+    )
     parser.add_argument("--shard-mib", type=float, help="split the weights into files of this size")
     parser.add_argument(
         "--router-skew", type=float, default=default.router_skew, help="hit a quarter of the experts most (%(default)s)"

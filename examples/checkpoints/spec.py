@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from vllm_dwdp.errors import DwdpError
 
+from .quantised import FORMS
+
 # Goes up when the same spec gives other bytes than before, so that kept checkpoints are written anew.
 FORMAT = 2
 VOCAB_SIZE = 512
@@ -68,6 +70,8 @@ class CheckpointSpec:
     fused: bool = False
     # Linear layers and experts in FP8 (e4m3) with a scale per block of 128 x 128, as DeepSeek-V3 is published.
     fp8: bool = False
+    # Experts, and nothing else, in one of quantised.FORMS; empty for the model's type.
+    experts: str = ""
     # Split the file when it exceeds this; None keeps vLLM's usual one file per few GB.
     shard_mib: float | None = None
     # Rows of each router's `weights.hot_experts` are 1 + this times as large, so that these experts are hit most.
@@ -85,6 +89,8 @@ class CheckpointSpec:
                 f"fp8 with hidden {self.hidden}, intermediate {self.intermediate}, fused {self.is_fused}: needs experts "
                 f"one by one, in sizes that are multiples of {FP8_BLOCK}"
             )
+        if self.experts:
+            self._check_form()
         for name in ("hidden", "intermediate"):
             size = getattr(self, name)
             if size <= 0 or size % SIZE_STEP:
@@ -100,6 +106,19 @@ class CheckpointSpec:
         if self.family == "deepseek_v3" and not 1 <= self.dense_layers < self.num_layers:
             raise DwdpError(
                 f"dense_layers is {self.dense_layers}: leave 1 to {self.num_layers - 1} of the layers dense"
+            )
+
+    def _check_form(self) -> None:
+        form = FORMS.get(self.experts)
+        if form is None:
+            raise DwdpError(f"unknown form of experts {self.experts!r}: choose one of {', '.join(FORMS)}")
+        stored = self.family == "gpt_oss" if form.fused else not self.is_fused
+        if self.fp8 or not stored or self.hidden % form.step or self.intermediate % form.step:
+            needs = "family gpt_oss" if form.fused else "experts one by one"
+            raise DwdpError(
+                f"experts as {self.experts} in family {self.family} with hidden {self.hidden}, intermediate "
+                f"{self.intermediate}, fused {self.is_fused}, fp8 {self.fp8}: needs {needs}, in sizes that are multiples of "
+                f"{form.step}"
             )
 
     @property
@@ -121,8 +140,9 @@ class CheckpointSpec:
 
     @property
     def expert_bytes(self) -> tuple[int, int]:
-        """Bytes of one expert's gate+up and down projections."""
-        down = self.intermediate * self.hidden * (1 if self.fp8 else ITEM_SIZES[self.dtype])
+        """Bytes of one expert's gate+up and down projections, without scales."""
+        bits = FORMS[self.experts].bits if self.experts else 8 if self.fp8 else 8 * ITEM_SIZES[self.dtype]
+        down = self.intermediate * self.hidden * bits // 8
         return 2 * down, down
 
     def as_json(self) -> dict[str, object]:

@@ -13,6 +13,7 @@ from vllm_dwdp.errors import DwdpError
 
 from .families import make_config
 from .fp8 import FP8_CONFIG, as_fp8
+from .quantised import quantise_experts
 from .spec import CheckpointSpec
 from .tokenizer import make_tokenizer, special_ids, unreadable_ids
 from .weights import as_on_disk, mute, random_weights
@@ -76,6 +77,9 @@ def _fill(spec: CheckpointSpec, folder: Path) -> None:
     if spec.fp8:
         on_disk = as_fp8(on_disk)
         _edit_config(folder / "config.json", quantization_config=FP8_CONFIG)
+    if spec.experts:
+        on_disk, quantisation = quantise_experts(on_disk, spec.experts)
+        _edit_config(folder / "config.json", quantization_config=quantisation)
     _save_weights(on_disk, folder, spec.shard_mib)
     # Last: a folder with this file is complete.
     (folder / SPEC_FILE).write_text(json.dumps(spec.as_json(), indent=2) + "\n")

@@ -27,12 +27,13 @@ class Digests:
             if gate is not None:
                 gate.acquire(layer.dwdp_layer, tokens)
             for tensor, parameter in layer.named_parameters():
-                if parameter.ndim > 1:
-                    rows = self._rows_by_address(layer, tensor)
-                    self._check_direct_range(layer, parameter)
-                    if rows is None:
-                        rows = parameter.data.contiguous().view(torch.uint8).flatten(1).cpu()
-                    digests[f"{name}.{tensor}"] = [hashlib.sha1(row.numpy().tobytes()).hexdigest() for row in rows]
+                rows = self._rows_by_address(layer, tensor)
+                self._check_direct_range(layer, parameter)
+                if rows is None:
+                    # A single value for all experts is a row.
+                    count = len(parameter) if parameter.ndim else 1
+                    rows = parameter.data.contiguous().view(count, -1).view(torch.uint8).cpu()
+                digests[f"{name}.{tensor}"] = [hashlib.sha1(row.numpy().tobytes()).hexdigest() for row in rows]
             if gate is not None:
                 gate.release(layer.dwdp_layer, tokens)
         return digests

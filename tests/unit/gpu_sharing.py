@@ -253,11 +253,12 @@ def share_on_gpus(
     captured_tokens: int = 0,
     apart: Callable[[int], BuildApart | None] = lambda rank: None,
     group: Group | None = None,
+    builds: Sequence[ModelBuild] = (),
     **settings: Any,
 ) -> tuple[Machine, list[GpuRank]]:
     """`ExpertSharing` of every rank, not started; raises what one of them raised.
 
-    group: of an earlier call, for the ranks that are no longer in there.
+    group: of an earlier call, for the ranks that are no longer in there. builds: loaded layers, instead of small ones.
     """
     group, here = group or Group(Machine(seed), Meeting(num_ranks), []), threading.local()
     machine, meeting, ranks = group
@@ -277,7 +278,10 @@ def share_on_gpus(
     launch = DwdpLaunch(config, num_ranks, "/made/up", (), captured_tokens=captured_tokens)
     placement, failed = place(EXPERTS, num_ranks, config.experts_per_rank), []
     starting = range(len(ranks), num_ranks)
-    for rank in starting:
+    for build in builds:
+        build.config = config
+        ranks.append(GpuRank(machine.process(), [layer.module for layer in build.layers], build.open()))
+    for rank in () if builds else starting:
         build = ModelBuild(config, rank, num_ranks, platform=CUDA, apart=apart(rank))
         modules = [Experts(layer, placement.shares[rank]) for layer in range(LAYERS)]
         build.layers = [LayerBuild(module, f"layer{i}", placement, False) for i, module in enumerate(modules)]

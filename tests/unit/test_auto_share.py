@@ -97,7 +97,7 @@ def test_the_peak_is_one_of_the_largest_step_and_on_gpus_the_runtime_too(tiny_mo
     assert gpu.peak == cpu.peak + RUNTIME and gpu.ranks == 2
 
 
-def test_the_view_decides_what_slots_hold(checkpoint: Callable[..., Path]) -> None:
+def test_the_view_decides_what_slots_hold(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     on_pages = vllm_config(checkpoint(family="qwen3_moe", num_layers=1, num_experts=16))
     # Two experts to a page: two blocks for three ranks.
     off_pages = vllm_config(checkpoint(family="qwen3_moe", num_layers=1, num_experts=4, hidden=32, intermediate=32))
@@ -109,6 +109,9 @@ def test_the_view_decides_what_slots_hold(checkpoint: Callable[..., Path]) -> No
     assert [hold(off_pages, True, view) for view in ("auto", "inplace", "contiguous")] == ["all", "nothing", "all"]
     views = ("auto", "split", "composite", "contiguous")
     assert [hold(on_pages, False, view) for view in views] == ["missing", "missing", "missing", "all"]
+    # No kernel of ours finds experts in another layout by their addresses.
+    monkeypatch.setattr(on_pages.kernel_config, "moe_backend", "marlin")
+    assert [hold(on_pages, False, view) for view in views[::2]] == ["all", "missing"]
 
 
 def test_a_model_that_cannot_be_read_is_one_line(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,19 +101,3 @@ def test_a_transport_that_is_not_there() -> None:
     check_message(refusal(lambda: make_transport(gpu, (), "split")), ["'shm'", "GPUs", "cupy_ipc"])
     cpu = ModelBuild(DwdpConfig(transport="cupy_ipc"), 0, 2, platform=CPU)
     check_message(refusal(lambda: make_transport(cpu, (), "inplace")), ["'cupy_ipc'", "CPU", "shm"])
-
-
-def test_fp8_with_static_activation_scales() -> None:
-    """Each rank would take the largest scale of its share."""
-    from types import SimpleNamespace
-
-    from vllm_dwdp.layers.coverage import _refused_method
-
-    def method(scheme: str) -> object:
-        made = type("Fp8MoEMethod", (), {})()
-        made.quant_config = SimpleNamespace(activation_scheme=scheme)  # type: ignore[attr-defined]
-        made.fp8_backend = SimpleNamespace(name="TRITON")  # type: ignore[attr-defined]
-        return made
-
-    assert _refused_method(method("dynamic"), CUDA) is None
-    assert "static activation scales" in str(_refused_method(method("static"), CUDA))

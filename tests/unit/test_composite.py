@@ -97,8 +97,8 @@ def test_pages_of_shares_are_whole_before_anybody_may_read_them(monkeypatch: pyt
     original: Any = composite.fill
     checked = []
 
-    def fill(layers: Any, rank: int) -> None:
-        original(layers, rank)
+    def fill(layers: Any, rank: int) -> int:
+        nbytes: int = original(layers, rank)
         device: Any = layers[0].slab._mapped()._device
         assert not device.streams[0].work, "copies were under way"
         for number, layer in enumerate(layers):
@@ -110,11 +110,19 @@ def test_pages_of_shares_are_whole_before_anybody_may_read_them(monkeypatch: pyt
                     expected = whole[page * pages.page :][: pages.page]
                     assert own[at : at + len(expected)].numpy().tobytes() == expected
                     checked.append(page)
+        return nbytes
 
     monkeypatch.setattr(composite, "fill", fill)
     _, ranks = share_on_gpus(monkeypatch, "composite", 3)
     pages = ranks[0].sharing.layers[0].paged
     assert pages is not None and sum(len(list(pages.foreign(rank))) for rank in range(3)) == 4
+    for number, rank in enumerate(ranks):
+        small = LAYERS * EXPERTS * 2 * SHAPES["w13_bias"][0]
+        shared = LAYERS * sum(item.nbytes for item in pages.foreign(number))
+        assert rank.sharing.replicated_bytes == rank.sharing.snapshot()["replicated_bytes"] == small + shared
+        assert f" MB, and {(small + shared) / 1e6:.1f} MB replicated), worker in a test" in rank.sharing.describe(
+            "a test"
+        )
     assert len(checked) == LAYERS * sum(len(held) for tensor in pages.pages.values() for held in tensor.held)
     for rank in ranks:
         rank.sharing.close()
@@ -194,9 +202,24 @@ def test_auto_takes_it_once_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert choose_view(build(), [odd]) == "contiguous"
     monkeypatch.setattr("vllm_dwdp.layers.views.COMPOSITE_WITHOUT_KERNEL", True)
-    assert choose_view(build(), [odd]) == choose_view(build(direct_tokens=8), [odd]) == "composite"
-    assert choose_view(build(), [odd, scattered]) == "contiguous"
-    assert choose_view(build(), [layer(0, place(8, 2))]) == "split"
+    page = lambda: 1024  # noqa: E731
+    assert choose_view(build(), [odd], page) == choose_view(build(direct_tokens=8), [odd], page) == "composite"
+    assert choose_view(build(), [odd]) == choose_view(build(), [odd, scattered], page) == "contiguous"
+    # Rows of 1024 bytes, all on one page.
+    assert choose_view(build(), [odd], lambda: 1 << 14) == "contiguous"
+    assert choose_view(build(), [layer(0, place(8, 2))], lambda: pytest.fail("asked for nothing")) == "split"
+
+
+def test_auto_leaves_it_where_its_pages_take_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small tensor has a page of its own in every layer, while slots of all experts are two."""
+    monkeypatch.setattr("vllm_dwdp.layers.views.COMPOSITE_WITHOUT_KERNEL", True)
+    layers = []
+    for number in range(5):
+        made = layer(number, place(8, 2), dtype=torch.int8).build
+        made.module.register_parameter("bias", torch.nn.Parameter(torch.zeros(4), requires_grad=False))
+        layers.append(LayerTensors(made, *expert_tensors(made.module, 4, made.name)))
+    for count, view in ((4, "composite"), (5, "contiguous")):
+        assert choose_view(build(), layers[:count], lambda: 4096) == view
 
 
 @pytest.mark.parametrize("transport", ["cupy_ipc", "cuda_pinned"])
@@ -234,7 +257,8 @@ def test_a_kernel_that_would_not_follow_is_refused(kept: str, monkeypatch: pytes
 
     monkeypatch.setattr("tests.unit.gpu_sharing.Kernel", Keeping)
     with pytest.raises(
-        DwdpError, match=r"Method keeps layer0.w2_weight in a tensor of its own, .*: use weight_view split"
+        DwdpError,
+        match=r"Method keeps layer0.w2_weight in a tensor of its own, .*: choose another --moe-backend, or use",
     ):
         share_on_gpus(monkeypatch, "composite")
 

@@ -54,6 +54,45 @@ def test_expert_kernels_are_those_that_slots_were_tried_with(
     assert (found, args.moe_backend) == ([built], given)
 
 
+@pytest.mark.parametrize(
+    ("quantisation", "given", "built"),
+    [
+        (None, "auto", "triton"),
+        ("fp8", "auto", "triton"),
+        ("fp8", "marlin", "marlin"),
+        ("compressed-tensors", "auto", "auto"),
+        ("auto_gptq", "auto", "auto"),
+        ("auto_gptq", "marlin", "marlin"),
+    ],
+)
+def test_vllm_chooses_kernels_where_there_are_none_of_ours(
+    quantisation: str | None, given: Any, built: str, on_gpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = SimpleNamespace(model="m", quantization=quantisation, get_num_experts=lambda: 8)
+    monkeypatch.setattr(EngineArgs, "create_model_config", lambda self: model)
+    monkeypatch.setattr(configure, "hide_moe", lambda config: None)
+    args = EngineArgs(model=str(tmp_path), distributed_executor_backend="dwdp", data_parallel_size=2, moe_backend=given)
+    found: list[str] = []
+
+    def original(args: EngineArgs) -> Any:
+        assert args.create_model_config() is model  # type: ignore[comparison-overlap]
+        found.append(args.moe_backend)
+        raise Stop
+
+    with pytest.raises(Stop):
+        configure.create_engine_config(original, args)
+    assert (found, args.moe_backend) == ([built], given)
+
+
+@pytest.mark.parametrize("quantisation", ["mxfp4", "modelopt_fp4", "moe_wna16", "awq", "bitsandbytes"])
+def test_quantisations_that_nobody_has_looked_at(quantisation: str) -> None:
+    model: Any = SimpleNamespace(model="m", quantization=quantisation, get_num_experts=lambda: 8)
+    with pytest.raises(
+        DwdpError, match=f"^m: quantisation '{quantisation}' is not supported .*: use a BF16, .* of GPTQ"
+    ):
+        options.check_model(model, CUDA)
+
+
 def compilation(mode: CUDAGraphMode) -> CompilationConfig:
     made = CompilationConfig(cudagraph_mode=mode, cudagraph_capture_sizes=[1, 2, 4, 8])
     made.max_cudagraph_capture_size = 8

@@ -282,7 +282,7 @@ def test_memory_is_asked_again_where_weights_are_off_the_pages_after_all(
         loaded.build.meet = met.append
         module: Any = loaded.build.layers[1].module
         more = torch.zeros(len(module.dwdp_share), 3, 100)
-        module.register_parameter("w2_more", torch.nn.Parameter(more, requires_grad=False))
+        module.w2_bias = torch.nn.Parameter(more, requires_grad=False)
     with ThreadPoolExecutor(RANKS) as pool:
         found = list(pool.map(lambda r: ExpertSharing(ranks[r].build, meeting.of(r), LAUNCH), range(RANKS)))
     for sharing in found:

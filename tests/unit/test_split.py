@@ -96,7 +96,7 @@ def test_every_expert_is_where_the_table_says(ranks: int, more: int, held: int |
 
 def test_what_has_no_kernel() -> None:
     tensors = (expert_tensor("w13_weight", 4, 8), expert_tensor("w2_weight", 4, 8))
-    layer: Any = SimpleNamespace(fetched=tensors)
+    layer: Any = SimpleNamespace(fetched=tensors, build=SimpleNamespace(module=None))
     assert why_not(layer) is None
     layer.fetched = (*tensors, expert_tensor("w13_bias", 4, 8))
     assert "w13_bias" in str(why_not(layer))

@@ -19,7 +19,7 @@ from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine.loader import switch_loader
 from vllm_dwdp.hits_file import Hits
 from vllm_dwdp.layers.build import BuildApart, ModelBuild
-from vllm_dwdp.platform import CPU
+from vllm_dwdp.platform import CPU, Platform
 
 
 class Loaded(NamedTuple):
@@ -80,6 +80,7 @@ def load(
     settings: dict[str, Any] | None = None,
     popularity: Hits | None = None,
     apart: BuildApart | None = None,
+    platform: Platform = CPU,
     **arguments: Any,
 ) -> Loaded:
     """The model of `folder` with the share of `rank`; with `ranks` 1 all of it, from plain vLLM."""
@@ -88,7 +89,7 @@ def load(
 
     config = vllm_config(folder, **arguments)
     made = DwdpConfig.parse({"timeout_s": LIMIT_S, **(settings or {})})
-    build = ModelBuild(made, rank, ranks, platform=CPU, popularity=popularity, apart=apart)
+    build = ModelBuild(made, rank, ranks, platform=platform, popularity=popularity, apart=apart)
     with _registries_kept(), set_current_vllm_config(config):
         if ranks > 1:
             build.open()

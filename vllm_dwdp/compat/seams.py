@@ -43,6 +43,7 @@ _E = "vllm_dwdp/engine/"
 _L = "vllm_dwdp/layers/"
 _MOE = "vllm.model_executor.layers.fused_moe."
 _QUANT = "vllm.model_executor.layers.quantization."
+_CT = _QUANT + "compressed_tensors.compressed_tensors_moe."
 _LOADER = "vllm.model_executor.model_loader."
 _RAY = "vllm.v1.executor.ray_executor_v2."
 
@@ -167,11 +168,24 @@ SEAMS: Final = (
     Seam(_MOE + "expert_map_manager.ExpertMapManager", "class", _L + "routed_experts.py",
          attributes=("_local_num_experts", "_expert_map", "_expert_mask", "_routing_tables", "global_num_experts",
                      "num_fused_shared_experts")),
+    Seam(_MOE + "routed_experts.RoutedExperts._expert_routing_tables", "method", _L + "methods.py", ("self",)),
     Seam(_MOE + "unquantized_fused_moe_method.UnquantizedFusedMoEMethod._init_moe_kernel", "method",
-         _L + "routed_experts.py", ("self", "layer")),
+         _L + "methods.py", ("self", "layer")),
     Seam(_MOE + "unquantized_fused_moe_method.UnquantizedFusedMoEMethod", "class", _L + "views/split.py",
          attributes=("experts_cls", "moe_kernel", "unquantized_backend", "process_weights_after_loading")),
-    Seam(_QUANT + "fp8.Fp8MoEMethod._init_moe_kernel", "method", _L + "routed_experts.py", ("self", "layer")),
+    Seam(_QUANT + "fp8.Fp8MoEMethod._init_moe_kernel", "method", _L + "methods.py", ("self", "layer")),
+    # On GPUs only, where vLLM is the version that they are read in.
+    Seam(_MOE + "oracle.fp8.make_fp8_moe_kernel", "function", _L + "methods.py",
+         ("moe_quant_config", "moe_config", "experts_cls", "fp8_backend", "routing_tables"), optional=True),
+    Seam(_MOE + "oracle.int8.make_int8_moe_kernel", "function", _L + "methods.py",
+         ("int8_backend", "moe_quant_config", "moe_config", "experts_cls", "routing_tables"), optional=True),
+    Seam(_MOE + "oracle.mxfp4.make_mxfp4_moe_kernel", "function", _L + "methods.py",
+         ("moe_quant_config", "moe_config", "experts_cls", "mxfp4_backend", "routing_tables"), optional=True),
+    Seam(_QUANT + "auto_gptq.AutoGPTQMoEMethod._setup_kernel", "method", _L + "methods.py", ("self", "layer"),
+         optional=True),
+    Seam(_QUANT + "auto_awq.AutoAWQMoEMethod._setup_kernel", "method", _L + "methods.py", ("self", "layer"), optional=True),
+    Seam(_CT + "compressed_tensors_moe_wna16.CompressedTensorsWNA16MoEMethod._setup_kernel", "method", _L + "methods.py",
+         ("self", "layer"), optional=True),
     Seam(_QUANT + "fp8.Fp8MoEMethod", "class", _L + "views/split.py",
          attributes=("experts_cls", "moe_kernel", "fp8_backend", "process_weights_after_loading")),
     # Kernels.

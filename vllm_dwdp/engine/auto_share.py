@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-import torch
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
 from vllm_dwdp.config import PARTITION
@@ -74,7 +73,7 @@ def memory_of(vllm_config: VllmConfig, launch: DwdpLaunch, platform: Platform, l
         limit=limit,
         dense=model.replicated_bytes if quantised else replicated,
         peak=peak,
-        view=_view(model, launch, platform, model_config.dtype),
+        view=_view(model, launch, platform, vllm_config),
         num_slots=config.num_slots,
         tokens=tokens,
         context=model_config.max_model_len,
@@ -90,7 +89,7 @@ def _kv_asked(vllm_config: VllmConfig, facts: MemoryFacts) -> float | None:
     return cache.kv_cache_memory_bytes or None
 
 
-def _view(model: MoeModel, launch: DwdpLaunch, platform: Platform, dtype: torch.dtype) -> str:
+def _view(model: MoeModel, launch: DwdpLaunch, platform: Platform, vllm_config: VllmConfig) -> str:
     """The view that the layers will have, as far as sizes tell; once they exist, `choose_view` decides."""
     view = launch.config.weight_view
     if view == "composite":
@@ -99,8 +98,10 @@ def _view(model: MoeModel, launch: DwdpLaunch, platform: Platform, dtype: torch.
     if view != "auto":
         return view
     if "inplace" not in platform.views:
-        return platform.views[0]
-    rows = cpu_rows(model.expert_width, model.hidden, dtype.itemsize)
+        quantisation, kernels = vllm_config.model_config.quantization, vllm_config.kernel_config.moe_backend
+        splits = quantisation in (None, *platform.split) and kernels in ("auto", "triton")
+        return "split" if splits else "contiguous"
+    rows = cpu_rows(model.expert_width, model.hidden, vllm_config.model_config.dtype.itemsize)
     try:
         place_on_pages(model.experts, launch.group_size, None, rows)
     except DwdpError:

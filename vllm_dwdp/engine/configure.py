@@ -139,6 +139,9 @@ def create_engine_config(
     def create_model_config() -> ModelConfig:
         model_config = type(args).create_model_config(args)
         experts = options.check_model(model_config, platform)
+        if model_config.quantization not in (None, *platform.split):
+            # There is nothing of ours to prefer: vLLM's own choice.
+            args.moe_backend = moe_backend
         config.check(num_ranks, experts)
         if popularity is not None:
             check_popularity(popularity, config, num_ranks, experts, model_config)
@@ -152,7 +155,7 @@ def create_engine_config(
     # Always present, so that compile caches never mix with those of plain vLLM.
     additional_config, moe_backend = args.additional_config, args.moe_backend
     if not platform.on_cpu and moe_backend == "auto":
-        # The kernels that slots and slabs were tried with; other choices are refused once the layers exist.
+        # The kernels whose layout of weights is that of the split view.
         args.moe_backend = "triton"
     args.additional_config = {**(additional_config or {}), BACKEND: config.to_dict()}
     try:

@@ -150,7 +150,7 @@ def _loading(args: EngineArgs) -> Iterator[str]:
 def _quantisation(name: str) -> str:
     return (
         f"quantisation {name!r} is not supported by this release of dwdp: use a BF16, FP16 or FP32 checkpoint, or on GPUs "
-        "one in FP8, without --quantization"
+        "one in FP8, of GPTQ, AWQ or compressed-tensors, or of gpt-oss in MXFP4, without --quantization"
     )
 
 

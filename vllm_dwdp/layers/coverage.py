@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from torch import nn
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.layers import methods
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
+from vllm_dwdp.layers.slabs import has_rows
 from vllm_dwdp.layers.tied import refuse_tied
-from vllm_dwdp.platform import Platform
 from vllm_dwdp.transport.limits import require_descriptors, require_memory
 
 #: Left for what vLLM opens between loading and the first request.
@@ -28,8 +29,8 @@ def check_coverage(model: nn.Module, build: ModelBuild) -> None:
 
     Raises:
         DwdpError: no MoE layer is ours, a `RoutedExperts` layer is not, some module holds a tensor of all experts
-            outside of one, experts are not computed by vLLM's unquantised method, or a class of experts brings a loader
-            that nobody has looked at.
+            outside of one, experts are computed by a method or kernels that break the rule (methods.py), or a class of
+            experts brings a loader that nobody has looked at.
     """
     name = type(model).__name__
     if not build.layers:
@@ -41,8 +42,10 @@ def check_coverage(model: nn.Module, build: ModelBuild) -> None:
             continue
         if not isinstance(module, DwdpExpertsMixin):
             raise DwdpError(f"{name}: MoE layer {path} ({type(module).__name__}) is not covered by dwdp")
-        if why := _refused_method(module.quant_method, build.platform):
+        if why := methods.why_not(module.quant_method, build.platform.on_cpu):
             raise DwdpError(f"{name}: experts of {path} {why}")
+        if build.config.weight_view == "split" and (why := methods.why_not_split(module.quant_method)):
+            raise DwdpError(f'{name}: weight_view "split": experts of {path} {why}: use weight_view auto or contiguous')
         if why := _refused_loader(type(module)):
             raise DwdpError(f"{name}: experts of {path} {why}")
         inside.update(map(id, module.parameters()))  # type: ignore[attr-defined]
@@ -51,6 +54,9 @@ def check_coverage(model: nn.Module, build: ModelBuild) -> None:
             raise DwdpError(
                 f"{name}: {path} holds {parameter.shape[0]} experts outside of RoutedExperts: not supported"
             )
+    for layer in build.layers:
+        for name, parameter in layer.module.named_parameters():
+            has_rows(layer.module, name, parameter, len(layer.placement.shares[build.rank]), layer.name)
     refuse_tied(build)
 
 
@@ -66,27 +72,6 @@ def _refused_loader(experts: type) -> str | None:
                 f"are loaded by {owner.__name__}.{method}, which this release of dwdp does not know and which may need all "
                 "experts at once: use another model"
             )
-    return None
-
-
-def _refused_method(method: Any, platform: Platform) -> str | None:
-    """Why experts computed by this method of vLLM cannot be shared; None where they can.
-
-    Refused are methods that nobody has looked at: they may keep copies of weights, or counts of a share.
-    """
-    name = type(method).__name__
-    if name not in platform.methods:
-        return f"use {name}, which this release of dwdp does not support"
-    if platform.on_cpu:
-        return None
-    if getattr(getattr(method, "quant_config", None), "activation_scheme", "dynamic") != "dynamic":
-        # vLLM takes the largest input scale of the experts that it has loaded, here a share: silently wrong.
-        return (
-            f"use {name} with static activation scales, which a share cannot tell: use a checkpoint with dynamic ones"
-        )
-    backend = getattr(method, "unquantized_backend", None) or getattr(method, "fp8_backend", None)
-    if backend is None or backend.name != "TRITON":
-        return f"use {name} with the kernels {getattr(backend, 'name', None)}: dwdp needs --moe-backend triton"
     return None
 
 

@@ -2,8 +2,8 @@
 
 In all views but in place a slot holds one layer after the other, so that a layer which vLLM computed past
 acquire would give wrong tokens, silently. So a layer's gate is a `FirstUse` until its first acquire. Layers that vLLM's
-warm-up left out are sealed: until that acquire their weights are NaN, or their kernel has none and raises. In place the
-pages of a layer are always its own, and there is nothing to seal.
+warm-up left out are sealed: until that acquire their weights are NaN, or there are none and their kernel raises. In place
+the pages of a layer are always its own, and there is nothing to seal.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_dwdp.layers.methods import kernels_of
 from vllm_dwdp.transport.inplace import PageRun, map_runs
 from vllm_dwdp.transport.memfd import create_file
 
@@ -74,12 +75,18 @@ def seal(layers: Sequence[LayerSlab], on_cpu: bool) -> None:
     for layer in layers:
         first = layer.build.module.dwdp_gate
         assert isinstance(first, FirstUse)
-        first.seal([(tensor, _stand_in(tensor, nan, on_cpu)) for tensor in layer.fetched])
+        by_strides = kernels_of(getattr(layer.build.module, "quant_method", None)) in (None, "TRITON")
+        first.seal([(tensor, _stand_in(tensor, nan, on_cpu, by_strides)) for tensor in layer.fetched])
 
 
-def _stand_in(tensor: ExpertTensor, nan: torch.Tensor, dense: bool) -> torch.Tensor:
-    """NaN of the shape and dtype of `tensor`'s view: dense, or one line that repeats (Triton kernels go by strides)."""
+def _stand_in(tensor: ExpertTensor, nan: torch.Tensor, dense: bool, by_strides: bool = True) -> torch.Tensor:
+    """NaN of the shape and dtype of `tensor`'s view: dense, or one line that repeats (Triton kernels go by strides).
+
+    Other kernels would read past that line, and integers have no NaN: nothing, of which every kernel raises.
+    """
     shape = tensor.parameter.data.shape
+    if not dense and not (by_strides and tensor.dtype.is_floating_point):
+        return nan[:0].view(tensor.dtype)
     if dense:
         return nan[: tensor.parameter.nbytes].view(tensor.dtype).view(shape)
     return nan[: shape[-1] * tensor.dtype.itemsize].view(tensor.dtype).expand(shape)

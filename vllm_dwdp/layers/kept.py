@@ -8,23 +8,47 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_dwdp.errors import DwdpError
 
-def kept_apart(method: Any, parameters: Sequence[torch.nn.Parameter]) -> int | None:
+if TYPE_CHECKING:
+    from vllm_dwdp.layers.slabs import LayerSlab
+
+
+def kept_apart(method: Any, parameters: Sequence[torch.nn.Parameter], aliases: bool = True) -> int | None:
     """The number of the first of `parameters` of whose data vLLM's `method` keeps an alias, or something as large.
 
-    None where it keeps nothing of them, or the parameters.
+    None where it keeps nothing of them, or the parameters. aliases: False where data that it keeps stays where it is.
     """
     known = {id(parameter) for parameter in parameters}
     for kept in _tensors_in([method.moe_kernel, getattr(method, "moe_quant_config", None)], set()):
         for number, parameter in enumerate(parameters):
             # A copy may have another type, but not another number of elements.
-            if id(kept) not in known and (kept.numel() == parameter.numel() or _storage(kept) == _storage(parameter)):
+            if id(kept) in known:
+                continue
+            alias = _storage(kept) == _storage(parameter)
+            if aliases if alias else kept.numel() == parameter.numel():
                 return number
     return None
+
+
+def check_kernels(layers: Sequence[LayerSlab], view: str) -> None:
+    """Raise DwdpError where vLLM's kernel objects, made for all experts by now, would not see what a view shows them.
+
+    In the composite view a parameter's data is now here, now there; elsewhere it stays, so that an alias of it is right.
+    """
+    for layer in layers:
+        method = layer.build.module.quant_method
+        found = kept_apart(method, [tensor.parameter for tensor in layer.fetched], aliases=view == "composite")
+        if found is not None:
+            raise DwdpError(
+                f'weight_view "{view}": {type(method).__name__} keeps {layer.build.name}.{layer.fetched[found].name} in '
+                "a tensor of its own, which would not follow what is pulled: choose another --moe-backend, or use "
+                "weight_view split"
+            )
 
 
 def _storage(tensor: torch.Tensor) -> int:

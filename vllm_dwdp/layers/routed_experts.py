@@ -22,6 +22,7 @@ from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.first_use import FirstUse
 from vllm_dwdp.layers.gates import LayerGate, register_gate, replace_gate
 from vllm_dwdp.layers.hits import count, ids_of
+from vllm_dwdp.layers.methods import rebuild_kernel
 
 if TYPE_CHECKING:
     from vllm_dwdp.kernels.requester import Journey
@@ -125,8 +126,7 @@ class DwdpExpertsMixin:
         self.quant_method.moe_kernel.fused_experts.journey = journey
 
     def _dwdp_rebuild_kernel(self) -> None:
-        """vLLM's kernel object once more: scales, biases and the number of experts that it keeps are now those of all E."""
-        self.quant_method._init_moe_kernel(self)
+        rebuild_kernel(self)
         self.dwdp_attach_tables()
 
     def forward_modular(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -11,10 +11,12 @@ from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.coverage import check_slots
 from vllm_dwdp.layers.first_use import seal, unused
 from vllm_dwdp.layers.hits import HitCounts
+from vllm_dwdp.layers.kept import check_kernels
+from vllm_dwdp.layers.largest import share_largest
 from vllm_dwdp.layers.rates import copy_rate, product_rate
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.slabs import map_peers, move_to_slabs, replicate_small, tensors_of
-from vllm_dwdp.layers.transports import make_transport
+from vllm_dwdp.layers.transports import make_transport, page_of_group
 from vllm_dwdp.layers.views import BOTH_WAYS, VIEWS, choose_view, composite, contiguous, inplace
 from vllm_dwdp.layers.views.direct import DirectGate, ForwardCounts, layer_costs, measured_tokens, memory_rate
 from vllm_dwdp.prefetch.counters import CounterPage
@@ -46,7 +48,7 @@ class ExpertSharing:
         build.shared = True
         group = launch.group_of(rendezvous.rank)
         tensors = tensors_of(build)
-        self.view = choose_view(build, tensors)
+        self.view = choose_view(build, tensors, lambda: page_of_group(build, rendezvous, group))
         self.transport = make_transport(build, launch.cores, self.view)
         self.slots: list[Slot] = []
         self.trace: list[TraceEvent] = []
@@ -61,6 +63,7 @@ class ExpertSharing:
             paged = composite.lay_out(tensors, self._vmm.page) if self.view == "composite" else None
             self.layers = move_to_slabs(build, self.transport, tensors, paged)
             map_peers(self.layers, build, self.transport, rendezvous, group)
+            share_largest(build, rendezvous, group)
             self.replicated_bytes = sum(replicate_small(layer, build.rank) for layer in self.layers)
             self.counters = CounterPage.create(rendezvous.rank, peers=sum(rank != rendezvous.rank for rank in group))
             self._closing.callback(self.counters.close)
@@ -108,7 +111,7 @@ class ExpertSharing:
         if self.build.expects_pages:
             check_slots(self.build, ring.used_slots * nbytes)
         if self.view == "composite":
-            composite.fill(self.layers, rank)
+            self.replicated_bytes += composite.fill(self.layers, rank)
             self.slots = [composite.allocate_slot(self.layers, rank, self._vmm) for _ in range(ring.used_slots)]
             attach: Any = partial(composite.attach, transport=self._vmm)
         else:
@@ -170,8 +173,8 @@ class ExpertSharing:
             module, most = layer.build.module, self.direct_tokens
             gate = DirectGate(self.prefetcher, module, most) if most else contiguous.RingGate(self.prefetcher)
             module.dwdp_attach(gate, i)
-        if self.view == "composite":
-            composite.check_kernels(self.layers)
+        if self.view != "split" and not self.build.platform.on_cpu:
+            check_kernels(self.layers, self.view)
 
     @property
     def _vmm(self) -> VmmTransport:
@@ -264,9 +267,9 @@ class ExpertSharing:
         slots = sum(slot.nbytes for slot in self.slots)
         return (
             f"{self.experts_held} of {experts} experts in {len(self.layers)} MoE layers "
-            f"({self.slab_bytes / 1e6:.1f} MB), worker in {place}, view {self.view}, "
-            f"{len(self.slots)} slots ({slots / 1e6:.1f} MB), a forward pulls {self.bytes_per_forward / 1e6:.1f} MB"
-            + self._describe_direct()
+            f"({self.slab_bytes / 1e6:.1f} MB, and {self.replicated_bytes / 1e6:.1f} MB replicated), worker in {place}, "
+            f"view {self.view}, {len(self.slots)} slots ({slots / 1e6:.1f} MB), "
+            f"a forward pulls {self.bytes_per_forward / 1e6:.1f} MB" + self._describe_direct()
         )
 
     def _describe_direct(self) -> str:
@@ -281,9 +284,8 @@ class ExpertSharing:
         if self.direct_tokens == self._captured and told != self.direct_tokens:
             how = "as the sizes of CUDA graphs ask"
         said = f", one of at most {self.direct_tokens} tokens ({how}) reads missing experts where they are"
-        if self.travel is not None:
-            said += f", or has their owners compute, up to {self.travel.buckets[-1]} tokens"
-        return said
+        last = self.travel.buckets[-1] if self.travel else 0
+        return f"{said}, or has their owners compute, up to {last} tokens" if last else said
 
     def close(self) -> None:
         """Wait for copies in flight, then let go of peers and slabs; idempotent. Peers' mappings outlive ours.

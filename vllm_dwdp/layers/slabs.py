@@ -6,13 +6,14 @@ import gc
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import torch
 
 from vllm_dwdp.copy_plan import ALIGNMENT, LayerLayout, TensorSpec
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
+from vllm_dwdp.layers.methods import method_of
 from vllm_dwdp.layers.tied import refuse_tied
 from vllm_dwdp.page_plan import PagedLayout
 from vllm_dwdp.transport.base import Handle, PeerSlab, Slab, Transport
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 REPLICATED_PART = 0.01
 
 #: Parameters of a RoutedExperts layer that do not have one row per expert of the share.
-NOT_PER_EXPERT = frozenset({"e_score_correction_bias", "hash_indices_table"})
+NOT_PER_EXPERT: Final = frozenset({"e_score_correction_bias", "hash_indices_table"})
 
 
 class ExpertTensor(NamedTuple):
@@ -98,17 +99,10 @@ def expert_tensors(module: Any, share: int, name: str) -> tuple[tuple[ExpertTens
     """(fetched, replicated) parameters of a loaded layer; raises DwdpError for one whose layout we cannot share."""
     tensors: list[ExpertTensor] = []
     for parameter_name, parameter in module.named_parameters():
-        if parameter_name in NOT_PER_EXPERT or parameter.ndim == 0:
-            continue
-        if parameter.shape[0] != share:
-            raise DwdpError(
-                f"{name}.{parameter_name} has {parameter.shape[0]} rows for a share of {share} experts: "
-                "dwdp does not know how to spread it"
-            )
-        row = parameter.data[0]
-        tensors.append(
-            ExpertTensor(parameter_name, parameter, tuple(row.shape), row.numel() * row.element_size(), parameter.dtype)
-        )
+        if has_rows(module, parameter_name, parameter, share, name):
+            row = parameter.data[0]
+            nbytes = row.numel() * row.element_size()
+            tensors.append(ExpertTensor(parameter_name, parameter, tuple(row.shape), nbytes, parameter.dtype))
     whole = sum(tensor.row_bytes for tensor in tensors)
     small = {
         tensor.name
@@ -119,6 +113,37 @@ def expert_tensors(module: Any, share: int, name: str) -> tuple[tuple[ExpertTens
         tuple(tensor for tensor in tensors if tensor.name not in small),
         tuple(tensor for tensor in tensors if tensor.name in small),
     )
+
+
+def has_rows(module: Any, parameter_name: str, parameter: torch.Tensor, share: int, name: str) -> bool:
+    """Whether a parameter of a layer, whose name is `name`, is to be shared by rows.
+
+    Raises DwdpError where it breaks the rule of methods.py.
+    """
+    if parameter_name in NOT_PER_EXPERT:
+        return False
+    known, here = method_of(module), f"{name}.{parameter_name}"
+    if known is not None:
+        if parameter.ndim == 0 and known.is_largest(parameter_name):
+            return False
+        if not known.has_rows(parameter_name) and not known.is_largest(parameter_name):
+            raise DwdpError(
+                f"{here} {list(parameter.shape)} is no parameter that this release of dwdp knows of "
+                f"{type(module.quant_method).__name__}, and may belong to no single expert: serve this model without dwdp"
+            )
+    elif parameter.ndim == 0:
+        return False
+    if parameter.ndim == 0 or parameter.shape[0] != share:
+        rows = parameter.shape[0] if parameter.ndim else "no"
+        raise DwdpError(f"{here} has {rows} rows for a share of {share} experts: dwdp does not know how to spread it")
+    if not parameter.numel():
+        raise DwdpError(f"{here} has empty rows {list(parameter.shape)}: dwdp does not know what its kernels read")
+    if not parameter.is_contiguous():
+        raise DwdpError(
+            f"{here} {list(parameter.shape)} has strides {list(parameter.stride())}, which a slab would not keep: choose "
+            "another --moe-backend"
+        )
+    return True
 
 
 def tensors_of(build: ModelBuild) -> list[LayerTensors]:

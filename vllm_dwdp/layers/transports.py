@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.transport.base import Transport
 from vllm_dwdp.transport.shm import ShmTransport
+
+if TYPE_CHECKING:
+    from vllm_dwdp.group.rendezvous import Rendezvous
+
+
+def page_of_group(build: ModelBuild, rendezvous: Rendezvous, group: Sequence[int]) -> int | None:
+    """Bytes of a page where the device of every rank maps memory in pieces, which each tries with one; else None.
+
+    None too where the user asked for another transport, or a rank's pages are of another size.
+    """
+    page = None
+    if not build.platform.on_cpu and build.config.transport in ("auto", "vmm"):
+        try:
+            transport = make_transport(build, (), "composite")
+        except DwdpError:
+            pass  # the machine refuses such memory: another view does
+        else:
+            page = getattr(transport, "page", None)
+            transport.close()
+    said = rendezvous.gather("page", page, list(group))
+    return page if set(said) == {page} else None
 
 
 def make_transport(build: ModelBuild, cores: tuple[int, ...], view: str) -> Transport:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from vllm_dwdp.errors import DwdpError
@@ -15,16 +15,19 @@ VIEWS: Final = {"inplace": inplace, "split": split, "composite": composite, "con
 #: Those in which forwards of few tokens read missing experts at their owners, and others pull.
 BOTH_WAYS: Final = frozenset({"split", "composite"})
 
-#: Whether "auto" takes the composite view on GPUs where there is no split-weight kernel. Off until that has run on GPUs, and
-#: until it is asked beforehand whether they have memory that can be mapped so.
+#: Whether "auto" takes the composite view on GPUs where there is no split-weight kernel. Off until kernels other than vLLM's
+#: Triton ones, whose weights those would be, have run so on GPUs.
 COMPOSITE_WITHOUT_KERNEL: Final = False
 
 
-def choose_view(build: ModelBuild, layers: Sequence[LayerTensors]) -> str:
+def choose_view(
+    build: ModelBuild, layers: Sequence[LayerTensors], page: Callable[[], int | None] = lambda: None
+) -> str:
     """The view of the whole model, the same on all ranks: a single layer that cannot have it takes the others along.
 
-    Asked once vLLM has processed the weights, whose sizes were guessed before. Raises DwdpError where the user asked for
-    a view, or for direct reads, and the layers cannot have them.
+    Asked once vLLM has processed the weights, whose sizes were guessed before. page: tells the bytes of a page where every
+    rank of the group can map peers' pages next to its own, else None; asked where that matters. Raises DwdpError where
+    the user asked for a view, or for direct reads, and the layers cannot have them.
     """
     asked, told = build.config.weight_view, build.config.direct_tokens
     first = build.platform.views[0] if asked == "auto" else asked
@@ -35,7 +38,9 @@ def choose_view(build: ModelBuild, layers: Sequence[LayerTensors]) -> str:
                     f'weight_view "{asked}": experts of {layer.build.name} {why}: use weight_view auto or contiguous'
                 )
             if COMPOSITE_WITHOUT_KERNEL and first == "split" and not any(map(composite.why_not, layers)):
-                return "composite"
+                nbytes = page()
+                if nbytes is not None and composite.fits(layers, nbytes, build.config.num_slots):
+                    return "composite"
             if told not in ("auto", 0):
                 raise DwdpError(
                     f"dwdp.direct_tokens is {told}, but experts of {layer.build.name} {why} and cannot be read "

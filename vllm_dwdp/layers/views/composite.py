@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_dwdp.copy_plan import LayerLayout
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.layers.kept import kept_apart
 from vllm_dwdp.layers.slabs import ExpertTensor, LayerSlab, LayerTensors, specs_of
 from vllm_dwdp.page_plan import SLOT, PagedLayout
 from vllm_dwdp.transport.base import Copy, CopyEngine, PeerSlab, Program, Slab, Slot
@@ -86,6 +86,23 @@ def lay_out(layers: Sequence[LayerTensors], page: int) -> list[PagedLayout]:
     return layouts
 
 
+def fits(layers: Sequence[LayerTensors], page: int, num_slots: int) -> bool:
+    """Whether `layers` have a layout in pages of `page` bytes, and no rank needs more memory for it than for the contiguous
+    view."""
+    try:
+        layouts = lay_out(layers, page)
+    except DwdpError:
+        return False
+    slots = min(num_slots, len(layers))
+    whole = [LayerLayout(layer.build.placement, specs_of(layer)) for layer in layers]
+    for rank, slot in enumerate(layouts[0].slots):
+        paged = sum(sum(layout.slabs[rank].sizes) for layout in layouts) + slots * sum(slot.sizes)
+        largest = max(layout.slot(rank).nbytes for layout in whole)
+        if paged > sum(layout.slabs[rank].nbytes for layout in whole) + slots * largest:
+            return False
+    return True
+
+
 def allocate_slot(layers: Sequence[LayerSlab], rank: int, transport: VmmTransport) -> Slot:
     """A slot of `rank` that fits any of `layers`."""
     return transport.allocate_slot_pieces(_pages(layers[0]).slots[rank].sizes)
@@ -96,17 +113,20 @@ def slot_bytes(layers: Sequence[LayerSlab], rank: int) -> int:
     return sum(_pages(layers[0]).slots[rank].sizes)
 
 
-def fill(layers: Sequence[LayerSlab], rank: int) -> None:
-    """Copy what is on the outermost pages of `rank` and not of its share, from the owners' shares; returns when it is done.
+def fill(layers: Sequence[LayerSlab], rank: int) -> int:
+    """Copy what is on the outermost pages of `rank` and not of its share, from the owners' shares; returns its bytes.
 
-    No page may be read by a peer before.
+    No page may be read by a peer before it returns.
     """
+    nbytes = 0
     for layer in layers:
         own = layer.slab.tensor()
         for item in _pages(layer).foreign(rank):
             source = layer.memory(item.source).tensor()[item.src_offset :]
             own[item.dst_offset :][: item.nbytes].copy_(source[: item.nbytes])
+            nbytes += item.nbytes
     torch.cuda.synchronize()
+    return nbytes
 
 
 def attach(
@@ -134,18 +154,6 @@ def attach(
             for item in pages.pulls(rank, slice_bytes)
         ]
     )
-
-
-def check_kernels(layers: Sequence[LayerSlab]) -> None:
-    """Raise DwdpError where vLLM's kernel objects, made for all experts by now, would not see which range is taken."""
-    for layer in layers:
-        method = layer.build.module.quant_method
-        found = kept_apart(method, [tensor.parameter for tensor in layer.fetched])
-        if found is not None:
-            raise DwdpError(
-                f'weight_view "composite": {type(method).__name__} keeps {layer.build.name}.{layer.fetched[found].name} in '
-                f"a tensor of its own, which would not follow from pulls to direct reads: {_REMEDY}"
-            )
 
 
 def _pages(layer: LayerSlab) -> PagedLayout:

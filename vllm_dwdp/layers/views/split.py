@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_dwdp.copy_plan import Layout, build_plan
+from vllm_dwdp.layers import methods
 from vllm_dwdp.layers.slabs import ExpertTensor, LayerSlab
 from vllm_dwdp.prefetch.prefetcher import bind_plan
 from vllm_dwdp.transport.base import CopyEngine, Memory, Program
@@ -28,6 +29,8 @@ def why_not(layer: LayerSlab) -> str | None:
     """None where there is a split-weight kernel for `layer`; else what is wrong with "experts of <layer>"."""
     import torch
 
+    if why := methods.why_not_split(getattr(layer.build.module, "quant_method", None)):
+        return why
     fetched = tuple(tensor.name for tensor in layer.fetched)
     if fetched != WEIGHTS:
         return f"have no split-weight kernel (they fetch {', '.join(fetched)}, not just {' and '.join(WEIGHTS)})"

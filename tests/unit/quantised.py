@@ -1,0 +1,39 @@
+"""Small models whose experts are in the quantised forms of real checkpoints, and vLLM's kernels that take them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.unit.whole_model import Loaded, load
+from vllm_dwdp.platform import CUDA
+
+EXPERTS, RANKS = 5, 2
+SIZES = {"num_experts": EXPERTS, "num_layers": 2, "hidden": 256, "intermediate": 128}
+
+#: (form of the experts on disk, --moe-backend): all that are admitted and that vLLM's own choice takes on such a GPU.
+TAKEN = [
+    *((form, kernels) for form in ("fp8-block", "fp8-tensor", "fp8-tensor-static") for kernels in ("triton", "marlin")),
+    *((f"ct-fp8-{form}", "cutlass") for form in ("channel", "tensor-static")),
+    *((f"ct-fp8-{form}", "triton") for form in ("channel", "block", "tensor-static")),
+    *((f"ct-fp8-{form}", "marlin") for form in ("channel", "block", "tensor-static")),
+    *((form, "marlin") for form in ("gptq-int4", "gptq-int8", "awq-int4", "ct-int4", "ct-int4-zeros", "ct-int8")),
+    *((form, "triton") for form in ("ct-int4", "ct-int4-zeros", "ct-int8", "ct-w8a8")),
+    ("mxfp4", "marlin"),
+    ("", "triton"),
+]
+#: Without cases for GPUs: FlashInfer is not among what is installed there.
+FLASHINFER = [
+    (form, "flashinfer_cutlass")
+    for form in ("", "fp8-block", "fp8-tensor-static", "ct-fp8-block", "ct-fp8-tensor-static")
+]
+
+
+def sizes(form: str) -> dict[str, Any]:
+    """Of a checkpoint whose experts are in this form; empty for BF16."""
+    return {**SIZES, "experts": form, **({"family": "gpt_oss"} if form == "mxfp4" else {})}
+
+
+def rank_of(folder: Path, rank: int, kernels: str = "triton", view: str = "auto") -> Loaded:
+    """The model with the share of `rank`, as on GPUs."""
+    return load(folder, rank, RANKS, {"weight_view": view}, platform=CUDA, moe_backend=kernels)

@@ -1,0 +1,258 @@
+"""Quantised experts as vLLM's own methods load and process them, shared on the simulated device: every byte of every
+parameter, and of whatever kernel objects keep, as plain vLLM has it. Kernels do not run here."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+
+from tests.unit import fake_vmm
+from tests.unit.gpu_sharing import MANY, share_on_gpus
+from tests.unit.hopper import on_hopper
+from tests.unit.leftovers import check_message, refusal
+from tests.unit.quantised import EXPERTS, FLASHINFER, RANKS, TAKEN, rank_of, sizes
+from tests.unit.whole_model import expert_layers, load, vllm_groups
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.layers import gates, methods
+from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers.kept import _tensors_in
+from vllm_dwdp.layers.slabs import expert_tensors, tensors_of
+from vllm_dwdp.layers.views import choose_view, split
+
+FEW = 16
+
+#: One of each method, kernels and kind of parameters.
+COMPOSITE = [
+    ("fp8-block", "triton"), ("fp8-tensor-static", "triton"), ("fp8-block", "marlin"), ("ct-fp8-channel", "cutlass"),
+    ("ct-fp8-tensor-static", "cutlass"), ("gptq-int4", "marlin"), ("awq-int4", "marlin"), ("ct-int4-zeros", "marlin"),
+    ("ct-int4", "triton"), ("ct-w8a8", "triton"), ("mxfp4", "marlin"), ("fp8-tensor-static", "flashinfer_cutlass"),
+]  # fmt: skip
+CONTIGUOUS = [("fp8-tensor-static", "marlin"), ("ct-fp8-channel", "triton"), ("gptq-int8", "marlin")]
+
+
+def cases() -> Iterator[Any]:
+    for view, quick in (("composite", COMPOSITE), ("contiguous", CONTIGUOUS)):
+        for taken in (*TAKEN, *FLASHINFER):
+            yield pytest.param(*taken, view, marks=() if taken in quick else pytest.mark.full)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def groups() -> Iterator[None]:
+    with vllm_groups(), on_hopper():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(ModelBuild, "_current", None)
+    yield
+    gates._gates.clear()
+    gc.collect()
+
+
+def as_bytes(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def kept(module: Any) -> list[tuple[torch.Size, torch.dtype, bytes]]:
+    """All tensors that the kernel object of a layer has of it."""
+    method = module.quant_method
+    found = _tensors_in([method.moe_kernel, method.moe_quant_config], set())
+    return [(tensor.shape, tensor.dtype, as_bytes(tensor)) for tensor in found]
+
+
+@pytest.mark.parametrize(("form", "kernels", "view"), list(cases()))
+def test_every_byte_is_plain_vllms(
+    form: str, kernels: str, view: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_vmm, "PAGE", 3 * 4096)
+    folder = checkpoint(**sizes(form))
+    plain = list(expert_layers(load(folder, 0, 1, moe_backend=kernels).model).values())
+    direct = {"direct_tokens": FEW} if view == "composite" else {}
+    builds = [rank_of(folder, rank, kernels, view).build for rank in range(RANKS)]
+    _, ranks = share_on_gpus(monkeypatch, view, builds=builds, **direct)
+    for rank in ranks:
+        rank.sharing.start()
+        for number, (module, whole) in enumerate(zip(rank.modules, plain, strict=True)):
+            assert module.local_num_experts == module.moe_config.num_local_experts == EXPERTS  # type: ignore[attr-defined]
+            expected = dict(whole.named_parameters())
+            for tokens in (MANY, FEW, MANY):
+                assert module.dwdp_gate is not None
+                module.dwdp_gate.acquire(number, tokens)
+                rank.device.machine.drain()
+                found = dict(module.named_parameters())
+                assert list(found) == list(expected)
+                for name, parameter in found.items():
+                    assert (parameter.shape, parameter.dtype) == (expected[name].shape, expected[name].dtype), name
+                    assert as_bytes(parameter) == as_bytes(expected[name]), name
+                # What the kernel is given under the names that it asks for.
+                assert as_bytes(module.w13_weight) == as_bytes(whole.w13_weight)
+                assert kept(module) == kept(whole)
+                module.dwdp_gate.release(number, tokens)
+        rank.sharing.close()
+
+
+@pytest.mark.parametrize("form", ["gptq-int4", "awq-int4", "ct-int4"])
+def test_kernels_that_break_the_rule_are_refused_before_weights_load(
+    form: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM dequantises at start and leaves one scale in place of a row per expert."""
+    monkeypatch.setattr("vllm_dwdp.engine.loader.mark_rows", lambda build: pytest.fail("weights are loaded"))
+    message = refusal(lambda: rank_of(checkpoint(**sizes(form)), 0, "emulation"))
+    check_message(
+        message, ["kernels EMULATION", "scales without a row per expert", "dwdp needs --moe-backend", "marlin"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "kernels", "said"),
+    [
+        ("Fp8MoEMethod", "DEEPGEMM", "strides that slabs do not keep: dwdp needs --moe-backend triton or marlin"),
+        ("Fp8MoEMethod", "HUMMING", "a layout of their own"),
+        ("UnquantizedFusedMoEMethod", "FLASHINFER_TRTLLM", "counts of the experts that they were made with"),
+        ("AutoGPTQMoEMethod", "TRITON", "the kernels TRITON: dwdp needs --moe-backend marlin"),
+        ("UnquantizedFusedMoEMethod", None, "the kernels None"),
+        ("MoeWNA16Method", "TRITON", "use MoeWNA16Method, which this release"),
+        ("ModelOptNvFp4FusedMoE", "MARLIN", "use ModelOptNvFp4FusedMoE, which this release"),
+    ],
+)
+def test_methods_and_kernels_that_are_not_known(method: str, kernels: str | None, said: str) -> None:
+    def made(kernels: str | None) -> Any:
+        given = None if kernels is None else SimpleNamespace(name=kernels)
+        known = methods.METHODS.get(method)
+        return type(method, (), {known.backend if known else "backend": given})()
+
+    assert said in str(methods.why_not(made(kernels), on_cpu=False))
+    for name in methods.METHODS[method].kernels if method in methods.METHODS else ():
+        assert methods.why_not(made(name), on_cpu=False) is None
+        assert (methods.why_not(made(name), on_cpu=True) is None) == (method == methods.UNQUANTISED)
+
+
+class Layer(torch.nn.Module):
+    """Of 3 experts, computed by vLLM's method of this name."""
+
+    def __init__(self, method: str, **parameters: torch.Tensor) -> None:
+        super().__init__()
+        self.quant_method = type(method, (), {})()
+        for name, data in parameters.items():
+            self.register_parameter(name, torch.nn.Parameter(data, requires_grad=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        # As long as the share, by accident.
+        ("workspace", torch.zeros(3), r"layer.workspace \[3\] is no parameter that .* knows of Fp8MoEMethod"),
+        ("w13_weight_scale", torch.zeros(1), "layer.w13_weight_scale has 1 rows for a share of 3"),
+        ("w13_weight_scale", torch.tensor(1.0), "layer.w13_weight_scale has no rows for a share of 3"),
+        # Experts behind another dimension, as some kernels' scales lie.
+        ("w13_weight_scale_inv", torch.zeros(2, 3), "has 2 rows for a share of 3"),
+        (
+            "w13_weight_scale_inv",
+            torch.zeros(3, 4, 2).mT,
+            r"\[3, 2, 4\] has strides \[8, 1, 2\], which a slab would not",
+        ),
+        ("w2_bias", torch.zeros(3, 0), r"layer.w2_bias has empty rows \[3, 0\]"),
+    ],
+)
+def test_parameters_that_break_the_rule(name: str, data: torch.Tensor, said: str) -> None:
+    weights = {"w13_weight": torch.zeros(3, 4, 2), "w2_weight": torch.zeros(3, 2, 2)}
+    expert_tensors(Layer("Fp8MoEMethod", **weights), 3, "layer")
+    with pytest.raises(DwdpError, match=said):
+        expert_tensors(Layer("Fp8MoEMethod", **weights, **{name: data}), 3, "layer")
+
+
+def test_a_largest_value_is_no_row_and_nothing_else_is_one() -> None:
+    layer = Layer("Fp8MoEMethod", w13_weight=torch.zeros(3, 4, 2), w13_input_scale=torch.tensor(1.0))
+    fetched, small = expert_tensors(layer, 3, "layer")
+    assert [tensor.name for tensor in (*fetched, *small)] == ["w13_weight"]
+    with pytest.raises(DwdpError, match=r"w13_input_scale \[\] is no parameter that .* knows of Unquantized"):
+        expert_tensors(Layer(methods.UNQUANTISED, w13_input_scale=torch.tensor(1.0)), 3, "layer")
+
+
+@pytest.mark.parametrize(
+    ("form", "kernels", "why"),
+    [
+        ("fp8-block", "triton", None),
+        ("fp8-tensor", "triton", None),
+        ("fp8-block", "marlin", "are computed by the kernels MARLIN"),
+        (
+            "fp8-tensor-static",
+            "triton",
+            "are computed by Fp8MoEMethod with static scales, for which no split-weight kernel was tried",
+        ),
+        ("ct-fp8-channel", "triton", "are computed by CompressedTensorsW8A8Fp8MoEMethod, for which"),
+        ("ct-fp8-channel", "cutlass", "are computed by the kernels VLLM_CUTLASS"),
+        ("ct-w8a8", "triton", "are computed by CompressedTensorsW8A8Int8MoEMethod, for which"),
+    ],
+)
+def test_layers_that_have_a_split_view(
+    form: str, kernels: str, why: str | None, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint(**sizes(form))
+    build = rank_of(folder, 0, kernels).build
+    found = split.why_not(tensors_of(build)[0])
+    assert choose_view(build, tensors_of(build)) == ("contiguous" if why else "split")
+    if why is None:
+        assert found is None
+        return
+    assert str(found).startswith(why)
+    # Asked for, it is refused before weights load.
+    monkeypatch.setattr("vllm_dwdp.engine.loader.mark_rows", lambda build: pytest.fail("weights are loaded"))
+    with pytest.raises(DwdpError, match=f'weight_view "split": experts of model.layers.0.* {why}.*: use weight_view'):
+        rank_of(folder, 0, kernels, "split")
+
+
+@pytest.mark.parametrize(
+    ("form", "kernels"), [("ct-int4", "marlin"), ("ct-w8a8", "triton"), ("ct-fp8-channel", "cutlass")]
+)
+def test_a_layer_that_the_warm_up_left_out_has_nothing_to_compute_with(
+    form: str, kernels: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Integers have no NaN, and kernels that take addresses would read past one line of it."""
+    folder = checkpoint(**sizes(form))
+    builds = [rank_of(folder, rank, kernels, "contiguous").build for rank in range(RANKS)]
+    plain = list(expert_layers(load(folder, 0, 1, moe_backend=kernels).model).values())[1]
+    _, ranks = share_on_gpus(monkeypatch, "contiguous", builds=builds)
+    for rank in ranks:
+        rank.sharing.start()
+        used, left_out = rank.modules
+        used.dwdp_gate.acquire(0, MANY)  # type: ignore[union-attr]
+        used.dwdp_gate.release(0, MANY)  # type: ignore[union-attr]
+        rank.sharing.seal_unused()
+        assert len(used.w13_weight) == EXPERTS and not left_out.w13_weight.numel() and not left_out.w2_weight.numel()
+        left_out.dwdp_gate.acquire(1, MANY)  # type: ignore[union-attr]
+        rank.device.machine.drain()
+        assert as_bytes(left_out.w13_weight) == as_bytes(plain.w13_weight)
+        rank.sharing.close()
+
+
+@pytest.mark.parametrize(("refuses", "view"), [((), "composite"), ((1,), "contiguous"), ((0, 1), "contiguous")])
+def test_auto_asks_every_rank_for_pages(
+    refuses: tuple[int, ...], view: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it may take the composite view: where one device refuses such memory, no rank does."""
+    monkeypatch.setattr(fake_vmm, "PAGE", 3 * 4096)
+    monkeypatch.setattr("vllm_dwdp.layers.views.COMPOSITE_WITHOUT_KERNEL", True)
+    builds = [rank_of(checkpoint(**sizes("ct-w8a8")), rank).build for rank in range(RANKS)]
+    numbers: list[Any] = []
+
+    def why_not(self: Any) -> str | None:
+        if self not in numbers:
+            numbers.append(self)
+        return "no such memory" if numbers.index(self) in refuses else None
+
+    monkeypatch.setattr(fake_vmm.FakeVmm, "why_not", why_not)
+    _, ranks = share_on_gpus(monkeypatch, "auto", builds=builds, direct_tokens=FEW if view == "composite" else 0)
+    assert [rank.sharing.view for rank in ranks] == [view] * RANKS
+    for rank in ranks:
+        rank.sharing.close()

@@ -1,0 +1,174 @@
+"""Checkpoints with quantised experts are what vLLM takes them for: its own config, methods and loaders read them."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+from safetensors.torch import load_file
+
+from ci.checks.gpu_cases import QUANTISED
+from examples.checkpoints import CheckpointSpec
+from examples.checkpoints import expert_tensors as expert_tensors_of
+from examples.checkpoints.quantised import FORMS, MX_LEVELS
+from tests.unit.hopper import on_hopper
+from tests.unit.quantised import SIZES, TAKEN, rank_of, sizes
+from tests.unit.whole_model import edited, expert_layers, load, vllm_groups
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.layers import gates
+from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.page_plan import TensorPages
+from vllm_dwdp.placement import place
+
+
+@pytest.fixture(scope="module", autouse=True)
+def groups() -> Iterator[None]:
+    with vllm_groups(), on_hopper():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(ModelBuild, "_current", None)
+    yield
+    gates._gates.clear()
+    gc.collect()
+
+
+def matrices(folder: Path, form: str, kernels: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(w13, w2) [E, outputs, inputs] of every layer, as vLLM's parameters mean them."""
+    found = []
+    for module in expert_layers(load(folder, 0, 1, moe_backend=kernels).model).values():
+        pair = []
+        for name in ("w13", "w2"):
+            weight = getattr(module, f"{name}_weight").data
+            if kernels != "emulation":
+                scale = getattr(module, f"{name}_weight_scale", None)
+                scale = getattr(module, f"{name}_weight_scale_inv", None) if scale is None else scale
+                weight = weight.float() - (128 if weight.dtype == torch.uint8 else 0)
+                weight = weight * expanded(scale.data.float(), weight.shape)
+            pair.append(weight.float())
+        found.append((pair[0], pair[1]))
+    return found
+
+
+def expanded(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Scales of an expert, of its rows, groups or blocks, one for each weight."""
+    scale = scale.view(*scale.shape, *[1] * (3 - scale.ndim))
+    for dim in (1, 2):
+        scale = scale.repeat_interleave(shape[dim] // scale.shape[dim], dim)
+    return scale
+
+
+#: Largest error beside the largest weight. FP8 has 3 bits behind the first; of 4 bits a step is a seventh.
+ERRORS = {"fp8": 0.07, "int4": 0.08, "int8": 0.005, "w8a8": 0.005}
+
+
+@pytest.mark.parametrize(
+    ("form", "kernels"),
+    [(form, kernels) for form, kernels in TAKEN if form and kernels == "triton" and "int4" not in form]
+    + [(form, "emulation") for form in ("awq-int4", "ct-int4", "ct-int4-zeros")],
+)
+def test_vllm_reads_the_weights_that_were_quantised(form: str, kernels: str, checkpoint: Callable[..., Path]) -> None:
+    """Of 4 bits by vLLM's own way back to BF16, which takes GPTQ's stored zero points for zero points: see the next test."""
+    error = next(error for word, error in ERRORS.items() if word in form)
+    found = matrices(checkpoint(**sizes(form)), form, kernels)
+    for expert in expert_tensors_of(checkpoint(**SIZES)):
+        for read, right in zip(found[expert.layer], (expert.w13, expert.w2), strict=True):
+            apart = (read[expert.expert] - right.float()).abs().max() / right.float().abs().max()
+            assert 0 < apart < error
+
+
+def test_vllm_reads_gpt_osss_weights_that_were_quantised(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they lie in its parameters before they are repacked. A group's largest value may be cut by a quarter."""
+    from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4MoEMethod
+
+    monkeypatch.setattr(GptOssMxfp4MoEMethod, "process_weights_after_loading", lambda self, layer: None)
+    whole = expert_layers(load(checkpoint(**sizes("mxfp4")), 0, 1, moe_backend="marlin").model)
+    levels = torch.tensor([*MX_LEVELS, *(-level for level in MX_LEVELS)])
+    for expert in expert_tensors_of(checkpoint(**SIZES, family="gpt_oss")):
+        module = list(whole.values())[expert.layer]
+        for name, right in (("w13", expert.w13), ("w2", expert.w2)):
+            packed, exponents = (getattr(module, f"{name}_weight{part}")[expert.expert] for part in ("", "_scale"))
+            values = levels[torch.stack([packed & 15, packed >> 4], -1).long()].view(right.shape[0], -1, 32)
+            read = (values * torch.exp2(exponents.float() - 127)[..., None]).view(right.shape[0], -1)
+            # vLLM pads rows to what its kernels want.
+            assert not read[:, right.shape[1] :].any()
+            apart = (read[:, : right.shape[1]] - right.float()).abs().max() / right.float().abs().max()
+            assert 0 < apart < 0.26
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_and_compressed_tensors_are_the_same_to_a_kernel(bits: int, checkpoint: Callable[..., Path]) -> None:
+    """Packed along other dimensions, in files and parameters of other names."""
+    gptq, packed = (
+        expert_layers(load(checkpoint(**SIZES, experts=f"{form}-int{bits}"), 0, 1, moe_backend="marlin").model)
+        for form in ("gptq", "ct")
+    )
+    for one, other in zip(gptq.values(), packed.values(), strict=True):
+        for name in ("w13", "w2"):
+            assert torch.equal(getattr(one, f"{name}_weight"), getattr(other, f"{name}_weight"))
+            assert torch.equal(getattr(one, f"{name}_scales"), getattr(other, f"{name}_weight_scale"))
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "said"),
+    [
+        ("gptq-int4", "up_proj.qweight", r"w13_qweight \(up\) of 1 .*: 1;"),
+        ("gptq-int8", "down_proj.scales", r"w2_scales of 1 .*: 1;"),
+        ("awq-int4", "gate_proj.qweight", r"w13_qweight \(gate\) of 1 .*: 1;"),
+        ("ct-int4-zeros", "up_proj.weight_zero_point", r"w13_weight_zero_point \(up\) of 1 .*: 1;"),
+        ("ct-int8", "down_proj.weight_packed", r"w2_weight_packed of 1 .*: 1;"),
+        ("ct-w8a8", "down_proj.weight", r"w2_weight of 1 .*: 1;"),
+        ("fp8-tensor-static", "down_proj.input_scale", r"w2_input_scale of 1 .*: 1;"),
+    ],
+)
+def test_an_experts_tensor_that_is_not_there(
+    form: str, name: str, said: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    def edit(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        del tensors[f"model.layers.1.mlp.experts.1.{name}"]
+        return tensors
+
+    folder = edited(checkpoint(**sizes(form)), tmp_path / "copy", edit)
+    kernels = "triton" if (form, "triton") in TAKEN else "marlin"
+    with pytest.raises(DwdpError, match=f"^no tensor .* was loaded into model.layers.1.mlp.experts.{said}"):
+        rank_of(folder, 0, kernels)
+    rank_of(folder, 1, kernels)
+
+
+def test_forms_say_what_they_are(checkpoint: Callable[..., Path]) -> None:
+    """Everything but experts stays as it is."""
+    for form in FORMS:
+        folder = checkpoint(**sizes(form))
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        assert config["quant_method"] in ("fp8", "gptq", "awq", "compressed-tensors", "mxfp4")
+        types = {name: tensor.dtype for name, tensor in load_file(folder / "model.safetensors").items()}
+        kept = {dtype for name, dtype in types.items() if ".experts." not in name}
+        assert kept == {torch.bfloat16}
+        stem = "experts.down_proj_" if form == "mxfp4" else "experts.4.down_proj."
+        assert any(stem in name for name in types)
+
+
+def test_cases_for_gpus_are_those_that_are_simulated() -> None:
+    """And every rank has pages to fetch there, of the smallest experts."""
+    found: dict[str, set[tuple[str, str]]] = {"composite": set(), "contiguous": set(), "split": set()}
+    for name, case in QUANTISED.items():
+        form, kernels = case.model["experts"], case.options["moe_backend"]
+        assert name == f"{form}-{kernels}-{case.dwdp['weight_view']}"
+        found[case.dwdp["weight_view"]].add((form, kernels))
+        spec = CheckpointSpec(**case.model)
+        for row in spec.expert_bytes:
+            pages = TensorPages(place(spec.num_experts, case.ranks), row, 2 << 20)
+            assert all(pages.missing(rank) for rank in range(case.ranks))
+    assert found["composite"] == set(TAKEN) - {("", "triton")} >= found["contiguous"]
+    assert found["split"] == {("fp8-block", "triton"), ("fp8-tensor", "triton")}

@@ -1,0 +1,45 @@
+"""Static scales of activations: one value for a layer, the largest over all its experts.
+
+vLLM takes the largest of the experts that it has loaded, which here are a share. Shares cover all experts, so the largest of
+the group's values is the one that plain vLLM has. Kernel objects that keep something of it are made once more behind this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers.methods import method_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_dwdp.group.rendezvous import Rendezvous
+
+
+def share_largest(build: ModelBuild, rendezvous: Rendezvous, group: Sequence[int]) -> int:
+    """Give every single value that is the largest over a share that of the group; returns how many there are.
+
+    Raises DwdpError where ranks have different numbers of them.
+    """
+    own = _largest(build)
+    if not own:
+        return 0
+    said = rendezvous.gather("largest", [float(parameter) for parameter in own], list(group))
+    if len(set(map(len, said))) > 1:
+        raise DwdpError(f"ranks have {' and '.join(str(len(values)) for values in said)} static scales of activations")
+    for parameter, values in zip(own, zip(*said, strict=True), strict=True):
+        parameter.data.fill_(max(values))
+    return len(own)
+
+
+def _largest(build: ModelBuild) -> list[torch.nn.Parameter]:
+    return [
+        parameter
+        for layer in build.layers
+        if (known := method_of(layer.module)) is not None
+        for name, parameter in layer.module.named_parameters()
+        if parameter.ndim == 0 and known.is_largest(name)
+    ]

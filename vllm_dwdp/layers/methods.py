@@ -1,0 +1,175 @@
+"""What dwdp knows of vLLM's methods that compute experts: which parameters they leave, and in which kernels' layouts.
+
+The rule: once vLLM has processed a layer, every parameter has a row per expert in its first dimension, and is spread over
+the group or replicated. A method is listed here if that was read in its source, kernel by kernel; all else is refused by
+name before weights load. Names are checked too, since a first dimension may be as long as a share by accident.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+#: Names of kernels in vLLM -> what `--moe-backend` calls them.
+OPTIONS: Final = {
+    "TRITON": "triton",
+    "MARLIN": "marlin",
+    "VLLM_CUTLASS": "cutlass",
+    "FLASHINFER_CUTLASS": "flashinfer_cutlass",
+}
+
+#: Why kernels that one may have met are not among those of a method.
+_REFUSED: Final = {
+    "DEEPGEMM": "lay scales out in strides that slabs do not keep",
+    "HUMMING": "put a layout of their own into the layer, without a row per expert",
+    "FLASHINFER_TRTLLM": "keep scales and counts of the experts that they were made with",
+    "EMULATION": "leave scales without a row per expert",
+}
+
+
+def _init_moe_kernel(method: Any, layer: Any) -> None:
+    method._init_moe_kernel(layer)
+
+
+def _setup_kernel(method: Any, layer: Any) -> None:
+    method._setup_kernel(layer)
+
+
+def _fp8_kernel(method: Any, layer: Any) -> None:
+    """As the end of CompressedTensorsW8A8Fp8MoEMethod.process_weights_after_loading."""
+    from vllm.model_executor.layers.fused_moe.oracle.fp8 import make_fp8_moe_kernel
+
+    method.moe_quant_config = method.get_fused_moe_quant_config(layer)
+    method.moe_kernel = make_fp8_moe_kernel(
+        moe_quant_config=method.moe_quant_config,
+        moe_config=method.moe,
+        fp8_backend=method.fp8_backend,
+        experts_cls=method.experts_cls,
+        routing_tables=layer._expert_routing_tables(),
+    )
+
+
+def _int8_kernel(method: Any, layer: Any) -> None:
+    """As the end of CompressedTensorsW8A8Int8MoEMethod.process_weights_after_loading."""
+    from vllm.model_executor.layers.fused_moe.oracle.int8 import make_int8_moe_kernel
+
+    method.moe_quant_config = method.get_fused_moe_quant_config(layer)
+    method.moe_kernel = make_int8_moe_kernel(
+        int8_backend=method.int8_backend,
+        moe_quant_config=method.moe_quant_config,
+        moe_config=method.moe,
+        experts_cls=method.experts_cls,
+        routing_tables=layer._expert_routing_tables(),
+    )
+
+
+def _mxfp4_kernel(method: Any, layer: Any) -> None:
+    """As the end of GptOssMxfp4MoEMethod._setup_kernel."""
+    from vllm.model_executor.layers.fused_moe.oracle.mxfp4 import make_mxfp4_moe_kernel
+
+    method.moe_quant_config = method.get_fused_moe_quant_config(layer)
+    method.moe_kernel = make_mxfp4_moe_kernel(
+        moe_quant_config=method.moe_quant_config,
+        moe_config=method.moe,
+        mxfp4_backend=method.mxfp4_backend,
+        experts_cls=method.experts_cls,
+        routing_tables=layer._expert_routing_tables(),
+    )
+
+
+class Method(NamedTuple):
+    """A class of vLLM that computes experts.
+
+    Attributes:
+        backend: its attribute that names the kernels.
+        kernels: the names of those that are known.
+        rows: parameters with a row per expert, whichever of them a layer has; each begins with w13_ or w2_.
+        largest: single values that are the largest of the experts which vLLM has loaded.
+        rebuild: makes the kernel object once more, of a layer whose parameters and counts are those of all experts.
+    """
+
+    backend: str
+    kernels: tuple[str, ...]
+    rows: tuple[str, ...]
+    largest: tuple[str, ...]
+    rebuild: Callable[[Any, Any], None]
+
+    def has_rows(self, name: str) -> bool:
+        """Whether a parameter of this name has a row per expert."""
+        return name.removeprefix("w13_").removeprefix("w2_") in self.rows
+
+    def is_largest(self, name: str) -> bool:
+        """Whether a parameter of this name is the largest value of the experts that were loaded."""
+        return name.removeprefix("w13_").removeprefix("w2_") in self.largest
+
+
+_FP8_KERNELS: Final = ("TRITON", "MARLIN", "VLLM_CUTLASS", "FLASHINFER_CUTLASS")
+_FP8_ROWS: Final = ("weight", "weight_scale", "weight_scale_inv", "bias", "g1_alphas", "g2_alphas")
+_GPTQ_ROWS: Final = ("qweight", "scales", "qzeros", "bias", "weight")
+_WNA16_ROWS: Final = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "bias", "weight")
+
+UNQUANTISED: Final = "UnquantizedFusedMoEMethod"
+
+#: Methods whose weights split-weight kernels were tried with on GPUs, with activations that are scaled as they come.
+_SPLIT: Final = (UNQUANTISED, "Fp8MoEMethod")
+
+METHODS: Final = {
+    UNQUANTISED: Method(
+        "unquantized_backend", ("TRITON", "FLASHINFER_CUTLASS"), ("weight", "bias"), (), _init_moe_kernel
+    ),
+    "Fp8MoEMethod": Method("fp8_backend", _FP8_KERNELS, _FP8_ROWS, ("input_scale",), _init_moe_kernel),
+    "CompressedTensorsW8A8Fp8MoEMethod": Method("fp8_backend", _FP8_KERNELS, _FP8_ROWS, ("input_scale",), _fp8_kernel),
+    "CompressedTensorsW8A8Int8MoEMethod": Method(
+        "int8_backend", ("TRITON",), ("weight", "weight_scale", "bias"), (), _int8_kernel
+    ),
+    "CompressedTensorsWNA16MoEMethod": Method("wna16_backend", ("MARLIN", "TRITON"), _WNA16_ROWS, (), _setup_kernel),
+    "AutoGPTQMoEMethod": Method("wna16_moe_backend", ("MARLIN",), _GPTQ_ROWS, (), _setup_kernel),
+    # Triton's own kernels for it keep weights in tensors that are no parameters.
+    "GptOssMxfp4MoEMethod": Method("mxfp4_backend", ("MARLIN",), ("weight", "weight_scale", "bias"), (), _mxfp4_kernel),
+    "AutoAWQMoEMethod": Method("wna16_moe_backend", ("MARLIN",), _GPTQ_ROWS, (), _setup_kernel),
+}
+
+
+def method_of(module: Any) -> Method | None:
+    """What is known of the method that computes a layer; None where nothing is."""
+    return METHODS.get(type(getattr(module, "quant_method", None)).__name__)
+
+
+def kernels_of(method: Any) -> str | None:
+    """The name of the kernels that vLLM's `method` computes with; None for one that is not known."""
+    known = METHODS.get(type(method).__name__)
+    return None if known is None else getattr(getattr(method, known.backend, None), "name", None)
+
+
+def why_not(method: Any, on_cpu: bool) -> str | None:
+    """None where layers that vLLM's `method` computes can be shared; else what is wrong with "experts of <layer>"."""
+    name = type(method).__name__
+    known = METHODS.get(name)
+    if known is None or (on_cpu and name != UNQUANTISED):
+        return f"use {name}, which this release of dwdp does not support" + (" on CPU" if known else "")
+    if on_cpu:
+        return None
+    kernels = kernels_of(method)
+    if kernels in known.kernels:
+        return None
+    why = f", which {_REFUSED[kernels]}" if kernels in _REFUSED else ""
+    options = ", ".join(OPTIONS[kernel] for kernel in known.kernels)
+    return f"use {name} with the kernels {kernels}{why}: dwdp needs --moe-backend {options.replace(', ', ' or ')}"
+
+
+def why_not_split(method: Any) -> str | None:
+    """None where split-weight kernels can compute what `method` does; else what is wrong with "experts of <layer>"."""
+    name = type(method).__name__
+    if (kernels := kernels_of(method)) not in (None, "TRITON"):
+        return f"are computed by the kernels {kernels}, which find no experts by their addresses"
+    static = getattr(getattr(method, "quant_config", None), "activation_scheme", "dynamic") != "dynamic"
+    if name in METHODS and (name not in _SPLIT or static):
+        return f"are computed by {name}{' with static scales' if static else ''}, for which no split-weight kernel was tried"
+    return None
+
+
+def rebuild_kernel(module: Any) -> None:
+    """vLLM's kernel object of a layer once more: scales, biases and the number of experts that it keeps are now those of all
+    E."""
+    known = method_of(module)
+    (known.rebuild if known else _init_moe_kernel)(module.quant_method, module)
