@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict import prefill_pool
+from vllm_dwdp.predict.arguments import build
 from vllm_dwdp.predict.cli import main
 from vllm_dwdp.predict.decode_pool import DecodeEngine, decode_engines, decode_step_s, sequences_in_memory
 from vllm_dwdp.predict.fitted import FITTED
 from vllm_dwdp.predict.hardware_file import load_hardware
 from vllm_dwdp.predict.paper_model import end_to_end
 from vllm_dwdp.predict.pools import PoolRequest, Pools, pools
+from vllm_dwdp.predict.pools_report import OF_ONE_LAUNCH
 from vllm_dwdp.predict.prefill_pool import LOADS, PrefillGroup, prefill_group
 from vllm_dwdp.predict.published import T5
 from vllm_dwdp.predict.read_config import load_model
@@ -187,6 +189,11 @@ def test_one_way_may_be_too_slow(capsys: pytest.CaptureFixture[str]) -> None:
         (["--disaggregated", "--rate", "3", "--ttft", "3"], "a number and its unit"),
         (["--disaggregated", "--rate", "3", "--transfer-rate", "50 Gb/s"], "divide by 8"),
         (["--disaggregated", "--rate", "3", "--plot", "x.png"], "pools have no picture"),
+        (["--disaggregated", "--rate", "3", "--decode", "direct"], "--decode direct says how a launch decodes"),
+        (["--disaggregated", "--rate", "3", "--skew", "1"], "--skew 1.0 says how a launch decodes"),
+        (["--disaggregated", "--rate", "3", "--cached-experts", "8"], "--cached-experts 8 says"),
+        (["--disaggregated", "--rate", "3", "--decode-sequences", "8"], "--decode-sequences 8 says"),
+        (["--disaggregated", "--rate", "3", "--travel-tokens", "8"], "--travel-tokens 8 says"),
         (["--disaggregated", "--rate", "3", "--ttft", "1 ms"], "no number of GPUs meets --ttft 1 ms"),
         (["--disaggregated", "--rate", "3", "--tokens-per-user", "5000"], "lower --tokens-per-user"),
     ],
@@ -232,3 +239,8 @@ def test_a_model_that_does_not_fit_a_group() -> None:
         pools(PoolRequest(whole, 1, 9, 1, 5e10))
     with pytest.raises(DwdpError, match="no engine on H100 decodes"):
         pools(PoolRequest(replace(whole, hardware=load_hardware("h100")), 1, 9, 1, 5e10))
+
+
+def test_flags_of_one_launch_are_the_parsers() -> None:
+    given = vars(build().parse_args(["plan", "qwen3-30b-a3b"]))
+    assert {key: given[key] for key in OF_ONE_LAUNCH} == OF_ONE_LAUNCH

@@ -6,6 +6,7 @@ import argparse
 import textwrap
 from typing import Any, Final
 
+from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.decode_pool import TRANSFER_RATE
 from vllm_dwdp.predict.plan_report import percent, table
@@ -15,6 +16,16 @@ from vllm_dwdp.predict.verdict import Case
 
 #: Flags that mean something with --disaggregated only, and what they are then by default.
 FLAGS: Final[dict[str, Any]] = {"rate": None, "ttft": "2 s", "tokens_per_user": 20.0, "transfer_rate": TRANSFER_RATE}
+
+
+#: Flags that say how one launch decodes; pools decode with engines of their own, without DWDP.
+OF_ONE_LAUNCH: Final[dict[str, Any]] = {
+    "decode_sequences": 64,
+    "skew": 0.0,
+    "cached_experts": 0,
+    "decode": DwdpConfig().decode,
+    "travel_tokens": DwdpConfig().travel_tokens,
+}
 
 
 def pool_request(args: argparse.Namespace, case: Case) -> PoolRequest | None:
@@ -29,6 +40,12 @@ def pool_request(args: argparse.Namespace, case: Case) -> PoolRequest | None:
         raise DwdpError("--disaggregated needs --rate, the requests per second of all users together")
     if args.plot:
         raise DwdpError(f"--plot {args.plot}: pools have no picture; leave it or --disaggregated out")
+    for key, usual in OF_ONE_LAUNCH.items():
+        if (told := getattr(args, key)) != usual:
+            raise DwdpError(
+                f"--{key.replace('_', '-')} {told} says how a launch decodes, and with --disaggregated others do: leave "
+                "one of them out"
+            )
     values = {**FLAGS, **given}
     return PoolRequest(
         case=case,
