@@ -18,14 +18,16 @@ from ci.checks.gpu_cases import QUANTISED
 from examples.checkpoints import CheckpointSpec
 from examples.checkpoints import expert_tensors as expert_tensors_of
 from examples.checkpoints.quantised import FORMS, MX_LEVELS
-from tests.unit.hopper import on_hopper
-from tests.unit.quantised import SIZES, TAKEN, rank_of, sizes
-from tests.unit.whole_model import edited, expert_layers, load, vllm_groups
+from tests.unit.hopper import Hopper, on_hopper
+from tests.unit.quantised import EXPERTS, SIZES, TAKEN, rank_of, sizes
+from tests.unit.whole_model import edited, expert_layers, load, vllm_config, vllm_groups
+from vllm_dwdp.engine.options import check_model
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers import gates
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.page_plan import TensorPages
 from vllm_dwdp.placement import place
+from vllm_dwdp.platform import CPU, CUDA
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -172,3 +174,17 @@ def test_cases_for_gpus_are_those_that_are_simulated() -> None:
             assert all(pages.missing(rank) for rank in range(case.ranks))
     assert found["composite"] == set(TAKEN) - {("", "triton")} >= found["contiguous"]
     assert found["split"] == {("fp8-block", "triton"), ("fp8-tensor", "triton")}
+
+
+@pytest.mark.parametrize("form", ["fp8-block", "ct-int4", "gptq-int4", "awq-int4", "mxfp4"])
+def test_a_launch_on_gpus_takes_them_and_one_on_cpu_does_not(
+    form: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the name that vLLM has for what config.json says."""
+    from vllm.model_executor.layers.quantization import auto_awq
+
+    monkeypatch.setattr(auto_awq, "current_platform", Hopper(auto_awq.current_platform))
+    config = vllm_config(checkpoint(**sizes(form))).model_config
+    assert check_model(config, CUDA) == EXPERTS
+    with pytest.raises(DwdpError, match=f"quantisation '{config.quantization}' is not supported .*: use a BF16"):
+        check_model(config, CPU)
