@@ -165,7 +165,7 @@ def run(servers: Servers, args: argparse.Namespace) -> int:
     plain = plain_vllm(servers, model, args.ranks)
     truths = {prompt: truth(plain.url, prompt) for prompt in asked}
     servers.stop(plain)
-    port = free_ports(args.ranks + args.extras)
+    port = places.quiet_ports(args.ranks + args.extras)
     spots = [Place(rank, port + rank) for rank in range(args.ranks + args.extras)]
     for place in spots[: args.ranks]:
         place.start(servers, group)

@@ -21,10 +21,12 @@ from ci.checks.chaos_places import END_LIMIT_S, Group, Place
 PAUSE_S = (2.0, 6.0)
 #: A server is stopped so long: shorter than what a request may take in the router, and longer.
 STOPPED_S = (2.0, 40.0)
+#: Lines of its log that tell what was wrong with a server.
+LOG_LINES = 40
 #: What a server had is lost, or answered, within so many seconds of the end of it.
 GRACE_S = 10.0
 #: How often each event is drawn where it may happen; starts take long, and most of them should not be killed.
-WEIGHTS = {"start": 8, "stop": 6, "kill": 3, "end": 1, "leave": 1, "kill a start": 0.4, "nothing": 8}
+WEIGHTS = {"start": 8, "stop": 6, "kill": 3, "end": 1, "leave": 1, "kill a start": 0.1, "nothing": 8}
 
 
 class Blow(NamedTuple):
@@ -185,6 +187,8 @@ class Chaos:
     def _fail(self, place: Place, why: str) -> None:
         self.wrong.append(f"rank {place.rank} (life {place.lives}) {why}")
         self._tell(place, why)
+        for line in self._server(place).log.read_text(errors="replace").splitlines()[-LOG_LINES:]:
+            self.say(f"      {line}")
         self._blow(place, "fault", GRACE_S)
         self.servers.kill(self._server(place))
         self._gone(place)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass, field
@@ -68,6 +69,17 @@ def serve(servers: Servers, model: str, name: str, port: int, words: list[str], 
     command += ["--api-server-count", "1", "--shutdown-timeout", "30", *words]
     environ = {"TMPDIR": str(servers.folder), "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1", "PYTHONPATH": str(ROOT)}
     return servers.start(name, port, command, environ | ({"VLLM_CPU_OMP_THREADS_BIND": cores} if cores else {}))
+
+
+def quiet_ports(count: int) -> int:
+    """The first of `count` free ports in a row that the kernel gives to no connection: servers come back to their own."""
+    given_from = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for first in range(given_from - count, 1024, -count):
+        with contextlib.ExitStack() as taken, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                taken.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
+    raise SystemExit(f"there are no {count} free ports in a row below {given_from}")
 
 
 def members(group: int) -> list[int]:
