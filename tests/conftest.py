@@ -8,8 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from examples.checkpoints import CheckpointSpec, write_checkpoint
+
+# No test is timed: this machine may be busy.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "checkpoints"
 

@@ -10,7 +10,8 @@ import pytest
 
 from tests.unit import fake_vmm
 from tests.unit.fake_cuda import Machine
-from tests.unit.gpu_sharing import LAYERS, MANY, GpuRank, share_on_gpus
+from tests.unit.gpu_layers import LAYERS
+from tests.unit.gpu_sharing import MANY, GpuRank, share_on_gpus
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers import gates
 

@@ -15,7 +15,8 @@ pytest.importorskip("vllm")
 
 from tests.e2e.digests import Digests
 from tests.unit import fake_vmm
-from tests.unit.gpu_sharing import EXPERTS, LAYERS, MANY, SHAPES, GpuRank, Kernel, as_bytes, share_on_gpus, weights
+from tests.unit.gpu_layers import EXPERTS, LAYERS, SHAPES, Kernel, weights
+from tests.unit.gpu_sharing import MANY, GpuRank, as_bytes, share_on_gpus
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine.options import check_settings
 from vllm_dwdp.engine.popularity import popularity_of

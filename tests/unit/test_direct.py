@@ -15,7 +15,8 @@ pytest.importorskip("vllm")
 
 from tests.unit.direct_turns import FEW, close, group, play, ring_of
 from tests.unit.fake_cuda import Machine
-from tests.unit.gpu_sharing import LAYERS, MANY, GpuRank, end_process, share_on_gpus
+from tests.unit.gpu_layers import LAYERS
+from tests.unit.gpu_sharing import MANY, GpuRank, end_process, share_on_gpus
 from vllm_dwdp.layers import gates
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.views.split import SplitTables

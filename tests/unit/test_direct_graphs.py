@@ -12,7 +12,8 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
 
 from tests.unit.fake_cuda import Machine
-from tests.unit.gpu_sharing import LAYERS, MANY, GpuRank, share_on_gpus
+from tests.unit.gpu_layers import LAYERS
+from tests.unit.gpu_sharing import MANY, GpuRank, share_on_gpus
 from tests.unit.vllm_graphs import manager, use_simulated_graphs, wrapper
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild

@@ -16,7 +16,8 @@ from tests.unit.cuda_pair import LIMIT_S
 from tests.unit.cuda_rank import process_id
 from tests.unit.fake_cuda import Machine
 from tests.unit.fake_vmm import PAGE, fail_at, open_descriptors
-from tests.unit.gpu_sharing import LAYERS, SHAPES, GpuRank, Group, Meeting, share_on_gpus
+from tests.unit.gpu_layers import LAYERS, SHAPES
+from tests.unit.gpu_sharing import GpuRank, Group, Meeting, share_on_gpus
 from tests.unit.leftovers import check_message, refusal
 from vllm_dwdp.engine import loader
 from vllm_dwdp.errors import PeerLost
@@ -24,6 +25,7 @@ from vllm_dwdp.group.apart import left_in_memory
 from vllm_dwdp.group.launch import Apart
 from vllm_dwdp.group.meeting import Holder
 from vllm_dwdp.group.meeting import Meeting as Folder
+from vllm_dwdp.layers import largest
 from vllm_dwdp.layers.build import BuildApart, ModelBuild
 from vllm_dwdp.transport.base import Handle
 from vllm_dwdp.transport.kept import KeptSlab, keep_slab
@@ -205,3 +207,11 @@ def test_a_dead_rank_says_nothing_of_small_steps(servers: Servers) -> None:
         1
     ].sharing.view == "contiguous"
     servers.forward()
+
+
+def test_static_scales_are_refused_where_ranks_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an adopted share one expert is read, and the largest of all is not known."""
+    monkeypatch.setattr(largest, "_largest", lambda build: [object(), object()])
+    build: Any = SimpleNamespace(apart=BuildApart(None, 1, lambda held: None, lambda files: None))
+    told = ["2 static scales of activations with dwdp.group", "dynamic ones"]
+    check_message(refusal(lambda: largest.share_largest(build, None, [0, 1])), told)  # type: ignore[arg-type]

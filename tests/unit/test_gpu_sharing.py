@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.gpu_sharing import EXPERTS, LAYERS, MANY, SHAPES, share_on_gpus, weights
+from tests.unit.gpu_layers import EXPERTS, LAYERS, SHAPES, weights
+from tests.unit.gpu_sharing import MANY, share_on_gpus
 from vllm_dwdp.errors import DwdpTimeout
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.transport.cuda_copy import CudaCopyEngine

@@ -4,16 +4,20 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from vllm_dwdp.transport import vmm_socket
 from vllm_dwdp.transport.vmm_socket import AT_ONCE, DescriptorServer, fetch
 
 LIMIT_S = 30.0
 COUNT = AT_ONCE + 5
 OWNER = f"""
 import os, sys
+from vllm_dwdp.transport import vmm_socket
 from vllm_dwdp.transport.vmm_socket import DescriptorServer
 server = DescriptorServer()
 descriptors = [os.memfd_create('piece') for _ in range({COUNT})]
@@ -90,3 +94,18 @@ def test_a_server_closes_twice_and_withdraws() -> None:
     server.close()
     server.close()
     assert open_here() == before
+
+
+def test_an_owner_that_answers_slowly_has_one_limit_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    server, send = DescriptorServer(), vmm_socket.socket.send_fds
+    token = server.offer([os.memfd_create("piece") for _ in range(6)])
+
+    def slowly(*given: Any) -> int:
+        time.sleep(0.2)
+        return send(*given)
+
+    monkeypatch.setattr(vmm_socket, "AT_ONCE", 1)
+    monkeypatch.setattr(vmm_socket.socket, "send_fds", slowly)
+    with pytest.raises(TimeoutError):
+        list(fetch(server.name, token, 6, 0.5))
+    server.close()

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.v1.worker.gpu_worker import Worker
 
-from tests.unit.gpu_sharing import LAYERS, share_on_gpus
+from tests.unit.gpu_layers import LAYERS
+from tests.unit.gpu_sharing import share_on_gpus
 from vllm_dwdp.engine import gpu_worker
 from vllm_dwdp.engine.graphs import captured_tokens
 from vllm_dwdp.kernels import launching

@@ -22,11 +22,16 @@ if TYPE_CHECKING:
 def share_largest(build: ModelBuild, rendezvous: Rendezvous, group: Sequence[int]) -> int:
     """Give every single value that is the largest over a share that of the group; returns how many there are.
 
-    Raises DwdpError where ranks have different numbers of them.
+    Raises DwdpError where ranks have different numbers of them, or come and go.
     """
     own = _largest(build)
     if not own:
         return 0
+    if build.apart is not None:
+        raise DwdpError(
+            f"{len(own)} static scales of activations with dwdp.group, where a rank that returns reads too few to know "
+            "the largest: use a checkpoint with dynamic ones, or one launch for all ranks"
+        )
     said = rendezvous.gather("largest", [float(parameter) for parameter in own], list(group))
     if len(set(map(len, said))) > 1:
         raise DwdpError(f"ranks have {' and '.join(str(len(values)) for values in said)} static scales of activations")

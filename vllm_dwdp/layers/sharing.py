@@ -266,10 +266,9 @@ class ExpertSharing:
         experts = max(layer.build.placement.num_experts for layer in self.layers)
         slots = sum(slot.nbytes for slot in self.slots)
         return (
-            f"{self.experts_held} of {experts} experts in {len(self.layers)} MoE layers "
-            f"({self.slab_bytes / 1e6:.1f} MB, and {self.replicated_bytes / 1e6:.1f} MB replicated), worker in {place}, "
-            f"view {self.view}, {len(self.slots)} slots ({slots / 1e6:.1f} MB), "
-            f"a forward pulls {self.bytes_per_forward / 1e6:.1f} MB" + self._describe_direct()
+            f"{self.experts_held} of {experts} experts in {len(self.layers)} MoE layers ({self.slab_bytes / 1e6:.1f} MB, and "
+            f"{self.replicated_bytes / 1e6:.1f} MB replicated), worker in {place}, view {self.view}, {len(self.slots)} slots "
+            f"({slots / 1e6:.1f} MB), a forward pulls {self.bytes_per_forward / 1e6:.1f} MB{self._describe_direct()}"
         )
 
     def _describe_direct(self) -> str:
