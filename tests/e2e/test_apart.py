@@ -21,7 +21,10 @@ import pytest
 from tests.e2e.engines import as_one_rank, gpus, rank_cores, run_job, side_by_side
 from tests.e2e.server import Server, dwdp_arguments, start_server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.skipif(gpus() > 0, reason="dwdp.group is for CPU in this release")]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(gpus() > 0, reason="CPU only: servers on cores of their own; ranks apart never ran on GPUs"),
+]
 
 RANKS = 2
 PROMPTS = ("No rank waits", "for another one", "and a dead one takes nobody along")

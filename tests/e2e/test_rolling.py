@@ -20,7 +20,7 @@ from steady_load import Load
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.full,
-    pytest.mark.skipif(gpus() > 0, reason="dwdp.group is for CPU in this release"),
+    pytest.mark.skipif(gpus() > 0, reason="CPU only: servers on cores of their own; ranks apart never ran on GPUs"),
     pytest.mark.skipif(not (BIN / "vllm-router").exists(), reason="needs the extra `disaggregated`"),
 ]
 

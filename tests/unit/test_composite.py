@@ -256,7 +256,7 @@ def test_a_kernel_that_would_not_follow_is_refused(kept: str, monkeypatch: pytes
             )
             self.config = SimpleNamespace(parameters=[layer.w2_weight, layer.w13_bias], scales={"w2": found})
 
-    monkeypatch.setattr("tests.unit.gpu_sharing.Kernel", Keeping)
+    monkeypatch.setattr("tests.unit.gpu_layers.Kernel", Keeping)
     with pytest.raises(
         DwdpError,
         match=r"Method keeps layer0.w2_weight in a tensor of its own, .*: choose another --moe-backend, or use",

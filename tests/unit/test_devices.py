@@ -98,5 +98,6 @@ def test_a_server_of_its_own_takes_its_place_among_all_gpus(monkeypatch: pytest.
     assert [given(rank, None) for rank in (0, 1)] == [[4], [5]]
     assert [given(rank, None, 4, ranks_per_device=2) for rank in range(4)] == [[4], [4], [5], [5]]
     assert given(0, [5]) == [5]  # as the user says
+    assert [given(rank, [5, 4]) for rank in (0, 1)] == [[5], [4]]
     with pytest.raises(DwdpError, match=r"3 ranks .* need 3 GPUs but 2 are visible"):
         given(0, None, 3)

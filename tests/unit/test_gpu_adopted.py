@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.unit.cuda_pair import LIMIT_S
 from tests.unit.cuda_rank import process_id
@@ -20,8 +22,9 @@ from tests.unit.gpu_layers import LAYERS, SHAPES
 from tests.unit.gpu_sharing import GpuRank, Group, Meeting, share_on_gpus
 from tests.unit.leftovers import check_message, refusal
 from vllm_dwdp.engine import loader
-from vllm_dwdp.errors import PeerLost
-from vllm_dwdp.group.apart import left_in_memory
+from vllm_dwdp.errors import DwdpTimeout, PeerLost
+from vllm_dwdp.group import apart as apart_of_a_group
+from vllm_dwdp.group.apart import ApartRendezvous, left_in_memory
 from vllm_dwdp.group.launch import Apart
 from vllm_dwdp.group.meeting import Holder
 from vllm_dwdp.group.meeting import Meeting as Folder
@@ -144,12 +147,13 @@ def test_a_keeper_that_is_gone_or_has_it_no_longer(servers: Servers, monkeypatch
     handle = handle_of_the_dead(servers)
     other = Handle(handle.transport, handle.host, handle.device, handle.nbytes, handle.payload | {"token": 64 * "0"})
     process = handle.payload["process"]["pid"]
-    check_message(
-        refusal(lambda: keep_slab(other, "it", LIMIT_S), PeerLost), [f"process {process} has a slab no longer"]
-    )
+    check_message(refusal(lambda: keep_slab(other, "it", LIMIT_S), PeerLost), [f"process {process} gives no slab"])
     servers.kill()
     monkeypatch.setattr("vllm_dwdp.transport.vmm_kept.is_gone", lambda process: True)
-    check_message(refusal(lambda: keep_slab(handle, "it", LIMIT_S), PeerLost), [f"process {process}) is gone"])
+    check_message(
+        refusal(lambda: keep_slab(handle, "it", LIMIT_S), PeerLost),
+        [f"process {process}, which had a slab open, is gone"],
+    )
 
 
 @pytest.mark.parametrize("call", ["reserve", "import_descriptor", "map"])
@@ -193,7 +197,12 @@ def test_memory_that_was_left_counts_as_the_ranks_own(
     found = SimpleNamespace(apart=apart, num_ranks=RANKS)
     monkeypatch.setattr(loader, "launch_of", lambda config: config)
     ours: Any = object.__new__(loader.ShareOnlyLoader)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (whole, 2 * whole))
     assert ours.get_external_weight_memory(found) == whole
+    # As much again is loaded, and let go of.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (whole - 1, 2 * whole))
+    told = ["GiB of this rank's experts are on its GPU", "GiB are free", "start all ranks of the group again"]
+    check_message(refusal(lambda: ours.get_external_weight_memory(found)), told)
     for other in (None, SimpleNamespace(apart=None)):
         assert ours.get_external_weight_memory(other) == 0
     meeting.leave()
@@ -215,3 +224,26 @@ def test_static_scales_are_refused_where_ranks_come_and_go(monkeypatch: pytest.M
     build: Any = SimpleNamespace(apart=BuildApart(None, 1, lambda held: None, lambda files: None))
     told = ["2 static scales of activations with dwdp.group", "dynamic ones"]
     check_message(refusal(lambda: largest.share_largest(build, None, [0, 1])), told)  # type: ignore[arg-type]
+
+
+def test_a_keeper_that_is_stopped_is_not_the_only_one_asked(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apart_of_a_group, "_ANSWER_S", 0.2)
+    servers.kill()
+    good = servers.held[0][1]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
+        silent.bind("\0dwdp-vmm-test-silent")
+        silent.listen()
+        stopped = [{**handle, "payload": {**handle["payload"], "socket": "dwdp-vmm-test-silent"}} for handle in good]
+        keepers = {"0": {"1": stopped}, "2": {"1": good}}
+        meeting = SimpleNamespace(said=lambda rank, name: keepers.get(str(rank)), positions=lambda: [])
+        rank: Any = object.__new__(ApartRendezvous)
+        rank.__dict__.update(meeting=meeting, share=1, rank=1, ranks=[0, 1, 2], timeout_s=LIMIT_S)
+        kept = rank.adopt()
+        assert kept is not None and [slab.handle.payload["socket"] for slab in kept] == [
+            handle["payload"]["socket"] for handle in good
+        ]
+        for slab in kept:
+            slab.close()
+        keepers.pop("2")
+        rank.timeout_s = 0.3
+        check_message(refusal(rank.adopt, DwdpTimeout), ["gave no descriptors"])

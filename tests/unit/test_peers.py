@@ -170,8 +170,12 @@ def test_the_watch_goes_on_by_itself_and_ends(group: Group, monkeypatch: pytest.
     while group.page.fields.peers_alive != 1:
         assert time.monotonic() < deadline and watch.is_alive()
         time.sleep(0.01)
+    group.rendezvous.put(SLABS, ["one"]), group.rendezvous.hold({0: ["one"]})
+    assert other.ask("held", 0) == ["one"]
     watch.stop()
     assert not watch.is_alive()
+    # Who comes now asks others: what is about to be let go of is not offered.
+    assert other.ask("held", 0) is None and group.rendezvous.meeting.read("0.1-slabs.json") is None
 
 
 @pytest.mark.parametrize("rank", [1, 3])

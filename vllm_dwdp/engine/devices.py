@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def set_devices(vllm_config: VllmConfig, config: DwdpConfig, num_ranks: int) -> None:
     """Give every rank its GPU through vLLM's own `--device-ids`; raises DwdpError.
 
-    A rank that is a server of its own has the one that the user names there, or its place among those that are visible.
+    A rank that is a server of its own has the one that the user names there, or its place among several or all.
 
     vLLM measures free memory as if it were alone on a device, so ranks that share one need a KV cache of a given size.
     """
@@ -26,10 +26,11 @@ def set_devices(vllm_config: VllmConfig, config: DwdpConfig, num_ranks: int) -> 
     if chosen is None:
         chosen = [current_platform.device_id_to_physical_device_id(i) for i in range(current_platform.device_count())]
     if config.rank is not None:
-        named = parallel.assigned_physical_gpu_ids or [
-            device_of_rank(config.rank, num_ranks, config.ranks_per_device, chosen)
-        ]
-        devices = parallel.assigned_physical_gpu_ids = named[:1]
+        # One that the user names is this rank's, several are all ranks'.
+        named = parallel.assigned_physical_gpu_ids or []
+        if len(named) != 1:
+            named = [device_of_rank(config.rank, num_ranks, config.ranks_per_device, chosen)]
+        devices = parallel.assigned_physical_gpu_ids = named
         num_ranks = 1
     else:
         devices = [device_of_rank(rank, num_ranks, config.ranks_per_device, chosen) for rank in range(num_ranks)]

@@ -71,9 +71,20 @@ class _ShareOnlyMixin:
         return model
 
     def get_external_weight_memory(self, vllm_config: VllmConfig) -> int:
-        """See BaseModelLoader: bytes of the device that this rank's last life left to it, part of its budget."""
+        """See BaseModelLoader: bytes of the device that this rank's last life left to it, part of its budget.
+
+        Raises DwdpError where the device has not as much again, which vLLM loads before it is let go of.
+        """
         launch = launch_of(vllm_config)
-        return 0 if launch is None or launch.apart is None else left_in_memory(launch.apart, range(launch.num_ranks))
+        if launch is None or launch.apart is None:
+            return 0
+        left = left_in_memory(launch.apart, range(launch.num_ranks))
+        if left and (free := torch.cuda.mem_get_info()[0]) < left:
+            raise DwdpError(
+                f"{left / 2**30:.2f} GiB of this rank's experts are on its GPU, and loading takes as much again for a "
+                f"moment, but {free / 2**30:.2f} GiB are free: start all ranks of the group again"
+            )
+        return left
 
     def _compare(self, files: list[str]) -> None:
         """With what other servers of the group read."""

@@ -110,9 +110,10 @@ class PeerWatch(threading.Thread):
             logger.warning("dwdp rank %d: %s is gone; %sserving goes on", me, gone, kept)
 
     def stop(self) -> None:
-        """End, and wait for it."""
+        """End, and wait for it; from then on nobody is told to ask this rank for slabs."""
         self._stopping.set()
         self.join(_STOP_S)
+        self._rendezvous.withdraw()
 
     def leave(self) -> None:
         """Let go of the position, last of all."""

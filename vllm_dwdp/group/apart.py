@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from vllm_dwdp.errors import DwdpTimeout, PeerLost
@@ -21,6 +22,8 @@ logger = logging.getLogger("vllm.dwdp")
 SLABS: Final = "slabs"
 _HOLDS: Final = "holds"
 _PAUSE_S: Final = 0.05
+#: For one slab: whoever has it gives it at once, unless it is stopped.
+_ANSWER_S: Final = 10.0
 
 
 class ApartRendezvous(Rendezvous):
@@ -58,6 +61,9 @@ class ApartRendezvous(Rendezvous):
 
     def held(self, rank: int) -> list[Any] | None:
         """Handles of the slabs of `rank` from one that lives and has them open, this one too; None where none has."""
+        return next(self._keepers(rank), None)
+
+    def _keepers(self, rank: int) -> Iterator[list[Any]]:
         return _held(self.meeting, rank, (*self.ranks, *self.extras()))
 
     def adopt(self) -> list[KeptSlab] | None:
@@ -66,26 +72,33 @@ class ApartRendezvous(Rendezvous):
 
         Raises:
             PeerLost: somebody says to have them for `timeout_s` and has them no longer.
-            DwdpTimeout: as `get`, of an extra rank.
+            DwdpTimeout: nobody who has them gives them in that time; or as `get`, of an extra rank.
         """
         deadline = time.monotonic() + self.timeout_s
         while True:
-            if (handles := self.held(self.share)) is None:
-                if self.rank in self.ranks:
-                    return None
-                handles = self.get(self.share, SLABS)
-            files: list[KeptSlab] = []
-            try:
-                for handle in handles:
-                    files.append(keep_slab(Handle.from_dict(handle), "an adopted slab", self.timeout_s))
-                return files
-            except PeerLost:
-                # Whoever had them is dying: another one may have them too.
-                for file in files:
-                    file.close()
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(_PAUSE_S)
+            keepers = list(self._keepers(self.share))
+            if not keepers and self.rank in self.ranks:
+                return None
+            failure: PeerLost | DwdpTimeout | None = None
+            for handles in keepers or [self.get(self.share, SLABS)]:
+                try:
+                    return self._keep(handles)
+                except (PeerLost, DwdpTimeout) as error:
+                    # Who had them is dying, or stopped: another one may have them too.
+                    failure = error
+            if failure is not None and time.monotonic() > deadline:
+                raise failure
+            time.sleep(_PAUSE_S)
+
+    def _keep(self, handles: list[Any]) -> list[KeptSlab]:
+        with contextlib.ExitStack() as undo:
+            kept: list[KeptSlab] = []
+            for handle in handles:
+                limit_s = min(_ANSWER_S, self.timeout_s)
+                kept.append(keep_slab(Handle.from_dict(handle), "an adopted slab", limit_s))
+                undo.callback(kept[-1].close)
+            undo.pop_all()
+            return kept
 
     def check_same(self, name: str, mine: dict[str, str], ranks: list[int], remedy: str) -> None:
         """See Rendezvous; also with extra ranks that serve, since all of `ranks` may be dead and live on in these."""
@@ -141,6 +154,11 @@ class ApartRendezvous(Rendezvous):
                 )
             time.sleep(_PAUSE_S)
 
+    def withdraw(self) -> None:
+        """Take back what others could ask for, before it is let go of."""
+        self.meeting.unsay(self.rank, SLABS)
+        self.meeting.unsay(self.rank, _HOLDS)
+
     def leave(self) -> None:
         """Let go of the position; never raises. What others have open of this rank stays theirs."""
         self.meeting.leave()
@@ -159,12 +177,12 @@ def left_in_memory(apart: Apart, ranks: Iterable[int]) -> int:
     """
     if not os.path.lexists(apart.folder):
         return 0
-    held = _held(Meeting(apart.folder), apart.rank, ranks) or []
+    held = next(_held(Meeting(apart.folder), apart.rank, ranks), [])
     return sum(memory_of(Handle.from_dict(handle)) for handle in held)
 
 
-def _held(meeting: Meeting, rank: int, ranks: Iterable[int]) -> list[Any] | None:
+def _held(meeting: Meeting, rank: int, ranks: Iterable[int]) -> Iterator[list[Any]]:
+    """From each that lives and has them open."""
     for other in ranks:
         if found := (meeting.said(other, _HOLDS) or {}).get(str(rank)):
-            return list(found)
-    return None
+            yield list(found)

@@ -140,6 +140,11 @@ class Meeting(PrivateFolder):
         """Publish a JSON-able value of a position that this process holds."""
         self.write(_message(rank, self._held[rank][1].life, name), value)
 
+    def unsay(self, rank: int, name: str) -> None:
+        """Take back what this process has said; never raises, since the folder may be gone."""
+        with contextlib.suppress(OSError):
+            os.unlink(_message(rank, self._held[rank][1].life, name), dir_fd=self.fd)
+
     def said(self, rank: int, name: str) -> Any | None:
         """What the holder of `rank` has said under `name` in this life; None where it has not, or nobody holds it."""
         holder = self.holder(rank)

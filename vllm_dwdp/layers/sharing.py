@@ -82,8 +82,7 @@ class ExpertSharing:
             self.forwards = ForwardCounts(self.counters, self.layers, build.rank, self.direct_tokens, travels)
             device = self.layers[0].fetched[0].parameter.device
             self.hits = HitCounts(build.layers, build.rank, device) if build.config.hits else None
-            slots = sum(slot.nbytes for slot in self.slots)
-            self.counters.describe(self.view, self.experts_held, self.slab_bytes, slots)
+            self.counters.describe(self.view, self.experts_held, self.slab_bytes, sum(s.nbytes for s in self.slots))
             rendezvous.put("counters", self.counters.handle().to_dict())
             # In-place ranges open the owners' files once more: no owner may leave before all are mapped.
             rendezvous.gather("mapped", True, group)
@@ -264,11 +263,12 @@ class ExpertSharing:
     def describe(self, place: str) -> str:
         """One line at start; `place`: where this worker runs."""
         experts = max(layer.build.placement.num_experts for layer in self.layers)
-        slots = sum(slot.nbytes for slot in self.slots)
+        slots = sum(slot.nbytes for slot in self.slots) / 1e6
+        held, kept = self.slab_bytes / 1e6, self.replicated_bytes / 1e6
         return (
-            f"{self.experts_held} of {experts} experts in {len(self.layers)} MoE layers ({self.slab_bytes / 1e6:.1f} MB, and "
-            f"{self.replicated_bytes / 1e6:.1f} MB replicated), worker in {place}, view {self.view}, {len(self.slots)} slots "
-            f"({slots / 1e6:.1f} MB), a forward pulls {self.bytes_per_forward / 1e6:.1f} MB{self._describe_direct()}"
+            f"{self.experts_held} of {experts} experts in {len(self.layers)} MoE layers ({held:.1f} MB, and {kept:.1f} MB "
+            f"replicated), worker in {place}, view {self.view}, {len(self.slots)} slots ({slots:.1f} MB), a forward pulls "
+            f"{self.bytes_per_forward / 1e6:.1f} MB{self._describe_direct()}"
         )
 
     def _describe_direct(self) -> str:

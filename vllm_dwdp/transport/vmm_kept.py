@@ -2,6 +2,7 @@
 here."""
 
 import contextlib
+import errno
 import os
 import time
 from dataclasses import dataclass
@@ -50,11 +51,15 @@ def keep_pieces(handle: Handle, timeout_s: float) -> KeptPieces:
             raise no_answer(process, timeout_s) from error
         except OSError as error:
             said = error.strerror or str(error)
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise DwdpError(f"keeping a slab of {count} pieces failed ({said}): raise ulimit -n") from error
             if has_ended(process):
                 raise PeerLost(
-                    f"who had a slab open (process {process.pid}) is gone ({said}): look at its log"
+                    f"process {process.pid}, which had a slab open, is gone ({said}): look at its log"
                 ) from error
-            raise PeerLost(f"process {process.pid} has a slab no longer open ({said}): look at its log") from error
+            raise PeerLost(
+                f"process {process.pid} gives no slab ({said}): it is ending, or containers lack --network=host"
+            ) from error
         undo.pop_all()
     return kept
 
