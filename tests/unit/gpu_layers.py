@@ -75,7 +75,13 @@ class Experts(DwdpExpertsMixin, Plain):
         torch.nn.Module.__init__(self)
         for name in SHAPES:
             setattr(self, name, torch.nn.Parameter(weights(layer, name, share).clone(), requires_grad=False))
-        self.moe_config = SimpleNamespace(num_experts=EXPERTS, num_local_experts=len(share))
+        self.moe_config = SimpleNamespace(
+            num_experts=EXPERTS,
+            num_local_experts=len(share),
+            hidden_dim=HIDDEN,
+            intermediate_size_per_partition=INNER,
+            is_act_and_mul=True,
+        )
         self.expert_map_manager = "share"  # type: ignore[assignment]
         object.__setattr__(self, "_dwdp_whole_map", "whole")
         self.quant_method, self.top_k = Method(), 2

@@ -112,6 +112,13 @@ def test_the_view_decides_what_slots_hold(checkpoint: Callable[..., Path], monke
     # No kernel of ours finds experts in another layout by their addresses.
     monkeypatch.setattr(on_pages.kernel_config, "moe_backend", "marlin")
     assert [hold(on_pages, False, view) for view in views[::2]] == ["all", "missing"]
+    # Nor computes with static scales of activations.
+    monkeypatch.setattr(on_pages.kernel_config, "moe_backend", "triton")
+    assert hold(on_pages, False, "auto") == "missing"
+    for scheme, held in (("dynamic", "missing"), ("static", "all")):
+        told = {"quant_method": "fp8", "activation_scheme": scheme}
+        monkeypatch.setattr(on_pages.model_config.hf_config, "quantization_config", told, raising=False)
+        assert hold(on_pages, False, "auto") == held
 
 
 def test_a_model_that_cannot_be_read_is_one_line(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,8 +107,9 @@ def test_expected_hits_are_those_of_an_even_router() -> None:
 
 def layer(experts: int, top_k: int, row: int, held: int | None = None, ranks: int = 2) -> Any:
     tensors = [SimpleNamespace(row_bytes=nbytes, dtype=torch.bfloat16) for nbytes in (2 * row, row)]
-    build = SimpleNamespace(placement=place(experts, ranks, held), module=SimpleNamespace(top_k=top_k))
-    return SimpleNamespace(build=build, fetched=tensors)
+    sizes = SimpleNamespace(is_act_and_mul=True, hidden_dim=row // 2, intermediate_size_per_partition=1)
+    module = SimpleNamespace(top_k=top_k, moe_config=sizes)
+    return SimpleNamespace(build=SimpleNamespace(placement=place(experts, ranks, held), module=module), fetched=tensors)
 
 
 @pytest.mark.parametrize("most", [0, 8, None])
@@ -140,3 +141,8 @@ def test_the_limit_is_that_of_the_layer_for_which_it_is_least() -> None:
     assert measured_tokens([few, many, few], 0, **rates) == measured_tokens([many, few], 0, **rates) == min(alone)
     costs = LayerCosts(16, 8, 4, 3 << 20, 8 * (3 << 20) / 350e9, 350e9, 3.3e12, 8e14, 2 * 4 * (3 << 20) // 2)
     assert alone[1] == direct_tokens(costs)
+    # Weights that are packed, eight to an element, are multiplied all the same.
+    packed = layer(16, 4, 1 << 18)
+    packed.build.module.moe_config.hidden_dim *= 4
+    costs = LayerCosts(16, 8, 4, 3 << 18, 8 * (3 << 18) / 350e9, 350e9, 3.3e12, 8e14, 2 * 4 * (3 << 20) // 2)
+    assert measured_tokens([packed], 0, **rates) == direct_tokens(costs)

@@ -117,12 +117,19 @@ def test_kernels_that_break_the_rule_are_refused_before_weights_load(
     ("method", "kernels", "said"),
     [
         ("Fp8MoEMethod", "DEEPGEMM", "strides that slabs do not keep: dwdp needs --moe-backend triton or marlin"),
+        ("Fp8MoEMethod", "VLLM_CUTLASS", "dwdp needs --moe-backend triton or marlin or flashinfer_cutlass"),
         ("Fp8MoEMethod", "HUMMING", "a layout of their own"),
         ("UnquantizedFusedMoEMethod", "FLASHINFER_TRTLLM", "counts of the experts that they were made with"),
         ("AutoGPTQMoEMethod", "TRITON", "the kernels TRITON: dwdp needs --moe-backend marlin"),
         ("UnquantizedFusedMoEMethod", None, "the kernels None"),
         ("MoeWNA16Method", "TRITON", "use MoeWNA16Method, which this release"),
         ("ModelOptNvFp4FusedMoE", "MARLIN", "use ModelOptNvFp4FusedMoE, which this release"),
+        (
+            "CompressedTensorsW4A4Nvfp4MoEMethod",
+            "MARLIN",
+            "use CompressedTensorsW4A4Nvfp4MoEMethod, which this release",
+        ),
+        ("Fp8PerTensorOnlineMoEMethod", "TRITON", "use Fp8PerTensorOnlineMoEMethod, which this release"),
     ],
 )
 def test_methods_and_kernels_that_are_not_known(method: str, kernels: str | None, said: str) -> None:
@@ -135,6 +142,16 @@ def test_methods_and_kernels_that_are_not_known(method: str, kernels: str | None
     for name in methods.METHODS[method].kernels if method in methods.METHODS else ():
         assert methods.why_not(made(name), on_cpu=False) is None
         assert (methods.why_not(made(name), on_cpu=True) is None) == (method == methods.UNQUANTISED)
+
+
+def test_activations_of_a_byte_are_refused() -> None:
+    given = {"wna16_moe_backend": SimpleNamespace(name="MARLIN"), "input_dtype": torch.int8}
+    method = type("AutoGPTQMoEMethod", (), given)()
+    assert "take activations in torch.int8, as VLLM_MARLIN_INPUT_DTYPE asks" in str(
+        methods.why_not(method, on_cpu=False)
+    )
+    method.input_dtype = None
+    assert methods.why_not(method, on_cpu=False) is None
 
 
 class Layer(torch.nn.Module):
@@ -188,7 +205,7 @@ def test_a_largest_value_is_no_row_and_nothing_else_is_one() -> None:
         (
             "fp8-tensor-static",
             "triton",
-            "are computed by Fp8MoEMethod with static scales, for which no split-weight kernel was tried",
+            "are computed by Fp8MoEMethod with static scales, for which there is no split-weight kernel",
         ),
         ("ct-fp8-channel", "triton", "are computed by CompressedTensorsW8A8Fp8MoEMethod, for which"),
         ("ct-fp8-channel", "cutlass", "are computed by the kernels VLLM_CUTLASS"),

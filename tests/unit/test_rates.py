@@ -26,9 +26,15 @@ def test_the_second_run_of_a_copy_is_timed(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("dtype", "multiplied"), [(torch.float16, torch.float16), (torch.float8_e4m3fn, torch.bfloat16)]
+    ("dtype", "multiplied"),
+    [
+        (torch.float16, torch.float16),
+        (torch.float8_e4m3fn, torch.bfloat16),
+        (torch.int32, torch.bfloat16),  # CUDA multiplies none
+        (torch.uint8, torch.bfloat16),
+    ],
 )
-def test_a_product_of_fp8_counts_as_bf16(
+def test_a_product_of_fp8_or_packed_integers_counts_as_bf16(
     dtype: torch.dtype, multiplied: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, ones = [], torch.ones

@@ -99,7 +99,9 @@ def _view(model: MoeModel, launch: DwdpLaunch, platform: Platform, vllm_config: 
         return view
     if "inplace" not in platform.views:
         quantisation, kernels = vllm_config.model_config.quantization, vllm_config.kernel_config.moe_backend
-        splits = quantisation in (None, *platform.split) and kernels in ("auto", "triton")
+        told = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
+        static = told.get("activation_scheme", "dynamic") != "dynamic"
+        splits = quantisation in (None, *platform.split) and kernels in ("auto", "triton") and not static
         return "split" if splits else "contiguous"
     rows = cpu_rows(model.expert_width, model.hidden, vllm_config.model_config.dtype.itemsize)
     try:

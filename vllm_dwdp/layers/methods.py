@@ -64,7 +64,7 @@ def _int8_kernel(method: Any, layer: Any) -> None:
 
 
 def _mxfp4_kernel(method: Any, layer: Any) -> None:
-    """As the end of GptOssMxfp4MoEMethod._setup_kernel."""
+    """As the end of GptOssMxfp4MoEMethod._setup_kernel; of the kernels that are taken, none has weights to process there."""
     from vllm.model_executor.layers.fused_moe.oracle.mxfp4 import make_mxfp4_moe_kernel
 
     method.moe_quant_config = method.get_fused_moe_quant_config(layer)
@@ -77,13 +77,25 @@ def _mxfp4_kernel(method: Any, layer: Any) -> None:
     )
 
 
+#: Parameters of both products.
+_BARE: Final = frozenset({"g1_alphas", "g2_alphas"})
+
+
+def _known_as(name: str) -> str:
+    """A parameter's name without the product that it is of; empty where that is none."""
+    for prefix in ("w13_", "w2_"):
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name if name in _BARE else ""
+
+
 class Method(NamedTuple):
     """A class of vLLM that computes experts.
 
     Attributes:
         backend: its attribute that names the kernels.
         kernels: the names of those that are known.
-        rows: parameters with a row per expert, whichever of them a layer has; each begins with w13_ or w2_.
+        rows: parameters with a row per expert, whichever of them a layer has: behind w13_ or w2_, or as they stand in _BARE.
         largest: single values that are the largest of the experts which vLLM has loaded.
         rebuild: makes the kernel object once more, of a layer whose parameters and counts are those of all experts.
     """
@@ -96,11 +108,11 @@ class Method(NamedTuple):
 
     def has_rows(self, name: str) -> bool:
         """Whether a parameter of this name has a row per expert."""
-        return name.removeprefix("w13_").removeprefix("w2_") in self.rows
+        return _known_as(name) in self.rows
 
     def is_largest(self, name: str) -> bool:
         """Whether a parameter of this name is the largest value of the experts that were loaded."""
-        return name.removeprefix("w13_").removeprefix("w2_") in self.largest
+        return _known_as(name) in self.largest
 
 
 _FP8_KERNELS: Final = ("TRITON", "MARLIN", "VLLM_CUTLASS", "FLASHINFER_CUTLASS")
@@ -110,14 +122,17 @@ _WNA16_ROWS: Final = ("weight_packed", "weight_scale", "weight_zero_point", "wei
 
 UNQUANTISED: Final = "UnquantizedFusedMoEMethod"
 
-#: Methods whose weights split-weight kernels were tried with on GPUs, with activations that are scaled as they come.
+#: Methods whose layouts split-weight kernels compute with, where activations are scaled as they come.
 _SPLIT: Final = (UNQUANTISED, "Fp8MoEMethod")
 
 METHODS: Final = {
     UNQUANTISED: Method(
         "unquantized_backend", ("TRITON", "FLASHINFER_CUTLASS"), ("weight", "bias"), (), _init_moe_kernel
     ),
-    "Fp8MoEMethod": Method("fp8_backend", _FP8_KERNELS, _FP8_ROWS, ("input_scale",), _init_moe_kernel),
+    # vLLM gives this one no kernels of its own CUTLASS.
+    "Fp8MoEMethod": Method(
+        "fp8_backend", ("TRITON", "MARLIN", "FLASHINFER_CUTLASS"), _FP8_ROWS, ("input_scale",), _init_moe_kernel
+    ),
     "CompressedTensorsW8A8Fp8MoEMethod": Method("fp8_backend", _FP8_KERNELS, _FP8_ROWS, ("input_scale",), _fp8_kernel),
     "CompressedTensorsW8A8Int8MoEMethod": Method(
         "int8_backend", ("TRITON",), ("weight", "weight_scale", "bias"), (), _int8_kernel
@@ -149,6 +164,10 @@ def why_not(method: Any, on_cpu: bool) -> str | None:
         return f"use {name}, which this release of dwdp does not support" + (" on CPU" if known else "")
     if on_cpu:
         return None
+    inputs = getattr(method, "input_dtype", None)
+    if inputs is not None and inputs.itemsize == 1:
+        # Its global scale is the largest of the experts that were loaded, and nobody has looked at the rest.
+        return f"take activations in {inputs}, as VLLM_MARLIN_INPUT_DTYPE asks, which dwdp does not support: unset it"
     kernels = kernels_of(method)
     if kernels in known.kernels:
         return None
@@ -164,7 +183,7 @@ def why_not_split(method: Any) -> str | None:
         return f"are computed by the kernels {kernels}, which find no experts by their addresses"
     static = getattr(getattr(method, "quant_config", None), "activation_scheme", "dynamic") != "dynamic"
     if name in METHODS and (name not in _SPLIT or static):
-        return f"are computed by {name}{' with static scales' if static else ''}, for which no split-weight kernel was tried"
+        return f"are computed by {name}{' with static scales' if static else ''}, for which there is no split-weight kernel"
     return None
 
 

@@ -24,10 +24,12 @@ def copy_rate(engine: CopyEngine, program: Program, timeout_s: float) -> float:
 
 
 def product_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
-    """FLOP per second of a matrix product on this rank's cores, or on its GPU; FP8 counts as BF16."""
+    """FLOP per second of a matrix product on this rank's cores, or GPU; FP8 and packed integers, which kernels unpack,
+    count as BF16."""
     on_gpu = torch.device(device).type == "cuda"
     size = _PRODUCT_ON_GPU if on_gpu else _PRODUCT
-    a = torch.ones(size, size, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype, device=device)
+    plain = dtype.is_floating_point and dtype.itemsize > 1
+    a = torch.ones(size, size, dtype=dtype if plain else torch.bfloat16, device=device)
     a @ a
     best = float("inf")
     for _ in range(_REPEATS):

@@ -110,7 +110,9 @@ def layer_costs(layer: LayerSlab, rank: int, link: float, memory: float, flops: 
     placement, top_k = layer.build.placement, layer.build.module.top_k
     nbytes = sum(tensor.row_bytes for tensor in layer.fetched)
     missing = len(placement.missing(rank))
-    flop = sum(2 * top_k * tensor.row_bytes // tensor.dtype.itemsize for tensor in layer.fetched)
+    moe = layer.build.module.moe_config
+    # By the layer's sizes: packed weights are several to an element.
+    flop = 2 * top_k * (3 if moe.is_act_and_mul else 2) * moe.hidden_dim * moe.intermediate_size_per_partition
     return LayerCosts(placement.num_experts, missing, top_k, nbytes, missing * nbytes / link, link, memory, flops, flop)
 
 
