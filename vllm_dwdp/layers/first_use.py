@@ -82,7 +82,7 @@ def seal(layers: Sequence[LayerSlab], on_cpu: bool) -> None:
 def _stand_in(tensor: ExpertTensor, nan: torch.Tensor, dense: bool, by_strides: bool = True) -> torch.Tensor:
     """NaN of the shape and dtype of `tensor`'s view: dense, or one line that repeats (Triton kernels go by strides).
 
-    Other kernels would read past that line, and integers have no NaN: nothing, of which every kernel raises.
+    Other kernels would read past that line, and integers have no NaN: they get a tensor without elements.
     """
     shape = tensor.parameter.data.shape
     if not dense and not (by_strides and tensor.dtype.is_floating_point):

@@ -15,8 +15,8 @@ VIEWS: Final = {"inplace": inplace, "split": split, "composite": composite, "con
 #: Those in which forwards of few tokens read missing experts at their owners, and others pull.
 BOTH_WAYS: Final = frozenset({"split", "composite"})
 
-#: Whether "auto" takes the composite view on GPUs where there is no split-weight kernel. Off until kernels other than vLLM's
-#: Triton ones, whose weights those would be, have run so on GPUs.
+#: Whether "auto" takes the composite view on GPUs for layers without a split-weight kernel. Other kernels than vLLM's Triton
+#: ones compute those, and none of them has run in that view on a GPU: off until one has.
 COMPOSITE_WITHOUT_KERNEL: Final = False
 
 
