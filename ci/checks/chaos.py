@@ -31,9 +31,10 @@ import ci.checks.chaos_positions as positions  # also where examples are found
 
 import behind_router  # isort: skip
 from servers import Server, Servers, free_ports, run_with_servers, series  # isort: skip
+from steady_load import Asked, Load, complete  # isort: skip
 
 from ci.checks.chaos_events import GRACE_S, Chaos, Disturbance
-from ci.checks.chaos_load import MOST_TOKENS, TOLERANCE, Answer, Load, Truth, complete, differing, lag, prompts, truth
+from ci.checks.chaos_load import TOLERANCE, Drawn, Truth, differing, lag, prompts, truth
 from ci.checks.chaos_positions import Group, Position, serve
 from ci.checks.soak_processes import segments
 from ci.root import ROOT
@@ -64,14 +65,14 @@ def plain_vllm(servers: Servers, model: str, ranks: int) -> Server:
     return server
 
 
-def explains(disturbance: Disturbance, answer: Answer) -> bool:
+def explains(disturbance: Disturbance, answer: Asked) -> bool:
     """Whether a stream may have broken by it. A server that is stopped breaks none; the router gives it up."""
     if disturbance.stopped and answer.ended - answer.began < REQUEST_LIMIT_S:
         return False
     return disturbance.begin <= answer.ended <= disturbance.end + GRACE_S
 
 
-def unexplained(broken: Sequence[Answer], disturbances: Sequence[Disturbance], clients: int) -> list[Answer]:
+def unexplained(broken: Sequence[Asked], disturbances: Sequence[Disturbance], clients: int) -> list[Asked]:
     """Streams that broke by no disturbance: each breaks one stream of a client at most."""
     room = [disturbance for disturbance in sorted(disturbances, key=lambda each: each.end) for _ in range(clients)]
     found = []
@@ -84,7 +85,7 @@ def unexplained(broken: Sequence[Answer], disturbances: Sequence[Disturbance], c
     return found
 
 
-def judge(answers: Sequence[Answer], disturbances: Sequence[Disturbance], clients: int) -> list[str]:
+def judge(answers: Sequence[Asked], disturbances: Sequence[Disturbance], clients: int) -> list[str]:
     """What is wrong with requests of `clients`, but for their tokens; says how many there were."""
     whole = [answer for answer in answers if not answer.streamed]
     failed = [answer for answer in whole if answer.trouble]
@@ -101,7 +102,7 @@ def judge(answers: Sequence[Answer], disturbances: Sequence[Disturbance], client
 
 
 def other_tokens(
-    servers: Servers, model: str, ranks: int, answers: Sequence[Answer], truths: dict[str, Truth]
+    servers: Servers, model: str, ranks: int, answers: Sequence[Asked], truths: dict[str, Truth]
 ) -> list[str]:
     """What is wrong with tokens that are not plain vLLM's: plain vLLM is asked again, with these before it."""
     others = differing(answers, truths)
@@ -121,10 +122,10 @@ def other_tokens(
     return lines
 
 
-def last_look(chaos: Chaos, truths: dict[str, Truth]) -> tuple[list[str], list[Answer]]:
+def last_look(chaos: Chaos, truths: dict[str, Truth]) -> tuple[list[str], list[Asked]]:
     """Do those that are up at the end see each other, and what does each answer by itself?"""
     up = [position for position in chaos.positions if position.server is not None]
-    lines, answers = [], list[Answer]()
+    lines, answers = [], list[Asked]()
     time.sleep(3)
     for position in up:
         assert position.server is not None
@@ -133,7 +134,7 @@ def last_look(chaos: Chaos, truths: dict[str, Truth]) -> tuple[list[str], list[A
                 lines.append(f"rank {position.rank} sees {seen:.0f} others at the end, of {len(up) - 1}")
         except OSError as error:
             lines.append(f"rank {position.rank} does not say at the end whom it sees: {error}")
-        answers += [complete(position.url, prompt, MOST_TOKENS, streamed=False) for prompt in truths]
+        answers += [complete(position.url, prompt) for prompt in truths]
         chaos.close_life(position)
     lines += [f"at the end, asked directly: {answer.trouble}" for answer in answers if answer.trouble]
     return lines, answers
@@ -188,14 +189,14 @@ def run(servers: Servers, args: argparse.Namespace) -> int:
     router = behind_router.start_router(servers, running, ["--request-timeout-secs", str(REQUEST_LIMIT_S)])
     servers.wait(60)
     chaos = Chaos(servers, group, router, held, args.seed, say)
-    with Load(router.url, asked, args.clients, args.seed) as load:
+    with Load(router.url, args.clients, Drawn(asked, args.seed)) as load:
         chaos.run(60 * args.minutes)
     wrong, direct = last_look(chaos, truths)
     wrong += left(end_all(servers), before, servers.folder)
     servers.stop()
-    wrong = [*chaos.wrong, *judge(load.answers, chaos.disturbances, args.clients), *wrong]
+    wrong = [*chaos.wrong, *judge(load.asked, chaos.disturbances, args.clients), *wrong]
     say(f"in the folder where the group met: {os.listdir(meet) or 'nothing'}")
-    wrong += other_tokens(servers, model, args.ranks, [*load.answers, *direct], truths)
+    wrong += other_tokens(servers, model, args.ranks, [*load.asked, *direct], truths)
     for line in chaos.table:
         say(line)
     say(", ".join(f"{count} {what}" for what, count in sorted(chaos.counted.items())))
@@ -205,7 +206,7 @@ def run(servers: Servers, args: argparse.Namespace) -> int:
     for line in wrong:
         say(f"wrong: {line}")
     if args.json:
-        data = {"counted": chaos.counted, "starts_s": starts, "answers": len(load.answers), "wrong": wrong}
+        data = {"counted": chaos.counted, "starts_s": starts, "answers": len(load.asked), "wrong": wrong}
         args.json.write_text(json.dumps(data, indent=1))
     return 1 if wrong else 0
 

@@ -21,8 +21,7 @@ from ci.root import ROOT
 sys.path.insert(0, str(ROOT / "examples"))
 
 from servers import BIN, Server, Servers
-
-from ci.checks.chaos_load import MODEL
+from steady_load import MODEL
 
 #: Part of a server -> the name that soak_processes gives its process.
 PARTS = {"front end": "front end", "engine": "engine 0", "worker": "worker 0"}

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,16 +16,17 @@ import pytest
 from ci.checks import chaos, chaos_events
 from ci.checks.chaos import REQUEST_LIMIT_S
 from ci.checks.chaos_events import GRACE_S, Chaos, Disturbance
-from ci.checks.chaos_load import Answer, Truth, complete, differing, lag, prompts
+from ci.checks.chaos_load import Drawn, Truth, differing, lag, prompts
 from ci.checks.chaos_positions import MEMORY_MIB, SETTLED_S, Group, Position
 
 from servers import Server, Servers, free_ports  # isort: skip - found by ci.checks.chaos
+from steady_load import TOKENS, Asked, complete  # isort: skip
 
 TRUTHS = {"a": Truth([1, 2], [5, 6, 7])}
 
 
-def answer(began: float, ended: float, streamed: bool, tokens: tuple[int, ...] = (), trouble: str = "") -> Answer:
-    return Answer(began, ended, "a", streamed, tokens, trouble)
+def answer(began: float, ended: float, streamed: bool, tokens: tuple[int, ...] = (), trouble: str = "") -> Asked:
+    return Asked(began, ended, streamed, tokens, trouble, "a")
 
 
 def test_requests_that_fail_and_streams_that_nobody_cut_are_wrong() -> None:
@@ -92,14 +94,22 @@ def url() -> Iterator[str]:
 def test_an_answer_is_followed_token_by_token(url: str) -> None:
     assert lag(url, answer(0, 1, False, (5, 7)), TRUTHS) == pytest.approx(0.5)
     assert lag(url, answer(0, 1, False, (5, 6)), TRUTHS) == 0
-    assert complete(url, "a", 3, streamed=False).tokens == (5, 6, 7)
-    assert complete(url, "a", 9, streamed=False).trouble == "ended after 3 of 9 tokens"
-    assert "refused" in complete(url.replace("127.0.0.1", "127.0.0.2"), "a", 3, streamed=False).trouble
+    assert complete(url, "a", count=3).tokens == (5, 6, 7)
+    assert complete(url, "a", count=9).trouble == "ended after 3 of 9 tokens"
+    assert "refused" in complete(url.replace("127.0.0.1", "127.0.0.2"), "a").trouble
 
 
 def test_prompts_differ_and_come_from_the_seed() -> None:
     assert prompts(64, 1) == prompts(64, 1) != prompts(64, 2)
     assert len(set(prompts(64, 1))) == 64
+
+
+def test_what_a_client_asks_comes_from_the_seed() -> None:
+    asked = {(seed, client): list(islice(Drawn(["a", "b"], seed)(client), 64)) for seed in (1, 2) for client in (0, 1)}
+    assert len({tuple(questions) for questions in asked.values()}) == 4
+    assert asked[1, 0] == list(islice(Drawn(["a", "b"], 1)(0), 64))
+    assert {question.count for question in asked[1, 0]} == set(range(1, TOKENS + 1))
+    assert 4 < sum(question.streamed for question in asked[1, 0]) < 28
 
 
 def test_growth_of_a_life_is_told_once_it_lasted() -> None:
