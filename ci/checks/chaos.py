@@ -66,7 +66,10 @@ def plain_vllm(servers: Servers, model: str, ranks: int) -> Server:
 
 
 def explains(disturbance: Disturbance, answer: Asked) -> bool:
-    """Whether a stream may have broken by it. A server that is stopped breaks none; the router gives it up."""
+    """Whether a stream may have broken by it. A server that is stopped breaks none.
+
+    The router gives a stream up by a limit that counts from its start, so that a short stop may be what was too much.
+    """
     if disturbance.stopped and answer.ended - answer.began < REQUEST_LIMIT_S:
         return False
     return disturbance.begin <= answer.ended <= disturbance.end + GRACE_S
