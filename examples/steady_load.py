@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+MODEL = "demo"
 TOKENS = 16
 #: One request in so many streams.
 STREAMED = 4
-LIMIT_S = 120
+#: Of a request, with all that a router does for it.
+LIMIT_S = 180
 PAUSE_S = 0.05
 
 
 class Asked(NamedTuple):
-    """A request: seconds of time.monotonic(), whether it streamed, tokens that came, and what went wrong or nothing."""
+    """A request: seconds of time.monotonic(), whether it streamed, ids of tokens that came, what went wrong or nothing."""
 
     began: float
     ended: float
     streamed: bool
-    tokens: int
+    tokens: tuple[int, ...]
     trouble: str = ""
+    prompt: str = ""
 
     @property
     def failed(self) -> bool:
@@ -37,7 +41,15 @@ class Asked(NamedTuple):
     @property
     def cut(self) -> bool:
         """A stream that began and did not end."""
-        return self.streamed and bool(self.trouble) and self.tokens > 0
+        return self.streamed and bool(self.trouble) and bool(self.tokens)
+
+
+class Question(NamedTuple):
+    """A request to come, for `count` tokens."""
+
+    prompt: str
+    streamed: bool
+    count: int = TOKENS
 
 
 class Span(NamedTuple):
@@ -80,27 +92,31 @@ def rates(asked: Sequence[Asked], begin: float, end: float, width_s: float = 5.0
     return found
 
 
-def complete(url: str, prompt: str, streamed: bool = False) -> Asked:
-    """One greedy completion."""
-    body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-    body |= {"stream": streamed, "return_token_ids": True}
-    request = Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    began, tokens, trouble = time.monotonic(), 0, ""
+def post(url: str, body: dict[str, Any]) -> http.client.HTTPResponse:
+    """The reply to a greedy completion, open."""
+    words = {"model": MODEL, "temperature": 0, "ignore_eos": True, "return_token_ids": True, **body}
+    request = Request(f"{url}/v1/completions", json.dumps(words).encode(), {"Content-Type": "application/json"})
+    return cast("http.client.HTTPResponse", urlopen(request, timeout=LIMIT_S))
+
+
+def complete(url: str, prompt: str, streamed: bool = False, count: int = TOKENS) -> Asked:
+    """One greedy completion of `count` tokens; never raises."""
+    began, tokens, trouble = time.monotonic(), list[int](), ""
     try:
-        with urlopen(request, timeout=LIMIT_S) as reply:
+        with post(url, {"prompt": prompt, "max_tokens": count, "stream": streamed}) as reply:
             for part in _parts(reply) if streamed else [json.load(reply)]:
                 if "choices" not in part:
                     trouble = str(part.get("error", part))
                     break
-                tokens += len(part["choices"][0].get("token_ids") or ())
+                tokens += part["choices"][0].get("token_ids") or ()
     except HTTPError as error:
         with error:
             trouble = f"{error}: {error.read(200).decode(errors='replace')}"
     except (OSError, ValueError, http.client.HTTPException) as error:
         trouble = f"{type(error).__name__}: {error}"
-    if tokens != TOKENS and not trouble:
-        trouble = f"ended after {tokens} of {TOKENS} tokens"
-    return Asked(began, time.monotonic(), streamed, tokens, " ".join(trouble.split()))
+    if len(tokens) != count and not trouble:
+        trouble = f"ended after {len(tokens)} of {count} tokens"
+    return Asked(began, time.monotonic(), streamed, tuple(tokens), " ".join(trouble.split()), prompt)
 
 
 def _parts(reply: http.client.HTTPResponse) -> Iterator[dict]:
@@ -110,12 +126,19 @@ def _parts(reply: http.client.HTTPResponse) -> Iterator[dict]:
             yield json.loads(line[6:])
 
 
+def different(client: int) -> Iterator[Question]:
+    """No two alike."""
+    for number in itertools.count(client + 1):
+        yield Question(f"{client} asks for the {number}th time", number % STREAMED == 0)
+
+
 @dataclass
 class Load:
-    """`clients` threads that ask `url` while it is entered; `asked` grows."""
+    """`clients` threads that ask `url` while it is entered; `asked` grows. questions: what each asks, without end."""
 
     url: str
     clients: int = 6
+    questions: Callable[[int], Iterator[Question]] = different
     asked: list[Asked] = field(default_factory=list)
     _over: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
@@ -134,10 +157,9 @@ class Load:
                 thread.join(LIMIT_S + 5)
 
     def _ask(self, client: int) -> None:
-        number = client
+        questions = self.questions(client)
         while not self._over.wait(PAUSE_S):
-            number += 1
-            self.asked.append(complete(self.url, f"{client} asks for the {number}th time", number % STREAMED == 0))
+            self.asked.append(complete(self.url, *next(questions)))
 
     def troubles(self, streamed: bool) -> list[str]:
         """What went wrong, each once."""

@@ -9,11 +9,12 @@ return; extra ranks that join and leave. At least one rank is up at any time.
 A router waits for a server that is stopped as for one that is slow. It gives up after 20 s here (`--request-timeout-secs`)
 and asks another server, so that such a request is answered late, and not lost; a stop that is shorter only delays it.
 
-Exit status 1: a request failed that does not stream; a stream was cut off, or failed, and no server had been touched at the
-time; an answer is not plain vLLM's, and one of its tokens is behind plain vLLM's choice by more than 0.001 in logprob; a
-server failed to start, did not adopt its experts, ended by itself, or did not end; a process grew (memory, descriptors,
-threads) while its server lived; the last servers do not see each other; or something was left: a process, a segment, a
-folder of a server that had not been killed.
+Exit status 1: a request failed that does not stream; a stream was cut off, or failed, while no server was ending and the
+router gave none up that was stopped, or more streams than there are clients broke by one of these; an answer is not plain
+vLLM's, and one of its tokens is behind plain vLLM's choice by more than 0.001 in logprob; a server failed to start, did not
+adopt its experts, ended by itself, or did not end; the router did not add or remove a server; a process grew (memory,
+descriptors, threads) while its server lived; the last servers do not see each other; or something was left: a process, a
+segment, a folder of a server that had not been killed.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.request import urlopen
 
-import ci.checks.chaos_places as places  # also where examples are found
+import ci.checks.chaos_positions as positions  # also where examples are found
 
 import behind_router  # isort: skip
-from servers import Server, Servers, free_ports, run_with_servers  # isort: skip
+from servers import Server, Servers, free_ports, run_with_servers, series  # isort: skip
+from steady_load import Asked, Load, complete  # isort: skip
 
-from ci.checks.chaos_events import Blow, Chaos
-from ci.checks.chaos_load import MOST_TOKENS, TOLERANCE, Answer, Load, Truth, complete, differing, lag, prompts, truth
-from ci.checks.chaos_places import Group, Place, serve
+from ci.checks.chaos_events import GRACE_S, Chaos, Disturbance
+from ci.checks.chaos_load import TOLERANCE, Drawn, Truth, differing, lag, prompts, truth
+from ci.checks.chaos_positions import Group, Position, serve
 from ci.checks.soak_processes import segments
 from ci.root import ROOT
 from examples.checkpoints import CheckpointSpec, write_checkpoint
@@ -60,32 +61,51 @@ def one_core(ranks: int) -> str:
 def plain_vllm(servers: Servers, model: str, ranks: int) -> Server:
     """A server of plain vLLM, once it is up."""
     server = serve(servers, model, "plain", free_ports(1), [], one_core(ranks))
-    servers.wait(places.START_LIMIT_S)
+    servers.wait(positions.START_LIMIT_S)
     return server
 
 
-def judge(answers: Sequence[Answer], blows: Sequence[Blow]) -> list[str]:
-    """What is wrong with requests, but for their tokens; says how many there were."""
+def explains(disturbance: Disturbance, answer: Asked) -> bool:
+    """Whether a stream may have broken by it. A server that is stopped breaks none.
+
+    The router gives a stream up by a limit that counts from its start, so that a short stop may be what was too much.
+    """
+    if disturbance.stopped and answer.ended - answer.began < REQUEST_LIMIT_S:
+        return False
+    return disturbance.begin <= answer.ended <= disturbance.end + GRACE_S
+
+
+def unexplained(broken: Sequence[Asked], disturbances: Sequence[Disturbance], clients: int) -> list[Asked]:
+    """Streams that broke by no disturbance: each breaks one stream of a client at most."""
+    room = [disturbance for disturbance in sorted(disturbances, key=lambda each: each.end) for _ in range(clients)]
+    found = []
+    for answer in sorted(broken, key=lambda each: each.ended):
+        first = next((at for at, disturbance in enumerate(room) if explains(disturbance, answer)), None)
+        if first is None:
+            found.append(answer)
+        else:
+            del room[first]
+    return found
+
+
+def judge(answers: Sequence[Asked], disturbances: Sequence[Disturbance], clients: int) -> list[str]:
+    """What is wrong with requests of `clients`, but for their tokens; says how many there were."""
     whole = [answer for answer in answers if not answer.streamed]
     failed = [answer for answer in whole if answer.trouble]
     cut = [answer for answer in answers if answer.cut]
     unstarted = [answer for answer in answers if answer.streamed and answer.trouble and not answer.cut]
-    slowest = max(answer.ended - answer.began for answer in whole)
+    slowest = max((answer.ended - answer.began for answer in whole), default=0.0)
     say(f"{len(failed)} of {len(whole)} requests failed that do not stream; the slowest took {slowest:.1f} s")
     say(
         f"of {len(answers) - len(whole)} streams {len(cut)} were cut off, {len(unstarted)} failed before their first token"
     )
-    unexplained = [
-        answer
-        for answer in (*cut, *unstarted)
-        if not any(blow.begin <= answer.ended and answer.began <= blow.end for blow in blows)
-    ]
     lines = [f"a request that does not stream failed: {answer.trouble[:300]}" for answer in failed]
-    return lines + [f"a stream ended, and no server had been touched: {answer.trouble[:300]}" for answer in unexplained]
+    broken = unexplained([*cut, *unstarted], disturbances, clients)
+    return lines + [f"a stream ended, and no server had: {answer.trouble[:300]}" for answer in broken]
 
 
 def other_tokens(
-    servers: Servers, model: str, ranks: int, answers: Sequence[Answer], truths: dict[str, Truth]
+    servers: Servers, model: str, ranks: int, answers: Sequence[Asked], truths: dict[str, Truth]
 ) -> list[str]:
     """What is wrong with tokens that are not plain vLLM's: plain vLLM is asked again, with these before it."""
     others = differing(answers, truths)
@@ -105,24 +125,20 @@ def other_tokens(
     return lines
 
 
-def peers_alive(server: Server) -> int:
-    """What it says of the others."""
-    with urlopen(f"{server.url}/metrics", timeout=10) as reply:
-        lines = [line for line in reply.read().decode().splitlines() if line.startswith("dwdp:peers_alive")]
-    return int(float(lines[0].rsplit(" ", 1)[1]))
-
-
-def last_look(chaos: Chaos, truths: dict[str, Truth]) -> tuple[list[str], list[Answer]]:
+def last_look(chaos: Chaos, truths: dict[str, Truth]) -> tuple[list[str], list[Asked]]:
     """Do those that are up at the end see each other, and what does each answer by itself?"""
-    up = [place for place in chaos.places if place.server is not None]
-    lines, answers = [], list[Answer]()
+    up = [position for position in chaos.positions if position.server is not None]
+    lines, answers = [], list[Asked]()
     time.sleep(3)
-    for place in up:
-        assert place.server is not None
-        if (seen := peers_alive(place.server)) != len(up) - 1:
-            lines.append(f"rank {place.rank} sees {seen} others at the end, of {len(up) - 1}")
-        answers += [complete(place.url, prompt, MOST_TOKENS, streamed=False) for prompt in truths]
-        chaos.close_life(place)
+    for position in up:
+        assert position.server is not None
+        try:
+            if (seen := series(position.server, "dwdp:peers_alive")) != len(up) - 1:
+                lines.append(f"rank {position.rank} sees {seen:.0f} others at the end, of {len(up) - 1}")
+        except OSError as error:
+            lines.append(f"rank {position.rank} does not say at the end whom it sees: {error}")
+        answers += [complete(position.url, prompt) for prompt in truths]
+        chaos.close_life(position)
     lines += [f"at the end, asked directly: {answer.trouble}" for answer in answers if answer.trouble]
     return lines, answers
 
@@ -132,7 +148,7 @@ def end_all(servers: Servers) -> list[int]:
     groups = [server.process.pid for server in servers.started]
     for server in servers.started:
         server.process.terminate()
-    deadline = time.monotonic() + places.END_LIMIT_S
+    deadline = time.monotonic() + positions.END_LIMIT_S
     while any(server.process.poll() is None for server in servers.started) and time.monotonic() < deadline:
         time.sleep(0.2)
     return groups
@@ -142,7 +158,7 @@ def left(groups: Sequence[int], segments_before: set[str], folder: Path) -> list
     """What the servers have left behind, all of which have ended."""
     deadline = time.monotonic() + LEFT_LIMIT_S
     while True:
-        found = [f"process {pid}" for group in groups for pid in places.members(group)]
+        found = [f"process {pid}" for group in groups for pid in positions.members(group)]
         found += [f"segment {name}" for name in segments() - segments_before]
         found += [f"folder {path.name}" for path in folder.glob("dwdp-*") if path.is_dir() and _is_of_nobody(path)]
         if not found or time.monotonic() > deadline:
@@ -165,25 +181,25 @@ def run(servers: Servers, args: argparse.Namespace) -> int:
     plain = plain_vllm(servers, model, args.ranks)
     truths = {prompt: truth(plain.url, prompt) for prompt in asked}
     servers.stop(plain)
-    port = places.quiet_ports(args.ranks + args.extras)
-    spots = [Place(rank, port + rank) for rank in range(args.ranks + args.extras)]
-    for place in spots[: args.ranks]:
-        place.start(servers, group)
-    servers.wait(places.START_LIMIT_S)
-    for place in spots[: args.ranks]:
-        place.become("up")
-    running = [place.server for place in spots[: args.ranks] if place.server is not None]
+    port = positions.quiet_ports(args.ranks + args.extras)
+    held = [Position(rank, port + rank) for rank in range(args.ranks + args.extras)]
+    for position in held[: args.ranks]:
+        position.start(servers, group)
+    servers.wait(positions.START_LIMIT_S)
+    for position in held[: args.ranks]:
+        position.become("up")
+    running = [position.server for position in held[: args.ranks] if position.server is not None]
     router = behind_router.start_router(servers, running, ["--request-timeout-secs", str(REQUEST_LIMIT_S)])
     servers.wait(60)
-    chaos = Chaos(servers, group, router, spots, args.seed, say)
-    with Load(router.url, asked, args.clients, args.seed) as load:
+    chaos = Chaos(servers, group, router, held, args.seed, say)
+    with Load(router.url, args.clients, Drawn(asked, args.seed)) as load:
         chaos.run(60 * args.minutes)
     wrong, direct = last_look(chaos, truths)
     wrong += left(end_all(servers), before, servers.folder)
     servers.stop()
-    wrong = [*chaos.wrong, *judge(load.answers, chaos.blows), *wrong]
+    wrong = [*chaos.wrong, *judge(load.asked, chaos.disturbances, args.clients), *wrong]
     say(f"in the folder where the group met: {os.listdir(meet) or 'nothing'}")
-    wrong += other_tokens(servers, model, args.ranks, [*load.answers, *direct], truths)
+    wrong += other_tokens(servers, model, args.ranks, [*load.asked, *direct], truths)
     for line in chaos.table:
         say(line)
     say(", ".join(f"{count} {what}" for what, count in sorted(chaos.counted.items())))
@@ -193,7 +209,7 @@ def run(servers: Servers, args: argparse.Namespace) -> int:
     for line in wrong:
         say(f"wrong: {line}")
     if args.json:
-        data = {"counted": chaos.counted, "starts_s": starts, "answers": len(load.answers), "wrong": wrong}
+        data = {"counted": chaos.counted, "starts_s": starts, "answers": len(load.asked), "wrong": wrong}
         args.json.write_text(json.dumps(data, indent=1))
     return 1 if wrong else 0
 
@@ -204,11 +220,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30, help="of chaos (%(default)s)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--extras", type=int, default=2, help="places of extra ranks (%(default)s)")
+    parser.add_argument("--extras", type=int, default=2, help="positions for extra ranks (%(default)s)")
     parser.add_argument("--clients", type=int, default=4, help="requests at a time (%(default)s)")
     parser.add_argument("--json", type=Path, help="write what was counted here")
     args = parser.parse_args()
-    if not (places.BIN / "vllm-router").exists():
+    if not (positions.BIN / "vllm-router").exists():
         raise SystemExit("chaos: vllm-router is missing: pip install '.[disaggregated]' in this folder")
     return run_with_servers("chaos", lambda servers: run(servers, args))
 

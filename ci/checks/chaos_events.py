@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-import ci.checks.chaos_places  # noqa: F401 - where examples are found
+import ci.checks.chaos_positions  # noqa: F401 - where examples are found
 
 import behind_router  # isort: skip
 from servers import Server, Servers  # isort: skip
 
-from ci.checks.chaos_places import END_LIMIT_S, Group, Place
+from ci.checks.chaos_positions import END_LIMIT_S, Group, Position
 
 #: Between two events.
 PAUSE_S = (2.0, 6.0)
@@ -23,17 +23,26 @@ PAUSE_S = (2.0, 6.0)
 STOPPED_S = (2.0, 40.0)
 #: Lines of its log that tell what was wrong with a server.
 LOG_LINES = 40
-#: What a server had is lost, or answered, within so many seconds of the end of it.
-GRACE_S = 10.0
+#: A client knows that its stream is lost within so many seconds of the end of a server.
+GRACE_S = 5.0
 #: How often each event is drawn where it may happen; starts take long, and most of them should not be killed.
 WEIGHTS = {"start": 8, "stop": 6, "kill": 3, "end": 1, "leave": 1, "kill a start": 0.1, "nothing": 8}
 
 
-class Blow(NamedTuple):
-    """A server loses requests, or keeps them waiting: seconds of time.monotonic()."""
+@dataclass
+class Disturbance:
+    """A server that ends or is stopped, at the position `rank`; seconds of time.monotonic().
+
+    Attributes:
+        begin: when it got the signal.
+        end: when it had ended, or went on; infinite until then.
+        stopped: it is only stopped, by SIGSTOP.
+    """
 
     begin: float
-    end: float
+    rank: int
+    stopped: bool = False
+    end: float = math.inf
 
 
 @dataclass
@@ -47,12 +56,12 @@ class Chaos:
     servers: Servers
     group: Group
     router: Server
-    places: Sequence[Place]
+    positions: Sequence[Position]
     seed: int
     say: Callable[[str], None]
     counted: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    blows: list[Blow] = field(default_factory=list)
+    disturbances: list[Disturbance] = field(default_factory=list)
     starts_s: list[float] = field(default_factory=list)
     table: list[str] = field(default_factory=list)
 
@@ -60,7 +69,7 @@ class Chaos:
         self._rng = random.Random(self.seed)
         self._next = 0.0
         self._began = time.monotonic()
-        self._routed = {place.url for place in self.places if place.rank < self.group.ranks}
+        self._routed = {position.url for position in self.positions if position.rank < self.group.ranks}
 
     def run(self, seconds: float) -> None:
         """Until the time is over; then all that were stopped go on, and all that start are waited for."""
@@ -71,26 +80,26 @@ class Chaos:
                 self.draw()
                 self._next = time.monotonic() + self._rng.uniform(*PAUSE_S)
             time.sleep(0.3)
-        for place in self.places:
-            if place.state == "stopped":
-                self._go_on(place)
-        while any(place.state in ("starting", "ending") for place in self.places):
+        for position in self.positions:
+            if position.state == "stopped":
+                self._go_on(position)
+        while any(position.state in ("starting", "ending") for position in self.positions):
             self.follow()
             time.sleep(0.3)
 
     def follow(self) -> None:
         """See what became of each server."""
-        for place in self.places:
-            if place.state == "stopped" and time.monotonic() >= place.until:
-                self._go_on(place)
-            elif place.state == "starting":
-                self._see_start(place)
-            elif place.state == "ending":
-                self._see_end(place)
-            elif place.state == "up":
-                place.measure()
-                if place.server is not None and place.server.process.poll() is not None:
-                    self._fail(place, f"ended by itself: {place.server.last_error()}")
+        for position in self.positions:
+            if position.state == "stopped" and time.monotonic() >= position.until:
+                self._go_on(position)
+            elif position.state == "starting":
+                self._see_start(position)
+            elif position.state == "ending":
+                self._see_end(position)
+            elif position.state == "up":
+                position.measure()
+                if position.server is not None and position.server.process.poll() is not None:
+                    self._fail(position, f"ended by itself: {position.server.last_error()}")
 
     def draw(self) -> None:
         """One event that may happen now."""
@@ -102,121 +111,140 @@ class Chaos:
         what = self._rng.choices(["nothing", *may], [WEIGHTS[event] for event in ("nothing", *may)])[0]
         if what == "nothing":
             return
-        place = self._rng.choice(may[what])
+        position = self._rng.choice(may[what])
         if what == "start":
-            self._tell(place, "is started")
-            place.start(self.servers, self.group)
+            self._tell(position, "is started")
+            position.start(self.servers, self.group)
         elif what == "stop":
-            part, seconds = self._rng.choice(place.parts()), self._rng.uniform(*STOPPED_S)
-            self._tell(place, f"SIGSTOP to {part}, for {seconds:.0f} s")
-            self._blow(place, "stop", seconds + GRACE_S)
-            place.signal(part, signal.SIGSTOP)
-            place.become("stopped", seconds)
+            part, seconds = self._rng.choice(position.parts()), self._rng.uniform(*STOPPED_S)
+            self._tell(position, f"SIGSTOP to {part}, for {seconds:.0f} s")
+            self._disturb(position, "stop")
+            position.signal(part, signal.SIGSTOP)
+            position.become("stopped", seconds)
         elif what in ("kill", "kill a start"):
             # Of a server that is stopped, no process could notice that another one is gone.
-            part = "all" if place.state == "stopped" else self._rng.choice(place.parts())
-            self._tell(place, f"SIGKILL to {part}" + (", while it starts" if place.state == "starting" else ""))
-            self._blow(place, what, GRACE_S)
-            self._kill(place, part)
+            part = "all" if position.state == "stopped" else self._rng.choice(position.parts())
+            self._tell(position, f"SIGKILL to {part}" + (", while it starts" if position.state == "starting" else ""))
+            self._disturb(position, what)
+            self._kill(position, part)
         else:
-            if what == "leave":
-                behind_router.remove(self.router, self._server(place))
-                self._routed.discard(place.url)
-            self._tell(place, "leaves" if what == "leave" else "SIGTERM")
-            self._blow(place, what, END_LIMIT_S)
-            self._server(place).process.send_signal(signal.SIGTERM)
-            place.become("ending", END_LIMIT_S)
+            if what == "leave" and self._by_router(behind_router.remove, position):
+                self._routed.discard(position.url)
+            self._tell(position, "leaves" if what == "leave" else "SIGTERM")
+            self._disturb(position, what)
+            self._server(position).process.send_signal(signal.SIGTERM)
+            position.become("ending", END_LIMIT_S)
 
-    def _possible(self) -> dict[str, list[Place]]:
-        """Event -> places at which it may happen."""
+    def _possible(self) -> dict[str, list[Position]]:
+        """Event -> positions at which it may happen."""
         of = {
-            state: [place for place in self.places if place.state == state] for state in ("up", "stopped", "starting")
+            state: [position for position in self.positions if position.state == state]
+            for state in ("up", "stopped", "starting")
         }
         seen = behind_router.healthy(self.router)
-        reliable = [place for place in of["up"] if place.url in seen]
-        spare = [place for place in of["up"] if any(other is not place for other in reliable)]
-        down = [place for place in self.places if place.state == "down" and time.monotonic() >= place.until]
+        reliable = [position for position in of["up"] if position.url in seen]
+        spare = [position for position in of["up"] if any(other is not position for other in reliable)]
+        down = [
+            position for position in self.positions if position.state == "down" and time.monotonic() >= position.until
+        ]
         may = {
             "start": down if len(of["starting"]) < 2 else [],
             "stop": spare,
             "kill": spare + (of["stopped"] if reliable else []),
             "end": spare,
-            "leave": [place for place in spare if place.rank >= self.group.ranks],
+            "leave": [position for position in spare if position.rank >= self.group.ranks],
             "kill a start": of["starting"] if reliable else [],
         }
-        return {event: places for event, places in may.items() if places}
+        return {event: positions for event, positions in may.items() if positions}
 
-    def _kill(self, place: Place, part: str) -> None:
-        server = self._server(place)
+    def _kill(self, position: Position, part: str) -> None:
+        server = self._server(position)
         if part == "all":
             self.servers.kill(server)
-            self._gone(place)
+            self._gone(position)
         else:
-            place.signal(part, signal.SIGKILL)
-            place.become("ending", END_LIMIT_S)
+            position.signal(part, signal.SIGKILL)
+            position.become("ending", END_LIMIT_S)
 
-    def _see_start(self, place: Place) -> None:
-        server = self._server(place)
+    def _see_start(self, position: Position) -> None:
+        server = self._server(position)
         if server.process.poll() is not None:
-            self._fail(place, f"failed to start: {server.last_error()}")
+            self._fail(position, f"failed to start: {server.last_error()}")
         elif server.is_up():
-            took, way = time.monotonic() - place.since, place.way()
-            place.become("up")
+            took, way = time.monotonic() - position.since, position.way()
+            position.become("up")
             self.starts_s.append(took)
             self.counted[way] += 1
-            self._tell(place, f"is up after {took:.0f} s, experts {way}")
+            self._tell(position, f"is up after {took:.0f} s, experts {way}")
             if way != "adopted":
-                self.wrong.append(f"rank {place.rank} (life {place.lives}): experts {way}, which others have in memory")
-            if place.url not in self._routed:
-                behind_router.add(self.router, server)
-                self._routed.add(place.url)
-        elif time.monotonic() > place.until:
-            self._fail(place, f"did not answer in time: {server.last_error()}")
+                self.wrong.append(
+                    f"rank {position.rank} (life {position.lives}): experts {way}, which others have in memory"
+                )
+            if position.url not in self._routed and self._by_router(behind_router.add, position):
+                self._routed.add(position.url)
+        elif time.monotonic() > position.until:
+            self._fail(position, f"did not answer in time: {server.last_error()}")
 
-    def _see_end(self, place: Place) -> None:
-        if place.has_ended():
-            self._gone(place)
-        elif time.monotonic() > place.until:
-            self._fail(place, "did not end in time")
+    def _see_end(self, position: Position) -> None:
+        if position.has_ended():
+            self._gone(position)
+        elif time.monotonic() > position.until:
+            self._fail(position, "did not end in time")
 
-    def _go_on(self, place: Place) -> None:
-        self._tell(place, "SIGCONT")
-        place.signal("all", signal.SIGCONT)
-        place.become("up")
+    def _go_on(self, position: Position) -> None:
+        self._tell(position, "SIGCONT")
+        position.signal("all", signal.SIGCONT)
+        position.become("up")
+        self._is_over(position)
 
-    def _fail(self, place: Place, why: str) -> None:
-        self.wrong.append(f"rank {place.rank} (life {place.lives}) {why}")
-        self._tell(place, why)
-        for line in self._server(place).log.read_text(errors="replace").splitlines()[-LOG_LINES:]:
+    def _fail(self, position: Position, why: str) -> None:
+        self.wrong.append(f"rank {position.rank} (life {position.lives}) {why}")
+        self._tell(position, why)
+        for line in self._server(position).log.read_text(errors="replace").splitlines()[-LOG_LINES:]:
             self.say(f"      {line}")
-        self._blow(place, "fault", GRACE_S)
-        self.servers.kill(self._server(place))
-        self._gone(place)
+        self._disturb(position, "fault")
+        self.servers.kill(self._server(position))
+        self._gone(position)
 
-    def _gone(self, place: Place) -> None:
-        self.close_life(place)
-        if (server := place.server) in self.servers.started:
-            self.servers.started.remove(self._server(place))
+    def _gone(self, position: Position) -> None:
+        self._is_over(position)
+        self.close_life(position)
+        if (server := position.server) in self.servers.started:
+            self.servers.started.remove(self._server(position))
         assert server is not None
         server.process.wait()
-        place.server = None
-        place.become("down", self._rng.uniform(0, 10))
+        position.server = None
+        position.become("down", self._rng.uniform(0, 10))
 
-    def close_life(self, place: Place) -> None:
+    def close_life(self, position: Position) -> None:
         """Compare the figures of a life that is over."""
-        self.wrong += place.grown()
-        self.table += place.figures()
-        place.seen = {}
+        self.wrong += position.grown()
+        self.table += position.figures()
+        position.seen = {}
 
-    def _blow(self, place: Place, what: str, lasts_s: float) -> None:
+    def _by_router(self, change: Callable[[Server, Server], None], position: Position) -> bool:
+        """Whether the router added or removed a server; where not, that is wrong."""
+        try:
+            change(self.router, self._server(position))
+        except OSError as error:
+            self.wrong.append(f"the router did not {change.__name__} rank {position.rank}: {error}")
+            return False
+        return True
+
+    def _disturb(self, position: Position, what: str) -> None:
         self.counted[what] += 1
-        self.blows.append(Blow(time.monotonic(), time.monotonic() + lasts_s))
-        if place.state == "up":
-            place.measure()
+        self.disturbances.append(Disturbance(time.monotonic(), position.rank, stopped=what == "stop"))
+        if position.state == "up":
+            position.measure()
 
-    def _server(self, place: Place) -> Server:
-        assert place.server is not None
-        return place.server
+    def _is_over(self, position: Position) -> None:
+        for each in self.disturbances:
+            if each.rank == position.rank:
+                each.end = min(each.end, time.monotonic())
 
-    def _tell(self, place: Place, what: str) -> None:
-        self.say(f"{time.monotonic() - self._began:5.0f} s: rank {place.rank}: {what}")
+    def _server(self, position: Position) -> Server:
+        assert position.server is not None
+        return position.server
+
+    def _tell(self, position: Position, what: str) -> None:
+        self.say(f"{time.monotonic() - self._began:5.0f} s: rank {position.rank}: {what}")

@@ -24,7 +24,8 @@ from servers import BIN, Server, Servers, free_ports, series
 from steady_load import TOKENS, Asked, Load, complete, over, rates
 
 REPO = Path(__file__).resolve().parents[2]
-GOOD = Asked(0.0, 0.5, False, 16)
+WHOLE = tuple(range(TOKENS))
+GOOD = Asked(0.0, 0.5, False, WHOLE)
 
 
 @pytest.fixture
@@ -52,10 +53,10 @@ def test_what_came_of_a_request(servers: Servers, answering: Callable[..., Serve
     servers.wait(20)
     for streamed in (False, True):
         asked = complete(server.url, "whole", streamed)
-        assert (asked.tokens, asked.trouble, asked.streamed) == (TOKENS, "", streamed)
+        assert (asked.tokens, asked.trouble, asked.streamed) == (WHOLE, "", streamed)
         assert not asked.failed and not asked.cut and 0.1 <= asked.ended - asked.began < 20
     cut = complete(server.url, "cut", streamed=True)
-    assert (cut.tokens, cut.trouble, cut.cut, cut.failed) == (3, "ended after 3 of 16 tokens", True, False)
+    assert (cut.tokens, cut.trouble, cut.cut, cut.failed) == ((0, 1, 2), "ended after 3 of 16 tokens", True, False)
     error = complete(server.url, "error", streamed=True)
     assert error.cut and "engine is dead" in error.trouble
     broken = complete(server.url, "broken")
@@ -69,12 +70,12 @@ def test_figures_of_a_span() -> None:
     """By when requests ended; what failed before a first token counts apart from what was cut off."""
     asked = [
         GOOD,
-        Asked(0.0, 1.0, True, 16),
-        Asked(0.5, 3.5, False, 16),
-        Asked(1.0, 2.0, True, 4, "cut"),
-        Asked(1.0, 2.5, False, 0, "refused"),
-        Asked(1.0, 2.5, False, 4, "short"),
-        Asked(1.0, 2.5, True, 0, "refused"),
+        Asked(0.0, 1.0, True, WHOLE),
+        Asked(0.5, 3.5, False, WHOLE),
+        Asked(1.0, 2.0, True, WHOLE[:4], "cut"),
+        Asked(1.0, 2.5, False, WHOLE[:0], "refused"),
+        Asked(1.0, 2.5, False, WHOLE[:4], "short"),
+        Asked(1.0, 2.5, True, WHOLE[:0], "refused"),
     ]
     assert over(asked, 0.0, 1.0) == (1.0, 1, 0, 0, 0, 0.5)
     assert over(asked, 1.0, 3.0) == (2.0, 1, 2, 1, 1, 1.5)
@@ -84,15 +85,19 @@ def test_figures_of_a_span() -> None:
 
 def test_rates_over_time() -> None:
     """Of whole windows only; troubles are no answers."""
-    asked = [Asked(0.0, 10 + at, False, 16) for at in (1.0, 3.0, 3.5, 6.0, 6.5)]
-    asked.append(Asked(0.0, 13.0, True, 2, "cut"))
+    asked = [Asked(0.0, 10 + at, False, WHOLE) for at in (1.0, 3.0, 3.5, 6.0, 6.5)]
+    asked.append(Asked(0.0, 13.0, True, WHOLE[:2], "cut"))
     assert rates(asked, 10.0, 18.0, width_s=4.0) == [(2.0, 0.75), (3.0, 0.75), (4.0, 0.5), (5.0, 1.0), (6.0, 0.5)]
     assert rates(asked, 10.0, 13.0, width_s=4.0) == []
 
 
 def story() -> tuple[list[Asked], list[Mark]]:
-    asked = [Asked(at, at + 0.5, False, 16) for at in range(40)]
-    asked += [Asked(10.0, 11.0, True, 3, "ended"), Asked(12.0, 12.5, True, 0, "refused"), Asked(38.0, 41.0, True, 16)]
+    asked = [Asked(at, at + 0.5, False, WHOLE) for at in range(40)]
+    asked += [
+        Asked(10.0, 11.0, True, WHOLE[:3], "ended"),
+        Asked(12.0, 12.5, True, WHOLE[:0], "refused"),
+        Asked(38.0, 41.0, True, WHOLE),
+    ]
     marks = [Mark(0.0, "load begins", "before"), Mark(10.0, "killed", "it is dead"), Mark(40.0, "end", "")]
     return asked, marks
 

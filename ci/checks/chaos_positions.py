@@ -1,4 +1,4 @@
-"""The servers of the chaos check: each at a place, which is a rank's position and a port, whatever becomes of it there."""
+"""The servers of the chaos check: each at a position and its port, whatever becomes of it there."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from ci.root import ROOT
 sys.path.insert(0, str(ROOT / "examples"))
 
 from servers import BIN, Server, Servers
-
-from ci.checks.chaos_load import MODEL
+from steady_load import MODEL
 
 #: Part of a server -> the name that soak_processes gives its process.
 PARTS = {"front end": "front end", "engine": "engine 0", "worker": "worker 0"}
@@ -94,8 +93,8 @@ def members(group: int) -> list[int]:
 
 
 @dataclass
-class Place:
-    """A rank's position, and who is there now. `seen`: figures of its processes, first and last, by name."""
+class Position:
+    """What a server holds that is one rank, and who is there. `seen`: figures of its processes, first and last, by name."""
 
     rank: int
     port: int
