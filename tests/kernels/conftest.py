@@ -1,19 +1,20 @@
 """Runs the tests of this folder under Triton's interpreter, which must be chosen before Triton is first imported.
 
 Other tests of the same run may have imported Triton (vLLM does). So, unless TRITON_INTERPRET=1 was set from outside, the
-set-up of the first test here runs all that were selected, in other processes with it set, one for each of two cores; every
-test then reports what it did there, and how long. `TRITON_INTERPRET=1 pytest tests/kernels` runs them directly, which is
-what to debug with.
+set-up of the first test here runs all that were selected, in other processes with it set, one for each of two cores, of
+which each takes the next test that the other has not; every test then reports what it did there, and how long.
+`TRITON_INTERPRET=1 pytest tests/kernels` runs them directly, which is what to debug with.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RESULTS = "DWDP_KERNEL_RESULTS"
+#: A folder in which a process makes a file for each test that it takes.
+TAKEN = "DWDP_KERNEL_TAKEN"
 
 #: The interpreter computes on one core.
 PROCESSES = min(2, len(os.sched_getaffinity(0)))
@@ -50,22 +53,40 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
             file.write(json.dumps([report.nodeid, *found]) + "\n")
 
 
-def _run(items: list[Any]) -> dict[str, Found]:
-    """All of them, in one process."""
+def _taken(items: list[pytest.Item], folder: Path) -> Iterator[pytest.Item]:
+    for number, item in enumerate(items):
+        with contextlib.suppress(FileExistsError):
+            (folder / str(number)).touch(exist_ok=False)
+            yield item
+
+
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """In another process: run those that no other has taken."""
+    if not (folder := os.environ.get(TAKEN)):
+        return None
+    taken = _taken(session.items, Path(folder))
+    item = next(taken, None)
+    while item is not None:
+        following = next(taken, None)
+        session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        item = following
+    return True
+
+
+def _run(items: list[Any], taken: str) -> tuple[dict[str, Found], str]:
+    """Those of them that another process leaves, in one process; what it did, and how it ended."""
     found: dict[str, Found] = {}
     with tempfile.TemporaryDirectory() as folder:
         results, chosen = Path(folder) / "results", Path(folder) / "chosen"
         chosen.write_text("\n".join(item.nodeid for item in items))
-        environment = os.environ | {"TRITON_INTERPRET": "1", RESULTS: str(results)}
+        environment = os.environ | {"TRITON_INTERPRET": "1", RESULTS: str(results), TAKEN: taken}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"@{chosen}"]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if results.exists():
             for line in results.read_text().splitlines():
                 nodeid, *told = json.loads(line)
                 found[nodeid] = Found(*told)
-    said = done.stdout[-2000:] + done.stderr[-2000:]
-    lost = Found("failed", f"the interpreter's process gave no result (exit {done.returncode}): {said}")
-    return {item.nodeid: found.get(item.nodeid, lost) for item in items}
+    return found, f"exit {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -73,9 +94,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if INTERPRETED or _found:
         return
     items = [other for other in item.session.items if HERE in other.path.parents]
-    with ThreadPoolExecutor(PROCESSES) as pool:
-        for found in pool.map(_run, [items[i::PROCESSES] for i in range(PROCESSES)]):
-            _found.update(found)
+    with tempfile.TemporaryDirectory() as taken, ThreadPoolExecutor(PROCESSES) as pool:
+        ended = list(pool.map(lambda _: _run(items, taken), range(PROCESSES)))
+    lost = Found("failed", "no interpreter's process gave a result; " + "; ".join(said for _, said in ended))
+    _found.update({other.nodeid: lost for other in items})
+    for found, _ in ended:
+        _found.update(found)
 
 
 def pytest_pyfunc_call(pyfuncitem: Any) -> bool | None:
