@@ -34,6 +34,7 @@ class MemoryFacts:
         neither weights nor KV cache: activations of the largest step, runtime, graphs.
     expert: one expert of all MoE layers. slot_expert: one expert in all slots. slots_hold: experts of a layer in a slot;
         "nothing" where peers' pages are read in place.
+    ends: what a share takes beside its experts where memory is mapped in pages.
     kv_token: KV cache of one token. kv_request: of one request of the longest length. kv_asked: of all, where the user
         said so; None: a rule has to tell.
     """
@@ -50,6 +51,7 @@ class MemoryFacts:
     kv_token: float
     kv_request: float
     kv_asked: float | None = None
+    ends: float = 0.0
 
     @property
     def least(self) -> int:
@@ -59,7 +61,7 @@ class MemoryFacts:
     @property
     def rest(self) -> float:
         """Left for experts, slots and KV cache."""
-        return self.limit - self.dense - self.peak
+        return self.limit - self.dense - self.peak - self.ends
 
     @property
     def demand(self) -> float:
@@ -82,7 +84,7 @@ class MemoryFacts:
 
     def loads(self, share: int) -> bool:
         """Whether the share fits while it is loaded, when a layer of it is there twice but no slot and no KV cache is."""
-        return self.dense + share * self.expert * (1 + 1 / self.layers) <= self.limit
+        return self.dense + self.ends + share * self.expert * (1 + 1 / self.layers) <= self.limit
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def choose(facts: MemoryFacts) -> Held:
         raise DwdpError(
             f'experts_per_rank "auto": of {_gib(facts.limit)} even {least.share} of {facts.experts} experts leave '
             f"{_gib(max(0.0, least.kv))} for the KV cache, but {_gib(facts.demand)} is needed ({_demand_is(facts)}): "
-            f"dense weights take {_gib(facts.dense)}, the share {_gib(least.share * facts.expert)}, slots "
+            f"dense weights take {_gib(facts.dense)}, the share {_gib(least.share * facts.expert + facts.ends)}, slots "
             f"{_gib(facts.slots(least.share))}, activations and runtime about {_gib(facts.peak)}; use more ranks, or a "
             "smaller KV cache or max_model_len"
         )

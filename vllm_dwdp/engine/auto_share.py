@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Final
 
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
     from vllm_dwdp.group.launch import DwdpLaunch
     from vllm_dwdp.group.rendezvous import Rendezvous
+
+#: The unit in which GPUs map memory, bytes.
+PAGE: Final = 2 << 20
 
 
 def settle(launch: DwdpLaunch, facts: MemoryFacts | None, rendezvous: Rendezvous) -> tuple[DwdpLaunch, Held | None]:
@@ -79,7 +83,16 @@ def memory_of(vllm_config: VllmConfig, launch: DwdpLaunch, platform: Platform, l
         context=model_config.max_model_len,
         kv_element=cache_dtype.itemsize,
     )
-    return dataclasses.replace(facts, kv_asked=_kv_asked(vllm_config, facts))
+    ends = page_ends(model) if config.weight_view == "composite" else 0
+    return dataclasses.replace(facts, kv_asked=_kv_asked(vllm_config, facts), ends=ends)
+
+
+def page_ends(model: MoeModel) -> int:
+    """The most bytes by which the pages of a rank in the composite view exceed the experts of its share, in all layers: at
+    either end of the share and behind the last expert, of each tensor; and of scales, which have a piece of their own."""
+    row = round(model.expert_params * model.expert_format.data) // 3
+    ends = sum(2 * (PAGE - math.gcd(rows, PAGE)) + -model.experts * rows % PAGE for rows in (2 * row, row))
+    return model.moe_layers * (ends + (PAGE if model.expert_format.scales else 0))
 
 
 def _kv_asked(vllm_config: VllmConfig, facts: MemoryFacts) -> float | None:
@@ -93,7 +106,7 @@ def _view(model: MoeModel, launch: DwdpLaunch, platform: Platform, vllm_config: 
     """The view that the layers will have, as far as sizes tell; once they exist, `choose_view` decides."""
     view = launch.config.weight_view
     if view == "composite":
-        # But for pages at the ends of shares, slabs and slots hold the same.
+        # But for pages at the ends of shares (`page_ends`), slabs and slots hold the same.
         return "split"
     if view != "auto":
         return view
