@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -245,23 +246,27 @@ def test_tokens_do_not_travel(monkeypatch: pytest.MonkeyPatch) -> None:
         share_on_gpus(monkeypatch, "composite", decode="travel", direct_tokens=FEW)
 
 
-@pytest.mark.parametrize("kept", ["alias", "slice of it", "copy", "copy in another type"])
-def test_a_kernel_that_would_not_follow_is_refused(kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("view", ["composite", "contiguous"])
+@pytest.mark.parametrize("kept", ["alias", "slice of it", "copy", "another type", "more elements", "fewer elements"])
+def test_a_kernel_that_would_not_follow_is_refused(kept: str, view: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An alias of a slot's data is right; where there is none, the data moves."""
+    follows = kept in ("alias", "slice of it")
+    # What is as large as w2 in one of two ways may be as large as w13 in the other.
+    name = "w2_weight" if follows or kept == "copy" else "w13_weight"
+
     class Keeping(Kernel):
         def __init__(self, layer: Any) -> None:
             super().__init__(layer)
-            data = layer.w2_weight.data
-            found = {"alias": data.view(-1), "slice of it": data[3:], "copy": data.clone()}.get(
-                kept, data.to(torch.float32)
-            )
+            data = getattr(layer, name).data
+            found = {"alias": data.view(-1), "slice of it": data[3:], "another type": data.float()}.get(kept)
+            other = {"more elements": torch.uint8, "fewer elements": torch.int64}.get(kept, data.dtype)
+            found = data.view(other).clone() if found is None else found
             self.config = SimpleNamespace(parameters=[layer.w2_weight, layer.w13_bias], scales={"w2": found})
 
     monkeypatch.setattr("tests.unit.gpu_layers.Kernel", Keeping)
-    with pytest.raises(
-        DwdpError,
-        match=r"Method keeps layer0.w2_weight in a tensor of its own, .*: choose another --moe-backend, or use",
-    ):
-        share_on_gpus(monkeypatch, "composite")
+    said = f'^weight_view "{view}": Method keeps layer0.{name} in a tensor of its own, .*: choose another --moe-b'
+    with nullcontext() if follows and view == "contiguous" else pytest.raises(DwdpError, match=said):
+        share_on_gpus(monkeypatch, view)
 
 
 def test_what_vllms_quant_config_keeps() -> None:
@@ -273,6 +278,9 @@ def test_what_vllms_quant_config_keeps() -> None:
         config = fp8_w8a8_moe_quant_config(w1_scale=given[0], w2_scale=given[1], block_shape=[128, 128])
         method = SimpleNamespace(moe_kernel=SimpleNamespace(fused_experts=SimpleNamespace(quant_config=config)))
         assert kept_apart(method, [w1, w2]) == number
+    # A parameter that is replicated is no copy of another one that is as large.
+    method = SimpleNamespace(moe_kernel=SimpleNamespace(bias=(bias := torch.nn.Parameter(torch.rand(w1.shape)))))
+    assert (kept_apart(method, [w1]), kept_apart(method, [w1], replicated=[bias])) == (0, None)
 
 
 def test_digests_compare_both_ranges(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +20,14 @@ from tests.unit import fake_vmm
 from tests.unit.gpu_sharing import MANY, share_on_gpus
 from tests.unit.hopper import on_hopper
 from tests.unit.leftovers import check_message, refusal
+from tests.unit.meeting import Meeting
 from tests.unit.quantised import EXPERTS, FLASHINFER, RANKS, TAKEN, rank_of, sizes
 from tests.unit.whole_model import expert_layers, load, vllm_groups
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers import gates, methods
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.kept import _tensors_in
+from vllm_dwdp.layers.largest import share_largest
 from vllm_dwdp.layers.slabs import expert_tensors, tensors_of
 from vllm_dwdp.layers.views import choose_view, split
 
@@ -273,3 +276,39 @@ def test_auto_asks_every_rank_for_pages(
     assert [rank.sharing.view for rank in ranks] == [view] * RANKS
     for rank in ranks:
         rank.sharing.close()
+
+
+def layer_of(method: str, *scales: float) -> Any:
+    """A layer that vLLM's class of this name computes, with these static scales."""
+    module = torch.nn.Module()
+    module.quant_method = type(method, (), {})()  # type: ignore[assignment]
+    for name, scale in zip(("w13_input_scale", "w2_input_scale"), scales, strict=False):
+        module.register_parameter(name, torch.nn.Parameter(torch.tensor(scale), requires_grad=False))
+    return module
+
+
+def shared_largest(*ranks: Any) -> list[Any]:
+    """What `share_largest` returns, or raises, on each rank that has one such layer."""
+    meeting, group = Meeting(), list(range(len(ranks)))
+
+    def share(rank: int) -> Any:
+        build: Any = SimpleNamespace(apart=None, layers=[SimpleNamespace(module=ranks[rank])])
+        try:
+            return share_largest(build, meeting.of(rank), group)
+        except DwdpError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(share, group))
+
+
+def test_static_scales_that_one_rank_alone_has() -> None:
+    """Every rank says so at once, also to those that have some; a rank asks nobody where no method has any."""
+    some, none = layer_of("Fp8MoEMethod", 0.5, 0.25), layer_of("Fp8MoEMethod")
+    for ranks, counts in (((some, none), "2 and 0"), ((none, some), "0 and 2")):
+        assert shared_largest(*ranks) == [f"ranks have {counts} static scales of activations"] * 2
+    assert shared_largest(none, none) == [0, 0]
+    assert shared_largest(some, layer_of("Fp8MoEMethod", 0.125, 4.0)) == [2, 2]
+    assert [float(scale) for scale in some.parameters()] == [0.5, 4.0]
+    build: Any = SimpleNamespace(apart=None, layers=[SimpleNamespace(module=layer_of(methods.UNQUANTISED))])
+    assert share_largest(build, None, [0, 1]) == 0  # type: ignore[arg-type]

@@ -18,19 +18,26 @@ if TYPE_CHECKING:
     from vllm_dwdp.layers.slabs import LayerSlab
 
 
-def kept_apart(method: Any, parameters: Sequence[torch.nn.Parameter], aliases: bool = True) -> int | None:
+def kept_apart(
+    method: Any,
+    parameters: Sequence[torch.nn.Parameter],
+    aliases: bool = True,
+    replicated: Sequence[torch.nn.Parameter] = (),
+) -> int | None:
     """The number of the first of `parameters` of whose data vLLM's `method` keeps an alias, or something as large.
 
     None where it keeps nothing of them, or the parameters. aliases: False where data that it keeps stays where it is.
+    replicated: the layer's other parameters, which are copies of none, however large.
     """
-    known = {id(parameter) for parameter in parameters}
+    known = {id(parameter) for parameter in (*parameters, *replicated)}
     for kept in _tensors_in([method.moe_kernel, getattr(method, "moe_quant_config", None)], set()):
         for number, parameter in enumerate(parameters):
-            # A copy may have another type, but not another number of elements.
             if id(kept) in known:
                 continue
             alias = _storage(kept) == _storage(parameter)
-            if aliases if alias else kept.numel() == parameter.numel():
+            # A copy in another type has as many elements; of packed ones, which may be fewer or more, as many bytes.
+            as_large = kept.numel() == parameter.numel() or kept.nbytes == parameter.nbytes
+            if aliases if alias else as_large:
                 return number
     return None
 
@@ -42,7 +49,8 @@ def check_kernels(layers: Sequence[LayerSlab], view: str) -> None:
     """
     for layer in layers:
         method = layer.build.module.quant_method
-        found = kept_apart(method, [tensor.parameter for tensor in layer.fetched], aliases=view == "composite")
+        fetched, replicated = ([each.parameter for each in kind] for kind in (layer.fetched, layer.replicated))
+        found = kept_apart(method, fetched, aliases=view == "composite", replicated=replicated)
         if found is not None:
             raise DwdpError(
                 f'weight_view "{view}": {type(method).__name__} keeps {layer.build.name}.{layer.fetched[found].name} in '

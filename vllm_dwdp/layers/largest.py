@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
-from vllm_dwdp.layers.methods import method_of
+from vllm_dwdp.layers.methods import Method, method_of
 
 if TYPE_CHECKING:
     import torch
@@ -25,19 +25,24 @@ def share_largest(build: ModelBuild, rendezvous: Rendezvous, group: Sequence[int
     Raises DwdpError where ranks have different numbers of them, or come and go.
     """
     own = _largest(build)
-    if not own:
-        return 0
-    if build.apart is not None:
+    if own and build.apart is not None:
         raise DwdpError(
             f"{len(own)} static scales of activations with dwdp.group, where a rank that returns reads too few to know "
             "the largest: use a checkpoint with dynamic ones, or one launch for all ranks"
         )
+    # Ranks have the same methods, if not the same parameters: a rank with none tells the others.
+    if build.apart is not None or not any(known.largest for known in _methods(build)):
+        return 0
     said = rendezvous.gather("largest", [float(parameter) for parameter in own], list(group))
     if len(set(map(len, said))) > 1:
         raise DwdpError(f"ranks have {' and '.join(str(len(values)) for values in said)} static scales of activations")
     for parameter, values in zip(own, zip(*said, strict=True), strict=True):
         parameter.data.fill_(max(values))
     return len(own)
+
+
+def _methods(build: ModelBuild) -> list[Method]:
+    return [known for layer in build.layers if (known := method_of(layer.module)) is not None]
 
 
 def _largest(build: ModelBuild) -> list[torch.nn.Parameter]:
