@@ -208,11 +208,13 @@ def dwdp(ranks: int = 2, **config: Any) -> dict[str, Any]:
 def as_one_rank(ranks: int) -> dict[str, Any]:
     """What `run_job` needs for a plain vLLM that computes as one of `ranks` does.
 
-    On CPU that is on the cores which the first of them gets: the same number of threads. On a GPU with the same kernels.
+    On CPU that is on the cores which the first of them gets: the same number of threads; and in the job's own process, since
+    of another one most would be the import of vLLM. On a GPU with the same kernels.
     """
     if gpus():
         return engine_options()
-    return {"env": {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, rank_cores(ranks)[0]))}}
+    cores = ",".join(map(str, rank_cores(ranks)[0]))
+    return {"env": {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}}
 
 
 def rank_cores(ranks: int) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +30,8 @@ class Case(NamedTuple):
 CASES = {
     # Three MoE layers on two slots: L % slots != 0, where the obvious ring overwrites weights in use.
     "deepseek_v3-fp32-contiguous": Case("deepseek_v3", "float32", 2, "contiguous", {"num_layers": 4}, {"trace": True}),
-    # 7 experts on 3 ranks: uneven shares.
-    "mixtral-fp16-inplace": Case("mixtral", "float16", 3, "inplace", {"num_experts": 7}, {}),
+    # 7 experts on 3 ranks: uneven shares; workers in their engines.
+    "mixtral-fp16-inplace": Case("mixtral", "float16", 3, "inplace", {"num_experts": 7}, {"launcher": "uni"}),
 }
 FULL = {
     # Fused expert tensors, biases, its own RoutedExperts subclass; overlapping shares.
@@ -166,9 +167,17 @@ def test_peers_are_mapped_read_only(seen: Seen) -> None:
         assert counter["slab_bytes"] <= writable <= counter["slab_bytes"] + 4096 * 64
 
 
+def test_workers_run_where_the_launcher_says(seen: Seen) -> None:
+    inside = gpus() or seen.case.config.get("launcher") == "uni"
+    place = f"worker in {'its engine' if inside else 'a process of its own'}, view "
+    ranks = range(seen.case.ranks)
+    assert [len(re.findall(f"dwdp rank {rank}: .*, {place}", seen.dwdp["log"])) for rank in ranks] == [1] * len(ranks)
+
+
 def test_nothing_stays(seen: Seen) -> None:
     assert seen.dwdp["children_after_del"] == []
     assert seen.dwdp["left"] == []
+    assert "dwdp rank 1 stops:" in seen.dwdp["log"]
 
 
 def test_ring_follows_the_trace(seen: Seen) -> None:

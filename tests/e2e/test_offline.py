@@ -122,16 +122,6 @@ def test_torch_compile_gives_compiled_vllms_tokens(view: str, model: Path, tmp_p
     assert all(counter["layers"] >= 4 * counter["forwards"] > 0 for counter in shared["counters"])
 
 
-def test_workers_in_their_engines(model: Path, plain: dict[str, Any], tmp_path: Path) -> None:
-    shared = run_job(tmp_path, model, ["tokens_each_rank", "digests", "counters"], **dwdp(2, launcher="uni"))
-    assert shared["tokens_each_rank"] == [[tokens] * 2 for tokens in plain["tokens"]]
-    assert shared["digests"] == [plain["digests"][0]] * 2
-    assert all(counter["forwards"] > 0 for counter in shared["counters"])
-    assert len(re.findall("dwdp rank [01]: .*, worker in its engine, view ", shared["log"])) == 2
-    assert shared["children_after_del"] == [] and shared["left"] == []
-    assert "dwdp rank 1 stops:" in shared["log"]
-
-
 @pytest.mark.full
 def test_as_many_experts_as_memory_allows(model: Path, plain: dict[str, Any], tmp_path: Path) -> None:
     view = "split" if gpus() else "contiguous"
