@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from ci.checks.gpu_cases import QUANTISED
 from examples.checkpoints import CheckpointSpec
 from examples.checkpoints import expert_tensors as expert_tensors_of
-from examples.checkpoints.quantised import FORMS, MX_LEVELS
+from examples.checkpoints.quantised import FORMS, GROUP, MX_LEVELS
 from tests.unit.hopper import Hopper, on_hopper
 from tests.unit.quantised import EXPERTS, SIZES, TAKEN, rank_of, sizes
 from tests.unit.whole_model import edited, expert_layers, load, vllm_config, vllm_groups
@@ -132,6 +132,8 @@ def test_gptq_and_compressed_tensors_are_the_same_to_a_kernel(bits: int, checkpo
         ("ct-int8", "down_proj.weight_packed", r"w2_weight_packed of 1 .*: 1;"),
         ("ct-w8a8", "down_proj.weight", r"w2_weight of 1 .*: 1;"),
         ("fp8-tensor-static", "down_proj.input_scale", r"w2_input_scale of 1 .*: 1;"),
+        # Rows of 11 groups, which are no multiple of eight bytes.
+        ("ct-int4-zeros", "down_proj.weight_zero_point", r"w2_weight_zero_point of 1 .*: 1;"),
     ],
 )
 def test_an_experts_tensor_that_is_not_there(
@@ -141,11 +143,37 @@ def test_an_experts_tensor_that_is_not_there(
         del tensors[f"model.layers.1.mlp.experts.1.{name}"]
         return tensors
 
-    folder = edited(checkpoint(**sizes(form)), tmp_path / "copy", edit)
+    odd = {"intermediate": 11 * GROUP} if name == "down_proj.weight_zero_point" else {}
+    folder = edited(checkpoint(**{**sizes(form), **odd}), tmp_path / "copy", edit)
     kernels = "triton" if (form, "triton") in TAKEN else "marlin"
     with pytest.raises(DwdpError, match=f"^no tensor .* was loaded into model.layers.1.mlp.experts.{said}"):
         rank_of(folder, 0, kernels)
     rank_of(folder, 1, kernels)
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "parameter"),
+    [
+        ("gptq-int4", "down_proj.scales", "w2_scales"),
+        ("gptq-int8", "up_proj.qzeros", r"w13_qzeros \(up\)"),
+        ("awq-int4", "gate_proj.scales", r"w13_scales \(gate\)"),
+        ("awq-int4", "down_proj.qzeros", "w2_qzeros"),
+    ],
+)
+def test_a_tensor_that_no_expert_of_a_layer_has(
+    form: str, name: str, parameter: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """vLLM has no default for it."""
+
+    def edit(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        left = {key: value for key, value in tensors.items() if not (".layers.1." in key and key.endswith(name))}
+        assert len(left) == len(tensors) - EXPERTS
+        return left
+
+    folder = edited(checkpoint(**sizes(form)), tmp_path / "copy", edit)
+    said = rf"^no tensor .* was loaded into model.layers.1.mlp.experts.{parameter} of 2 of this rank's 2 experts: 0, 1;"
+    with pytest.raises(DwdpError, match=said):
+        rank_of(folder, 0, "marlin")
 
 
 def test_forms_say_what_they_are(checkpoint: Callable[..., Path]) -> None:

@@ -158,6 +158,54 @@ def test_what_a_checkpoint_leaves_keeps_its_default() -> None:
     for name, parameter in module.named_parameters():
         if not name.endswith("_weight"):
             assert torch.equal(parameter.data, fresh[name].data), name
+    packed = packed_layer()
+    build = build_of(packed)
+    marks = mark_rows(build)
+    packed.w13_qzeros.data.fill_(1)  # type: ignore[operator, union-attr]
+    assert packed.w2_weight_scale.any()  # type: ignore[operator]
+    check_written(marks, build)
+    assert not any(parameter.any() for name, parameter in packed.named_parameters() if name != "w13_qzeros")
+
+
+def packed_layer() -> nn.Module:
+    """Packed integers whose rows end anywhere: 11 groups, 92 bytes, one group; GPTQ's outputs come last."""
+    shapes = {"w13_weight_zero_point": (3, 8, 11), "w2_weight_zero_point": (3, 4, 1), "w13_qzeros": (3, 1, 6)}
+    packed = {name: torch.zeros(shape, dtype=torch.int32) for name, shape in shapes.items()}
+    module = module_of({**packed, "w2_weight_scale": torch.zeros(3, 32, 92, dtype=torch.uint8)})
+    module.w13_qzeros.is_transposed = True  # type: ignore[union-attr]
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "what"),
+    [
+        ("w13_weight_zero_point", (1, slice(0, 4)), "w13_weight_zero_point (gate) of 1 of this rank's 3 experts: 3;"),
+        ("w13_weight_zero_point", (1, slice(4, 8)), "w13_weight_zero_point (up) of 1 of this rank's 3 experts: 3;"),
+        ("w2_weight_zero_point", (0,), "w2_weight_zero_point of 1 of this rank's 3 experts: 2;"),
+        ("w2_weight_scale", (2,), "w2_weight_scale of 1 of this rank's 3 experts: 4;"),
+        ("w13_qzeros", (0, 0, slice(3, 6)), "w13_qzeros (up) of 1 of this rank's 3 experts: 2;"),
+    ],
+    ids=lambda value: value.partition(" of ")[0] if isinstance(value, str) else "",
+)  # fmt: skip
+def test_packed_rows_of_any_length(name: str, index: tuple[Any, ...], what: str) -> None:
+    module = packed_layer()
+    build, before = build_of(module), {}
+    marks = mark_rows(build)
+    for other, parameter in module.named_parameters():
+        before[other] = parameter.data.clone()
+        # Not even what is part of a mark is one.
+        parameter.data.fill_(int(before[other].reshape(-1)[0]))
+    check_written(marks, build)
+    module.get_parameter(name).data[index] = before[name][index]
+    check_message(refusal(lambda: check_written(marks, build)), ["layers.0", what])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("w2_weight", (3,)), ("w2_weight", (3, 1, 64)), ("w13_weight", (3, 2, 64))]
+)
+def test_packed_rows_that_are_too_short_to_tell(name: str, shape: tuple[int, ...]) -> None:
+    build = build_of(module_of({name: torch.zeros(shape, dtype=torch.int32)}))
+    check_message(refusal(lambda: mark_rows(build)), [f"layers.0.{name} {list(shape)} has too few", "without dwdp"])
 
 
 def test_padding_is_no_row() -> None:

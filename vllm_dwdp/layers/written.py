@@ -2,8 +2,8 @@
 
 Independent of how a model reads its experts: before loading, one element of each part of a row (gate, up, down) gets a bit
 pattern that no weight has; who still has it afterwards was not written. Packed integers have no such pattern; eight bytes of
-them get one that nobody will meet. Parts are written from their first element on, so that padding, which lies behind, does
-not matter.
+them, of as many outputs as that takes, get one that nobody will meet. Parts are written from their first element on, so that
+padding, which lies behind, does not matter.
 """
 
 from __future__ import annotations
@@ -19,84 +19,99 @@ from vllm_dwdp.layers.slabs import NOT_PER_EXPERT
 #: By bytes of an element: integers of the same size; all bits set are a NaN that no arithmetic gives.
 _BITS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MARK: Final = -1
-#: Of eight bytes of packed integers.
-_PACKED_MARK: Final = 0x5DA1_C3F7_9E36_82B5
+#: Of packed integers.
+_PACKED_MARK: Final = bytes.fromhex("5DA1C3F79E3682B5")
+#: Behind w13_ and w2_: what vLLM fills before weights are loaded, or no kernel reads (weight_shape). All else is undefined.
+_DEFAULTS: Final = ("bias", "weight_scale", "weight_scale_inv", "weight_zero_point", "input_scale", "weight_shape")
 #: Experts named in an error.
 _NAMED: Final = 8
+
+
+class Part(NamedTuple):
+    """What checkpoints keep apart: its name, and where it begins in a row, whose outputs are in dimension `along`."""
+
+    name: str
+    first: tuple[int, ...]
+    along: int
 
 
 class Mark(NamedTuple):
     """One part of all rows of one parameter.
 
     Attributes:
-        first: where the part begins in a row.
-        default: [rows], bits of the marked elements before; None where vLLM leaves them undefined.
+        pattern: [marked elements of a row], what is marked with.
+        default: [rows, marked elements of a row], bits before; None where vLLM leaves them undefined.
     """
 
     layer: LayerBuild
     name: str
-    part: str
-    first: tuple[int, ...]
+    part: Part
+    pattern: torch.Tensor
     default: torch.Tensor | None
 
     def elements(self) -> torch.Tensor | None:
-        """[rows], integers over the marked elements; None where the parameter is another one by now."""
+        """As `default`, over what is there now; None where the parameter is another one by now."""
         parameter = getattr(self.layer.module, self.name, None)
-        return None if parameter is None else _elements(parameter.data, self.first)
-
-    @property
-    def pattern(self) -> int:
-        """What is marked with."""
-        return _MARK if getattr(self.layer.module, self.name).is_floating_point() else _PACKED_MARK
+        return None if parameter is None else _elements(parameter.data, self.part, len(self.pattern))
 
 
-def _bits(data: torch.Tensor) -> torch.Tensor:
-    """Integers over floating-point numbers of the same size; int64 over as many packed ones."""
-    return data.view(_BITS[data.element_size()] if data.is_floating_point() else torch.int64)
+def _pattern(data: torch.Tensor) -> torch.Tensor:
+    """[elements to mark in a row], integers of the size of those of `data`."""
+    if data.is_floating_point():
+        return torch.tensor([_MARK], dtype=_BITS[data.element_size()], device=data.device)
+    return torch.frombuffer(bytearray(_PACKED_MARK), dtype=data.dtype).to(data.device)
 
 
-def _elements(data: torch.Tensor, first: tuple[int, ...]) -> torch.Tensor:
-    bits = _bits(data)
-    for place in first:
-        bits = bits[:, place]
-    return bits
+def _elements(data: torch.Tensor, part: Part, count: int) -> torch.Tensor:
+    """[rows, count], the first of a part along its outputs; fewer than `count` where rows have no more."""
+    bits = data.view(_BITS[data.element_size()]) if data.is_floating_point() else data
+    if not part.first:
+        return bits[:, None]
+    places: list[int | slice] = list(part.first)
+    places[part.along] = slice(part.first[part.along], part.first[part.along] + count)
+    return bits[(slice(None), *places)]
 
 
-def _parts(module: Any, name: str, parameter: torch.nn.Parameter) -> list[tuple[str, tuple[int, ...]]]:
-    """(name, place of the first element in a row) of what checkpoints keep apart."""
-    moe, shape = module.moe_config, _bits(parameter.data).shape[1:]
+def _parts(module: Any, name: str, parameter: torch.nn.Parameter, count: int) -> list[Part]:
+    """What checkpoints keep apart of a parameter of which `count` outputs are marked."""
+    moe, shape = module.moe_config, parameter.shape[1:]
     first = (0,) * len(shape)
     # GPTQ and AWQ have inputs before outputs.
     along = len(shape) - 1 if getattr(parameter, "is_transposed", False) else 0
     rows = shape[along] if shape else 0
     if not name.startswith("w13") or not moe.is_act_and_mul or rows < 2 or rows % 2:
-        return [("", first)]
+        return [Part("", first, along)]
     padded, real = moe.intermediate_size_per_partition, moe.intermediate_size_per_partition_unpadded
-    if real is not None and 2 * real <= padded:
+    if real is not None and 2 * real < padded + count:
         # A loader that writes both at once may end before the second half begins.
-        return [("", first)]
-    return [("gate", first), ("up", (*first[:along], rows // 2, *first[along + 1 :]))]
+        return [Part("", first, along)]
+    return [Part("gate", first, along), Part("up", (*first[:along], rows // 2, *first[along + 1 :]), along)]
 
 
 def mark_rows(build: ModelBuild) -> list[Mark]:
-    """Mark every part of every row of the share; to be called before weights are loaded."""
+    """Mark every part of every row of the share; to be called before weights are loaded.
+
+    Raises:
+        DwdpError: a part of packed integers has fewer than eight bytes of outputs.
+    """
     marks: list[Mark] = []
     for layer in build.layers:
         module: Any = layer.module
         for name, parameter in module.named_parameters():
-            if name in NOT_PER_EXPERT or parameter.ndim == 0 or parameter.is_meta or not _can_be_marked(parameter):
+            if name in NOT_PER_EXPERT or parameter.ndim == 0 or parameter.is_meta:
                 continue
-            # Weights are allocated as they come; scales (1), biases and zero points (0) have values that may stay.
-            undefined = parameter.ndim > 2 and "scale" not in name and "zero" not in name
-            for part, first in _parts(module, name, parameter):
-                elements = _elements(parameter.data, first)
-                marks.append(Mark(layer, name, part, first, None if undefined else elements.clone()))
-                elements.fill_(marks[-1].pattern)
+            pattern = _pattern(parameter.data)
+            has_default = name.removeprefix("w13_").removeprefix("w2_") in _DEFAULTS
+            for part in _parts(module, name, parameter, len(pattern)):
+                elements = _elements(parameter.data, part, len(pattern))
+                if elements.shape[1] < len(pattern):
+                    raise DwdpError(
+                        f"{layer.name}.{name} {list(parameter.shape)} has too few numbers to tell whether a checkpoint has "
+                        "them: serve this model without dwdp"
+                    )
+                marks.append(Mark(layer, name, part, pattern, elements.clone() if has_default else None))
+                elements.copy_(pattern)
     return marks
-
-
-def _can_be_marked(parameter: torch.nn.Parameter) -> bool:
-    return parameter.is_floating_point() or parameter.shape[-1] * parameter.element_size() % 8 == 0
 
 
 def check_written(marks: list[Mark], build: ModelBuild) -> None:
@@ -112,7 +127,7 @@ def check_written(marks: list[Mark], build: ModelBuild) -> None:
         elements = mark.elements()
         if elements is None:
             continue
-        unwritten = (elements == mark.pattern).cpu()
+        unwritten = (elements == mark.pattern).all(1).cpu()
         if not unwritten.any():
             continue
         if mark.default is not None and unwritten.all():
@@ -120,7 +135,7 @@ def check_written(marks: list[Mark], build: ModelBuild) -> None:
             continue
         share = mark.layer.placement.shares[build.rank]
         experts = [share[row] for row in unwritten.nonzero().flatten().tolist()]
-        what = f"{mark.name} ({mark.part})" if mark.part else mark.name
+        what = f"{mark.name} ({mark.part.name})" if mark.part.name else mark.name
         shown = ", ".join(map(str, experts[:_NAMED])) + (", ..." if len(experts) > _NAMED else "")
         missing.append(f"{mark.layer.name}.{what} of {len(experts)} of this rank's {len(share)} experts: {shown}")
     if missing:
