@@ -20,19 +20,16 @@ from vllm.platforms import current_platform
 from tests.unit.helpers import LIMIT_S
 from tests.unit.whole_model import expert_layers, load, vllm_config, vllm_groups
 from vllm_dwdp.config import DwdpConfig
-from vllm_dwdp.copy_plan import TensorSpec
 from vllm_dwdp.engine import worker
-from vllm_dwdp.engine.auto_share import PAGE, memory_of, page_ends, settle
+from vllm_dwdp.engine.auto_share import memory_of, settle
 from vllm_dwdp.engine.worker import DwdpWorkerMixin
 from vllm_dwdp.errors import DwdpError, PeerLost
 from vllm_dwdp.group.launch import DwdpLaunch
 from vllm_dwdp.group.rendezvous import Rendezvous
-from vllm_dwdp.hold import MemoryFacts, choose
-from vllm_dwdp.page_plan import PagedLayout
-from vllm_dwdp.placement import place
+from vllm_dwdp.hold import MemoryFacts
 from vllm_dwdp.platform import CPU, CUDA
 from vllm_dwdp.predict.memory_plan import RUNTIME, activation_bytes
-from vllm_dwdp.predict.read_config import load_model, parse_model
+from vllm_dwdp.predict.read_config import parse_model
 from vllm_dwdp.transport.limits import Available
 
 GIB = 2**30
@@ -122,43 +119,6 @@ def test_the_view_decides_what_slots_hold(checkpoint: Callable[..., Path], monke
         told = {"quant_method": "fp8", "activation_scheme": scheme}
         monkeypatch.setattr(on_pages.model_config.hf_config, "quantization_config", told, raising=False)
         assert hold(on_pages, False, "auto") == held
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize(
-    "name", ["qwen3-30b-a3b", "DeepSeek-V3", "Mixtral-8x7B-v0.1", "gpt-oss-120b", "DeepSeek-V2-Lite"]
-)
-def test_pages_of_the_composite_view_take_no_more_than_was_counted(name: str, ranks: int) -> None:
-    """Slabs and slots as they are laid out."""
-    model = load_model(name, "bf16" if name == "gpt-oss-120b" else None)
-    row = round(model.expert_params * model.expert_format.data) // 3
-    scales = round(model.expert_bytes) - 3 * row
-    small = (TensorSpec("scales", scales, fetched=False),) if scales else ()
-    specs = (TensorSpec("w13", 2 * row), TensorSpec("w2", row), *small)
-    counted = page_ends(model) / model.moe_layers
-    found = []
-    for share in range(-(-model.experts // ranks), model.experts - 1, 5):
-        layout = PagedLayout(place(model.experts, ranks, share), specs, PAGE)
-        found += [sum(slab.sizes) - share * model.expert_bytes for slab in layout.slabs]
-        # A slot needs no page that is held.
-        for slab, slot in zip(layout.slabs, layout.slots, strict=True):
-            both = sum(slab.sizes) + sum(slot.sizes) - share * scales
-            assert both <= model.experts * 3 * row + counted
-    assert 0.3 * counted <= max(found) <= counted
-    if name == "Mixtral-8x7B-v0.1":
-        assert counted == 0, "rows of whole pages"
-
-
-def test_auto_counts_page_ends_in_the_composite_view_alone(tiny_moe: Path) -> None:
-    config = vllm_config(tiny_moe)
-    split, composite = (memory_of(config, launch(weight_view=view), CUDA, GIB) for view in ("split", "composite"))
-    model = parse_model(config.model_config.hf_config.to_dict(), "m")
-    assert split.ends == 0 < composite.ends == page_ends(model) <= model.moe_layers * 6 * PAGE
-    assert composite.kv(4) == split.kv(4) - composite.ends
-    # What is left for the KV cache decides, and what is there while weights are loaded.
-    tight = replace(FACTS, ends=60)
-    assert choose(FACTS).share == 6 and choose(tight).share == 4
-    assert FACTS.loads(15) and not replace(FACTS, ends=60, limit=FACTS.dense + 16 * 50).loads(15)
 
 
 def test_a_model_that_cannot_be_read_is_one_line(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
