@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,6 +110,9 @@ def test_layers_that_were_left_out_are_named_once(
     assert made.dwdp_sharing.counted == told == [7, 1, 2]
     assert len(warnings) == 1 and "execute_model" not in vars(made)
     assert all(part in warnings[0] for part in ("rank 3", "1 of 3", "forward: b;", words))
+    # Its thread would go on to say in other tests that hits are lost.
+    made.dwdp_hits_writer.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "dwdp-hits"]
 
 
 def test_hits_that_cannot_be_read_keep_no_worker_from_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
