@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -53,19 +52,13 @@ class Question(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Requests that ended within some seconds; a rate is of whole answers."""
+    """Requests that ended within some time; answers are whole."""
 
-    seconds: float
     answers: int
     failed: int
     failed_streams: int
     cut: int
     slowest_s: float
-
-    @property
-    def rate(self) -> float:
-        """Answers per second."""
-        return self.answers / self.seconds
 
 
 def over(asked: Sequence[Asked], begin: float, end: float) -> Span:
@@ -73,7 +66,6 @@ def over(asked: Sequence[Asked], begin: float, end: float) -> Span:
     within = [each for each in asked if begin <= each.ended < end]
     failed = [each.streamed for each in within if each.failed]
     return Span(
-        seconds=end - begin,
         answers=sum(not each.trouble for each in within),
         failed=failed.count(False),
         failed_streams=failed.count(True),
@@ -164,7 +156,3 @@ class Load:
     def troubles(self, streamed: bool) -> list[str]:
         """What went wrong, each once."""
         return sorted({each.trouble for each in self.asked if each.trouble and each.streamed == streamed})
-
-    def median_s(self) -> float:
-        """Of requests that do not stream."""
-        return statistics.median(each.ended - each.began for each in self.asked if not each.streamed)

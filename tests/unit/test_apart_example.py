@@ -77,10 +77,10 @@ def test_figures_of_a_span() -> None:
         Asked(1.0, 2.5, False, WHOLE[:4], "short"),
         Asked(1.0, 2.5, True, WHOLE[:0], "refused"),
     ]
-    assert over(asked, 0.0, 1.0) == (1.0, 1, 0, 0, 0, 0.5)
-    assert over(asked, 1.0, 3.0) == (2.0, 1, 2, 1, 1, 1.5)
-    assert over(asked, 1.0, 5.0).rate == 0.5 and over(asked, 1.0, 5.0).slowest_s == 3.0
-    assert over([], 0.0, 1.0) == (1.0, 0, 0, 0, 0, 0.0)
+    assert over(asked, 0.0, 1.0) == (1, 0, 0, 0, 0.5)
+    assert over(asked, 1.0, 3.0) == (1, 2, 1, 1, 1.5)
+    assert over(asked, 1.0, 5.0).answers == 2 and over(asked, 1.0, 5.0).slowest_s == 3.0
+    assert over([], 0.0, 1.0) == (0, 0, 0, 0, 0.0)
 
 
 def test_rates_over_time() -> None:

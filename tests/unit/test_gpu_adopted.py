@@ -3,6 +3,7 @@ simulated CUDA with real pages and sockets."""
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import socket
@@ -30,6 +31,7 @@ from vllm_dwdp.group.meeting import Holder
 from vllm_dwdp.group.meeting import Meeting as Folder
 from vllm_dwdp.layers import largest
 from vllm_dwdp.layers.build import BuildApart, ModelBuild
+from vllm_dwdp.transport import vmm_kept
 from vllm_dwdp.transport.base import Handle
 from vllm_dwdp.transport.kept import KeptSlab, keep_slab
 from vllm_dwdp.transport.vmm import VmmTransport
@@ -154,6 +156,20 @@ def test_a_keeper_that_is_gone_or_has_it_no_longer(servers: Servers, monkeypatch
         refusal(lambda: keep_slab(handle, "it", LIMIT_S), PeerLost),
         [f"process {process}, which had a slab open, is gone"],
     )
+
+
+def test_a_limit_of_descriptors_is_not_taken_for_a_keeper_that_is_gone(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers.kill()
+
+    def full(descriptor: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(vmm_kept.os, "dup", full)
+        told = refusal(lambda: keep_slab(handle_of_the_dead(servers), "it", LIMIT_S))
+    check_message(told, ["keeping a slab of 1 pieces failed", "Too many open files", "raise ulimit -n"])
 
 
 @pytest.mark.parametrize("call", ["reserve", "import_descriptor", "map"])

@@ -156,8 +156,7 @@ class Meeting(PrivateFolder):
             while self._held:
                 fd, _ = self._held.popitem()[1]
                 os.close(fd)
-            locks = [name for name in os.listdir(self.fd) if name.endswith(".lock") and name != _DOOR]
-            if all(self.holder(int(name.removesuffix(".lock"))) is None for name in locks):
+            if all(self.holder(rank) is None for rank in self.positions()):
                 # The door goes last: whoever waited at it sees that, and where this process is killed before, what is
                 # left is a folder that the next start uses.
                 for name in [*(name for name in os.listdir(self.fd) if name != _DOOR), _DOOR]:

@@ -55,8 +55,8 @@ def check_coverage(model: nn.Module, build: ModelBuild) -> None:
                 f"{name}: {path} holds {parameter.shape[0]} experts outside of RoutedExperts: not supported"
             )
     for layer in build.layers:
-        for name, parameter in layer.module.named_parameters():
-            has_rows(layer.module, name, parameter, len(layer.placement.shares[build.rank]), layer.name)
+        for tensor, parameter in layer.module.named_parameters():
+            has_rows(layer.module, tensor, parameter, len(layer.placement.shares[build.rank]), layer.name)
     refuse_tied(build)
 
 

@@ -7,7 +7,9 @@ name before weights load. Names are checked too, since a first dimension may be 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 #: Names of kernels in vLLM -> what `--moe-backend` calls them.
@@ -35,45 +37,20 @@ def _setup_kernel(method: Any, layer: Any) -> None:
     method._setup_kernel(layer)
 
 
-def _fp8_kernel(method: Any, layer: Any) -> None:
-    """As the end of CompressedTensorsW8A8Fp8MoEMethod.process_weights_after_loading."""
-    from vllm.model_executor.layers.fused_moe.oracle.fp8 import make_fp8_moe_kernel
+def _oracle_kernel(oracle: str, method: Any, layer: Any) -> None:
+    """As the methods of that oracle of vLLM (fp8, int8, mxfp4) end their processing of weights.
 
+    Of the kernels that are taken none has weights to process after that.
+    """
+    made_by = importlib.import_module(f"vllm.model_executor.layers.fused_moe.oracle.{oracle}")
+    backend = f"{oracle}_backend"
     method.moe_quant_config = method.get_fused_moe_quant_config(layer)
-    method.moe_kernel = make_fp8_moe_kernel(
-        moe_quant_config=method.moe_quant_config,
-        moe_config=method.moe,
-        fp8_backend=method.fp8_backend,
-        experts_cls=method.experts_cls,
-        routing_tables=layer._expert_routing_tables(),
-    )
-
-
-def _int8_kernel(method: Any, layer: Any) -> None:
-    """As the end of CompressedTensorsW8A8Int8MoEMethod.process_weights_after_loading."""
-    from vllm.model_executor.layers.fused_moe.oracle.int8 import make_int8_moe_kernel
-
-    method.moe_quant_config = method.get_fused_moe_quant_config(layer)
-    method.moe_kernel = make_int8_moe_kernel(
-        int8_backend=method.int8_backend,
+    method.moe_kernel = getattr(made_by, f"make_{oracle}_moe_kernel")(
         moe_quant_config=method.moe_quant_config,
         moe_config=method.moe,
         experts_cls=method.experts_cls,
         routing_tables=layer._expert_routing_tables(),
-    )
-
-
-def _mxfp4_kernel(method: Any, layer: Any) -> None:
-    """As the end of GptOssMxfp4MoEMethod._setup_kernel; of the kernels that are taken, none has weights to process there."""
-    from vllm.model_executor.layers.fused_moe.oracle.mxfp4 import make_mxfp4_moe_kernel
-
-    method.moe_quant_config = method.get_fused_moe_quant_config(layer)
-    method.moe_kernel = make_mxfp4_moe_kernel(
-        moe_quant_config=method.moe_quant_config,
-        moe_config=method.moe,
-        mxfp4_backend=method.mxfp4_backend,
-        experts_cls=method.experts_cls,
-        routing_tables=layer._expert_routing_tables(),
+        **{backend: getattr(method, backend)},
     )
 
 
@@ -117,6 +94,7 @@ class Method(NamedTuple):
 
 _FP8_KERNELS: Final = ("TRITON", "MARLIN", "VLLM_CUTLASS", "FLASHINFER_CUTLASS")
 _FP8_ROWS: Final = ("weight", "weight_scale", "weight_scale_inv", "bias", "g1_alphas", "g2_alphas")
+_PLAIN_ROWS: Final = ("weight", "weight_scale", "bias")
 _GPTQ_ROWS: Final = ("qweight", "scales", "qzeros", "bias", "weight")
 _WNA16_ROWS: Final = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "bias", "weight")
 
@@ -133,14 +111,16 @@ METHODS: Final = {
     "Fp8MoEMethod": Method(
         "fp8_backend", ("TRITON", "MARLIN", "FLASHINFER_CUTLASS"), _FP8_ROWS, ("input_scale",), _init_moe_kernel
     ),
-    "CompressedTensorsW8A8Fp8MoEMethod": Method("fp8_backend", _FP8_KERNELS, _FP8_ROWS, ("input_scale",), _fp8_kernel),
+    "CompressedTensorsW8A8Fp8MoEMethod": Method(
+        "fp8_backend", _FP8_KERNELS, _FP8_ROWS, ("input_scale",), partial(_oracle_kernel, "fp8")
+    ),
     "CompressedTensorsW8A8Int8MoEMethod": Method(
-        "int8_backend", ("TRITON",), ("weight", "weight_scale", "bias"), (), _int8_kernel
+        "int8_backend", ("TRITON",), _PLAIN_ROWS, (), partial(_oracle_kernel, "int8")
     ),
     "CompressedTensorsWNA16MoEMethod": Method("wna16_backend", ("MARLIN", "TRITON"), _WNA16_ROWS, (), _setup_kernel),
     "AutoGPTQMoEMethod": Method("wna16_moe_backend", ("MARLIN",), _GPTQ_ROWS, (), _setup_kernel),
     # Triton's own kernels for it keep weights in tensors that are no parameters.
-    "GptOssMxfp4MoEMethod": Method("mxfp4_backend", ("MARLIN",), ("weight", "weight_scale", "bias"), (), _mxfp4_kernel),
+    "GptOssMxfp4MoEMethod": Method("mxfp4_backend", ("MARLIN",), _PLAIN_ROWS, (), partial(_oracle_kernel, "mxfp4")),
     "AutoAWQMoEMethod": Method("wna16_moe_backend", ("MARLIN",), _GPTQ_ROWS, (), _setup_kernel),
 }
 
