@@ -99,14 +99,12 @@ class Prefill(Server):
 
 
 def split(devices: Sequence[str], prefill: int, cpu: bool) -> tuple[list[str], list[str]]:
-    """Devices of prefill and of decode; raises ValueError where one side has none. Two cores are for both."""
+    """Devices of prefill and of decode, the same where prefill has all; raises ValueError where one side has none."""
     if cpu:
         return list(devices), list(devices[:1])
-    if not 0 < prefill < len(devices):
-        raise ValueError(
-            f"--prefill-devices {prefill}: of {len(devices)} devices, leave some to prefill and some to decode"
-        )
-    return list(devices[:prefill]), list(devices[prefill:])
+    if not 0 < prefill <= len(devices):
+        raise ValueError(f"--prefill-devices {prefill}: there are {len(devices)} devices; write 1 to {len(devices)}")
+    return list(devices[:prefill]), list(devices[prefill:] or devices)
 
 
 def check(system: System, devices: Sequence[str], prefill: int, cpu: bool) -> None:

@@ -82,9 +82,9 @@ def arguments() -> argparse.Namespace:
     add(
         "--decode",
         metavar="KIND[:NAME[:JSON]]",
-        help="systems compute prompts only, this one, on other devices, decodes for all (see apart.py)",
+        help="systems compute prompts only, this one, on the other devices, decodes for all (see apart.py)",
     )
-    add("--prefill-devices", type=int, default=2, help="with --decode: the first so many (%(default)s)")
+    add("--prefill-devices", type=int, default=2, help="with --decode: the first so many (%(default)s); all: shared")
     add("--model", default="", help=f"{', '.join(MODELS)}, or a folder; default: qwen3")
     add("--layers", type=int, help="of a model that is named, instead of its own number")
     add("--load-format", default="dummy", help="of vLLM; weights are made by the servers unless this says otherwise")

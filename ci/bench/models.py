@@ -10,15 +10,23 @@ from typing import Any, Final
 from examples.checkpoints import CheckpointSpec
 from examples.checkpoints.families import make_config
 from examples.checkpoints.fp8 import FP8_CONFIG
+from examples.checkpoints.quantised import FORMS, IGNORED
 
 _QWEN3: Final = CheckpointSpec(
     num_experts=128, num_layers=12, hidden=2048, intermediate=768, top_k=8, num_heads=32, num_kv_heads=4, head_dim=128,
     max_position=40960,
 )  # fmt: skip
+_GPT_OSS: Final = CheckpointSpec(
+    family="gpt_oss", num_experts=128, num_layers=12, hidden=2880, intermediate=2880, top_k=4, num_heads=64,
+    num_kv_heads=8, head_dim=64, max_position=40960,
+)  # fmt: skip
+#: What quantised checkpoints of MoE models leave as it is.
+_IGNORED: Final = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
 #: Name -> (its sizes, tokens of its vocabulary). The shapes are those of published models, with fewer layers.
 MODELS: Final[dict[str, tuple[CheckpointSpec, int]]] = {
     "qwen3": (_QWEN3, 151936),
     "qwen3-fp8": (replace(_QWEN3, fp8=True), 151936),
+    "qwen3-int4": (replace(_QWEN3, experts="ct-int4"), 151936),
     "deepseek-v3": (
         CheckpointSpec(
             family="deepseek_v3", num_experts=256, num_layers=4, hidden=7168, intermediate=2048, top_k=8,
@@ -26,13 +34,8 @@ MODELS: Final[dict[str, tuple[CheckpointSpec, int]]] = {
         ),
         129280,
     ),
-    "gpt-oss": (
-        CheckpointSpec(
-            family="gpt_oss", num_experts=128, num_layers=12, hidden=2880, intermediate=2880, top_k=4, num_heads=64,
-            num_kv_heads=8, head_dim=64, max_position=40960,
-        ),
-        201088,
-    ),
+    "gpt-oss": (_GPT_OSS, 201088),
+    "gpt-oss-mxfp4": (replace(_GPT_OSS, experts="mxfp4"), 201088),
     "tiny": (CheckpointSpec(), 512),
 }  # fmt: skip
 _ARCHITECTURES: Final = {
@@ -58,6 +61,9 @@ def write_model(name: str, layers: int | None, folder: Path) -> Path:
         values["num_experts"] = values.pop("num_local_experts", spec.num_experts)
     if spec.fp8:
         values["quantization_config"] = FP8_CONFIG
+    if spec.experts:
+        found = FORMS[spec.experts].config
+        values["quantization_config"] = {**found, **({IGNORED: _IGNORED} if IGNORED in found else {})}
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     _tokenizer(vocab).save_pretrained(folder)
     return folder

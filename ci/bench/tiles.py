@@ -25,7 +25,10 @@ def shape_of(model: Path) -> LayerShape:
     config = json.loads((model / "config.json").read_text())
     experts = config.get("num_experts") or config.get("n_routed_experts") or config["num_local_experts"]
     width, hidden = config.get("moe_intermediate_size") or config["intermediate_size"], config["hidden_size"]
-    dtype = "fp8_block" if "quantization_config" in config else "bf16"
+    quantised = config.get("quantization_config", {})
+    if quantised and not quantised.get("weight_block_size"):
+        raise ValueError(f"--tiles alike: DWDP has no tiles for experts that {quantised.get('quant_method')} quantises")
+    dtype = "fp8_block" if quantised else "bf16"
     return LayerShape(experts, 2 * width, hidden, width, dtype, config["num_experts_per_tok"])
 
 

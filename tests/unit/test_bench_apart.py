@@ -63,8 +63,9 @@ def test_a_router_that_does_not_come_up_is_told(
 def test_devices_are_split() -> None:
     assert apart.split("0123", 2, False) == (["0", "1"], ["2", "3"])
     assert apart.split("01", 2, True) == (["0", "1"], ["0"])
-    for prefill in (0, 4):
-        with pytest.raises(ValueError, match="leave some to prefill"):
+    assert apart.split("01", 2, False) == (["0", "1"], ["0", "1"])
+    for prefill in (0, 5):
+        with pytest.raises(ValueError, match="there are 4 devices"):
             apart.split("0123", prefill, False)
 
 
@@ -72,10 +73,10 @@ def test_sides_without_devices_are_refused_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setattr(sys, "argv", ["loads", "--systems", "dwdp", "tp", "--decode", "tp"])
+    monkeypatch.setattr(sys, "argv", ["loads", "--systems", "dwdp", "tp", "--decode", "tp", "--prefill-devices", "3"])
     with pytest.raises(SystemExit):
         arguments()
-    assert "--prefill-devices 2: of 2 devices" in capsys.readouterr().err
+    assert "--prefill-devices 3: there are 2 devices" in capsys.readouterr().err
 
 
 def test_what_cannot_decode_for_all_is_refused_before_anything_starts(

@@ -78,7 +78,7 @@ def test_a_log_tells_tokens_of_all_engines_tiles_and_dwdp() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["tiny", "qwen3-fp8", "deepseek-v3", "gpt-oss"])
+@pytest.mark.parametrize("name", ["tiny", "qwen3-fp8", "qwen3-int4", "deepseek-v3", "gpt-oss-mxfp4"])
 def test_models_are_written_as_transformers_reads_them(name: str, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
@@ -89,7 +89,7 @@ def test_models_are_written_as_transformers_reads_them(name: str, tmp_path: Path
     values = json.loads((folder / "config.json").read_text())
     names = ("num_experts", "n_routed_experts", "num_local_experts")
     assert [values[name] for name in names if name in values] == [spec.num_experts]
-    assert bool(values.get("quantization_config")) == spec.fp8
+    assert bool(values.get("quantization_config")) == (spec.fp8 or bool(spec.experts))
     assert AutoTokenizer.from_pretrained(folder).decode([7, vocab - 1]) == f"w7 w{vocab - 1}"
 
 

@@ -56,3 +56,9 @@ def test_vllm_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         found = fused_moe.get_moe_configs(experts, width, None)
         assert found is not None and set(found[8192]) >= {"BLOCK_SIZE_M", "num_warps"}
     fused_moe.get_moe_configs.cache_clear()
+
+
+def test_experts_of_which_there_are_no_tiles_are_refused(tmp_path: Path) -> None:
+    write_model("qwen3-int4", 1, tmp_path / "model")
+    with pytest.raises(ValueError, match="no tiles for experts that compressed-tensors quantises"):
+        tiles.shape_of(tmp_path / "model")
