@@ -123,6 +123,7 @@ def arguments() -> argparse.Namespace:
         type=Path,
         help="write the results here; beside it a picture of ratios, and one (-ttft) of loads with times of their own",
     )
+    add("--go", type=Path, help="once servers are up, wait for this file: other benches measure on these devices first")
     add("--earlier", type=Path, help="results of an earlier run: is the base as fast as it was?")
     add("--more", nargs=argparse.REMAINDER, default=[], help="last: words for every `vllm serve`")
     args = parser.parse_args()
@@ -165,6 +166,8 @@ def main() -> int:
             os.environ["VLLM_TUNED_CONFIG_FOLDER"] = str(where)
         try:
             bench.start(model, common_words(args, args.loads), devices_of(args.cpu), logs)
+            if args.go:
+                bench.hold(args.go)
             bench.run(model)
             bench.tell()
         except ServerFailed as error:

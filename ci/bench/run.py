@@ -114,6 +114,14 @@ class Bench:
         self.failed[name] = why
         self.servers.pop(name).stop()
 
+    def hold(self, go: Path) -> None:
+        """Wait for this file, as long as it takes: several benches may start their servers at once, and measure in turn."""
+        say(f"waits for {go}")
+        begun = time.monotonic()
+        while not go.exists():
+            time.sleep(0.5)
+        self.deadline += time.monotonic() - begun
+
     def run(self, model: Path) -> None:
         """All loads, one after the other; what was found is written after each."""
         for load in self._loads if self.servers else []:

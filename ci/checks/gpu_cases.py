@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 class Case(NamedTuple):
     """One model under one configuration, compared with plain vLLM under the same options.
 
-    serve: `vllm serve` and HTTP requests instead of `LLM(...)`.
+    serve: `vllm serve` and HTTP requests instead of `LLM(...)`. batches: whether a result depends on nothing else in its
+    batch, so that logprobs of other batches may be compared.
     """
 
     model: dict[str, Any]
@@ -17,6 +18,7 @@ class Case(NamedTuple):
     dwdp: dict[str, Any]
     options: dict[str, Any] = MappingProxyType({})  # type: ignore[assignment]
     serve: bool = False
+    batches: bool = True
 
 
 def compiled(**more: Any) -> dict[str, Any]:
@@ -139,6 +141,8 @@ QUANTISED = {
         2,
         _VIEWS[view][0],
         {**_VIEWS[view][1], "moe_backend": kernels},
+        # Activations of a whole batch share a scale.
+        batches=(form, kernels) != ("fp8-tensor", "triton"),
     )
     for form, kernels, views in _QUANTISED
     for view in views

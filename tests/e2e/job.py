@@ -47,14 +47,16 @@ def tokens_each_rank(llm: Any) -> list[list[list[int]]]:
 
 def batch(llm: Any) -> list[dict[str, Any]]:
     """All prompts at once, four times over, with logprobs: batches differ from plain vLLM's."""
-    outputs = _greedy(llm, PROMPTS * 4, logprobs=1)
+    outputs = [(output.prompt, output.outputs[0]) for output in _greedy(llm, PROMPTS * 4, logprobs=5)]
     return [
         {
-            "prompt": output.prompt,
-            "first": output.outputs[0].token_ids[0],
-            "logprob": output.outputs[0].logprobs[0][output.outputs[0].token_ids[0]].logprob,
+            "prompt": prompt,
+            "first": found.token_ids[0],
+            "logprob": found.logprobs[0][found.token_ids[0]].logprob,
+            # Of the five most likely ones, as pairs, since JSON has no numbers for keys.
+            "likely": [(token, of.logprob) for token, of in found.logprobs[0].items()],
         }
-        for output in outputs
+        for prompt, found in outputs
     ]
 
 

@@ -201,3 +201,18 @@ def test_numbers_of_a_turn_are_one_line_of_the_results() -> None:
     found = {"turns": [{"ttft_s": [0.5, 1e-05, -2], "name": "a [1,\n2]"}, {"ttft_s": []}], "command": ["ci", "3"]}
     text = bench_results.as_text(found)
     assert json.loads(text) == found and '"ttft_s": [ 0.5, 1e-05, -2 ]' in text
+
+
+def test_a_bench_waits_for_its_turn_and_keeps_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = bench(tmp_path, monkeypatch, ["replicas"], "--go", str(tmp_path / "go"))
+    before, now = made.deadline, [100.0]
+    monkeypatch.setattr(bench_run.time, "monotonic", lambda: now[0])
+
+    def sleep(_: float) -> None:
+        now[0] += 50
+        if now[0] == 200:
+            (tmp_path / "go").touch()
+
+    monkeypatch.setattr(bench_run.time, "sleep", sleep)
+    made.hold(tmp_path / "go")
+    assert now[0] == 200 and made.deadline == pytest.approx(before + 100)

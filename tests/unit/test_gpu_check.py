@@ -13,6 +13,7 @@ from ci.bench.load import parse_load
 from ci.checks import gpu as gpu_check
 from ci.checks import gpu_e2e as gpu_e2e_check
 from ci.checks import gpu_stages
+from ci.checks.gpu_cases import CASES, QUANTISED
 from ci.checks.visible import wanted
 
 
@@ -148,3 +149,22 @@ def test_the_cases_of_the_link_exist() -> None:
     from ci.checks.gpu_cases import CASES
 
     assert set(gpu_stages.LINK_CASES.split(",")) <= set(CASES)
+
+
+def test_a_first_token_is_compared_with_what_plain_engines_think_of_it() -> None:
+    def row(first: int, *likely: tuple[int, float]) -> dict[str, object]:
+        return {"first": first, "logprob": dict(likely)[first], "likely": [list(pair) for pair in likely]}
+
+    plain, again = row(5, (5, -1.0), (6, -1.01)), row(6, (6, -1.2), (5, -1.3))
+    furthest = gpu_e2e_check.furthest
+    # Either of two likely ones; the nearer engine counts; the worst row decides.
+    assert furthest([row(6, (6, -1.0))], [[plain]]) == pytest.approx(0.01)
+    assert furthest([row(6, (6, -1.2))], [[plain], [again]]) == 0
+    assert furthest([row(5, (5, -1.0)), row(5, (5, -2.0))], [[plain, plain]]) == pytest.approx(1.0)
+    assert furthest([row(7, (7, -1.0))], [[plain], [again]]) == float("inf")
+
+
+def test_batches_are_compared_but_for_activations_of_one_scale() -> None:
+    apart = {name for name, case in QUANTISED.items() if not case.batches}
+    assert apart == {f"fp8-tensor-triton-{view}" for view in ("composite", "contiguous", "split")}
+    assert all(case.batches for case in CASES.values())
