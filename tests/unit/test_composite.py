@@ -196,14 +196,13 @@ def test_nothing_left_to_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
         composite.lay_out([layer(0, place(5, 2, 4))], 4096)
 
 
-def test_auto_takes_it_once_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no split-weight kernel; not before that has run on GPUs."""
+def test_auto_takes_it_without_a_split_weight_kernel() -> None:
+    """But only where all ranks can map pages."""
     odd, scattered = (
         layer(0, place(8, 2), dtype=torch.int8),
         layer(1, place_hot(8, 2, 6, [9, 1, 9, 1, 1, 9, 1, 9]), dtype=torch.int8),
     )
     assert choose_view(build(), [odd]) == "contiguous"
-    monkeypatch.setattr("vllm_dwdp.layers.views.COMPOSITE_WITHOUT_KERNEL", True)
     page = lambda: 1024  # noqa: E731
     assert choose_view(build(), [odd], page) == choose_view(build(direct_tokens=8), [odd], page) == "composite"
     assert choose_view(build(), [odd]) == choose_view(build(), [odd, scattered], page) == "contiguous"
@@ -212,9 +211,8 @@ def test_auto_takes_it_once_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_view(build(), [layer(0, place(8, 2))], lambda: pytest.fail("asked for nothing")) == "split"
 
 
-def test_auto_leaves_it_where_its_pages_take_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_leaves_it_where_its_pages_take_more_memory() -> None:
     """A small tensor has a page of its own in every layer, while slots of all experts are two."""
-    monkeypatch.setattr("vllm_dwdp.layers.views.COMPOSITE_WITHOUT_KERNEL", True)
     layers = []
     for number in range(5):
         made = layer(number, place(8, 2), dtype=torch.int8).build

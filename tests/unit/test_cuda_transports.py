@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ import pytest
 from tests.unit.cuda_pair import KINDS, LIMIT_S, SIZE, Pair, one_line, with_payload
 from tests.unit.cuda_rank import process_id, transport_of
 from tests.unit.fake_cuda import GIB
+from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DOCTOR, DwdpError, PeerLost
+from vllm_dwdp.platform import CUDA
 from vllm_dwdp.transport.base import Copy, Handle
 from vllm_dwdp.transport.cuda_memory import BLOCK
 from vllm_dwdp.transport.process import ProcessId, is_gone, this_process
@@ -224,3 +227,12 @@ def test_a_failed_start_leaves_nothing(kind: str, step: str) -> None:
     gc.collect()
     assert pair.theirs.clean()
     pair.close()
+
+
+def test_ranks_that_are_servers_of_their_own_do_not_ask_for_pages() -> None:
+    """They have no composite view, and one of them may be dead."""
+    pytest.importorskip("vllm")
+    from vllm_dwdp.layers.transports import page_of_group
+
+    apart: Any = SimpleNamespace(apart=object(), platform=CUDA, config=DwdpConfig())
+    assert page_of_group(apart, SimpleNamespace(gather=lambda *_: pytest.fail("asked")), [0, 1]) is None  # type: ignore[arg-type]

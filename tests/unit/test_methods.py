@@ -177,9 +177,8 @@ def test_a_layer_that_the_warm_up_left_out_has_nothing_to_compute_with(
 def test_auto_asks_every_rank_for_pages(
     refuses: tuple[int, ...], view: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once it may take the composite view: where one device refuses such memory, no rank does."""
+    """Where one device refuses such memory, no rank takes the composite view."""
     monkeypatch.setattr(fake_vmm, "PAGE", 3 * 4096)
-    monkeypatch.setattr("vllm_dwdp.layers.views.COMPOSITE_WITHOUT_KERNEL", True)
     builds = [rank_of(checkpoint(**sizes("ct-w8a8")), rank).build for rank in range(RANKS)]
     numbers: list[Any] = []
 

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 def page_of_group(build: ModelBuild, rendezvous: Rendezvous, group: Sequence[int]) -> int | None:
     """Bytes of a page where the device of every rank maps memory in pieces, which each tries with one; else None.
 
-    None too where the user asked for another transport, or a rank's pages are of another size.
+    None too where the user asked for another transport, a rank's pages are of another size, or ranks are servers of their
+    own, which have no composite view.
     """
     page = None
+    if build.apart is not None:
+        return None
     if not build.platform.on_cpu and build.config.transport in ("auto", "vmm"):
         try:
             transport = make_transport(build, (), "composite")

@@ -15,10 +15,6 @@ VIEWS: Final = {"inplace": inplace, "split": split, "composite": composite, "con
 #: Those in which forwards of few tokens read missing experts at their owners, and others pull.
 BOTH_WAYS: Final = frozenset({"split", "composite"})
 
-#: Whether "auto" takes the composite view on GPUs for layers without a split-weight kernel. Other kernels than vLLM's Triton
-#: ones compute those, and none of them has run in that view on a GPU: off until one has.
-COMPOSITE_WITHOUT_KERNEL: Final = False
-
 
 def choose_view(
     build: ModelBuild, layers: Sequence[LayerTensors], page: Callable[[], int | None] = lambda: None
@@ -37,7 +33,8 @@ def choose_view(
                 raise DwdpError(
                     f'weight_view "{asked}": experts of {layer.build.name} {why}: use weight_view auto or contiguous'
                 )
-            if COMPOSITE_WITHOUT_KERNEL and first == "split" and not any(map(composite.why_not, layers)):
+            # Without a split-weight kernel mapped pages spare the merge copy, and few tokens are still read directly.
+            if first == "split" and not any(map(composite.why_not, layers)):
                 nbytes = page()
                 if nbytes is not None and composite.fits(layers, nbytes, build.config.num_slots):
                     return "composite"
