@@ -35,6 +35,7 @@ from typing import Any
 from ci.checks.sessions import session
 from ci.checks.soak_processes import COLUMNS, Sample, role, sample, segments
 from ci.checks.soak_requests import Outcome, asks, send
+from ci.checks.soak_worker import WORDS, ask_states
 from ci.checks.visible import visible_gpus
 from ci.root import ROOT
 from examples.checkpoints import CheckpointSpec, write_checkpoint
@@ -76,7 +77,7 @@ def command(args: argparse.Namespace, port: int) -> list[str]:
     words += [] if visible_gpus() else ["--enforce-eager"]
     if not args.plain:
         words += ["--distributed-executor-backend", "dwdp", "--data-parallel-size", str(args.ranks)]
-        words += ["--worker-extension-cls", "ci.checks.soak_worker.SoakWorker"]
+        words += WORDS
         # All experts of the small model would fit on every GPU, and nothing would be pulled.
         words += ["--additional-config", json.dumps({"dwdp": {"experts_per_rank": "partition"}})]
     return words
@@ -131,14 +132,7 @@ class Server:
 
     def states(self, digests: bool = False) -> dict[int, dict[str, Any]]:
         """What soak_worker.py says of each rank; none of plain vLLM."""
-        if not self._ranks:
-            return {}
-        with tempfile.TemporaryDirectory(prefix="soak-state-") as folder:
-            body = {"method": "soak_state", "args": [folder, "yes" if digests else "no"]}
-            headers = {"Content-Type": "application/json"}
-            request = urllib.request.Request(f"{self.url}/collective_rpc", json.dumps(body).encode(), headers)
-            urllib.request.urlopen(request, timeout=120).close()
-            return {rank: json.loads((Path(folder) / f"rank-{rank}.json").read_text()) for rank in range(self._ranks)}
+        return ask_states(self.url, self._ranks, digests) if self._ranks else {}
 
     def stop(self) -> list[str]:
         """End it; what was left: processes by id, segments and temporary files by name."""

@@ -1,13 +1,29 @@
-"""A worker extension of the soak's server: what a rank holds on its device, and digests of all experts as it sees them."""
+"""A worker extension of the soak's server: what a rank holds on its device, and digests of all experts as it sees them; and
+how a server is asked for it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
+import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tests.e2e.digests import Digests
+
+#: Words for a `vllm serve` that can be asked, which needs VLLM_SERVER_DEV_MODE=1 too.
+WORDS: Final = ("--worker-extension-cls", "ci.checks.soak_worker.SoakWorker")
+
+
+def ask_states(url: str, ranks: int, digests: bool = False, limit_s: float = 120) -> dict[int, dict[str, Any]]:
+    """What `soak_state` says of each rank of a server; raises OSError where it does not answer."""
+    with tempfile.TemporaryDirectory(prefix="soak-state-") as folder:
+        body = {"method": "soak_state", "args": [folder, "yes" if digests else "no"]}
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{url}/collective_rpc", json.dumps(body).encode(), headers)
+        urllib.request.urlopen(request, timeout=limit_s).close()
+        return {rank: json.loads((Path(folder) / f"rank-{rank}.json").read_text()) for rank in range(ranks)}
 
 
 class SoakWorker(Digests):

@@ -45,7 +45,7 @@ def _fill(name: str, like: torch.Tensor, dtype: torch.dtype, spec: CheckpointSpe
     # Seeded by name: a layer's values do not depend on how many there are.
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ spec.seed * 0x9E3779B1 & 0xFFFFFFFFFFFF)
     values = torch.empty(like.shape, dtype=torch.float32).normal_(generator=generator)
-    mean, std = _distribution(name, values.dim(), spec)
+    mean, std = distribution(name, values.dim(), spec)
     values.mul_(std).add_(mean)
     if spec.router_skew and name.endswith(_ROUTERS) and like.shape[0] == spec.num_experts:
         layer = int(next(part for part in name.split(".") if part.isdecimal()))
@@ -64,8 +64,8 @@ def hot_experts(spec: CheckpointSpec, layer: int) -> tuple[int, ...]:
     return tuple(sorted(order[: max(1, spec.num_experts // 4)]))
 
 
-def _distribution(name: str, dims: int, spec: CheckpointSpec) -> tuple[float, float]:
-    """Mean and standard deviation."""
+def distribution(name: str, dims: int, spec: CheckpointSpec) -> tuple[float, float]:
+    """Mean and standard deviation of a tensor, by its name in the model."""
     if name.endswith("e_score_correction_bias"):
         return 0.0, CORRECTION_STD
     if name.endswith("sinks"):

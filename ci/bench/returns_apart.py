@@ -1,0 +1,203 @@
+"""The part of returns.py that is of dwdp: two servers, a rank each, of which one is killed under load and returns."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import ci.checks.chaos_positions as positions  # also where examples are found
+from ci.bench.load import Request
+from ci.bench.returns_servers import Left, device_mib, say, serve, told, wait_up, words_of_all
+from ci.bench.servers import Target, healthy
+from ci.bench.steady import Asked, Steady, part, per_second
+from ci.checks.soak_worker import WORDS, ask_states
+
+from servers import Server, Servers, series  # isort: skip
+
+RANKS: Final = 2
+#: The rank that is killed.
+KILLED: Final = 1
+#: By how much longer rank 0 may give no answer around the kill than it did before.
+GAP_S: Final = 1.0
+_NOTICE_LIMIT_S: Final = 20.0
+
+#: A Part by field.
+Figures = dict[str, Any]
+BEFORE, DEAD, STARTS, AFTER = "before", "rank 1 is dead", "rank 1 starts", "after"
+
+
+class Mark(NamedTuple):
+    """From `at` on, of time.monotonic(), until the next one; what is not named is measured by nobody."""
+
+    at: float
+    name: str
+
+
+class Apart:
+    """Two servers of one group. found: figures. wrong: what must not be."""
+
+    def __init__(self, servers: Servers, model: Path, args: argparse.Namespace, left: Left) -> None:
+        """Starts both at once; returns before they are up."""
+        self._servers, self._model, self._args, self._left = servers, model, args, left
+        self._meet = servers.folder / "meet"
+        self._meet.mkdir()
+        self.found: dict[str, Any] = {"device_mib": {}}
+        self.wrong: list[str] = []
+        self._began = time.monotonic()
+        # No connection takes the port of one that is gone.
+        self._port = positions.quiet_ports(RANKS)
+        self._ranks = [self._start(rank, f"rank-{rank}") for rank in range(RANKS)]
+
+    def _start(self, rank: int, name: str) -> Server:
+        settings = {"group": "returns", "rank": rank, "ranks": RANKS, "meet": str(self._meet)}
+        settings |= {"experts_per_rank": "partition", "timeout_s": self._args.start_s}
+        words = [
+            *WORDS,
+            "--distributed-executor-backend",
+            "dwdp",
+            "--additional-config",
+            json.dumps({"dwdp": settings}),
+        ]
+        server = serve(self._servers, name, self._model, [*words_of_all(self._args), *words], self._port + rank)
+        self._left.groups.append(server.process.pid)
+        return server
+
+    def wait(self) -> None:
+        """Return once both answer. Raises NotUp."""
+        for server in self._ranks:
+            wait_up(server, self._began + self._args.start_s)
+        self.found["start_s"] = round(time.monotonic() - self._began, 1)
+        say(f"both ranks are up after {self.found['start_s']:.0f} s")
+
+    def digests(self) -> list[str]:
+        """Of all experts, as each rank's kernels see them."""
+        began = time.monotonic()
+        with ThreadPoolExecutor(RANKS) as pool:
+            states = list(pool.map(lambda server: ask_states(server.url, 1, digests=True)[0], self._ranks))
+        found = [state["digest"] for state in states]
+        say(f"digests of all experts, in {time.monotonic() - began:.0f} s: {' '.join(each[:12] for each in found)}")
+        return found
+
+    def tell(self, pool: Sequence[Request]) -> None:
+        """The story, and what came of it. Raises NotUp."""
+        first = self.digests()
+        targets = [Target(server.url, {}) for server in self._ranks]
+        clients, limit_s = self._args.load.concurrency, self._args.answer_s
+        with contextlib.ExitStack() as stack:
+            loads = [stack.enter_context(Steady(target, pool, clients, limit_s)) for target in targets]
+            marks = self._events()
+        asked = [load.asked for load in loads]
+        self.found |= figures(asked, marks)
+        self.wrong += judge(asked, marks, self.found["parts"])
+        self.found["trouble"] = [load.troubles()[:10] for load in loads]
+        second = self.digests()
+        self.found["digests"] = first + second
+        if len(set(first + second)) > 1:
+            self.wrong.append(f"experts changed, or differ between ranks: {' '.join(first + second)}")
+        self.found["logs"] = {server.name: told(server) for server in self._ranks}
+
+    def _events(self) -> list[Mark]:
+        time.sleep(self._args.settle_s)
+        say("load is steady")
+        marks = [Mark(time.monotonic(), BEFORE)]
+        time.sleep(self._args.part_s)
+        self._look_at_devices("before")
+        killed = self._ranks[KILLED]
+        marks.append(Mark(time.monotonic(), DEAD))
+        self._servers.strike(killed)
+        say("rank 1: SIGKILL to all of its server")
+        self._notice(marks[-1].at)
+        self._servers.stop(killed)
+        time.sleep(max(0.0, marks[-1].at + self._args.part_s - time.monotonic()))
+        self._look_at_devices("dead")
+        marks.append(Mark(time.monotonic(), STARTS))
+        self._ranks[KILLED] = self._start(KILLED, "rank-1-again")
+        wait_up(self._ranks[KILLED], marks[-1].at + self._args.start_s)
+        marks.append(Mark(time.monotonic(), ""))
+        way = [line for line in told(self._ranks[KILLED]) if "of loading" in line]
+        self.found |= {"return_s": round(marks[-1].at - marks[-2].at, 1), "way": way[-1] if way else ""}
+        say(f"rank 1 answers again after {self.found['return_s']:.0f} s: {self.found['way'] or 'its log says not how'}")
+        if "experts adopted" not in self.found["way"]:
+            self.wrong.append(f"rank 1 did not adopt its experts: {self.found['way']}")
+        time.sleep(self._args.settle_s)
+        marks.append(Mark(time.monotonic(), AFTER))
+        time.sleep(self._args.part_s)
+        self._look_at_devices("after")
+        if (alive := series(self._ranks[0], "dwdp:peers_alive")) != 1:
+            self.wrong.append(f"rank 0 sees {alive:.0f} peers at the end")
+        return [*marks, Mark(time.monotonic(), "")]
+
+    def _notice(self, since: float) -> None:
+        """How long rank 0 takes to see that its peer is gone, and whether it says meanwhile that it is well."""
+        rank_0 = self._ranks[0]
+        while series(rank_0, "dwdp:peers_alive"):
+            if time.monotonic() > since + _NOTICE_LIMIT_S:
+                self.wrong.append(f"rank 0 did not see within {_NOTICE_LIMIT_S:.0f} s that its peer is gone")
+                return
+            time.sleep(0.1)
+        self.found["noticed_s"] = round(time.monotonic() - since, 1)
+        if not healthy(rank_0.url):
+            self.wrong.append("/health of rank 0 is not good while rank 1 is dead")
+
+    def _look_at_devices(self, when: str) -> None:
+        if used := device_mib():
+            self.found["device_mib"][when] = [round(each) for each in used]
+
+
+def figures(asked: Sequence[Sequence[Asked]], marks: Sequence[Mark]) -> dict[str, Any]:
+    """parts: by the name of a mark, the figures of each rank. per_second: tokens of each rank, from the first mark on."""
+    parts: dict[str, list[Figures]] = {}
+    for mark, following in itertools.pairwise(marks):
+        if mark.name:
+            parts[mark.name] = [part(of_rank, mark.at, following.at)._asdict() for of_rank in asked]
+    seconds = [per_second(of_rank, marks[0].at, marks[-1].at) for of_rank in asked]
+    at = {mark.name: round(mark.at - marks[0].at, 2) for mark in marks if mark.name}
+    return {"parts": parts, "per_second": seconds, "parts_at_s": at}
+
+
+def judge(asked: Sequence[Sequence[Asked]], marks: Sequence[Mark], parts: dict[str, list[Figures]]) -> list[str]:
+    """What is wrong: failures at rank 0, at rank 1 while it was there, none that were answered, a gap at rank 0."""
+    lines = []
+    kill = next(mark.at for mark in marks if mark.name == DEAD)
+    back = next(mark.at for before, mark in itertools.pairwise(marks) if before.name == STARTS)
+    for rank, of_rank in enumerate(asked):
+        failed = [
+            each for each in of_rank if each.trouble and (rank != KILLED or each.ended < kill or each.began > back)
+        ]
+        if failed:
+            lines.append(f"{len(failed)} requests failed at rank {rank}, the first: {failed[0].trouble}")
+    for name, of_part in parts.items():
+        there = [rank for rank in range(len(of_part)) if rank != KILLED or name in (BEFORE, AFTER)]
+        lines += [f"{name}: rank {rank} answered nothing" for rank in there if not of_part[rank]["answers"]]
+    before, dead = parts[BEFORE][0]["gap_s"], parts[DEAD][0]["gap_s"]
+    if dead > before + GAP_S:
+        lines.append(f"rank 0 gave no answer for {dead:.2f} s around the kill; before, for {before:.2f} s at most")
+    return lines
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """Lines: for each part what each rank did."""
+    lines = [f"{'':<16}{'s':>6}  {'rank':>4}{'tokens/s':>11}{'answers':>9}{'failed':>8}{'slowest s':>11}{'gap s':>8}"]
+    for name, of_part in found["parts"].items():
+        for rank, row in enumerate(of_part):
+            head = f"{name:<16}{row['seconds']:6.1f}" if rank == 0 else f"{'':<22}"
+            lines.append(
+                f"{head}  {rank:>4}{row['tokens_per_s']:>11.0f}{row['answers']:>9}{row['failed']:>8}"
+                f"{row['slowest_s']:>11.2f}{row['gap_s']:>8.2f}"
+            )
+    before, dead = found["parts"][BEFORE][0]["gap_s"], found["parts"][DEAD][0]["gap_s"]
+    lines.append(f"longest time without an answer of rank 0: {dead:.2f} s around the kill, {before:.2f} s before it")
+    lines.append(
+        f"rank 0 saw after {found.get('noticed_s', '?')} s that its peer was gone; rank 1 answered {found['return_s']} s "
+        f"after it was started again: {found['way']}"
+    )
+    for when, used in found["device_mib"].items():
+        lines.append(f"MiB in use on the GPUs, {when}: {' '.join(map(str, used))}")
+    return lines

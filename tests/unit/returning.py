@@ -1,0 +1,83 @@
+"""What returns.py sees of `vllm serve`, without an engine: `python -m tests.unit.returning NAME PORT PEER_PORT FAULT`.
+
+Completions stream and count; `peers_alive` says whether PEER_PORT is served. A NAME with `again` is a rank that has returned.
+`plain` has a process that is called as vLLM's engine of rank 1 is, and ends with it. FAULT is what goes wrong, one of:
+
+    other-bytes  a rank that has returned tells another digest     read   it has read its experts
+    falls-over   while the peer is gone, requests get HTTP 500      stalls they wait for 1.5 s
+    blind        the peer is always there                           down   nothing is served, the process ends with 3
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+NAME, PORT, PEER, FAULT = (*sys.argv[1:], "", "0", "0", "")[:4]
+SECONDS = 0.02
+stalled: list[float] = []
+
+
+def peer_is_there() -> bool:
+    if FAULT == "blind":
+        return True
+    with contextlib.suppress(OSError):
+        socket.create_connection(("127.0.0.1", int(PEER)), timeout=1).close()
+        return True
+    return False
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._send(f'dwdp:peers_alive{{engine="0"}} {int(peer_is_there())}\n'.encode())
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/collective_rpc":
+            told = "0b" if FAULT == "other-bytes" and "again" in NAME else "0a"
+            (Path(body["args"][0]) / "rank-0.json").write_text(json.dumps({"digest": told}))
+            return self._send(b"{}")
+        time.sleep(SECONDS)
+        if FAULT in ("falls-over", "stalls") and "again" not in NAME and not peer_is_there():
+            if FAULT == "falls-over":
+                return self._send(b"engine is dead", 500)
+            if not stalled:
+                stalled.append(time.sleep(1.5) or 0.0)
+        usage = {"usage": {"completion_tokens": body["max_tokens"]}}
+        self._send(f"data: {json.dumps(usage)}\n\ndata: [DONE]\n\n".encode())
+
+    def _send(self, body: bytes, status: int = 200) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def end_with_engine() -> None:
+    engine = subprocess.Popen([sys.executable, "-c", "input()", "VLLM::EngineCore_DP1"], stdin=subprocess.PIPE)
+    engine.wait()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    if FAULT == "down":
+        print("ValueError: on purpose", flush=True)
+        sys.exit(3)
+    if NAME == "plain":
+        threading.Thread(target=end_with_engine, daemon=True).start()
+    way = "adopted" if "again" in NAME and FAULT != "read" else "read from the checkpoint"
+    print(f"dwdp rank {NAME[5:6]}: experts {way}, in 0.1 s of loading", flush=True)
+    ThreadingHTTPServer(("127.0.0.1", int(PORT)), Handler).serve_forever()

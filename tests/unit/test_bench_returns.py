@@ -1,0 +1,141 @@
+"""ci/bench/returns.py without engines: a rank is killed and returns, and whatever goes wrong then is told."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+from ci.bench import returns, returns_apart, returns_plain, returns_servers
+from ci.bench.load import Load
+from ci.bench.returns_plain import fate
+from ci.bench.returns_servers import more_in_use, words_of_all
+from ci.bench.steady import Asked
+from ci.root import ROOT
+
+from servers import Server, Servers, free_ports  # isort: skip
+
+
+def serve(servers: Servers, name: str, model: Path, words: Sequence[str], port: int = 0, fault: str = "") -> Server:
+    """In place of the one that starts vLLM; of the group's two ports the peer's is the other one."""
+    settings = words[words.index("--additional-config") + 1] if "--additional-config" in words else ""
+    peer = port + 1 - 2 * json.loads(settings)["dwdp"]["rank"] if settings else 0
+    port = port or free_ports(1)
+    command = [sys.executable, "-m", "tests.unit.returning", name, str(port), str(peer), fault]
+    return servers.start(name, port, command, {"PYTHONPATH": str(ROOT)})
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs it with a fault, and with more words; returns (exit status, results)."""
+
+    def run(fault: str = "", *words: str) -> tuple[int, dict[str, Any]]:
+        for module in (returns_apart, returns_plain):
+            monkeypatch.setattr(module, "serve", functools.partial(serve, fault=fault))
+        monkeypatch.setattr(returns_apart, "_NOTICE_LIMIT_S", 2.0)
+        monkeypatch.setattr(returns_servers, "_LEFT_LIMIT_S", 2.0)
+        monkeypatch.setattr(returns, "visible_gpus", lambda: 2)
+        monkeypatch.setattr(returns, "machine", lambda cpu: "a test")
+        monkeypatch.setattr(returns_servers, "segments", set)
+        result = tmp_path / "returns.json"
+        line = ["returns", "--model", "tiny", "--part-s", "1.5", "--settle-s", "0.3", "--json", str(result)]
+        line += ["--load", "small=96/1/2", "--scratch", str(tmp_path), *words]
+        monkeypatch.setattr(sys, "argv", line)
+        args = returns.arguments()
+        (folder := tmp_path / "servers").mkdir()
+        servers = Servers(folder)
+        try:
+            code = returns.run(servers, args)
+        finally:
+            assert servers.started == []
+        return code, json.loads(result.read_text())
+
+    return run
+
+
+def test_a_rank_dies_and_returns(told: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = told("", "--plain", "--logs", str(tmp_path / "logs"))
+    assert (code, found["wrong"]) == (0, [])
+    apart, plain = found["apart"], found["plain"]
+    parts = apart["parts"]
+    assert list(parts) == ["before", "rank 1 is dead", "rank 1 starts", "after"]
+    for name, (rank_0, rank_1) in parts.items():
+        assert rank_0["failed"] == 0 and rank_0["answers"] > 10 and 0 < rank_0["gap_s"] < 1, name
+        if name in ("before", "after"):
+            assert rank_1["failed"] == 0 and rank_1["answers"] > 10, name
+    assert parts["rank 1 is dead"][1]["failed"] > 2 and parts["rank 1 is dead"][1]["answers"] < 5
+    assert len(set(apart["digests"])) == 1 and len(apart["digests"]) == 4
+    assert apart["way"].endswith("rank 1: experts adopted, in 0.1 s of loading") and 0 < apart["noticed_s"] < 2
+    assert plain["rank_0"]["under_way"] == plain["rank_0"]["under_way_failed"] + (
+        plain["rank_0"]["last_answer_s"] is not None
+    )
+    assert plain["rank_0"]["later_failed"] > 2 and plain["exit"] == 1
+    assert plain["ended_after_s"] < 5 and plain["before"][1]["failed"] == 0 < plain["after"][0]["failed"]
+    assert {log.name for log in (tmp_path / "logs").iterdir()} == {
+        "rank-0.log", "rank-1.log", "rank-1-again.log", "plain.log",
+    }  # fmt: skip
+    assert not list(tmp_path.glob("returns-*")), "the checkpoint goes"
+    printed = capsys.readouterr().out
+    assert "around the kill" in printed and "plain vLLM, DP 2 with EP" in printed and "(exit 1)" in printed
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("other-bytes", "experts changed, or differ between ranks: 0a 0a 0a 0b"),
+        ("read", "rank 1 did not adopt its experts: dwdp rank 1: experts read from the checkpoint"),
+        ("falls-over", "requests failed at rank 0, the first: OSError: status 500: engine is dead"),
+        ("stalls", "rank 0 gave no answer for 1."),
+        ("blind", "rank 0 did not see within 2 s that its peer is gone"),
+        ("down", "NotUp: rank-0 ended with 3: ValueError: on purpose"),
+    ],
+)
+def test_what_is_wrong_is_told(told: Any, fault: str, why: str) -> None:
+    code, found = told(fault)
+    assert code == 1 and any(why in line for line in found["wrong"]), found["wrong"]
+
+
+def test_without_plain_vllm_the_rest_is_measured(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = returns_plain.Plain.__init__
+
+    def broken(self: returns_plain.Plain, *words: Any) -> None:
+        monkeypatch.setattr(returns_plain, "serve", functools.partial(serve, fault="down"))
+        real(self, *words)
+
+    monkeypatch.setattr(returns_plain.Plain, "__init__", broken)
+    code, found = told("", "--plain")
+    assert code == 1 and "plain ended with 3" in found["wrong"][0] and len(found["wrong"]) == 1
+    assert found["apart"]["parts"]["after"][1]["answers"] > 10 and "plain" not in found
+
+
+def test_what_became_of_the_other_ranks_requests() -> None:
+    kill = 10.0
+    asked = [
+        Asked(8.0, 9.0, 5), Asked(9.0, 10.5, 5), Asked(9.5, 11.0, 0, "reset"), Asked(10.5, 12.0, 5),
+        Asked(11.2, 11.25, 0, "refused"),
+    ]  # fmt: skip
+    assert fate(asked, kill) == {
+        "under_way": 2, "under_way_failed": 1, "later": 2, "later_failed": 1, "last_answer_s": 2.0, "first_failure_s": 1.0,
+    }  # fmt: skip
+    assert fate(asked[:1], kill)["last_answer_s"] is None
+
+
+def test_memory_that_stays_in_use_is_told() -> None:
+    assert more_in_use([100.0, 4.0], [100.0, 69.0]) == ["65 MiB of GPU 1"]
+    assert more_in_use([100.0, 4.0], [100.0, 60.0]) == more_in_use([], [3.0]) == []
+
+
+def test_words_of_servers() -> None:
+    args = argparse.Namespace(
+        load=Load("a", 100, 1, 2), batched_tokens=512, kv_gib=0.5, cpu=False, eager=True, more=["--x"]
+    )
+    words = words_of_all(args)
+    assert words[:2] == ["--max-model-len", "129"] and words[-2:] == ["--enforce-eager", "--x"]
+    assert words[words.index("--kv-cache-memory-bytes") + 1] == str(1 << 29)
