@@ -67,7 +67,7 @@ def told(server: Server) -> list[str]:
 def device_mib() -> list[float]:
     """MiB in use on each GPU of this machine, as nvidia-smi says; empty where it says nothing."""
     smi = ask_smi()
-    return [(gpu.total - gpu.free) / 2**20 for gpu in smi.gpus if gpu.total and gpu.free] if smi else []
+    return [(gpu.total - gpu.free) / 2**20 for gpu in smi.gpus if gpu.total and gpu.free is not None] if smi else []
 
 
 class Left:

@@ -1,7 +1,7 @@
 """What returns.py sees of `vllm serve`, without an engine: `python -m tests.unit.returning NAME PORT PEER_PORT FAULT`.
 
-Completions stream and count; `peers_alive` says whether PEER_PORT is served. A NAME with `again` is a rank that has returned.
-`plain` has a process that is called as vLLM's engine of rank 1 is, and ends with it. FAULT is what goes wrong, one of:
+Completions stream and count; `peers_alive` says whether PEER_PORT is served. A NAME with `again` is a rank that has
+returned. `plain` has a process that is called as the engine of rank 1, and ends with it. FAULT is what goes wrong:
 
     other-bytes  a rank that has returned tells another digest     read   it has read its experts
     falls-over   while the peer is gone, requests get HTTP 500      stalls they wait for 1.5 s

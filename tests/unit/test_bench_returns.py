@@ -73,9 +73,7 @@ def test_a_rank_dies_and_returns(told: Any, tmp_path: Path, capsys: pytest.Captu
     assert parts["rank 1 is dead"][1]["failed"] > 2 and parts["rank 1 is dead"][1]["answers"] < 5
     assert len(set(apart["digests"])) == 1 and len(apart["digests"]) == 4
     assert apart["way"].endswith("rank 1: experts adopted, in 0.1 s of loading") and 0 < apart["noticed_s"] < 2
-    assert plain["rank_0"]["under_way"] == plain["rank_0"]["under_way_failed"] + (
-        plain["rank_0"]["last_answer_s"] is not None
-    )
+    assert 0 <= plain["rank_0"]["under_way_failed"] <= plain["rank_0"]["under_way"] <= 2
     assert plain["rank_0"]["later_failed"] > 2 and plain["exit"] == 1
     assert plain["ended_after_s"] < 5 and plain["before"][1]["failed"] == 0 < plain["after"][0]["failed"]
     assert {log.name for log in (tmp_path / "logs").iterdir()} == {

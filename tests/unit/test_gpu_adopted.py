@@ -18,7 +18,7 @@ import torch
 from tests.unit.cuda_pair import LIMIT_S
 from tests.unit.cuda_rank import process_id
 from tests.unit.fake_cuda import Machine
-from tests.unit.fake_vmm import PAGE, fail_at, open_descriptors
+from tests.unit.fake_vmm import PAGE, FakeVmm, fail_at, open_descriptors
 from tests.unit.gpu_layers import LAYERS, SHAPES
 from tests.unit.gpu_sharing import GpuRank, Group, Meeting, share_on_gpus
 from tests.unit.leftovers import check_message, refusal
@@ -33,6 +33,7 @@ from vllm_dwdp.layers import largest
 from vllm_dwdp.layers.build import BuildApart, ModelBuild
 from vllm_dwdp.transport import vmm_kept
 from vllm_dwdp.transport.base import Handle
+from vllm_dwdp.transport.cuda_device import CudaError
 from vllm_dwdp.transport.kept import KeptSlab, keep_slab
 from vllm_dwdp.transport.vmm import VmmTransport
 
@@ -128,6 +129,33 @@ def test_what_was_adopted_cannot_be_written(servers: Servers) -> None:
     for layer in second.sharing.layers:
         for piece in layer.slab.pieces:  # type: ignore[union-attr]
             assert not second.device.vmm.mappings[piece.address].writable
+
+
+@pytest.mark.parametrize("refused", ["of the own device", "of others"])
+def test_what_a_driver_says_of_one_device_is_not_taken_for_the_other(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    """Whether memory can be mapped read-only may differ between that of the own device and that of a peer's."""
+    set_access, dead = FakeVmm.set_access, servers.group.ranks[1]
+    owned = [dead.device.vmm.mappings[layer.slab.pieces[0].address].allocation for layer in dead.sharing.layers]  # type: ignore[union-attr]
+
+    def refusing(vmm: FakeVmm, address: int, nbytes: int, writable: bool) -> None:
+        own = vmm.mappings[address].allocation in owned
+        if not writable and own == (refused == "of the own device"):
+            raise CudaError("set_access", "CUDA_ERROR_NOT_SUPPORTED", "made up")
+        set_access(vmm, address, nbytes, writable)
+
+    servers.kill()
+    monkeypatch.setattr(FakeVmm, "set_access", refusing)
+    servers.start(servers.adopted())
+    servers.forward()
+    second = servers.group.ranks[1]
+    for layer in second.sharing.layers:
+        written = [
+            second.device.vmm.mappings[memory.pieces[0].address].writable  # type: ignore[union-attr]
+            for memory in (layer.slab, layer.peers[0])
+        ]
+        assert written == [refused == "of the own device", refused == "of others"]
 
 
 def test_a_rank_on_another_gpu_is_refused(servers: Servers) -> None:

@@ -119,7 +119,7 @@ class VmmTransport(CudaTransport):
         return self._handle(mine.nbytes, socket=self._served.name, token=mine.token, pieces=sizes)
 
     def adopt_slab(self, kept: KeptPieces) -> VmmSlab:
-        """A slab of this device that a process which is gone has filled: the same memory, read-only where `map_peer`'s is.
+        """A slab of this device that a process which is gone has filled: the same memory, read-only where the driver has it.
 
         The descriptors are this transport's from now on. Raises DwdpError where the memory is another device's.
         """
@@ -132,7 +132,7 @@ class VmmTransport(CudaTransport):
         sizes = sizes_in(handle, self.page)
         descriptors = iter(kept.descriptors)
         wanted = [
-            Wanted(size, lambda: self._vmm.import_descriptor(next(descriptors)), self._allow_peer) for size in sizes
+            Wanted(size, lambda: self._vmm.import_descriptor(next(descriptors)), self._allow_adopted) for size in sizes
         ]
         try:
             made = build(self._device, self._vmm, handle.nbytes, wanted)
@@ -267,6 +267,13 @@ class VmmTransport(CudaTransport):
 
     def _allow_own(self, address: int, nbytes: int) -> None:
         self._vmm.set_access(address, nbytes, writable=True)
+
+    def _allow_adopted(self, address: int, nbytes: int) -> None:
+        """Read-only, unless the driver refuses that for memory of its own device, which says nothing of peers'."""
+        try:
+            self._vmm.set_access(address, nbytes, writable=False)
+        except CudaError:
+            self._allow_own(address, nbytes)
 
     def _allow_peer(self, address: int, nbytes: int) -> None:
         """Read-only, unless the driver has refused that for device memory."""
