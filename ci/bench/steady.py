@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import itertools
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -137,5 +138,6 @@ class Steady:
         if reply.status != 200:
             raise OSError(f"status {reply.status}: {said[:200].decode(errors='replace')}")
         # What comes is a stream of events, in which an error may be told too.
-        if b"data: [DONE]" not in said or b'"completion_tokens":%d' % request.output not in said.replace(b" ", b""):
+        whole = re.search(rb'"completion_tokens":\s*%d\b' % request.output, said)
+        if whole is None or b"data: [DONE]" not in said:
             raise OSError(f"an answer that is not whole: {said[-200:].decode(errors='replace')}")

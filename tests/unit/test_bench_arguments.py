@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ci.bench import contention, layer_calls, loads, starts
+from ci.bench import contention, layer_calls, loads, returns, starts
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,23 @@ def test_starts(
     monkeypatch.setattr("ci.checks.visible.visible_gpus", lambda: 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     refused(monkeypatch, capsys, starts.arguments, words, why)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--cpu", "--model", "nope"], "--model nope: write qwen3"),
+        (["--cpu", "--load", "a=1/1"], "load 'a=1/1': write NAME="),
+        (["--cpu", "--load", "a=1/1/1,every=2"], "load a: its clients ask one request after the other"),
+        (["--cpu", "--part-s", "0"], "seconds are more than 0"),
+        ([], "this takes 2 GPUs, and 1 can be seen: --cpu tries it on two cores"),
+    ],
+)
+def test_returns(
+    words: list[str], why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(returns, "visible_gpus", lambda: 1)
+    refused(monkeypatch, capsys, returns.arguments, words, why)
 
 
 @pytest.mark.parametrize(

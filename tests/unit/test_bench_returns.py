@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("vllm")
 from ci.bench import returns, returns_apart, returns_plain, returns_servers
 from ci.bench.load import Load
+from ci.bench.returns_apart import AFTER, BEFORE, DEAD, STARTS, Mark, figures, judge
 from ci.bench.returns_plain import fate
 from ci.bench.returns_servers import more_in_use, words_of_all
 from ci.bench.steady import Asked
@@ -137,3 +138,23 @@ def test_words_of_servers() -> None:
     words = words_of_all(args)
     assert words[:2] == ["--max-model-len", "129"] and words[-2:] == ["--enforce-eager", "--x"]
     assert words[words.index("--kv-cache-memory-bytes") + 1] == str(1 << 29)
+
+
+def test_what_is_wrong_with_requests() -> None:
+    """At rank 1 they may fail from the kill on, until it is back; at rank 0 never."""
+    marks = [Mark(0.0, BEFORE), Mark(10.0, DEAD), Mark(20.0, STARTS), Mark(30.0, ""), Mark(32.0, AFTER), Mark(40.0, "")]
+    good = [Asked(at, at + 0.4, 10) for at in range(40)]
+
+    def wrong(rank: int, *more: Asked) -> list[str]:
+        asked = [good, [each for each in good if not 10 <= each.ended <= 30]]
+        asked[rank] = sorted([*asked[rank], *more], key=lambda each: each.ended)
+        return judge(asked, marks, figures(asked, marks)["parts"])
+
+    assert wrong(0) == wrong(1, Asked(9.0, 10.1, 0, "reset"), Asked(29.9, 30.1, 0, "refused")) == []
+    for failed in (Asked(2.0, 3.0, 0, "reset"), Asked(30.1, 30.2, 0, "refused"), Asked(35.0, 36.0, 0, "reset")):
+        assert wrong(1, failed) == [f"1 requests failed at rank 1, the first: {failed.trouble}"]
+    assert wrong(0, Asked(15.0, 15.1, 0, "reset")) == ["1 requests failed at rank 0, the first: reset"]
+    good = [each for each in good if not 9.5 < each.ended < 11.9]
+    assert wrong(0) == ["rank 0 gave no answer for 3.00 s around the kill; before, for 1.00 s at most"]
+    good = [each for each in good if each.ended < 32]
+    assert "after: rank 0 answered nothing" in wrong(0) and "after: rank 1 answered nothing" in wrong(0)
