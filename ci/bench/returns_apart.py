@@ -79,8 +79,12 @@ class Apart:
     def digests(self) -> list[str]:
         """Of all experts, as each rank's kernels see them."""
         began = time.monotonic()
-        with ThreadPoolExecutor(RANKS) as pool:
+        pool = ThreadPoolExecutor(RANKS)
+        try:
             states = list(pool.map(lambda server: ask_states(server.url, 1, digests=True)[0], self._ranks))
+        finally:
+            # After a signal nobody waits for an answer; servers are stopped, and it does not come.
+            pool.shutdown(wait=False)
         found = [state["digest"] for state in states]
         say(f"digests of all experts, in {time.monotonic() - began:.0f} s: {' '.join(each[:12] for each in found)}")
         return found

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 pytest.importorskip("vllm")
@@ -101,6 +104,25 @@ def test_what_is_wrong_is_told(told: Any, fault: str, why: str) -> None:
     assert code == 1 and any(why in line for line in found["wrong"]), found["wrong"]
 
 
+def test_a_signal_ends_it_and_all_servers(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "tests.unit.test_bench_returns", "--model", "tiny", "--load", "small=96/1/2"]
+    words += ["--part-s", "60", "--settle-s", "0", "--scratch", str(tmp_path), "--json", str(tmp_path / "found.json")]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(words, env=environ, cwd=ROOT, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        for line in program.stdout:
+            if "load is steady" in line:
+                break
+        started = psutil.Process(program.pid).children()
+        servers = [each for each in started if each.status() != psutil.STATUS_ZOMBIE and "-m" in each.cmdline()]
+        program.terminate()
+        said, _ = program.communicate(timeout=60)
+    assert len(servers) == 2 and not any(server.is_running() for server in servers)
+    assert program.returncode == 143 and "2 servers stopped" in said
+    assert json.loads((tmp_path / "found.json").read_text())["wrong"] == ["it was cut off"]
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+
+
 def test_without_plain_vllm_the_rest_is_measured(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real = returns_plain.Plain.__init__
 
@@ -158,3 +180,15 @@ def test_what_is_wrong_with_requests() -> None:
     assert wrong(0) == ["rank 0 gave no answer for 3.00 s around the kill; before, for 1.00 s at most"]
     good = [each for each in good if each.ended < 32]
     assert "after: rank 0 answered nothing" in wrong(0) and "after: rank 1 answered nothing" in wrong(0)
+
+
+def main() -> int:
+    """As the program runs, with these servers."""
+    returns_apart.serve = serve  # type: ignore[assignment]
+    returns.visible_gpus = lambda: 2
+    returns.machine = lambda cpu: "a test"  # type: ignore[assignment]
+    return returns.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
