@@ -10,8 +10,8 @@ With --plain vLLM's own data parallel launch with expert parallelism, which is u
 gets the same load; then one of its engines gets SIGKILL, and what becomes of the other one's requests is told.
 
 Exit status 1: a request failed at rank 0, or at rank 1 while it was there; rank 0 gave no answer around the kill for a
-second longer than before; digests differ; rank 1 did not adopt its experts; rank 0 did not see it go or come; a server did
-not start; or something was left: a process, a segment, memory of a GPU.
+second longer than before; digests differ; rank 1 did not adopt its experts, or they are on its GPU twice; rank 0 did not see
+it go or come; a server did not start; or something was left: a process, a segment, memory of a GPU.
 
 With --cpu: a tiny model on two cores, to try the program; figures mean nothing, and vLLM has there no data parallel launch
 with expert parallelism to compare with.

@@ -14,7 +14,8 @@ from typing import Any, Final, NamedTuple
 
 import ci.checks.chaos_positions as positions  # also where examples are found
 from ci.bench.load import Request
-from ci.bench.returns_servers import Left, device_mib, say, serve, told, wait_up, words_of_all
+from ci.bench.models import MODELS
+from ci.bench.returns_servers import Left, device_mib, more_in_use, say, serve, told, wait_up, words_of_all
 from ci.bench.servers import Target, healthy
 from ci.bench.steady import Asked, Steady, part, per_second
 from ci.checks.soak_worker import WORDS, ask_states
@@ -134,6 +135,10 @@ class Apart:
         marks.append(Mark(time.monotonic(), AFTER))
         time.sleep(self._args.part_s)
         self._look_at_devices("after")
+        used, spec = self.found["device_mib"], MODELS[self._args.model][0]
+        share = (self._args.layers or spec.num_layers) * spec.num_experts * sum(spec.expert_bytes) / RANKS
+        for line in more_in_use(used.get("before", []), used.get("after", []), share / 2**21):
+            self.wrong.append(f"{line} are in use more than before the kill: its experts are there twice")
         if (alive := series(self._ranks[0], "dwdp:peers_alive")) != 1:
             self.wrong.append(f"rank 0 sees {alive:.0f} peers at the end")
         return [*marks, Mark(time.monotonic(), "")]

@@ -17,7 +17,7 @@ from vllm_dwdp.doctor.smi import ask_smi
 from servers import Server, Servers, free_ports  # isort: skip
 
 #: MiB of a GPU that may be in use after all servers have ended and were not before they began.
-DEVICE_MIB: Final = 64
+DEVICE_MIB: Final = 64.0
 _LEFT_LIMIT_S: Final = 20.0
 _LOG_LINES: Final = 25
 
@@ -89,7 +89,7 @@ class Left:
             time.sleep(0.5)
 
 
-def more_in_use(before: Sequence[float], after: Sequence[float]) -> list[str]:
-    """One line for each GPU of which more is in use than before, beyond DEVICE_MIB."""
+def more_in_use(before: Sequence[float], after: Sequence[float], allowed: float = DEVICE_MIB) -> list[str]:
+    """One line for each GPU of which more MiB are in use than before, by more than `allowed`."""
     pairs = enumerate(zip(before, after, strict=False))
-    return [f"{late - early:.0f} MiB of GPU {n}" for n, (early, late) in pairs if late - early > DEVICE_MIB]
+    return [f"{late - early:.0f} MiB of GPU {n}" for n, (early, late) in pairs if late - early > allowed]

@@ -96,10 +96,15 @@ def test_a_rank_dies_and_returns(told: Any, tmp_path: Path, capsys: pytest.Captu
         ("falls-over", "requests failed at rank 0, the first: OSError: status 500: engine is dead"),
         ("stalls", "rank 0 gave no answer for 1."),
         ("blind", "rank 0 did not see within 2 s that its peer is gone"),
+        ("twice", "3 MiB of GPU 1 are in use more than before the kill: its experts are there twice"),
         ("down", "NotUp: rank-0 ended with 3: ValueError: on purpose"),
     ],
 )
-def test_what_is_wrong_is_told(told: Any, fault: str, why: str) -> None:
+def test_what_is_wrong_is_told(told: Any, fault: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fault == "twice":
+        # A share of the model has 1.5 MiB.
+        looks = iter([[9.0, 5.0], [9.0, 5.0], [9.0, 8.0]])
+        monkeypatch.setattr(returns_apart, "device_mib", lambda: next(looks))
     code, found = told(fault)
     assert code == 1 and any(why in line for line in found["wrong"]), found["wrong"]
 
