@@ -69,7 +69,7 @@ class Plain(torch.nn.Module):
 
 
 class Experts(DwdpExpertsMixin, Plain):
-    """A layer as vLLM leaves it: the share loaded, its kernel made for the share."""
+    """A layer as vLLM leaves it: `share` loaded, which of an adopted one is an expert, and its kernel made for that."""
 
     def __init__(self, layer: int, share: tuple[int, ...]) -> None:
         torch.nn.Module.__init__(self)

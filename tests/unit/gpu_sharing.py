@@ -211,8 +211,10 @@ def share_on_gpus(
         ranks.append(GpuRank(machine.process(), [layer.module for layer in build.layers], build.open()))
     for rank in () if builds else starting:
         build = ModelBuild(config, rank, num_ranks, platform=CUDA, apart=apart(rank))
-        modules = [Experts(layer, placement.shares[rank]) for layer in range(LAYERS)]
-        build.layers = [LayerBuild(module, f"layer{i}", placement, False) for i, module in enumerate(modules)]
+        build.layers = [LayerBuild(None, f"layer{i}", placement, False) for i in range(LAYERS)]
+        modules = [Experts(i, build.built(layer)) for i, layer in enumerate(build.layers)]
+        for layer, module in zip(build.layers, modules, strict=True):
+            layer.module = module
         ranks.append(GpuRank(machine.process(), modules, build.open()))
 
     def set_up(rank: int) -> None:

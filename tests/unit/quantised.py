@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.unit.whole_model import Loaded, load
+from vllm_dwdp.layers.build import BuildApart
 from vllm_dwdp.platform import CUDA
 
 EXPERTS, RANKS = 5, 2
@@ -34,6 +35,8 @@ def sizes(form: str) -> dict[str, Any]:
     return {**SIZES, "experts": form, **({"family": "gpt_oss"} if form == "mxfp4" else {})}
 
 
-def rank_of(folder: Path, rank: int, kernels: str = "triton", view: str = "auto") -> Loaded:
+def rank_of(
+    folder: Path, rank: int, kernels: str = "triton", view: str = "auto", apart: BuildApart | None = None
+) -> Loaded:
     """The model with the share of `rank`, as on GPUs."""
-    return load(folder, rank, RANKS, {"weight_view": view}, platform=CUDA, moe_backend=kernels)
+    return load(folder, rank, RANKS, {"weight_view": view}, apart=apart, platform=CUDA, moe_backend=kernels)

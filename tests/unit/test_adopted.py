@@ -67,8 +67,9 @@ class Servers:
             self.sharing = list(pool.map(self.share, range(RANKS)))
 
     def load(self, rank: int, adopted: list[MemoryFile] | None, model: Path | None = None) -> Loaded:
+        reads = int(adopted is None)
         apart = BuildApart(
-            adopted, 1, lambda held: self.held.update({rank: held}), lambda f: self.files.append(list(f))
+            adopted, 1, reads, lambda held: self.held.update({rank: held}), lambda f: self.files.append(list(f))
         )
         return load(model or self.model, rank, RANKS, {"weight_view": self.view}, apart=apart)
 
@@ -187,7 +188,7 @@ def test_memory_is_asked_for_by_those_who_have_yet_to_load(model: Path, monkeypa
     monkeypatch.setattr(coverage, "require_memory", lambda nbytes, purpose: asked.append(nbytes))
     monkeypatch.setattr(coverage, "require_descriptors", lambda count, purpose: asked.append(count))
     for loading in (2, 1):
-        apart = BuildApart(None, loading, lambda held: None, lambda files: None)
+        apart = BuildApart(None, loading, loading, lambda held: None, lambda files: None)
         load(model, 0, RANKS, {"weight_view": "inplace"}, apart=apart)
     load(model, 0, RANKS, {"weight_view": "inplace"})
     both, files, one, _, launch, fewer = asked
@@ -222,7 +223,7 @@ def test_fine_tunes_are_told_apart(model: Path, tmp_path: Path) -> None:
 def test_random_weights_are_compared_too(model: Path) -> None:
     """With none, so that they do not mix with a checkpoint."""
     files: list[list[str]] = []
-    apart = BuildApart(None, 1, lambda held: None, lambda found: files.append(list(found)))
+    apart = BuildApart(None, 1, 1, lambda held: None, lambda found: files.append(list(found)))
     load(model, 0, RANKS, apart=apart, load_format="dummy")
     assert files == [[]] and fingerprint([])["checkpoint files"].startswith("0 of 0 bytes")
 

@@ -43,13 +43,13 @@ def test_a_group_that_starts_does_not_wait_for_an_extra_rank_that_waits_for_it(t
     extra.send("join")
     first = two_members.start(0)
     # Nor does it count its memory: it takes none.
-    assert first.ask("join") == 1 and first.ask("loading") == 2
+    assert first.ask("join") == 1 and first.ask("loading", False) == (2, 2)
     second = two_members.start(1)
     assert second.ask("join") == 1
     for member in (first, second):
         member.send("start")
     assert [first.answer(), second.answer(), extra.answer()] == [False, False, 1]
-    assert extra.ask("loading") == 1 and extra.ask("start") is True
+    assert extra.ask("loading", True) == (1, 0) and extra.ask("start") is True
     assert extra.ask("bytes") == ALL and extra.ask("inodes") == first.ask("inodes") == second.ask("inodes")
 
 

@@ -210,7 +210,7 @@ def test_a_rank_returns_while_another_is_dead(group_path: str) -> None:
 def test_memory_is_asked_for_by_those_who_have_yet_to_load(two_members: Members) -> None:
     first, second = two_members.start(0), two_members.start(1)
     first.ask("join")
-    assert first.ask("loading") == 2
+    assert first.ask("loading", False) == (2, 2)
     second.ask("join")
     first.send("start")
     second.send("start")
@@ -218,7 +218,7 @@ def test_memory_is_asked_for_by_those_who_have_yet_to_load(two_members: Members)
     second.kill()
     second = two_members.start(1)
     second.ask("join")
-    assert second.ask("loading") == 1
+    assert second.ask("loading", True) == (1, 0)
 
 
 def test_other_checkpoints_are_named(two_members: Members) -> None:

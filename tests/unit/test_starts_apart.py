@@ -72,10 +72,10 @@ def test_no_memory_is_asked_for_by_a_rank_that_is_dead_and_has_it(group_path: st
         second.kill(), third.kill()
         second = three.start(1)
         second.ask("join")
-        assert second.ask("loading") == 1
-        # It needs memory for a moment, as any that returns.
+        assert second.ask("loading", True) == (1, 0)
+        # It takes memory, of slots and of an expert, but none for its share.
         three.start(2).ask("join")
-        assert second.ask("loading") == 2
+        assert second.ask("loading", True) == (2, 0)
 
 
 def test_who_differs_is_told_before_another_is_waited_for(group_path: str) -> None:

@@ -30,7 +30,7 @@ from vllm.model_executor.model_loader import (
     register_model_loader,
 )
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
-from vllm.model_executor.model_loader.weight_utils import enable_tqdm
+from vllm.model_executor.model_loader.weight_utils import enable_tqdm, initialize_single_dummy_weight
 
 from vllm_dwdp.compat.versions import used_files
 from vllm_dwdp.errors import DwdpError
@@ -40,6 +40,7 @@ from vllm_dwdp.layers.build import ModelBuild, numbers_in
 from vllm_dwdp.layers.coverage import EXPERT_BY_EXPERT, check_coverage, check_memory
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.routed_experts import cover_subclasses
+from vllm_dwdp.layers.slabs import NOT_PER_EXPERT
 from vllm_dwdp.layers.written import check_written, mark_rows
 
 logger = init_logger("vllm.dwdp")
@@ -71,20 +72,12 @@ class _ShareOnlyMixin:
         return model
 
     def get_external_weight_memory(self, vllm_config: VllmConfig) -> int:
-        """See BaseModelLoader: bytes of the device that this rank's last life left to it, part of its budget.
-
-        Raises DwdpError where the device has not as much again, which vLLM loads before it is let go of.
-        """
+        """See BaseModelLoader: bytes of the device that this rank's last life left to it, part of its budget. Loading takes
+        little beside them: an expert of each layer."""
         launch = launch_of(vllm_config)
         if launch is None or launch.apart is None:
             return 0
-        left = left_in_memory(launch.apart, range(launch.num_ranks))
-        if left and (free := torch.cuda.mem_get_info()[0]) < left:
-            raise DwdpError(
-                f"{left / 2**30:.2f} GiB of this rank's experts are on its GPU, and loading takes as much again for a "
-                f"moment, but {free / 2**30:.2f} GiB are free: start all ranks of the group again"
-            )
-        return left
+        return left_in_memory(launch.apart, range(launch.num_ranks))
 
     def _compare(self, files: list[str]) -> None:
         """With what other servers of the group read."""
@@ -95,13 +88,11 @@ class _ShareOnlyMixin:
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         build = ModelBuild.current()
-        # A dense drafter comes behind its target, whose rows are written and processed by then.
-        holds_experts = any(module is build.layers[0].module for module in model.modules())
+        holds_experts = _holds_experts(model, build)
         if holds_experts and build.shared:
             # Parameters are views of slots and of peers' pages by now: not even marks may be written.
             raise DwdpError("the loader would replace weights that peers read: restart with the new checkpoint")
-        # Of an adopted share nothing but one expert is read.
-        marks = mark_rows(build) if holds_experts and not build.adopts else []
+        marks = mark_rows(build) if holds_experts else []
         super().load_weights(model, model_config)  # type: ignore[misc]
         check_written(marks, build)
 
@@ -244,6 +235,24 @@ class ShareOnlyDummyLoader(_ShareOnlyMixin, DummyModelLoader):
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         self._compare([])
         super().load_weights(model, model_config)
+        build = ModelBuild.current()
+        if build.apart is not None and _holds_experts(model, build):
+            _draw_firsts(build)
+
+
+def _holds_experts(model: nn.Module, build: ModelBuild) -> bool:
+    """Whether these are the layers of `build`. A dense drafter comes behind its target, whose rows are written and processed
+    by then."""
+    return any(module is build.layers[0].module for module in model.modules())
+
+
+def _draw_firsts(build: ModelBuild) -> None:
+    """Draw the first expert of each layer by itself. On a GPU, what is drawn goes by the size of a tensor, and a rank that
+    returns, which builds this expert alone, is to draw what it left."""
+    for layer in build.layers:
+        for name, parameter in layer.module.named_parameters():
+            if parameter.ndim and name not in NOT_PER_EXPERT and not hasattr(parameter, "dummy_weight_value"):
+                initialize_single_dummy_weight(parameter.data[:1])
 
 
 def switch_loader(vllm_config: VllmConfig) -> None:

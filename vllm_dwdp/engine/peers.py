@@ -37,7 +37,8 @@ def found_apart(rendezvous: Rendezvous) -> BuildApart | None:
         remedy = "start all ranks of the group with the same checkpoint"
         rendezvous.check_same("checkpoint", fingerprint(files), rendezvous.ranks, remedy)
 
-    return BuildApart(rendezvous.adopt(), rendezvous.loading(), rendezvous.hold, same_files)
+    adopted = rendezvous.adopt()
+    return BuildApart(adopted, *rendezvous.loading(adopted is not None), rendezvous.hold, same_files)
 
 
 class PeerWatch(threading.Thread):

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from vllm_dwdp.errors import DwdpTimeout, PeerLost
 from vllm_dwdp.group.launch import Apart
@@ -24,6 +24,14 @@ _HOLDS: Final = "holds"
 _PAUSE_S: Final = 0.05
 #: For one slab: whoever has it gives it at once, unless it is stopped.
 _ANSWER_S: Final = 10.0
+
+
+class Loading(NamedTuple):
+    """How many ranks have yet to take memory, the one that asks among them, and how many of these that of their share, which
+    nobody has."""
+
+    ranks: int
+    reading: int
 
 
 class ApartRendezvous(Rendezvous):
@@ -108,12 +116,13 @@ class ApartRendezvous(Rendezvous):
             if self.meeting.said(rank, _HOLDS) is not None:
                 self._compare(rank, mine, self.meeting.said(rank, name), remedy)
 
-    def loading(self) -> int:
-        """How many ranks have yet to take the memory of their share, this one among them; of extra ranks this one only.
+    def loading(self, adopts: bool) -> Loading:
+        """Of extra ranks this one only. adopts: whether its share is in memory.
 
         Those that are dead, and whose share is in memory, ask for themselves when they return.
         """
-        return 1 + sum(rank != self.rank and not self._has_loaded(rank) for rank in self.ranks)
+        others = [rank for rank in self.ranks if rank != self.rank and not self._has_loaded(rank)]
+        return Loading(1 + len(others), (not adopts) + sum(self.held(rank) is None for rank in others))
 
     def _has_loaded(self, rank: int) -> bool:
         if self.meeting.holder(rank) is None:

@@ -43,14 +43,17 @@ class BuildApart:
     """What a rank that is a server of its own finds in its group, and tells it.
 
     Attributes:
-        adopted: the slabs of this rank's share that somebody has, layer by layer; None where nobody has them.
+        adopted: the slabs of this rank's share that somebody has, layer by layer, open here, so that they stay; None where
+            nobody has them.
         loading: ranks that have yet to take memory, this one among them.
+        reading: of these, those that take the memory of their share, since nobody has it.
         hold: tells the group which slabs this rank has open: rank -> handles, layer by layer.
         same_files: raises DwdpError where the files of the checkpoint are not those of the others.
     """
 
     adopted: list[KeptSlab] | None
     loading: int
+    reading: int
     hold: Callable[[dict[int, list[dict[str, Any]]]], object]
     same_files: Callable[[Sequence[str]], object]
     files_checked: bool = False
@@ -96,14 +99,14 @@ class ModelBuild:
         return self
 
     def add_layer(self, module: Any, name: str, dtype: torch.dtype, moe_config: FusedMoEConfig) -> tuple[int, ...]:
-        """Place the experts of one layer; returns this rank's share, ascending."""
+        """Place the experts of one layer; returns those with which this rank is to build it, ascending."""
         experts = moe_config.num_experts
         self.config.check(self.group_size, experts)
         inner, hidden = moe_config.intermediate_size_per_partition, moe_config.hidden_dim
         rows = cpu_rows(inner, hidden, dtype.itemsize, moe_config.is_act_and_mul)
         placement, on_pages = self._place(experts, rows, name)
         self.layers.append(LayerBuild(module, name, placement, on_pages))
-        return placement.shares[self.rank]
+        return self.built(self.layers[-1])
 
     @property
     def expects_pages(self) -> bool:
@@ -116,25 +119,31 @@ class ModelBuild:
         return self.group_size if self.apart is None else self.apart.loading
 
     @property
+    def reading(self) -> int:
+        """Of `loading`, those whose share is not in memory already."""
+        return self.group_size if self.apart is None else self.apart.reading
+
+    @property
     def adopts(self) -> bool:
         """Whether the share is in memory already, where its owner, or this rank's last life, has put it."""
         return self.apart is not None and self.apart.adopted is not None
 
-    def _loaded(self, layer: LayerBuild) -> tuple[int, ...]:
-        """Experts of a layer to read: of an adopted share one, to compare, and since vLLM wants every tensor loaded."""
+    def built(self, layer: LayerBuild) -> tuple[int, ...]:
+        """Experts with which a layer is built, and which are read: the share; of an adopted one the first, to compare, and
+        since vLLM wants every tensor loaded. Until the share is in its slab, parameters have a row for each of these."""
         share = layer.placement.shares[self.rank]
         return share[:1] if self.adopts else share
 
     def local_experts(self) -> set[int]:
         """Experts of any layer that this rank loads."""
-        return {expert for layer in self.layers for expert in self._loaded(layer)}
+        return {expert for layer in self.layers for expert in self.built(layer)}
 
     def experts_by_layer(self) -> dict[tuple[int, ...], set[int]]:
         """Numbers in a layer's name (`numbers_in`) -> experts of it that this rank loads.
 
         Empty where all layers have the same, or names do not tell layers apart: `local_experts` then says what to load.
         """
-        shares = {numbers_in(layer.name): set(self._loaded(layer)) for layer in self.layers}
+        shares = {numbers_in(layer.name): set(self.built(layer)) for layer in self.layers}
         same = all(share == self.local_experts() for share in shares.values())
         return {} if same or len(shares) < len(self.layers) else shares
 

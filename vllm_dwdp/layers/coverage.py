@@ -56,7 +56,7 @@ def check_coverage(model: nn.Module, build: ModelBuild) -> None:
             )
     for layer in build.layers:
         for tensor, parameter in layer.module.named_parameters():
-            has_rows(layer.module, tensor, parameter, len(layer.placement.shares[build.rank]), layer.name)
+            has_rows(layer.module, tensor, parameter, len(build.built(layer)), layer.name)
     refuse_tied(build)
 
 
@@ -76,22 +76,26 @@ def _refused_loader(experts: type) -> str | None:
 
 
 def check_memory(build: ModelBuild) -> None:
-    """Refuse to load where the host cannot hold what all ranks of the group are about to allocate.
+    """Refuse to load where the host cannot hold what all ranks of the group are about to allocate: their share, or an expert
+    of each layer where that is in memory already, and slots.
 
     Parameters exist by now, but none of their pages was touched. Raises DwdpError with the figures, also where the
     descriptors of this process would not suffice.
     """
-    shares = [sum(p.nbytes for p in layer.module.parameters()) for layer in build.layers]
-    whole = [
-        share * layer.placement.num_experts // len(layer.placement.shares[build.rank])
-        for share, layer in zip(shares, build.layers, strict=True)
+    experts = [sum(p.nbytes for p in layer.module.parameters()) // len(build.built(layer)) for layer in build.layers]
+    shares = [
+        expert * len(layer.placement.shares[build.rank]) for expert, layer in zip(experts, build.layers, strict=True)
     ]
+    whole = [expert * layer.placement.num_experts for expert, layer in zip(experts, build.layers, strict=True)]
     slots = 0 if build.expects_pages else min(build.config.num_slots, len(whole)) * max(whole)
-    ranks = build.loading
-    purpose = (
-        f"dwdp: {ranks} ranks with {sum(shares) / 2**30:.2f} GiB of experts and {slots / 2**30:.2f} GiB of slots each"
-    )
-    require_memory(ranks * (sum(shares) + slots), purpose)
+    ranks, reading = build.loading, build.reading
+    needs = [
+        f"{count} ranks{how} with {sum(nbytes) / 2**30:.2f} GiB of experts"
+        for count, how, nbytes in ((reading, "", shares), (ranks - reading, " that adopt theirs", experts))
+        if count
+    ]
+    purpose = f"dwdp: {', '.join(needs)} and {slots / 2**30:.2f} GiB of slots each"
+    require_memory(ranks * slots + reading * sum(shares) + (ranks - reading) * sum(experts), purpose)
     # A memory file per layer stays open for its handle; peers' are open while they are mapped, one layer at a time, and for
     # good where ranks come and go.
     files = len(shares) * build.group_size if build.apart else len(shares) + build.group_size

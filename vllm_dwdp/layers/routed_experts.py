@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class ShareMap(ExpertMapManager):
-    """A layer's own expert map: local ids for the experts of this rank's share, -1 for all others."""
+    """A layer's own expert map: local ids for the experts with which this rank builds it, -1 for all others."""
 
     def __init__(self, whole: ExpertMapManager, share: tuple[int, ...]) -> None:
         self.__dict__.update(copy.copy(whole.__dict__))
@@ -43,7 +43,8 @@ class ShareMap(ExpertMapManager):
 
 
 class DwdpExpertsMixin:
-    """In front of a `RoutedExperts` class: allocates the share only and brackets the compute with acquire / release."""
+    """In front of a `RoutedExperts` class: allocates the share only, of an adopted one an expert, and brackets the compute
+    with acquire / release."""
 
     # Of the class behind this mixin.
     quant_method: Any

@@ -150,7 +150,7 @@ def tensors_of(build: ModelBuild) -> list[LayerTensors]:
     """What the loaded layers have to share; raises DwdpError for parameters that dwdp cannot spread."""
     refuse_tied(build)
     return [
-        LayerTensors(layer, *expert_tensors(layer.module, len(layer.placement.shares[build.rank]), layer.name))
+        LayerTensors(layer, *expert_tensors(layer.module, len(build.built(layer)), layer.name))
         for layer in build.layers
     ]
 
@@ -161,7 +161,8 @@ def move_to_slabs(
     layers: Sequence[LayerTensors],
     paged: Sequence[PagedLayout] | None = None,
 ) -> list[LayerSlab]:
-    """Copy the share of every layer into a slab, layer by layer, freeing the originals at once.
+    """Copy the share of every layer into a slab, layer by layer, freeing the originals at once; or adopt its slabs, in which
+    the experts that were built have to be what was read.
 
     One slab for the whole share would need twice the share for a moment; this needs one layer more.
     paged: by layer, where slabs are made of pages.
