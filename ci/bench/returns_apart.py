@@ -151,7 +151,7 @@ class Apart:
                 self.wrong.append(f"rank 0 did not see within {_NOTICE_LIMIT_S:.0f} s that its peer is gone")
                 return
             time.sleep(0.1)
-        self.found["noticed_s"] = round(time.monotonic() - since, 1)
+        self.found["noticed_s"] = round(time.monotonic() - since, 2)
         if not healthy(rank_0.url):
             self.wrong.append("/health of rank 0 is not good while rank 1 is dead")
 

@@ -71,12 +71,12 @@ def test_a_rank_dies_and_returns(told: Any, tmp_path: Path, capsys: pytest.Captu
     parts = apart["parts"]
     assert list(parts) == ["before", "rank 1 is dead", "rank 1 starts", "after"]
     for name, (rank_0, rank_1) in parts.items():
-        assert rank_0["failed"] == 0 and rank_0["answers"] > 10 and 0 < rank_0["gap_s"] < 1, name
+        assert rank_0["failed"] == 0 and rank_0["answers"] > 0 and 0 < rank_0["gap_s"] < 1, name
         if name in ("before", "after"):
-            assert rank_1["failed"] == 0 and rank_1["answers"] > 10, name
+            assert rank_1["failed"] == 0 and min(rank_0["answers"], rank_1["answers"]) > 10, name
     assert parts["rank 1 is dead"][1]["failed"] > 2 and parts["rank 1 is dead"][1]["answers"] < 5
     assert len(set(apart["digests"])) == 1 and len(apart["digests"]) == 4
-    assert apart["way"].endswith("rank 1: experts adopted, in 0.1 s of loading") and 0 < apart["noticed_s"] < 2
+    assert apart["way"].endswith("rank 1: experts adopted, in 0.1 s of loading") and 0 <= apart["noticed_s"] < 2
     assert 0 <= plain["rank_0"]["under_way_failed"] <= plain["rank_0"]["under_way"] <= 2
     assert plain["rank_0"]["later_failed"] > 2 and plain["exit"] == 1
     assert plain["ended_after_s"] < 5 and plain["before"][1]["failed"] == 0 < plain["after"][0]["failed"]
