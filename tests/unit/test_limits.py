@@ -104,7 +104,15 @@ def test_descriptors_of_a_model_are_counted_before_its_weights_are_read(monkeypa
     layer = SimpleNamespace(module=module, on_pages=False, placement=SimpleNamespace(num_experts=2, shares=[[0], [1]]))
     config = SimpleNamespace(weight_view="auto", num_slots=2)
     build = SimpleNamespace(
-        layers=[layer] * 64, config=config, rank=0, group_size=2, loading=2, apart=None, expects_pages=False
+        layers=[layer] * 64,
+        config=config,
+        rank=0,
+        group_size=2,
+        loading=2,
+        reading=2,
+        apart=None,
+        expects_pages=False,
+        built=lambda layer: (0,),
     )
     coverage.check_memory(build)  # type: ignore[arg-type]
     assert len(asked) == 1 and 66 < asked[0] < 100
