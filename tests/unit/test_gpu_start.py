@@ -60,6 +60,8 @@ def test_expert_kernels_are_those_that_slots_were_tried_with(
         (None, "auto", "triton"),
         ("fp8", "auto", "triton"),
         ("fp8", "marlin", "marlin"),
+        ("fp8_per_channel", "auto", "triton"),
+        ("online", "auto", "triton"),
         ("compressed-tensors", "auto", "auto"),
         ("auto_gptq", "auto", "auto"),
         ("auto_gptq", "marlin", "marlin"),
@@ -243,7 +245,9 @@ def test_the_front_end_asks_the_planner(
     monkeypatch.setattr(planner, "current_platform", SimpleNamespace(get_device_name=lambda: "NVIDIA H100 80GB HBM3"))
     monkeypatch.setattr(planner.logger, "warning", lambda text, *values: said.append(text % values))
     given: Any = SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=SimpleNamespace(to_dict=dict), model="m", max_model_len=4096),
+        model_config=SimpleNamespace(
+            hf_config=SimpleNamespace(to_dict=dict), model="m", max_model_len=4096, quantization=None
+        ),
         cache_config=SimpleNamespace(gpu_memory_utilization=0.8, cache_dtype="fp8_e4m3"),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=2048),
     )

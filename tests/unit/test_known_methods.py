@@ -32,7 +32,9 @@ from vllm_dwdp.layers.slabs import expert_tensors
             "MARLIN",
             "use CompressedTensorsW4A4Nvfp4MoEMethod, which this release",
         ),
-        ("Fp8PerTensorOnlineMoEMethod", "TRITON", "use Fp8PerTensorOnlineMoEMethod, which this release"),
+        ("Fp8PtpcOnlineMoEMethod", "DEEPGEMM", "slabs do not keep: dwdp needs --moe-backend triton or cutlass"),
+        ("Mxfp8OnlineMoEMethod", "MARLIN", "use Mxfp8OnlineMoEMethod, which this release"),
+        ("Mxfp4OnlineMoEMethod", "MARLIN", "use Mxfp4OnlineMoEMethod, which this release"),
     ],
 )
 def test_methods_and_kernels_that_are_not_known(method: str, kernels: str | None, said: str) -> None:

@@ -14,12 +14,12 @@ pytest.importorskip("vllm")
 import torch
 from safetensors.torch import load_file
 
-from ci.checks.gpu_cases import QUANTISED
+from ci.checks.gpu_cases import ONLINE, QUANTISED
 from examples.checkpoints import CheckpointSpec
 from examples.checkpoints import expert_tensors as expert_tensors_of
 from examples.checkpoints.quantised import FORMS, GROUP, MX_LEVELS
 from tests.unit.hopper import Hopper, on_hopper
-from tests.unit.quantised import EXPERTS, SIZES, TAKEN, rank_of, sizes
+from tests.unit.quantised import EXPERTS, SIZES, TAKEN, plain_of, rank_of, sizes
 from tests.unit.whole_model import edited, expert_layers, load, vllm_config, vllm_groups
 from vllm_dwdp.engine.options import check_model
 from vllm_dwdp.errors import DwdpError
@@ -47,13 +47,13 @@ def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def matrices(folder: Path, form: str, kernels: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(w13, w2) [E, outputs, inputs] of every layer, as vLLM's parameters mean them."""
     found = []
-    for module in expert_layers(load(folder, 0, 1, moe_backend=kernels).model).values():
+    for module in expert_layers(plain_of(folder, form, kernels).model).values():
         pair = []
         for name in ("w13", "w2"):
             weight = getattr(module, f"{name}_weight").data
             if kernels != "emulation":
-                scale = getattr(module, f"{name}_weight_scale", None)
-                scale = getattr(module, f"{name}_weight_scale_inv", None) if scale is None else scale
+                names = (f"{name}_weight_scale", f"{name}_weight_scale_inv", f"{name}_scale")
+                scale = next(found for each in names if (found := getattr(module, each, None)) is not None)
                 weight = weight.float() - (128 if weight.dtype == torch.uint8 else 0)
                 weight = weight * expanded(scale.data.float(), weight.shape)
             pair.append(weight.float())
@@ -193,15 +193,17 @@ def test_cases_for_gpus_are_those_that_are_simulated() -> None:
     """And every rank has pages to fetch there, of the smallest experts."""
     found: dict[str, set[tuple[str, str]]] = {"composite": set(), "contiguous": set(), "split": set()}
     for name, case in QUANTISED.items():
-        form, kernels = case.model["experts"], case.options["moe_backend"]
-        assert name == f"{form}-{kernels}-{case.dwdp['weight_view']}"
-        found[case.dwdp["weight_view"]].add((form, kernels))
+        kernels, view = case.options["moe_backend"], case.dwdp["weight_view"]
+        form = name.removesuffix(f"-{kernels}-{view}")
+        assert case.model.get("experts", form) == form and ("quantization" in case.options) == (form in ONLINE)
+        found[view].add((form, kernels))
         spec = CheckpointSpec(**case.model)
         for row in spec.expert_bytes:
-            pages = TensorPages(place(spec.num_experts, case.ranks), row, 2 << 20)
+            held = case.dwdp.get("experts_per_rank")
+            pages = TensorPages(place(spec.num_experts, case.ranks, held), row, 2 << 20)
             assert all(pages.missing(rank) for rank in range(case.ranks))
     assert found["composite"] == set(TAKEN) - {("", "triton")} >= found["contiguous"]
-    assert found["split"] == {("fp8-block", "triton"), ("fp8-tensor", "triton")}
+    assert found["split"] == {(f"{by}fp8-{of}", "triton") for by in ("", "online-") for of in ("block", "tensor")}
 
 
 @pytest.mark.parametrize("form", ["fp8-block", "ct-int4", "gptq-int4", "awq-int4", "mxfp4"])

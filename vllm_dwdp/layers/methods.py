@@ -101,7 +101,7 @@ _WNA16_ROWS: Final = ("weight_packed", "weight_scale", "weight_zero_point", "wei
 UNQUANTISED: Final = "UnquantizedFusedMoEMethod"
 
 #: Methods whose layouts split-weight kernels compute with, where activations are scaled as they come.
-_SPLIT: Final = (UNQUANTISED, "Fp8MoEMethod")
+_SPLIT: Final = (UNQUANTISED, "Fp8MoEMethod", "Fp8PerTensorOnlineMoEMethod", "Fp8PerBlockOnlineMoEMethod")
 
 METHODS: Final = {
     UNQUANTISED: Method(
@@ -116,6 +116,19 @@ METHODS: Final = {
     ),
     "CompressedTensorsW8A8Int8MoEMethod": Method(
         "int8_backend", ("TRITON",), _PLAIN_ROWS, (), partial(_oracle_kernel, "int8")
+    ),
+    # Online: vLLM quantises each expert by itself. Its scales are no parameters before that.
+    "Fp8PerTensorOnlineMoEMethod": Method(
+        "fp8_backend", ("TRITON", "MARLIN"), _PLAIN_ROWS, (), partial(_oracle_kernel, "fp8")
+    ),
+    "Fp8PerBlockOnlineMoEMethod": Method(
+        "fp8_backend", ("TRITON", "MARLIN", "FLASHINFER_CUTLASS"), _FP8_ROWS, (), partial(_oracle_kernel, "fp8")
+    ),
+    "Fp8PtpcOnlineMoEMethod": Method(
+        "fp8_backend", ("TRITON", "VLLM_CUTLASS"), _PLAIN_ROWS, (), partial(_oracle_kernel, "fp8")
+    ),
+    "Int8OnlineMoEMethod": Method(
+        "int8_backend", ("TRITON",), ("weight", "scale", "bias"), (), partial(_oracle_kernel, "int8")
     ),
     "CompressedTensorsWNA16MoEMethod": Method("wna16_backend", ("MARLIN", "TRITON"), _WNA16_ROWS, (), _setup_kernel),
     "AutoGPTQMoEMethod": Method("wna16_moe_backend", ("MARLIN",), _GPTQ_ROWS, (), _setup_kernel),

@@ -94,23 +94,30 @@ def mark_rows(build: ModelBuild) -> list[Mark]:
     Raises:
         DwdpError: a part of packed integers has fewer than eight bytes of outputs.
     """
+    return [mark for layer in build.layers for mark in mark_layer(layer)]
+
+
+def mark_layer(layer: LayerBuild, defaults: tuple[str, ...] = _DEFAULTS) -> list[Mark]:
+    """As `mark_rows`, of one layer, as far as its parameters have memory.
+
+    defaults: behind w13_ and w2_, what has values now that count where a checkpoint has none.
+    """
     marks: list[Mark] = []
-    for layer in build.layers:
-        module: Any = layer.module
-        for name, parameter in module.named_parameters():
-            if name in NOT_PER_EXPERT or parameter.ndim == 0 or parameter.is_meta:
-                continue
-            pattern = _pattern(parameter.data)
-            has_default = name.removeprefix("w13_").removeprefix("w2_") in _DEFAULTS
-            for part in _parts(module, name, parameter, len(pattern)):
-                elements = _elements(parameter.data, part, len(pattern))
-                if elements.shape[1] < len(pattern):
-                    raise DwdpError(
-                        f"{layer.name}.{name} {list(parameter.shape)} has too few numbers to tell whether a checkpoint has "
-                        "them: serve this model without dwdp"
-                    )
-                marks.append(Mark(layer, name, part, pattern, elements.clone() if has_default else None))
-                elements.copy_(pattern)
+    module: Any = layer.module
+    for name, parameter in module.named_parameters():
+        if name in NOT_PER_EXPERT or parameter.ndim == 0 or parameter.is_meta:
+            continue
+        pattern = _pattern(parameter.data)
+        has_default = name.removeprefix("w13_").removeprefix("w2_") in defaults
+        for part in _parts(module, name, parameter, len(pattern)):
+            elements = _elements(parameter.data, part, len(pattern))
+            if elements.shape[1] < len(pattern):
+                raise DwdpError(
+                    f"{layer.name}.{name} {list(parameter.shape)} has too few numbers to tell whether a checkpoint has "
+                    "them: serve this model without dwdp"
+                )
+            marks.append(Mark(layer, name, part, pattern, elements.clone() if has_default else None))
+            elements.copy_(pattern)
     return marks
 
 
