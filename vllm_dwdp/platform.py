@@ -38,7 +38,8 @@ CPU: Final = Platform(
 CUDA: Final = Platform(
     "GPUs", False, ("vllm.v1.worker.gpu_worker.Worker", "vllm_dwdp.engine.gpu_worker.DwdpGPUWorker"),
     transports=("cupy_ipc", "vmm", "cuda_pinned"), views=("split", "composite", "contiguous"), launcher="uni",
-    slice_bytes=None, quantisations=("fp8", "compressed-tensors", "auto_gptq", "auto_awq", "gpt_oss_mxfp4"),
+    slice_bytes=None,
+    quantisations=("fp8", "compressed-tensors", "auto_gptq", "auto_awq", "gpt_oss_mxfp4", "mxfp4", "modelopt_fp4"),
     online=("fp8_per_tensor", "fp8_per_block", "fp8_per_channel", "int8_per_channel_weight_only", "online"),
     split=("fp8", "fp8_per_tensor", "fp8_per_block"))
 # fmt: on

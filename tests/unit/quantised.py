@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ TAKEN = [
     *((f"ct-fp8-{form}", "marlin") for form in ("channel", "block", "tensor-static")),
     *((form, "marlin") for form in ("gptq-int4", "gptq-int8", "awq-int4", "ct-int4", "ct-int4-zeros", "ct-int8")),
     *((form, "triton") for form in ("ct-int4", "ct-int4-zeros", "ct-int8", "ct-w8a8")),
-    ("mxfp4", "marlin"),
+    *((form, "marlin") for form in ("nvfp4", "ct-nvfp4", "ct-nvfp4-w4a16", "ct-mxfp4", "mxfp4-each", "mxfp4")),
     ("", "triton"),
     *((f"online-fp8-{form}", "triton") for form in ("tensor", "block", "channel")),
     *((f"online-fp8-{form}", "marlin") for form in ("tensor", "block")),
     ("online-fp8-channel", "cutlass"),
     ("online-int8", "triton"),
 ]
+#: What vLLM gives memory and never writes, nor reads.
+UNREAD = {"ct-nvfp4-w4a16": ("w13_input_global_scale", "w2_input_global_scale")}
 #: Without cases for GPUs: FlashInfer is not among what is installed there.
 FLASHINFER = [
     (form, "flashinfer_cutlass")
@@ -58,3 +61,18 @@ def rank_of(
 ) -> Loaded:
     """The model with the share of `rank`, as on GPUs; form: where vLLM quantises."""
     return load(folder, rank, RANKS, {"weight_view": view}, platform=CUDA, **options(form, kernels), **more)
+
+
+def ranks_of(folder: Path, form: str, kernels: str = "triton", view: str = "auto") -> list[Loaded]:
+    """All ranks, one after the other; where they ask each other, once more with what all have said."""
+    said: dict[str, list[Any]] = {}
+
+    def ask(name: str, value: Any) -> list[Any]:
+        said.setdefault(name, []).append(value)
+        return [value]
+
+    def loaded(gather: Callable[[str, Any], list[Any]]) -> list[Loaded]:
+        return [rank_of(folder, rank, kernels, view, form, gather=gather) for rank in range(RANKS)]
+
+    first = loaded(ask)
+    return loaded(lambda name, value: said[name]) if said else first

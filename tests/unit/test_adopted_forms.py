@@ -61,7 +61,7 @@ class Life:
 
     def load(self, rank: int, adopted: list[KeptSlab] | None, folder: Path | None = None) -> Loaded:
         apart = BuildApart(adopted, 1, adopted is None, lambda held: self.held.update({rank: held}), lambda files: None)
-        return rank_of(folder or self.folder, rank, self.kernels, "contiguous", apart)
+        return rank_of(folder or self.folder, rank, self.kernels, "contiguous", apart=apart)
 
     def share(self, loaded: list[Loaded]) -> None:
         builds = [each.build for each in loaded]

@@ -86,7 +86,7 @@ def test_vllm_chooses_kernels_where_there_are_none_of_ours(
     assert (found, args.moe_backend) == ([built], given)
 
 
-@pytest.mark.parametrize("quantisation", ["mxfp4", "modelopt_fp4", "moe_wna16", "awq", "bitsandbytes"])
+@pytest.mark.parametrize("quantisation", ["mxfp8", "modelopt", "modelopt_mixed", "moe_wna16", "awq", "bitsandbytes"])
 def test_quantisations_that_nobody_has_looked_at(quantisation: str) -> None:
     model: Any = SimpleNamespace(model="m", quantization=quantisation, get_num_experts=lambda: 8)
     with pytest.raises(

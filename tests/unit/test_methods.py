@@ -21,7 +21,7 @@ from tests.unit.gpu_sharing import MANY, share_on_gpus
 from tests.unit.hopper import on_hopper
 from tests.unit.leftovers import check_message, refusal
 from tests.unit.meeting import Meeting
-from tests.unit.quantised import EXPERTS, FLASHINFER, RANKS, TAKEN, plain_of, rank_of, sizes
+from tests.unit.quantised import EXPERTS, FLASHINFER, RANKS, TAKEN, UNREAD, plain_of, rank_of, ranks_of, sizes
 from tests.unit.whole_model import expert_layers, vllm_groups
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers import gates, methods
@@ -39,6 +39,7 @@ COMPOSITE = [
     ("ct-fp8-tensor-static", "cutlass"), ("gptq-int4", "marlin"), ("awq-int4", "marlin"), ("ct-int4-zeros", "marlin"),
     ("ct-int4", "triton"), ("ct-w8a8", "triton"), ("mxfp4", "marlin"), ("fp8-tensor-static", "flashinfer_cutlass"),
     ("online-fp8-tensor", "triton"), ("online-fp8-block", "marlin"), ("online-int8", "triton"),
+    ("nvfp4", "marlin"), ("ct-nvfp4", "marlin"), ("ct-mxfp4", "marlin"), ("mxfp4-each", "marlin"),
 ]  # fmt: skip
 CONTIGUOUS = [
     ("fp8-tensor-static", "marlin"),
@@ -87,7 +88,7 @@ def test_every_byte_is_plain_vllms(
     folder = checkpoint(**sizes(form))
     plain = list(expert_layers(plain_of(folder, form, kernels).model).values())
     direct = {"direct_tokens": FEW} if view == "composite" else {}
-    builds = [rank_of(folder, rank, kernels, view, form).build for rank in range(RANKS)]
+    builds = [loaded.build for loaded in ranks_of(folder, form, kernels, view)]
     _, ranks = share_on_gpus(monkeypatch, view, builds=builds, **direct)
     for rank in ranks:
         rank.sharing.start()
@@ -102,7 +103,7 @@ def test_every_byte_is_plain_vllms(
                 assert list(found) == list(expected)
                 for name, parameter in found.items():
                     assert (parameter.shape, parameter.dtype) == (expected[name].shape, expected[name].dtype), name
-                    assert as_bytes(parameter) == as_bytes(expected[name]), name
+                    assert name in UNREAD.get(form, ()) or as_bytes(parameter) == as_bytes(expected[name]), name
                 # What the kernel is given under the names that it asks for.
                 assert as_bytes(module.w13_weight) == as_bytes(whole.w13_weight)
                 assert kept(module) == kept(whole)
@@ -167,7 +168,7 @@ def test_a_layer_that_the_warm_up_left_out_has_nothing_to_compute_with(
 ) -> None:
     """Integers have no NaN, and kernels that take addresses would read past one line of it."""
     folder = checkpoint(**sizes(form))
-    builds = [rank_of(folder, rank, kernels, "contiguous", form).build for rank in range(RANKS)]
+    builds = [loaded.build for loaded in ranks_of(folder, form, kernels, "contiguous")]
     plain = list(expert_layers(plain_of(folder, form, kernels).model).values())[1]
     _, ranks = share_on_gpus(monkeypatch, "contiguous", builds=builds)
     for rank in ranks:

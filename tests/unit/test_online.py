@@ -16,9 +16,10 @@ import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import base_loader
 
+from tests.unit.gpu_sharing import share_on_gpus
 from tests.unit.hopper import on_hopper
 from tests.unit.leftovers import refusal
-from tests.unit.quantised import SIZES, options, rank_of
+from tests.unit.quantised import SIZES, options, rank_of, ranks_of
 from tests.unit.whole_model import Loaded, as_bytes, edited, expert_layers, load, vllm_config, vllm_groups
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine.auto_share import memory_of
@@ -113,6 +114,20 @@ def test_random_weights_are_quantised_too(checkpoint: Callable[..., Path]) -> No
     for module in expert_layers(made.model).values():
         assert module.w13_weight.dtype == torch.float8_e4m3fn and module.w13_weight_scale.shape == (2,)
         assert module.w13_weight.float().isfinite().all()
+
+
+@pytest.mark.parametrize(("form", "kind"), [("online-fp8-block", "block"), (FORM, "tensor")])
+def test_split_kernels_know_blocks(
+    form: str, kind: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builds = [loaded.build for loaded in ranks_of(checkpoint(**SIZES), form, view="split")]
+    _, ranks = share_on_gpus(monkeypatch, "split", builds=builds)
+    for rank in ranks:
+        for module in rank.modules:
+            method: Any = module.quant_method
+            assert method.moe_kernel.fused_experts.quant_kind == kind
+            assert [table.scales.kind for table in module.dwdp_tables.pulled] == [kind] * 2  # type: ignore[union-attr]
+        rank.sharing.close()
 
 
 @pytest.mark.parametrize(

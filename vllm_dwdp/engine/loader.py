@@ -36,6 +36,7 @@ from vllm_dwdp.compat.versions import used_files
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.group.apart import left_in_memory
 from vllm_dwdp.group.launch import launch_of
+from vllm_dwdp.layers.block_scales import scaled_layers, share_block_scales
 from vllm_dwdp.layers.build import ModelBuild, numbers_in
 from vllm_dwdp.layers.coverage import EXPERT_BY_EXPERT, check_coverage, check_memory
 from vllm_dwdp.layers.online import watch_online
@@ -98,8 +99,10 @@ class _ShareOnlyMixin:
         marks = mark_rows(build) if holds_experts else []
         if holds_experts and self._reads:
             watch_online(build)
+        scaled = scaled_layers(build) if holds_experts else []
         super().load_weights(model, model_config)  # type: ignore[misc]
         check_written(marks, build)
+        share_block_scales(build, scaled)
 
 
 class ShareOnlyLoader(_ShareOnlyMixin, DefaultModelLoader):

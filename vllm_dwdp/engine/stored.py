@@ -29,8 +29,8 @@ def stored_config(model_config: ModelConfig) -> dict[str, Any]:
     if model_config.quantization is None or config.get("quantization_config"):
         return config
     online: Any = model_config.quantization_config
-    told = _ONLINE.get(_FP8 if online is None else str(online.moe))
-    if told is None:
+    name = str(online.moe) if online is not None else _FP8 if model_config.quantization == "fp8" else ""
+    if (told := _ONLINE.get(name)) is None:
         return config
     linear = online is None or online.linear is not None
     return {**config, "quantization_config": {**told, "ignore": [] if linear else _LINEAR}}

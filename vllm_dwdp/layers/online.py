@@ -1,8 +1,8 @@
 """Experts that vLLM quantises while it reads them (`--quantization fp8_per_tensor` and the like).
 
 Their parameters have no memory at first. vLLM keeps what it reads of a layer until its loaders have copied as many elements
-as the layer has, gives the parameters memory, writes them and quantises each expert by itself. Parameters have the rows of the
-share, and loaders copy nothing of other experts, so that no layer waits for an expert that never comes. One that lacks a
+as the layer has, gives the parameters memory, writes them and quantises each expert by itself. Parameters have the rows of
+the share, and loaders copy nothing of other experts, so that no layer waits for an expert that never comes. One that lacks a
 tensor is processed all the same once the files are read, from what memory held: here rows are marked before the first is
 written, and looked at before the layer is processed (written.py).
 """

@@ -14,6 +14,7 @@ import torch
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
+from vllm_dwdp.layers.methods import method_of
 from vllm_dwdp.layers.slabs import NOT_PER_EXPERT
 
 #: By bytes of an element: integers of the same size; all bits set are a NaN that no arithmetic gives.
@@ -22,7 +23,15 @@ _MARK: Final = -1
 #: Of packed integers.
 _PACKED_MARK: Final = bytes.fromhex("5DA1C3F79E3682B5")
 #: Behind w13_ and w2_: what vLLM fills before weights are loaded, or no kernel reads (weight_shape). All else is undefined.
-_DEFAULTS: Final = ("bias", "weight_scale", "weight_scale_inv", "weight_zero_point", "input_scale", "weight_shape")
+_DEFAULTS: Final = (
+    "bias",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_zero_point",
+    "input_scale",
+    "input_global_scale",
+    "weight_shape",
+)
 #: Experts named in an error.
 _NAMED: Final = 8
 
@@ -104,11 +113,14 @@ def mark_layer(layer: LayerBuild, defaults: tuple[str, ...] = _DEFAULTS) -> list
     """
     marks: list[Mark] = []
     module: Any = layer.module
+    known = method_of(module)
+    undefined = known.undefined if known is not None else ()
     for name, parameter in module.named_parameters():
         if name in NOT_PER_EXPERT or parameter.ndim == 0 or parameter.is_meta:
             continue
         pattern = _pattern(parameter.data)
-        has_default = name.removeprefix("w13_").removeprefix("w2_") in defaults
+        bare = name.removeprefix("w13_").removeprefix("w2_")
+        has_default = bare in defaults and bare not in undefined
         for part in _parts(module, name, parameter, len(pattern)):
             elements = _elements(parameter.data, part, len(pattern))
             if elements.shape[1] < len(pattern):
