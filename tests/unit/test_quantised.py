@@ -73,8 +73,9 @@ def expanded(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return scale
 
 
-#: Largest error beside the largest weight. FP8 has 3 bits behind the first; of 4 bits a step is a seventh.
-ERRORS = {"fp8": 0.07, "int4": 0.08, "int8": 0.005, "w8a8": 0.005}
+#: Largest error beside the largest weight. FP8 has 3 bits behind the first; of 4 bits a step is a seventh. INT8 that vLLM
+#: makes may be off by a whole step, since it divides in BF16.
+ERRORS = {"online-int8": 0.008, "fp8": 0.07, "int4": 0.08, "int8": 0.005, "w8a8": 0.005}
 
 
 @pytest.mark.parametrize(
