@@ -14,7 +14,8 @@ class Platform:
     slice_bytes: the most of one copy, None for whole ranges. On CPU a program of few copies needs the interpreter's lock
         between them (transport/shm_copy.py), one of many does not.
     quantisations: of checkpoints, by vLLM's names; which methods and kernels those lead to: layers/methods.py.
-    split: those of them that split-weight kernels read, from weights in the layout of vLLM's Triton kernels.
+    online: vLLM's names for quantising a BF16 checkpoint while it is read, all for its Triton kernels; "fp8" is one too.
+    split: those of both that split-weight kernels read, from weights in the layout of vLLM's Triton kernels.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Platform:
     launcher: str
     slice_bytes: int | None
     quantisations: tuple[str, ...]
+    online: tuple[str, ...] = ()
     split: tuple[str, ...] = ()
 
 
@@ -36,7 +38,10 @@ CPU: Final = Platform(
 CUDA: Final = Platform(
     "GPUs", False, ("vllm.v1.worker.gpu_worker.Worker", "vllm_dwdp.engine.gpu_worker.DwdpGPUWorker"),
     transports=("cupy_ipc", "vmm", "cuda_pinned"), views=("split", "composite", "contiguous"), launcher="uni",
-    slice_bytes=None, quantisations=("fp8", "compressed-tensors", "auto_gptq", "auto_awq", "gpt_oss_mxfp4"), split=("fp8",))
+    slice_bytes=None,
+    quantisations=("fp8", "compressed-tensors", "auto_gptq", "auto_awq", "gpt_oss_mxfp4", "mxfp4", "modelopt_fp4"),
+    online=("fp8_per_tensor", "fp8_per_block", "fp8_per_channel", "int8_per_channel_weight_only", "online"),
+    split=("fp8", "fp8_per_tensor", "fp8_per_block"))
 # fmt: on
 
 

@@ -103,6 +103,15 @@ CASES = {
     "qwen3-pinned-split": Case(QWEN, 2, {**SPLIT, "transport": "cuda_pinned"}, EAGER),
 }
 
+#: No forms on disk: vLLM quantises a BF16 checkpoint while it reads it. The first quantises linear layers too, among them a
+#: router, of 16 experts.
+ONLINE = {
+    "online-fp8-tensor": {"quantization": "fp8_per_tensor"},
+    "online-fp8-block": {"quantization": "online", "quantization_config": {"moe": "fp8_per_block"}},
+    "online-fp8-channel": {"quantization": "online", "quantization_config": {"moe": "fp8_per_channel"}},
+    "online-int8": {"quantization": "online", "quantization_config": {"moe": "int8_per_channel_weight_only"}},
+}
+
 _VIEWS = {"composite": (COMPOSITE, FULL), "contiguous": (CONTIGUOUS, EAGER), "split": (SPLIT, FULL)}
 _BOTH = ("composite", "contiguous")
 #: (form of the experts, see examples/checkpoints/quantised.py; --moe-backend; views), in order of value.
@@ -132,18 +141,38 @@ _QUANTISED = (
     ("ct-fp8-tensor-static", "marlin", ("composite",)),
     ("ct-int4-zeros", "triton", ("composite",)),
     ("ct-int8", "triton", ("composite",)),
+    ("nvfp4", "marlin", _BOTH),
+    ("online-fp8-tensor", "triton", (*_BOTH, "split")),
+    ("ct-nvfp4", "marlin", _BOTH),
+    ("ct-mxfp4", "marlin", _BOTH),
+    ("mxfp4-each", "marlin", ("composite",)),
+    ("ct-nvfp4-w4a16", "marlin", ("composite",)),
+    ("online-fp8-block", "triton", (*_BOTH, "split")),
+    ("online-fp8-channel", "cutlass", _BOTH),
+    ("online-int8", "triton", _BOTH),
+    ("online-fp8-channel", "triton", ("composite",)),
+    ("online-fp8-tensor", "marlin", ("composite",)),
+    ("online-fp8-block", "marlin", ("composite",)),
 )
+
+
+def _quantised(form: str, kernels: str, view: str) -> Case:
+    model = {**(GPT_OSS if form == "mxfp4" else QWEN), **PAGES, "intermediate": 768}
+    more = {"num_experts": 16} if form in ONLINE else {"experts": form}
+    dwdp, options = _VIEWS[view]
+    # 15 experts of 2 ranks are shares of 8 and 7; of 16 a rank has 9.
+    overlapping = {"experts_per_rank": 9} if form in ONLINE else {}
+    return Case(
+        {**model, **more},
+        2,
+        {**dwdp, **overlapping},
+        {**options, **ONLINE.get(form, {}), "moe_backend": kernels},
+        # Activations of a whole batch share a scale.
+        batches=(form.removeprefix("online-"), kernels) != ("fp8-tensor", "triton"),
+    )
+
 
 #: `--quantised`: FORM-KERNELS-VIEW.
 QUANTISED = {
-    f"{form}-{kernels}-{view}": Case(
-        {**(GPT_OSS if form == "mxfp4" else QWEN), **PAGES, "intermediate": 768, "experts": form},
-        2,
-        _VIEWS[view][0],
-        {**_VIEWS[view][1], "moe_backend": kernels},
-        # Activations of a whole batch share a scale.
-        batches=(form, kernels) != ("fp8-tensor", "triton"),
-    )
-    for form, kernels, views in _QUANTISED
-    for view in views
+    f"{form}-{kernels}-{view}": _quantised(form, kernels, view) for form, kernels, views in _QUANTISED for view in views
 }

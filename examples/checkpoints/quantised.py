@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from .float4 import INPUT_SCALE, MX_GROUP, NV_GROUP, ct_nvfp4, mxfp4_each, mxfp4_fused, nvfp4_tensors
+
 if TYPE_CHECKING:
     import torch
 
@@ -18,13 +20,8 @@ if TYPE_CHECKING:
 GROUP: Final = 64
 #: Rows and columns that share a scale.
 BLOCK: Final = 128
-#: Weights that share an exponent in MXFP4, and what 3 bits mean there.
-MX_GROUP: Final = 32
-MX_LEVELS: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 #: AutoAWQ's order of eight columns within 32 bits.
 AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
-#: Of static activation scales: every expert has another, so that the largest is not in every share.
-INPUT_SCALE: Final = 0.01
 
 
 class Form(NamedTuple):
@@ -85,18 +82,6 @@ def packed(values: torch.Tensor, bits: int, dim: int, order: tuple[int, ...] | N
     return torch.where(whole >= 1 << 31, whole - (1 << 32), whole).int().movedim(-1, dim).contiguous()
 
 
-def mxfp4(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(uint8 [..., groups, 16], two weights to a byte, the first in the low half; uint8 [..., groups], exponents + 127)."""
-    import torch
-
-    values = matrices.float().unflatten(-1, (-1, MX_GROUP))
-    exponent = values.abs().amax(-1).clamp(min=2.0**-120).log2().floor() - 2
-    scaled = values / torch.exp2(exponent)[..., None]
-    levels = torch.tensor(MX_LEVELS)
-    code = (scaled.abs()[..., None] - levels).abs().argmin(-1).to(torch.uint8) | (scaled < 0).to(torch.uint8) << 3
-    return code[..., ::2] | code[..., 1::2] << 4, (exponent + 127).to(torch.uint8)
-
-
 def _fp8(kind: str, name: str, static: bool = False) -> Callable[[torch.Tensor, int], Tensors]:
     def pack(matrix: torch.Tensor, expert: int) -> Tensors:
         import torch
@@ -152,13 +137,6 @@ def _w8a8(matrix: torch.Tensor, expert: int) -> Tensors:
     return {"weight": (stored - 128).to(torch.int8), "weight_scale": scale.float()}
 
 
-def _mxfp4(matrices: torch.Tensor, expert: int) -> Tensors:
-    import torch
-
-    blocks, scales = zip(*map(mxfp4, matrices), strict=True)
-    return {"_blocks": torch.stack(blocks), "_scales": torch.stack(scales)}
-
-
 def _own(method: str, **more: Any) -> dict[str, Any]:
     return {"quant_method": method, **more}
 
@@ -194,6 +172,8 @@ def _int(bits: int, symmetric: bool = True) -> dict[str, Any]:
 
 
 _INT8: Final = {"num_bits": 8, "type": "int"}
+_NVFP4: Final = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": NV_GROUP}
+_MXFP4: Final = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": MX_GROUP}
 
 FORMS: Final[dict[str, Form]] = {
     "fp8-block": Form(
@@ -235,8 +215,20 @@ FORMS: Final[dict[str, Form]] = {
         _compressed("int-quantized", {**_INT8, "strategy": "channel"}, {**_INT8, "strategy": "token", "dynamic": True}),
         16,
     ),
+    "nvfp4": Form(
+        nvfp4_tensors,
+        _own("modelopt", quant_algo="NVFP4", group_size=NV_GROUP, ignore=["lm_head", "*self_attn*", "*mlp.gate"]),
+        64,
+        4,
+    ),
+    "ct-nvfp4": Form(
+        ct_nvfp4(True), _compressed("nvfp4-pack-quantized", _NVFP4, {**_NVFP4, "dynamic": "local"}), 64, 4
+    ),
+    "ct-nvfp4-w4a16": Form(ct_nvfp4(False), _compressed("nvfp4-pack-quantized", _NVFP4), 64, 4),
+    "ct-mxfp4": Form(mxfp4_each("weight_packed"), _compressed("mxfp4-pack-quantized", _MXFP4), 64, 4),
+    "mxfp4-each": Form(mxfp4_each("weight"), _own("mxfp4", **{IGNORED: []}), 64, 4),
     # As gpt-oss is published.
-    "mxfp4": Form(_mxfp4, _own("mxfp4", **{IGNORED: []}), MX_GROUP, 4, fused=True),
+    "mxfp4": Form(mxfp4_fused, _own("mxfp4", **{IGNORED: []}), MX_GROUP, 4, fused=True),
 }
 
 

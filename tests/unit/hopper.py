@@ -16,7 +16,7 @@ import torch
 
 _LAYERS = "vllm.model_executor.layers."
 _MODULES = (
-    *(f"fused_moe.oracle.{name}" for name in ("fp8", "int_wna16", "int8", "mxfp4", "unquantized")),
+    *(f"fused_moe.oracle.{name}" for name in ("fp8", "int_wna16", "int8", "mxfp4", "nvfp4", "unquantized")),
     *(
         f"fused_moe.experts.{name}"
         for name in (

@@ -166,5 +166,6 @@ def test_a_first_token_is_compared_with_what_plain_engines_think_of_it() -> None
 
 def test_batches_are_compared_but_for_activations_of_one_scale() -> None:
     apart = {name for name, case in QUANTISED.items() if not case.batches}
-    assert apart == {f"fp8-tensor-triton-{view}" for view in ("composite", "contiguous", "split")}
+    views = ("composite", "contiguous", "split")
+    assert apart == {f"{by}fp8-tensor-triton-{view}" for by in ("", "online-") for view in views}
     assert all(case.batches for case in CASES.values())

@@ -60,6 +60,8 @@ def test_expert_kernels_are_those_that_slots_were_tried_with(
         (None, "auto", "triton"),
         ("fp8", "auto", "triton"),
         ("fp8", "marlin", "marlin"),
+        ("fp8_per_channel", "auto", "triton"),
+        ("online", "auto", "triton"),
         ("compressed-tensors", "auto", "auto"),
         ("auto_gptq", "auto", "auto"),
         ("auto_gptq", "marlin", "marlin"),
@@ -84,7 +86,7 @@ def test_vllm_chooses_kernels_where_there_are_none_of_ours(
     assert (found, args.moe_backend) == ([built], given)
 
 
-@pytest.mark.parametrize("quantisation", ["mxfp4", "modelopt_fp4", "moe_wna16", "awq", "bitsandbytes"])
+@pytest.mark.parametrize("quantisation", ["mxfp8", "modelopt", "modelopt_mixed", "moe_wna16", "awq", "bitsandbytes"])
 def test_quantisations_that_nobody_has_looked_at(quantisation: str) -> None:
     model: Any = SimpleNamespace(model="m", quantization=quantisation, get_num_experts=lambda: 8)
     with pytest.raises(
@@ -243,7 +245,9 @@ def test_the_front_end_asks_the_planner(
     monkeypatch.setattr(planner, "current_platform", SimpleNamespace(get_device_name=lambda: "NVIDIA H100 80GB HBM3"))
     monkeypatch.setattr(planner.logger, "warning", lambda text, *values: said.append(text % values))
     given: Any = SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=SimpleNamespace(to_dict=dict), model="m", max_model_len=4096),
+        model_config=SimpleNamespace(
+            hf_config=SimpleNamespace(to_dict=dict), model="m", max_model_len=4096, quantization=None
+        ),
         cache_config=SimpleNamespace(gpu_memory_utilization=0.8, cache_dtype="fp8_e4m3"),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=2048),
     )

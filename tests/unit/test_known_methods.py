@@ -26,13 +26,16 @@ from vllm_dwdp.layers.slabs import expert_tensors
         ("AutoGPTQMoEMethod", "TRITON", "the kernels TRITON: dwdp needs --moe-backend marlin"),
         ("UnquantizedFusedMoEMethod", None, "the kernels None"),
         ("MoeWNA16Method", "TRITON", "use MoeWNA16Method, which this release"),
-        ("ModelOptNvFp4FusedMoE", "MARLIN", "use ModelOptNvFp4FusedMoE, which this release"),
-        (
-            "CompressedTensorsW4A4Nvfp4MoEMethod",
-            "MARLIN",
-            "use CompressedTensorsW4A4Nvfp4MoEMethod, which this release",
-        ),
-        ("Fp8PerTensorOnlineMoEMethod", "TRITON", "use Fp8PerTensorOnlineMoEMethod, which this release"),
+        ("ModelOptNvFp4FusedMoE", "FLASHINFER_TRTLLM", "were made with: dwdp needs --moe-backend marlin"),
+        ("ModelOptNvFp4FusedMoE", "EMULATION", "without a row per expert: dwdp needs --moe-backend marlin"),
+        ("CompressedTensorsW4A4Nvfp4MoEMethod", "VLLM_CUTLASS", "kernels VLLM_CUTLASS: dwdp needs --moe-backend m"),
+        ("CompressedTensorsW4A4Nvfp4MoEMethod", "FLASHINFER_CUTLASS", "kernels FLASHINFER_CUTLASS: dwdp needs"),
+        ("Mxfp4MoEMethod", "TRITON", "the kernels TRITON: dwdp needs --moe-backend marlin"),
+        ("ModelOptMxFp8FusedMoE", "MARLIN", "use ModelOptMxFp8FusedMoE, which this release"),
+        ("CompressedTensorsW4A8Mxfp4MoEMethod", "MARLIN", "use CompressedTensorsW4A8Mxfp4MoEMethod, which this"),
+        ("Fp8PtpcOnlineMoEMethod", "DEEPGEMM", "slabs do not keep: dwdp needs --moe-backend triton or cutlass"),
+        ("Mxfp8OnlineMoEMethod", "MARLIN", "use Mxfp8OnlineMoEMethod, which this release"),
+        ("Mxfp4OnlineMoEMethod", "MARLIN", "use Mxfp4OnlineMoEMethod, which this release"),
     ],
 )
 def test_methods_and_kernels_that_are_not_known(method: str, kernels: str | None, said: str) -> None:

@@ -81,6 +81,7 @@ def load(
     popularity: Hits | None = None,
     apart: BuildApart | None = None,
     platform: Platform = CPU,
+    gather: Callable[[str, Any], list[Any]] = lambda name, value: [value],
     **arguments: Any,
 ) -> Loaded:
     """The model of `folder` with the share of `rank`; with `ranks` 1 all of it, from plain vLLM."""
@@ -89,7 +90,7 @@ def load(
 
     config = vllm_config(folder, **arguments)
     made = DwdpConfig.parse({"timeout_s": LIMIT_S, **(settings or {})})
-    build = ModelBuild(made, rank, ranks, platform=platform, popularity=popularity, apart=apart)
+    build = ModelBuild(made, rank, ranks, platform=platform, gather=gather, popularity=popularity, apart=apart)
     with _registries_kept(), set_current_vllm_config(config):
         if ranks > 1:
             build.open()

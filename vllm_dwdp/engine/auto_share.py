@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
 from vllm_dwdp.config import PARTITION
+from vllm_dwdp.engine.stored import stored_config
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.hold import Held, MemoryFacts, choose
 from vllm_dwdp.page_placement import cpu_rows, place_on_pages
@@ -62,7 +63,7 @@ def memory_of(vllm_config: VllmConfig, launch: DwdpLaunch, platform: Platform, l
     # vLLM may have chosen another type than the checkpoint's.
     plain = None if quantised else "fp32" if model_config.dtype.itemsize == 4 else "bf16"
     try:
-        model = parse_model(model_config.hf_config.to_dict(), model_config.model, plain, plain)
+        model = parse_model(stored_config(model_config), model_config.model, plain, plain)
     except DwdpError as error:
         raise DwdpError(f'experts_per_rank "auto": the sizes are unknown ({error}); give a number of experts') from None
     element = model_config.dtype.itemsize

@@ -129,6 +129,7 @@ def create_engine_config(
             f"dwdp runs on vLLM's CPU and CUDA platforms, not on {current_platform.device_name}: leave it out"
         )
     options.check_settings(config, platform)
+    options.check_quantisation(args, platform)
     config = with_hits_file(config)
     # API servers place nothing, and the file may be another one by now.
     popularity = None if _is_api_server_of_many(args) else popularity_of(config, platform)
@@ -139,7 +140,7 @@ def create_engine_config(
     def create_model_config() -> ModelConfig:
         model_config = type(args).create_model_config(args)
         experts = options.check_model(model_config, platform)
-        if model_config.quantization not in (None, *platform.split):
+        if model_config.quantization not in (None, *platform.split, *platform.online):
             # There is nothing of ours to prefer: vLLM's own choice.
             args.moe_backend = moe_backend
         config.check(num_ranks, experts)

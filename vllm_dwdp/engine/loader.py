@@ -36,8 +36,10 @@ from vllm_dwdp.compat.versions import used_files
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.group.apart import left_in_memory
 from vllm_dwdp.group.launch import launch_of
+from vllm_dwdp.layers.block_scales import scaled_layers, share_block_scales
 from vllm_dwdp.layers.build import ModelBuild, numbers_in
 from vllm_dwdp.layers.coverage import EXPERT_BY_EXPERT, check_coverage, check_memory
+from vllm_dwdp.layers.online import watch_online
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.routed_experts import cover_subclasses
 from vllm_dwdp.layers.slabs import NOT_PER_EXPERT
@@ -55,7 +57,9 @@ _ROUTING = frozenset({"e_score_correction_bias", "expert_bias", "bias"})
 
 
 class _ShareOnlyMixin:
-    """Model construction with our MoE layers, for any of vLLM's loaders."""
+    """Model construction with our MoE layers, for any of vLLM's loaders. _reads: whether weights come from a checkpoint."""
+
+    _reads = True
 
     def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         # Resolving the class imports its module, and with it the RoutedExperts subclasses that it defines.
@@ -93,8 +97,12 @@ class _ShareOnlyMixin:
             # Parameters are views of slots and of peers' pages by now: not even marks may be written.
             raise DwdpError("the loader would replace weights that peers read: restart with the new checkpoint")
         marks = mark_rows(build) if holds_experts else []
+        if holds_experts and self._reads:
+            watch_online(build)
+        scaled = scaled_layers(build) if holds_experts else []
         super().load_weights(model, model_config)  # type: ignore[misc]
         check_written(marks, build)
+        share_block_scales(build, scaled)
 
 
 class ShareOnlyLoader(_ShareOnlyMixin, DefaultModelLoader):
@@ -231,6 +239,8 @@ def _warn_of_pickles(files: list[str]) -> None:
 
 class ShareOnlyDummyLoader(_ShareOnlyMixin, DummyModelLoader):
     """Random weights for this rank's share, for benchmarks (`--load-format dummy`)."""
+
+    _reads = False
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         self._compare([])

@@ -128,10 +128,6 @@ def _features(args: EngineArgs) -> Iterator[str]:
         # `LLM` pickles a class into bytes.
         name = args.worker_cls if isinstance(args.worker_cls, str) else "(a class)"
         yield f"--worker-cls {name}: dwdp brings its own worker class; use --worker-extension-cls instead"
-    if args.quantization is not None:
-        yield _quantisation(str(args.quantization))
-    if args.quantization_config is not None:
-        yield "--quantization-config quantises while loading, which this release of dwdp does not support: leave it out"
 
 
 def _loading(args: EngineArgs) -> Iterator[str]:
@@ -150,8 +146,22 @@ def _loading(args: EngineArgs) -> Iterator[str]:
 def _quantisation(name: str) -> str:
     return (
         f"quantisation {name!r} is not supported by this release of dwdp: use a BF16, FP16 or FP32 checkpoint, or on GPUs "
-        "one in FP8, of GPTQ, AWQ or compressed-tensors, or of gpt-oss in MXFP4, without --quantization"
+        "one in FP8, MXFP4 or NVFP4, of GPTQ, AWQ or compressed-tensors, or --quantization fp8_per_tensor, "
+        "fp8_per_block, fp8_per_channel or int8_per_channel_weight_only"
     )
+
+
+def check_quantisation(args: EngineArgs, platform: Platform) -> None:
+    """Refuse to quantise while loading in ways that nobody has looked at; raises DwdpError."""
+    name = args.quantization
+    if name not in (None, *platform.quantisations, *platform.online):
+        raise DwdpError(_quantisation(str(name)))
+    # For a name of its own vLLM has filled it in.
+    if args.quantization_config is not None and name not in platform.online:
+        raise DwdpError(
+            "--quantization-config quantises while loading, which dwdp supports on GPUs and with --quantization online "
+            "alone: leave it out"
+        )
 
 
 def settings_of(args: EngineArgs) -> DwdpConfig:
@@ -264,7 +274,7 @@ def check_model(model_config: ModelConfig, platform: Platform) -> int:
         raise DwdpError(
             f"{name} has no routed experts, {BACKEND} would share nothing: serve it with --data-parallel-size alone"
         )
-    if model_config.quantization not in (None, *platform.quantisations):
+    if model_config.quantization not in (None, *platform.quantisations, *platform.online):
         raise DwdpError(f"{name}: {_quantisation(str(model_config.quantization))}")
     return experts
 

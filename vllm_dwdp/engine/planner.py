@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from vllm_dwdp.engine.stored import stored_config
 from vllm_dwdp.predict.startup import CPU_DEVICE, PlannedLaunch, predicted_loss
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def planned(vllm_config: VllmConfig, config: DwdpConfig, group_size: int, platfo
     """The launch as the planner sees it."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     return PlannedLaunch(
-        config=model.hf_config.to_dict(),
+        config=stored_config(model),
         name=model.model,
         device=CPU_DEVICE if platform.on_cpu else _device(),
         ranks=group_size,

@@ -143,6 +143,7 @@ class DwdpWorkerMixin:
                 len(group),
                 platform_of(current_platform),
                 meet=lambda name: rendezvous.gather(name, True, group),
+                gather=lambda name, value: rendezvous.gather(name, value, group),
                 popularity=launch.popularity,
                 apart=found_apart(rendezvous),
             ).open()

@@ -68,6 +68,7 @@ class ModelBuild:
         group_size: N.
         platform: where kernels run.
         meet: returns when all ranks of the group have called it with this name.
+        gather: what every rank of the group says under this name, in their order; a JSON-able value each.
         shared: whether parameters are views, which nobody may write.
         popularity: hits by which experts beyond E/N are chosen; None where shares overlap instead.
         apart: None where one launch has all ranks.
@@ -78,6 +79,7 @@ class ModelBuild:
     group_size: int
     platform: Platform
     meet: Callable[[str], object] = lambda name: None
+    gather: Callable[[str, Any], list[Any]] = lambda name, value: [value]
     layers: list[LayerBuild] = field(default_factory=list)
     memory_checked: bool = False
     shared: bool = False

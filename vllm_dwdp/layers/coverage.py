@@ -66,7 +66,7 @@ def _refused_loader(experts: type) -> str | None:
     A loader of its own may copy the rows of all experts at once, as that of DBRX does.
     """
     for method in ("weight_loader", "load_weights"):
-        owner = next(cls for cls in experts.__mro__ if method in vars(cls))
+        owner = next(cls for cls in experts.__mro__ if method in vars(cls) and cls is not DwdpExpertsMixin)
         if owner is not RoutedExperts and owner.__name__ not in EXPERT_BY_EXPERT:
             return (
                 f"are loaded by {owner.__name__}.{method}, which this release of dwdp does not know and which may need all "

@@ -37,20 +37,23 @@ def _setup_kernel(method: Any, layer: Any) -> None:
     method._setup_kernel(layer)
 
 
-def _oracle_kernel(oracle: str, method: Any, layer: Any) -> None:
-    """As the methods of that oracle of vLLM (fp8, int8, mxfp4) end their processing of weights.
+def _build_moe_kernel(method: Any, layer: Any) -> None:
+    method._build_moe_kernel(layer)
 
-    Of the kernels that are taken none has weights to process after that.
+
+def _oracle_kernel(oracle: str, method: Any, layer: Any, names: str = "{}_backend") -> None:
+    """As the methods of that oracle of vLLM (fp8, int8, mxfp4, nvfp4) end their processing of weights.
+
+    Of the kernels that are taken none has weights to process after that. names: what the oracle calls its kernels.
     """
     made_by = importlib.import_module(f"vllm.model_executor.layers.fused_moe.oracle.{oracle}")
-    backend = f"{oracle}_backend"
     method.moe_quant_config = method.get_fused_moe_quant_config(layer)
     method.moe_kernel = getattr(made_by, f"make_{oracle}_moe_kernel")(
         moe_quant_config=method.moe_quant_config,
         moe_config=method.moe,
         experts_cls=method.experts_cls,
         routing_tables=layer._expert_routing_tables(),
-        **{backend: getattr(method, backend)},
+        **{names.format(oracle): getattr(method, f"{oracle}_backend")},
     )
 
 
@@ -75,6 +78,8 @@ class Method(NamedTuple):
         rows: parameters with a row per expert, whichever of them a layer has: behind w13_ or w2_, or as they stand in _BARE.
         largest: single values that are the largest of the experts which vLLM has loaded.
         rebuild: makes the kernel object once more, of a layer whose parameters and counts are those of all experts.
+        undefined: behind w13_ and w2_, what has no value before weights are loaded, and has with other methods.
+        one_factor: whether vLLM multiplies all block scales of a product by one number, from the experts that it has loaded.
     """
 
     backend: str
@@ -82,6 +87,8 @@ class Method(NamedTuple):
     rows: tuple[str, ...]
     largest: tuple[str, ...]
     rebuild: Callable[[Any, Any], None]
+    undefined: tuple[str, ...] = ()
+    one_factor: bool = False
 
     def has_rows(self, name: str) -> bool:
         """Whether a parameter of this name has a row per expert."""
@@ -98,10 +105,12 @@ _PLAIN_ROWS: Final = ("weight", "weight_scale", "bias")
 _GPTQ_ROWS: Final = ("qweight", "scales", "qzeros", "bias", "weight")
 _WNA16_ROWS: Final = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "bias", "weight")
 
+_NVFP4_ROWS: Final = ("weight", "weight_scale", "weight_scale_2")
+
 UNQUANTISED: Final = "UnquantizedFusedMoEMethod"
 
 #: Methods whose layouts split-weight kernels compute with, where activations are scaled as they come.
-_SPLIT: Final = (UNQUANTISED, "Fp8MoEMethod")
+_SPLIT: Final = (UNQUANTISED, "Fp8MoEMethod", "Fp8PerTensorOnlineMoEMethod", "Fp8PerBlockOnlineMoEMethod")
 
 METHODS: Final = {
     UNQUANTISED: Method(
@@ -117,11 +126,52 @@ METHODS: Final = {
     "CompressedTensorsW8A8Int8MoEMethod": Method(
         "int8_backend", ("TRITON",), _PLAIN_ROWS, (), partial(_oracle_kernel, "int8")
     ),
+    # Online: vLLM quantises each expert by itself. Its scales are no parameters before that.
+    "Fp8PerTensorOnlineMoEMethod": Method(
+        "fp8_backend", ("TRITON", "MARLIN"), _PLAIN_ROWS, (), partial(_oracle_kernel, "fp8")
+    ),
+    "Fp8PerBlockOnlineMoEMethod": Method(
+        "fp8_backend", ("TRITON", "MARLIN", "FLASHINFER_CUTLASS"), _FP8_ROWS, (), partial(_oracle_kernel, "fp8")
+    ),
+    "Fp8PtpcOnlineMoEMethod": Method(
+        "fp8_backend", ("TRITON", "VLLM_CUTLASS"), _PLAIN_ROWS, (), partial(_oracle_kernel, "fp8")
+    ),
+    "Int8OnlineMoEMethod": Method(
+        "int8_backend", ("TRITON",), ("weight", "scale", "bias"), (), partial(_oracle_kernel, "int8")
+    ),
     "CompressedTensorsWNA16MoEMethod": Method("wna16_backend", ("MARLIN", "TRITON"), _WNA16_ROWS, (), _setup_kernel),
     "AutoGPTQMoEMethod": Method("wna16_moe_backend", ("MARLIN",), _GPTQ_ROWS, (), _setup_kernel),
     # Triton's own kernels for it keep weights in tensors that are no parameters.
     "GptOssMxfp4MoEMethod": Method("mxfp4_backend", ("MARLIN",), _PLAIN_ROWS, (), partial(_oracle_kernel, "mxfp4")),
     "AutoAWQMoEMethod": Method("wna16_moe_backend", ("MARLIN",), _GPTQ_ROWS, (), _setup_kernel),
+    # Other kernels of NVFP4 want FP4 of the device, and scales of activations over all experts.
+    "ModelOptNvFp4FusedMoE": Method(
+        "nvfp4_backend",
+        ("MARLIN",),
+        (*_NVFP4_ROWS, "input_scale"),
+        (),
+        _build_moe_kernel,
+        undefined=("weight_scale",),
+        one_factor=True,
+    ),
+    "CompressedTensorsW4A4Nvfp4MoEMethod": Method(
+        "nvfp4_backend",
+        ("MARLIN",),
+        (*_NVFP4_ROWS, "weight_packed", "weight_global_scale", "input_global_scale"),
+        (),
+        partial(_oracle_kernel, "nvfp4", names="backend"),
+        undefined=("weight_scale",),
+        one_factor=True,
+    ),
+    "CompressedTensorsW4A4Mxfp4MoEMethod": Method(
+        "mxfp4_backend",
+        ("MARLIN",),
+        (*_PLAIN_ROWS, "weight_packed"),
+        (),
+        partial(_oracle_kernel, "mxfp4"),
+        undefined=("weight_scale",),
+    ),
+    "Mxfp4MoEMethod": Method("mxfp4_backend", ("MARLIN",), _PLAIN_ROWS, (), partial(_oracle_kernel, "mxfp4")),
 }
 
 

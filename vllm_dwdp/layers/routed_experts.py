@@ -26,6 +26,7 @@ from vllm_dwdp.layers.methods import rebuild_kernel
 
 if TYPE_CHECKING:
     from vllm_dwdp.kernels.requester import Journey
+    from vllm_dwdp.layers.online import Arrival
     from vllm_dwdp.layers.views.composite import LayerRanges
     from vllm_dwdp.layers.views.split import SplitTables
 
@@ -51,6 +52,8 @@ class DwdpExpertsMixin:
 
     #: Where hits of this layer are counted (hits.py); None where they are not.
     dwdp_hits: int | None = None
+    #: While the layer is loaded, where vLLM quantises it as it comes.
+    dwdp_arrival: Arrival | None = None
     #: Of a composite view.
     dwdp_ranges: LayerRanges | None = None
     _dwdp_whole_map: ExpertMapManager
@@ -85,6 +88,20 @@ class DwdpExpertsMixin:
         self.dwdp_tables: SplitTables | None = None
         # Outside of nn.Module's registries on purpose: only kept for the switch to all experts.
         object.__setattr__(self, "_dwdp_whole_map", expert_map_manager)
+
+    def weight_loader(
+        self,
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> Any:
+        """vLLM's; called with parameters without memory, too, to count what it would copy."""
+        if self.dwdp_arrival is not None and not param.is_meta:
+            self.dwdp_arrival.mark()
+        return super().weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success)  # type: ignore[misc]
 
     def dwdp_attach(self, gate: LayerGate, layer: int) -> None:
         """From here on the parameters are views of all E experts; forget the share and compute behind `gate`."""

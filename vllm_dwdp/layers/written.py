@@ -14,6 +14,7 @@ import torch
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
+from vllm_dwdp.layers.methods import method_of
 from vllm_dwdp.layers.slabs import NOT_PER_EXPERT
 
 #: By bytes of an element: integers of the same size; all bits set are a NaN that no arithmetic gives.
@@ -22,7 +23,15 @@ _MARK: Final = -1
 #: Of packed integers.
 _PACKED_MARK: Final = bytes.fromhex("5DA1C3F79E3682B5")
 #: Behind w13_ and w2_: what vLLM fills before weights are loaded, or no kernel reads (weight_shape). All else is undefined.
-_DEFAULTS: Final = ("bias", "weight_scale", "weight_scale_inv", "weight_zero_point", "input_scale", "weight_shape")
+_DEFAULTS: Final = (
+    "bias",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_zero_point",
+    "input_scale",
+    "input_global_scale",
+    "weight_shape",
+)
 #: Experts named in an error.
 _NAMED: Final = 8
 
@@ -94,23 +103,33 @@ def mark_rows(build: ModelBuild) -> list[Mark]:
     Raises:
         DwdpError: a part of packed integers has fewer than eight bytes of outputs.
     """
+    return [mark for layer in build.layers for mark in mark_layer(layer)]
+
+
+def mark_layer(layer: LayerBuild, defaults: tuple[str, ...] = _DEFAULTS) -> list[Mark]:
+    """As `mark_rows`, of one layer, as far as its parameters have memory.
+
+    defaults: behind w13_ and w2_, what has values now that count where a checkpoint has none.
+    """
     marks: list[Mark] = []
-    for layer in build.layers:
-        module: Any = layer.module
-        for name, parameter in module.named_parameters():
-            if name in NOT_PER_EXPERT or parameter.ndim == 0 or parameter.is_meta:
-                continue
-            pattern = _pattern(parameter.data)
-            has_default = name.removeprefix("w13_").removeprefix("w2_") in _DEFAULTS
-            for part in _parts(module, name, parameter, len(pattern)):
-                elements = _elements(parameter.data, part, len(pattern))
-                if elements.shape[1] < len(pattern):
-                    raise DwdpError(
-                        f"{layer.name}.{name} {list(parameter.shape)} has too few numbers to tell whether a checkpoint has "
-                        "them: serve this model without dwdp"
-                    )
-                marks.append(Mark(layer, name, part, pattern, elements.clone() if has_default else None))
-                elements.copy_(pattern)
+    module: Any = layer.module
+    known = method_of(module)
+    undefined = known.undefined if known is not None else ()
+    for name, parameter in module.named_parameters():
+        if name in NOT_PER_EXPERT or parameter.ndim == 0 or parameter.is_meta:
+            continue
+        pattern = _pattern(parameter.data)
+        bare = name.removeprefix("w13_").removeprefix("w2_")
+        has_default = bare in defaults and bare not in undefined
+        for part in _parts(module, name, parameter, len(pattern)):
+            elements = _elements(parameter.data, part, len(pattern))
+            if elements.shape[1] < len(pattern):
+                raise DwdpError(
+                    f"{layer.name}.{name} {list(parameter.shape)} has too few numbers to tell whether a checkpoint has "
+                    "them: serve this model without dwdp"
+                )
+            marks.append(Mark(layer, name, part, pattern, elements.clone() if has_default else None))
+            elements.copy_(pattern)
     return marks
 
 

@@ -93,7 +93,8 @@ def _table(module: Any, tensor: ExpertTensor, where: list[int], small: tuple[Exp
     prefix = tensor.name.removesuffix("_weight")
     rows, cols = tensor.row_shape
     scales = named.get(f"{prefix}_weight_scale_inv", named.get(f"{prefix}_weight_scale"))
-    block = getattr(module.quant_method, "moe_block_shape", None)
+    method = module.quant_method
+    block = getattr(method, "moe_block_shape", getattr(method, "weight_block_size", None))
     return WeightTable.from_addresses(
         where,
         (len(where), rows, cols),
