@@ -162,7 +162,7 @@ def test_random_weights_are_found_again(model: Path, monkeypatch: pytest.MonkeyP
         if tensor.is_floating_point():
             tensor.data.uniform_(-1e-3, 1e-3, generator=torch.Generator().manual_seed(tensor.numel()))
 
-    for module in ("vllm.model_executor.model_loader.dummy_loader", "vllm_dwdp.engine.loader"):
+    for module in ("vllm.model_executor.model_loader.dummy_loader", "vllm_dwdp.engine.dummy"):
         monkeypatch.setattr(f"{module}.initialize_single_dummy_weight", draw)
 
     class Drawn(Servers):

@@ -149,7 +149,7 @@ SEAMS: Final = (
          ("self", "model", "model_config")),
     Seam(_LOADER + "ep_weight_filter.should_skip_weight", "function", _E + "loader.py",
          ("weight_name", "local_expert_ids"), returns="bool"),
-    Seam(_LOADER + "weight_utils.initialize_single_dummy_weight", "function", _E + "loader.py", ("param",)),
+    Seam(_LOADER + "weight_utils.initialize_single_dummy_weight", "function", _E + "dummy.py", ("param",)),
     Seam(_LOADER + "weight_utils.enable_tqdm", "function", _E + "loader.py", ("use_tqdm_on_load",)),
     Seam(_LOADER + "reload.layerwise.LAYERWISE_INFO", "attribute", _E + "frozen.py",
          returns="WeakKeyDictionary[torch.nn.Module, LayerReloadingInfo]"),

@@ -30,9 +30,10 @@ from vllm.model_executor.model_loader import (
     register_model_loader,
 )
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
-from vllm.model_executor.model_loader.weight_utils import enable_tqdm, initialize_single_dummy_weight
+from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 
 from vllm_dwdp.compat.versions import used_files
+from vllm_dwdp.engine.dummy import draw_firsts, draw_packed
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.group.apart import left_in_memory
 from vllm_dwdp.group.launch import launch_of
@@ -42,7 +43,6 @@ from vllm_dwdp.layers.coverage import EXPERT_BY_EXPERT, check_coverage, check_me
 from vllm_dwdp.layers.online import watch_online
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.routed_experts import cover_subclasses
-from vllm_dwdp.layers.slabs import NOT_PER_EXPERT
 from vllm_dwdp.layers.written import check_written, mark_rows
 
 logger = init_logger("vllm.dwdp")
@@ -96,7 +96,7 @@ class _ShareOnlyMixin:
         if holds_experts and build.shared:
             # Parameters are views of slots and of peers' pages by now: not even marks may be written.
             raise DwdpError("the loader would replace weights that peers read: restart with the new checkpoint")
-        marks = mark_rows(build) if holds_experts else []
+        marks = mark_rows(build) if holds_experts and self._reads else []
         if holds_experts and self._reads:
             watch_online(build)
         scaled = scaled_layers(build) if holds_experts else []
@@ -246,23 +246,16 @@ class ShareOnlyDummyLoader(_ShareOnlyMixin, DummyModelLoader):
         self._compare([])
         super().load_weights(model, model_config)
         build = ModelBuild.current()
-        if build.apart is not None and _holds_experts(model, build):
-            _draw_firsts(build)
+        if _holds_experts(model, build):
+            draw_packed(build)
+            if build.apart is not None:
+                draw_firsts(build)
 
 
 def _holds_experts(model: nn.Module, build: ModelBuild) -> bool:
     """Whether these are the layers of `build`. A dense drafter comes behind its target, whose rows are written and processed
     by then."""
     return any(module is build.layers[0].module for module in model.modules())
-
-
-def _draw_firsts(build: ModelBuild) -> None:
-    """Draw the first expert of each layer by itself. On a GPU, what is drawn goes by the size of a tensor, and a rank that
-    returns, which builds this expert alone, is to draw what it left."""
-    for layer in build.layers:
-        for name, parameter in layer.module.named_parameters():
-            if parameter.ndim and name not in NOT_PER_EXPERT and not hasattr(parameter, "dummy_weight_value"):
-                initialize_single_dummy_weight(parameter.data[:1])
 
 
 def switch_loader(vllm_config: VllmConfig) -> None:

@@ -1,0 +1,78 @@
+"""`--load-format dummy` of quantised experts: what vLLM's own dummy weights leave as memory has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from tests.unit.hopper import on_hopper
+from tests.unit.quantised import rank_of, sizes
+from tests.unit.whole_model import expert_layers, vllm_groups
+from vllm_dwdp.engine.dummy import draw_packed
+from vllm_dwdp.layers import gates
+from vllm_dwdp.layers.build import ModelBuild
+
+
+@pytest.fixture(scope="module", autouse=True)
+def groups() -> Iterator[None]:
+    with vllm_groups(), on_hopper():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(ModelBuild, "_current", None)
+    yield
+    gates._gates.clear()
+
+
+def drawn(**parameters: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`parameters` of a layer's experts, after what `draw_packed` does."""
+    module = torch.nn.Module()
+    for name, data in parameters.items():
+        module.register_parameter(name, torch.nn.Parameter(data.clone(), requires_grad=False))
+    build: Any = SimpleNamespace(layers=[SimpleNamespace(module=module)])
+    draw_packed(build)
+    return {name: parameter.data for name, parameter in module.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("form", "kernels", "name"),
+    [("ct-int4", "triton", "w13_weight_packed"), ("ct-w8a8", "triton", "w2_weight"), ("mxfp4", "marlin", "w13_weight")],
+)
+def test_packed_integers_are_drawn(form: str, kernels: str, name: str, checkpoint: Callable[..., Path]) -> None:
+    """And the model is not refused as one whose checkpoint lacks them."""
+    ranks = [rank_of(checkpoint(**sizes(form)), rank, kernels, "composite", load_format="dummy") for rank in (0, 0)]
+    for one, again in zip(*(expert_layers(rank.model).values() for rank in ranks), strict=True):
+        data = getattr(one, name).data.view(torch.uint8)
+        assert torch.equal(data, getattr(again, name).data.view(torch.uint8))
+        assert len(data.unique()) > 100
+
+
+def test_a_rank_that_returns_draws_what_it_left() -> None:
+    """With one expert built instead of all."""
+    rows = torch.zeros((5, 3, 4), dtype=torch.int32)
+    all_, first = drawn(w13_qweight=rows), drawn(w13_qweight=rows[:1])
+    assert torch.equal(all_["w13_qweight"][:1], first["w13_qweight"])
+
+
+def test_what_is_no_weight_is_left_alone() -> None:
+    given = {
+        "w13_g_idx": torch.arange(6, dtype=torch.int32).view(2, 3),
+        "w13_weight_shape": torch.tensor([[8, 16]] * 2),
+        "w2_weight": torch.ones((2, 3)),
+    }
+    found = drawn(**given)
+    assert all(torch.equal(found[name], data) for name, data in given.items())
+
+
+def test_exponents_of_scales_are_small() -> None:
+    found = drawn(w13_weight_scale=torch.zeros((2, 3), dtype=torch.uint8))["w13_weight_scale"]
+    assert (found == 120).all()
