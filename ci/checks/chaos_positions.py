@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -27,6 +28,8 @@ from steady_load import MODEL
 PARTS = {"front end": "front end", "engine": "engine 0", "worker": "worker 0"}
 #: Seconds in which a server ends once it was told to, or one of its processes was killed.
 END_LIMIT_S = 90.0
+#: Below it are ports that programs are known for.
+_QUIET_FROM = 20000
 START_LIMIT_S = 400.0
 #: A life is measured from here on, when all shapes of batches were seen, and compared if it lasted as long again.
 SETTLED_S = 30.0
@@ -71,9 +74,13 @@ def serve(servers: Servers, model: str, name: str, port: int, words: list[str], 
 
 
 def quiet_ports(count: int) -> int:
-    """The first of `count` free ports in a row that the kernel gives to no connection: servers come back to their own."""
+    """The first of `count` free ports in a row that the kernel gives to no connection: servers come back to their own.
+
+    Drawn, so that two programs that look for some at a time do not take those of servers which are down just then.
+    """
     given_from = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    for first in range(given_from - count, 1024, -count):
+    places = range(_QUIET_FROM, given_from - count + 1, count)
+    for first in random.SystemRandom().sample(places, len(places)):
         with contextlib.ExitStack() as taken, contextlib.suppress(OSError):
             for port in range(first, first + count):
                 taken.enter_context(socket.create_server(("127.0.0.1", port)))

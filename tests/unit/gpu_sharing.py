@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -87,7 +87,10 @@ class Meeting:
             put(name, value)
             return [get(other, name) for other in group]
 
-        return SimpleNamespace(rank=rank, put=put, get=get, gather=gather)
+        def offers(other: int, name: str) -> Iterator[Any]:
+            yield get(other, name)
+
+        return SimpleNamespace(rank=rank, timeout_s=LIMIT_S, put=put, get=get, offers=offers, gather=gather)
 
 
 @dataclass

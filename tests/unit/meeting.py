@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,8 +21,10 @@ class Meeting:
         """What ExpertSharing takes for its rendezvous."""
         return SimpleNamespace(
             rank=rank,
+            timeout_s=LIMIT_S,
             put=lambda name, value: self._put(rank, name, value),
             get=self._get,
+            offers=self._offers,
             gather=lambda name, value, ranks: self._gather(rank, name, value, ranks),
         )
 
@@ -34,6 +37,9 @@ class Meeting:
         with self._changed:
             assert self._changed.wait_for(lambda: (rank, name) in self.said, LIMIT_S), name
             return self.said[rank, name]
+
+    def _offers(self, rank: int, name: str) -> Iterator[Any]:
+        yield self._get(rank, name)
 
     def _gather(self, rank: int, name: str, value: Any, ranks: list[int]) -> list[Any]:
         self._put(rank, name, value)

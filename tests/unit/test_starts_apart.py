@@ -15,10 +15,11 @@ pytest.importorskip("torch")
 from tests.unit.helpers import LIMIT_S, LaunchOwner
 from tests.unit.leftovers import check_message, refusal
 from tests.unit.member import NBYTES, Members, contents, members
+from vllm_dwdp.errors import PeerLost
 from vllm_dwdp.group.apart import ApartRendezvous
 from vllm_dwdp.group.launch import Apart
 from vllm_dwdp.group.launch_folder import make_folder
-from vllm_dwdp.layers.slabs import map_peers
+from vllm_dwdp.layers.map_peers import map_peers
 from vllm_dwdp.transport.shm import ShmTransport
 
 pytestmark = pytest.mark.usefixtures("public")
@@ -87,3 +88,38 @@ def test_who_differs_is_told_before_another_is_waited_for(group_path: str) -> No
         message = refusal(lambda: second.ask("check_same", "checkpoint", {"sampled bytes": "2b"}, [0, 1, 2], "use one"))
         check_message(message, ["ranks 1 and 0 cannot share experts (sampled bytes: 2b here, 1a there): use one"])
         assert time.monotonic() - began < LIMIT_S / 2
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_rank_that_dies_while_it_is_mapped_does_not_end_that_start(apart: bool) -> None:
+    """Its next life, or who has its slabs open, is mapped, and nothing of the first try stays; in one launch it ends."""
+    lives, dead, reader = ShmTransport(LIMIT_S), ShmTransport(LIMIT_S), ShmTransport(LIMIT_S, keep_files=True)
+    first, second = (lives.export_handle(lives.allocate_slab(NBYTES)).to_dict() for _ in range(2))
+    gone = dead.export_handle(dead.allocate_slab(NBYTES)).to_dict()
+    dead.close()
+    offered = iter([[[first, gone]], [[first, gone], [first, second]]])
+    layers: Any = [SimpleNamespace(slab=reader.allocate_slab(NBYTES), peers={}) for _ in range(2)]
+    held: list[dict[int, Any]] = []
+    build: Any = SimpleNamespace(rank=0, apart=SimpleNamespace(hold=lambda found: held.append(dict(found))))
+    build.apart = build.apart if apart else None
+    rendezvous: Any = SimpleNamespace(
+        rank=0, timeout_s=LIMIT_S, put=lambda *_: None, offers=lambda rank, name: next(offered)
+    )
+    if apart:
+        map_peers(layers, build, reader, rendezvous, [0, 1])
+        assert [layer.peers[1].nbytes for layer in layers] == [NBYTES] * 2 and sorted(held[-1]) == [0, 1]
+        assert len(reader._peers) == 2
+    else:
+        with pytest.raises(PeerLost):
+            map_peers(layers, build, reader, rendezvous, [0, 1])
+        assert not reader._peers
+    for transport in (reader, lives):
+        transport.close()
+
+
+def test_slabs_are_offered_by_all_who_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ApartRendezvous, "get", lambda self, rank, name: [f"{name} of {rank}"])
+    monkeypatch.setattr(ApartRendezvous, "_keepers", lambda self, rank: iter([["slabs of 1"], ["slabs of 1, kept"]]))
+    rendezvous = object.__new__(ApartRendezvous)
+    assert list(rendezvous.offers(1, "slabs")) == [["slabs of 1"], ["slabs of 1, kept"]]
+    assert list(rendezvous.offers(1, "counters")) == [["counters of 1"]]

@@ -163,6 +163,13 @@ class ApartRendezvous(Rendezvous):
                 )
             time.sleep(_PAUSE_S)
 
+    def offers(self, rank: int, name: str) -> Iterator[Any]:
+        """See Rendezvous; of slabs also what others have open, since their owner may be dying, or stopped."""
+        first = self.get(rank, name)
+        yield first
+        if name == SLABS:
+            yield from (handles for handles in self._keepers(rank) if handles != first)
+
     def withdraw(self) -> None:
         """Take back what others could ask for, before it is let go of."""
         self.meeting.unsay(self.rank, SLABS)

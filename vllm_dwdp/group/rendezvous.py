@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -89,6 +90,10 @@ class Rendezvous:
         if found is None:
             self._check_front_end()
         return found
+
+    def offers(self, rank: int, name: str) -> Iterator[Any]:
+        """What can be had of `rank` under `name`, the best first; waits and raises as `get`."""
+        yield self.get(rank, name)
 
     def gather(self, name: str, value: Any, ranks: list[int]) -> list[Any]:
         """Publish `value` and return what every rank of `ranks` published, in that order."""

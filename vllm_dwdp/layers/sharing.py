@@ -13,9 +13,10 @@ from vllm_dwdp.layers.first_use import seal, unused
 from vllm_dwdp.layers.hits import HitCounts
 from vllm_dwdp.layers.kept import check_kernels
 from vllm_dwdp.layers.largest import share_largest
+from vllm_dwdp.layers.map_peers import map_peers
 from vllm_dwdp.layers.rates import copy_rate, product_rate
 from vllm_dwdp.layers.read_stats import READ
-from vllm_dwdp.layers.slabs import map_peers, move_to_slabs, replicate_small, tensors_of
+from vllm_dwdp.layers.slabs import move_to_slabs, replicate_small, tensors_of
 from vllm_dwdp.layers.transports import make_transport, page_of_group
 from vllm_dwdp.layers.views import BOTH_WAYS, VIEWS, choose_view, composite, contiguous, inplace
 from vllm_dwdp.layers.views.direct import DirectGate, ForwardCounts, layer_costs, measured_tokens, memory_rate

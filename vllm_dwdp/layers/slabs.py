@@ -1,4 +1,4 @@
-"""Moves the share of each MoE layer into a slab and maps the slabs of the peers."""
+"""Moves the share of each MoE layer into a slab."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from vllm_dwdp.layers.build import LayerBuild, ModelBuild
 from vllm_dwdp.layers.methods import method_of
 from vllm_dwdp.layers.tied import refuse_tied
 from vllm_dwdp.page_plan import PagedLayout
-from vllm_dwdp.transport.base import Handle, PeerSlab, Slab, Transport
+from vllm_dwdp.transport.base import PeerSlab, Slab, Transport
 from vllm_dwdp.transport.vmm import VmmTransport
 
 if TYPE_CHECKING:
-    from vllm_dwdp.group.rendezvous import Rendezvous
-    from vllm_dwdp.transport.kept import Adopting, KeptPeer, KeptSlab
+    from vllm_dwdp.transport.kept import Adopting, KeptSlab
 
 #: Tensors of at most this part of an expert (biases, scales) are replicated at start instead of fetched per forward.
 REPLICATED_PART = 0.01
@@ -222,30 +221,6 @@ def _check_adopted(rows: torch.Tensor, tensor: ExpertTensor, name: str) -> None:
             f"{name}.{tensor.name} of the checkpoint is not what the group holds of this share in memory: start all ranks "
             "of the group again"
         )
-
-
-def map_peers(
-    slabs: list[LayerSlab], build: ModelBuild, transport: Transport, rendezvous: Rendezvous, group: list[int]
-) -> None:
-    """Exchange the handles of all slabs over `group` and map every peer's."""
-    mine = [transport.export_handle(layer.slab).to_dict() for layer in slabs]
-    rendezvous.put("slabs", mine)
-    held = {group[build.rank]: mine}
-    if build.apart is not None:
-        build.apart.hold(held)
-    for peer in range(len(group)):
-        if peer == build.rank:
-            continue
-        # Each as soon as it is there: it may be gone by the time that the last one is.
-        handles = rendezvous.get(group[peer], "slabs")
-        if len(handles) != len(slabs):
-            raise DwdpError(f"rank {group[peer]} has {len(handles)} MoE layers, rank {rendezvous.rank} {len(slabs)}")
-        for layer, handle in zip(slabs, handles, strict=True):
-            layer.peers[peer] = transport.map_peer(Handle.from_dict(handle))
-        if build.apart is not None:
-            # With handles of this process's own.
-            held[group[peer]] = [cast("KeptPeer", layer.peers[peer]).handle.to_dict() for layer in slabs]
-            build.apart.hold(held)
 
 
 def replicate_small(layer: LayerSlab, rank: int) -> int:

@@ -1,0 +1,69 @@
+"""Maps the slabs of the peers, layer by layer."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from vllm_dwdp.errors import DwdpError, DwdpTimeout, PeerLost
+from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers.slabs import LayerSlab
+from vllm_dwdp.transport.base import Handle, PeerSlab, Transport
+
+if TYPE_CHECKING:
+    from vllm_dwdp.group.rendezvous import Rendezvous
+    from vllm_dwdp.transport.kept import KeptPeer
+
+_PAUSE_S: Final = 0.05
+
+
+def map_peers(
+    slabs: list[LayerSlab], build: ModelBuild, transport: Transport, rendezvous: Rendezvous, group: list[int]
+) -> None:
+    """Exchange the handles of all slabs over `group` and map every peer's."""
+    mine = [transport.export_handle(layer.slab).to_dict() for layer in slabs]
+    rendezvous.put("slabs", mine)
+    held = {group[build.rank]: mine}
+    if build.apart is not None:
+        build.apart.hold(held)
+    for peer in range(len(group)):
+        if peer == build.rank:
+            continue
+        # Each as soon as it is there: it may be gone by the time that the last one is.
+        for layer, mapped in zip(slabs, _map_peer(group[peer], len(slabs), build, transport, rendezvous), strict=True):
+            layer.peers[peer] = mapped
+        if build.apart is not None:
+            # With handles of this process's own.
+            held[group[peer]] = [cast("KeptPeer", layer.peers[peer]).handle.to_dict() for layer in slabs]
+            build.apart.hold(held)
+
+
+def _map_peer(rank: int, count: int, build: ModelBuild, transport: Transport, rendezvous: Rendezvous) -> list[PeerSlab]:
+    """The slabs of a rank of the launch, of as many layers.
+
+    One that is a server of its own may die meanwhile, or be stopped: then somebody else may have its slabs open, or its next
+    life has others.
+    """
+    deadline = time.monotonic() + rendezvous.timeout_s
+    while True:
+        for handles in rendezvous.offers(rank, "slabs"):
+            if len(handles) != count:
+                raise DwdpError(f"rank {rank} has {len(handles)} MoE layers, rank {rendezvous.rank} {count}")
+            try:
+                return _map_all(handles, transport)
+            except (PeerLost, DwdpTimeout):
+                if build.apart is None or time.monotonic() > deadline:
+                    raise
+        time.sleep(_PAUSE_S)
+
+
+def _map_all(handles: Sequence[dict[str, Any]], transport: Transport) -> list[PeerSlab]:
+    with contextlib.ExitStack() as undo:
+        mapped: list[PeerSlab] = []
+        for handle in handles:
+            mapped.append(transport.map_peer(Handle.from_dict(handle)))
+            undo.callback(transport.unmap_peer, mapped[-1])
+        undo.pop_all()
+        return mapped
