@@ -42,6 +42,7 @@ def vllm_groups() -> Iterator[None]:
 
     with (
         tempfile.TemporaryDirectory() as folder,
+        _registries_kept(),
         set_current_vllm_config(VllmConfig()),
         # As vLLM's CPU worker does.
         mock.patch("torch.accelerator.empty_cache", lambda: None),
