@@ -166,6 +166,8 @@ def test_the_router_names_every_pod(documents: dict[str, dict[str, Any]]) -> Non
     router = documents["Deployment/router"]["spec"]
     assert router["template"]["metadata"]["labels"] == router["selector"]["matchLabels"]
     assert documents["Service/router"]["spec"]["selector"] == router["selector"]["matchLabels"]
+    # Its /health is bad as soon as one server is gone.
+    assert container(documents["Deployment/router"])["readinessProbe"]["httpGet"]["path"] == "/readiness"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm_router") is None, reason="needs the extra `disaggregated`")
