@@ -39,7 +39,8 @@ def _checked(tool: str, *cases: str) -> tuple[str, ...]:
 
 def _loads(name: str, *more: str) -> Step:
     """Servers under load on two GPUs."""
-    words = ("--limit-s", "440", "--start-s", "240", *more, "--json", f"{{out}}/{name.replace(' ', '-')}.json")
+    # What is in `more` may end with words for the servers.
+    words = ("--limit-s", "440", "--start-s", "240", "--json", f"{{out}}/{name.replace(' ', '-')}.json", *more)
     return Step(name, _script("bench.loads", *words), 470, None, gpus=2)
 
 
@@ -56,7 +57,10 @@ PAIR = ("--only", "pair", "--acquires", "60", "--limit", "140", "--json", "{out}
 #: Two GPUs hold two systems with all layers of that model.
 WHOLE = ("--layers", "48")
 HALF = 'dwdp:dwdp64:{{"experts_per_rank": 64}}'
+PAGED = 'dwdp:composite:{{"experts_per_rank": 64, "weight_view": "composite"}}'
+MARLIN = ("--more", "--moe-backend", "marlin")
 STEADY = ("prefill8k=8192/1/16", "apart8k=8192/1/16,spread=0.8", "mixed=8192/128/16")
+MXFP4 = ("--loads", *STEADY, *MARLIN)
 LAUNCHERS = (
     'dwdp:uni:{{"experts_per_rank": 112, "launcher": "uni"}}',
     'dwdp:mp:{{"experts_per_rank": 112, "launcher": "mp"}}',
@@ -90,6 +94,13 @@ STAGES: dict[str, tuple[Step, ...]] = {
             460,
             _script("checks.gpu_e2e", "--cpu", "--only", "qwen3-contiguous", "--json", "{out}/e2e.json"),
         ),
+        Step(
+            "quantised experts",
+            _script(
+                "checks.gpu_e2e", "--quantised", "--parallel", "5", "--limit-s", "400", "--json", "{out}/forms.json"
+            ),
+            470,
+        ),
     ),
     "ipc": (
         Step(
@@ -97,6 +108,11 @@ STAGES: dict[str, tuple[Step, ...]] = {
             _script("checks.gpu_ipc", "--json", "{out}/ipc.json"),
             240,
             _script("checks.gpu_ipc", "--cpu", "--acquires", "40", "--json", "{out}/ipc.json"),
+        ),
+        Step(
+            "memory in pieces",
+            _script("checks.gpu_ipc", "--transport", "vmm", "--json", "{out}/vmm.json"),
+            240,
         ),
     ),
     "prefill": (
@@ -144,11 +160,14 @@ STAGES: dict[str, tuple[Step, ...]] = {
         _loads("beside tensor parallelism", *WHOLE, "--systems", "tp", HALF, "--loads", *STEADY),
         _loads("same tiles", "--tiles", "alike", "--systems", "dpep", "tp", HALF, "--loads", STEADY[0]),
         _loads("FP8", "--model", "qwen3-fp8", "--systems", "dpep", "tp", HALF, "--loads", *STEADY),
+        _loads("INT4", "--model", "qwen3-int4", "--systems", "dpep", "tp", PAGED, "--loads", *STEADY, *MARLIN),
+        _loads("MXFP4", "--model", "gpt-oss-mxfp4", "--layers", "8", "--systems", "dpep", "tp", PAGED, *MXFP4),
         _loads("full replicas", "--systems", "dpep", "replicas", HALF, "--loads", *STEADY),
         _loads("gpt-oss", "--model", "gpt-oss", "--systems", "dpep", "tp", HALF, "--loads", STEADY[0]),
         _loads("DeepSeek-V3", "--model", "deepseek-v3", "--systems", "dpep", "tp", "dwdp", "--loads", STEADY[0]),
         _loads("launchers", "--systems", "dpep", *LAUNCHERS, "--loads", "mixed=8192/128/16", "decode8=512/128/8"),
         Step("starts", _script("bench.starts", "--limit-s", "300", "--json", "{out}/starts.json"), 460, None, gpus=2),
+        Step("a rank returns", _script("bench.returns", "--plain", "--json", "{out}/returns.json"), 460, None, gpus=2),
         Step("tokens that travel", _script("bench.travel", "--json", "{out}/travel.json"), 200, None, gpus=2),
         Step("at once", _script("bench.contention", "--json", "{out}/contention.json"), 100, None, gpus=2),
         Step("calls of a layer", _script("bench.layer_calls"), 60, _script("bench.layer_calls", "--simulated"), gpus=2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -39,7 +40,10 @@ def test_stages_fit_their_limit_and_name_scripts_that_exist(stage: str, tmp_path
         assert not any("{out}" in word or "{{" in word for word in words)
         if "ci.bench.loads" in words:
             assert bench_servers.parse_systems(words[words.index("--systems") + 1 : words.index("--loads")])
-            assert [parse_load(word) for word in words[words.index("--loads") + 1 : words.index("--json")]]
+            given = words[words.index("--loads") + 1 :]
+            assert [parse_load(word) for word in itertools.takewhile(lambda word: not word.startswith("--"), given)]
+            # What follows --more is for the servers.
+            assert "--more" not in words or words.index("--json") < words.index("--more")
         modules = [word for word in words if re.match(r"(ci|vllm_dwdp)\.", word)]
         modules = [re.sub(r"^vllm_dwdp\.kernels", "kernels", module) for module in modules]
         files = [gpu_check.ROOT / module.replace(".", "/") for module in modules]
