@@ -15,6 +15,7 @@ from PIL import Image
 from ci.report import engine_pictures as gpu_engine_pictures
 from ci.report import gpu_figures as gpu_report
 from ci.report import pictures as gpu_pictures
+from ci.report import returns_picture
 
 MOST_BYTES = 120_000
 
@@ -161,3 +162,14 @@ def test_names_in_words() -> None:
     assert label("plain again") == "plain vLLM, again"
     assert gpu_report.machine_of({"kernels": kernels()}, Path("h200")) == "NVIDIA X1"
     assert gpu_report.machine_of({"ipc": ipc()}, Path("h200")) == "H200"
+
+
+def test_a_rank_that_returns() -> None:
+    found = {
+        "per_second": [[9000, 8000, 9000, 10], [9000, 0, 4000, 10]],
+        "parts_at_s": {"before": 0.0, "rank 1 is dead": 0.9, "rank 1 starts": 1.5, "after": 2.5},
+        "return_s": 0.7,
+    }
+    [axis] = returns_picture.by_second(found, "title").axes
+    assert [line.get_ydata() for line in axis.lines[:2]] == [pytest.approx([9, 8, 9]), pytest.approx([9, 0, 4])]
+    assert [line.get_xdata()[0] for line in axis.lines[2:]] == pytest.approx([0.9, 1.5, 2.2])
