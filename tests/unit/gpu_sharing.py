@@ -185,11 +185,13 @@ def share_on_gpus(
     apart: Callable[[int], BuildApart | None] = lambda rank: None,
     group: Group | None = None,
     builds: Sequence[ModelBuild] = (),
+    extras: int = 0,
     **settings: Any,
 ) -> tuple[Machine, list[GpuRank]]:
     """`ExpertSharing` of every rank, not started; raises what one of them raised.
 
     group: of an earlier call, for the ranks that are no longer in there. builds: loaded layers, instead of small ones.
+    extras: how many ranks there are beyond those that the group needs.
     """
     group, here = group or Group(Machine(seed), Meeting(num_ranks), []), threading.local()
     machine, meeting, ranks = group
@@ -208,12 +210,12 @@ def share_on_gpus(
     config = DwdpConfig.parse({"weight_view": view, "decode": "direct", **settings})
     launch = DwdpLaunch(config, num_ranks, "/made/up", (), captured_tokens=captured_tokens)
     placement, failed = place(EXPERTS, num_ranks, config.experts_per_rank), []
-    starting = range(len(ranks), num_ranks)
+    starting = range(len(ranks), num_ranks + extras)
     for build in builds:
         build.config = config
         ranks.append(GpuRank(machine.process(), [layer.module for layer in build.layers], build.open()))
     for rank in () if builds else starting:
-        build = ModelBuild(config, rank, num_ranks, platform=CUDA, apart=apart(rank))
+        build = ModelBuild(config, rank % num_ranks, num_ranks, platform=CUDA, apart=apart(rank))
         build.layers = [LayerBuild(None, f"layer{i}", placement, False) for i in range(LAYERS)]
         modules = [Experts(i, build.built(layer)) for i, layer in enumerate(build.layers)]
         for layer, module in zip(build.layers, modules, strict=True):

@@ -108,9 +108,22 @@ def test_memory_is_asked_for_once(model: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_who_adopts_is_counted_as_one_that_does(adopted: list[Any] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ApartRendezvous, "adopt", lambda self: adopted)
     monkeypatch.setattr(ApartRendezvous, "loading", lambda self, adopts: Loading(3, 1 + (not adopts)))
-    found = found_apart(object.__new__(ApartRendezvous))
-    assert found is not None and (found.adopted, found.loading) == (adopted, 3)
+    found = found_apart(object.__new__(ApartRendezvous), on_cpu=True)
+    assert found is not None and (found.adopted, found.loading, found.copies) == (adopted, 3, False)
     assert found.reading == (2 if adopted is None else 1)
+
+
+@pytest.mark.parametrize(("rank", "on_cpu", "copies"), [(2, False, True), (2, True, False), (1, False, False)])
+def test_an_extra_rank_on_a_gpu_has_a_copy(
+    rank: int, on_cpu: bool, copies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(ApartRendezvous, "adopt", lambda self: asked.append(self.rank))
+    monkeypatch.setattr(ApartRendezvous, "loading", lambda self, adopts: Loading(1, 1))
+    rendezvous = object.__new__(ApartRendezvous)
+    rendezvous.rank, rendezvous.ranks = rank, [0, 1]
+    found = found_apart(rendezvous, on_cpu)
+    assert found is not None and found.copies is copies and asked == ([] if copies else [rank])
 
 
 def test_shares_that_differ_by_layer(model: Path) -> None:

@@ -101,3 +101,9 @@ def test_a_server_of_its_own_takes_its_place_among_all_gpus(monkeypatch: pytest.
     assert [given(rank, [5, 4]) for rank in (0, 1)] == [[5], [4]]
     with pytest.raises(DwdpError, match=r"3 ranks .* need 3 GPUs but 2 are visible"):
         given(0, None, 3)
+    # An extra one comes behind those that its group needs.
+    assert given(2, [5]) == [5] and [given(rank, None, ranks_per_device=2) for rank in (2, 3)] == [[5], [5]]
+    with pytest.raises(
+        DwdpError, match=r"rank is 2 of 2, an extra rank, .* GPU number 2 of the 2 visible .*--device-ids"
+    ):
+        given(2, None)

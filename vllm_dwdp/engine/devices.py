@@ -29,7 +29,7 @@ def set_devices(vllm_config: VllmConfig, config: DwdpConfig, num_ranks: int) -> 
         # One that the user names is this rank's, several are all ranks'.
         named = parallel.assigned_physical_gpu_ids or []
         if len(named) != 1:
-            named = [device_of_rank(config.rank, num_ranks, config.ranks_per_device, chosen)]
+            named = [_device_apart(config, config.rank, num_ranks, chosen)]
         devices = parallel.assigned_physical_gpu_ids = named
         num_ranks = 1
     else:
@@ -48,3 +48,13 @@ def set_devices(vllm_config: VllmConfig, config: DwdpConfig, num_ranks: int) -> 
         )
     parallel.assigned_physical_gpu_ids = devices
     cache.gpu_memory_utilization /= config.ranks_per_device
+
+
+def _device_apart(config: DwdpConfig, rank: int, num_ranks: int, chosen: list[int]) -> int:
+    """By the place of a rank among all; extra ones come behind those that a group needs."""
+    if rank >= num_ranks and len(chosen) <= (place := rank // config.ranks_per_device):
+        raise DwdpError(
+            f"dwdp.rank is {rank} of {num_ranks}, an extra rank, which takes GPU number {place} of the {len(chosen)} "
+            "visible here: name its own with --device-ids, or let it see more (CUDA_VISIBLE_DEVICES)"
+        )
+    return device_of_rank(rank, max(num_ranks, rank + 1), config.ranks_per_device, chosen)

@@ -212,11 +212,6 @@ def _on_gpu(config: DwdpConfig) -> Iterator[str]:
     if (version := vllm_version()) in NOT_ON_GPUS:
         yield f"dwdp was tried with vLLM {version} on CPU only: use vLLM {TESTED[-1]} on GPUs"
     if config.group is not None:
-        if (config.rank or 0) >= (config.ranks or 0):
-            yield (
-                f"dwdp.rank is {config.rank} of {config.ranks}, an extra rank, whose share is in the memory of another GPU: "
-                f"on GPUs give a rank of 0 to {(config.ranks or 0) - 1}"
-            )
         if config.transport not in ("auto", "vmm"):
             yield (
                 f'dwdp.transport is "{config.transport}" with dwdp.group, whose ranks hand memory of dead ones on, which '

@@ -28,8 +28,11 @@ PERIOD_S: Final = 1.0
 _STOP_S: Final = 5.0
 
 
-def found_apart(rendezvous: Rendezvous) -> BuildApart | None:
-    """What the group has for this rank; None where one launch has all ranks."""
+def found_apart(rendezvous: Rendezvous, on_cpu: bool) -> BuildApart | None:
+    """What the group has for this rank; None where one launch has all ranks.
+
+    The memory of a share is on its owner's GPU: an extra rank there reads a copy of its own.
+    """
     if not isinstance(rendezvous, ApartRendezvous):
         return None
 
@@ -37,8 +40,9 @@ def found_apart(rendezvous: Rendezvous) -> BuildApart | None:
         remedy = "start all ranks of the group with the same checkpoint"
         rendezvous.check_same("checkpoint", fingerprint(files), rendezvous.ranks, remedy)
 
-    adopted = rendezvous.adopt()
-    return BuildApart(adopted, *rendezvous.loading(adopted is not None), rendezvous.hold, same_files)
+    copies = not on_cpu and rendezvous.rank not in rendezvous.ranks
+    adopted = None if copies else rendezvous.adopt()
+    return BuildApart(adopted, *rendezvous.loading(adopted is not None), rendezvous.hold, same_files, copies)
 
 
 class PeerWatch(threading.Thread):

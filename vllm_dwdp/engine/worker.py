@@ -145,7 +145,7 @@ class DwdpWorkerMixin:
                 meet=lambda name: rendezvous.gather(name, True, group),
                 gather=lambda name, value: rendezvous.gather(name, value, group),
                 popularity=launch.popularity,
-                apart=found_apart(rendezvous),
+                apart=found_apart(rendezvous, platform_of(current_platform).on_cpu),
             ).open()
             with freed_memory_is_returned() if build.platform.on_cpu else nullcontext():
                 super().load_model(*args, **kwargs)  # type: ignore[misc]

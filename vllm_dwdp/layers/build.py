@@ -49,6 +49,7 @@ class BuildApart:
         reading: of these, those that take the memory of their share, since nobody has it.
         hold: tells the group which slabs this rank has open: rank -> handles, layer by layer.
         same_files: raises DwdpError where the files of the checkpoint are not those of the others.
+        copies: whether this rank has a copy of a share that is another rank's, for itself alone: an extra one on a GPU.
     """
 
     adopted: list[KeptSlab] | None
@@ -56,6 +57,7 @@ class BuildApart:
     reading: int
     hold: Callable[[dict[int, list[dict[str, Any]]]], object]
     same_files: Callable[[Sequence[str]], object]
+    copies: bool = False
     files_checked: bool = False
 
 

@@ -22,21 +22,27 @@ _PAUSE_S: Final = 0.05
 def map_peers(
     slabs: list[LayerSlab], build: ModelBuild, transport: Transport, rendezvous: Rendezvous, group: list[int]
 ) -> None:
-    """Exchange the handles of all slabs over `group` and map every peer's."""
+    """Exchange the handles of all slabs over `group` and map every peer's.
+
+    A rank with a copy of another's share offers it to nobody, and has that other's slabs open for others.
+    """
     mine = [transport.export_handle(layer.slab).to_dict() for layer in slabs]
     rendezvous.put("slabs", mine)
-    held = {group[build.rank]: mine}
+    copies = build.apart is not None and build.apart.copies
+    held = {} if copies else {group[build.rank]: mine}
     if build.apart is not None:
         build.apart.hold(held)
     for peer in range(len(group)):
-        if peer == build.rank:
+        if peer == build.rank and not copies:
             continue
         # Each as soon as it is there: it may be gone by the time that the last one is.
-        for layer, mapped in zip(slabs, _map_peer(group[peer], len(slabs), build, transport, rendezvous), strict=True):
-            layer.peers[peer] = mapped
+        mapped = _map_peer(group[peer], len(slabs), build, transport, rendezvous)
+        if peer != build.rank:
+            for layer, slab in zip(slabs, mapped, strict=True):
+                layer.peers[peer] = slab
         if build.apart is not None:
             # With handles of this process's own.
-            held[group[peer]] = [cast("KeptPeer", layer.peers[peer]).handle.to_dict() for layer in slabs]
+            held[group[peer]] = [cast("KeptPeer", slab).handle.to_dict() for slab in mapped]
             build.apart.hold(held)
 
 
