@@ -87,7 +87,7 @@ class Meeting:
             put(name, value)
             return [get(other, name) for other in group]
 
-        def offers(other: int, name: str) -> Iterator[Any]:
+        def offers(other: int, name: str, timeout_s: float) -> Iterator[Any]:
             yield get(other, name)
 
         return SimpleNamespace(rank=rank, timeout_s=LIMIT_S, put=put, get=get, offers=offers, gather=gather)

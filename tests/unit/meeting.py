@@ -38,7 +38,7 @@ class Meeting:
             assert self._changed.wait_for(lambda: (rank, name) in self.said, LIMIT_S), name
             return self.said[rank, name]
 
-    def _offers(self, rank: int, name: str) -> Iterator[Any]:
+    def _offers(self, rank: int, name: str, timeout_s: float) -> Iterator[Any]:
         yield self._get(rank, name)
 
     def _gather(self, rank: int, name: str, value: Any, ranks: list[int]) -> list[Any]:

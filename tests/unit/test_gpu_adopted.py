@@ -267,7 +267,7 @@ def test_static_scales_are_refused_where_ranks_come_and_go(monkeypatch: pytest.M
 
 
 def test_a_keeper_that_is_stopped_is_not_the_only_one_asked(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apart_of_a_group, "_ANSWER_S", 0.2)
+    monkeypatch.setattr(apart_of_a_group, "ANSWER_S", 0.2)
     servers.kill()
     good = servers.held[0][1]
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:

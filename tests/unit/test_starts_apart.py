@@ -103,22 +103,22 @@ def test_a_rank_that_dies_while_it_is_mapped_does_not_end_that_start(apart: bool
     build: Any = SimpleNamespace(rank=0, apart=SimpleNamespace(hold=lambda found: held.append(dict(found))))
     build.apart = build.apart if apart else None
     rendezvous: Any = SimpleNamespace(
-        rank=0, timeout_s=LIMIT_S, put=lambda *_: None, offers=lambda rank, name: next(offered)
+        rank=0, timeout_s=LIMIT_S, put=lambda *_: None, offers=lambda rank, name, timeout_s: next(offered)
     )
     if apart:
         map_peers(layers, build, reader, rendezvous, [0, 1])
         assert [layer.peers[1].nbytes for layer in layers] == [NBYTES] * 2 and sorted(held[-1]) == [0, 1]
-        assert len(reader._peers) == 2
+        assert len(reader._peers) == len(reader._kept) == 2
     else:
         with pytest.raises(PeerLost):
             map_peers(layers, build, reader, rendezvous, [0, 1])
-        assert not reader._peers
+        assert not reader._peers and not reader._kept
     for transport in (reader, lives):
         transport.close()
 
 
 def test_slabs_are_offered_by_all_who_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ApartRendezvous, "get", lambda self, rank, name: [f"{name} of {rank}"])
+    monkeypatch.setattr(ApartRendezvous, "get", lambda self, rank, name, timeout_s: [f"{name} of {rank}"])
     monkeypatch.setattr(ApartRendezvous, "_keepers", lambda self, rank: iter([["slabs of 1"], ["slabs of 1, kept"]]))
     rendezvous = object.__new__(ApartRendezvous)
     assert list(rendezvous.offers(1, "slabs")) == [["slabs of 1"], ["slabs of 1, kept"]]

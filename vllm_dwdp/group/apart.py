@@ -16,14 +16,13 @@ from vllm_dwdp.group.rendezvous import Rendezvous
 from vllm_dwdp.transport.base import Handle
 from vllm_dwdp.transport.kept import KeptSlab, keep_slab, memory_of
 from vllm_dwdp.transport.memfd import this_host
+from vllm_dwdp.transport.vmm_kept import ANSWER_S
 
 logger = logging.getLogger("vllm.dwdp")
 
 SLABS: Final = "slabs"
 _HOLDS: Final = "holds"
 _PAUSE_S: Final = 0.05
-#: For one slab: whoever has it gives it at once, unless it is stopped.
-_ANSWER_S: Final = 10.0
 
 
 class Loading(NamedTuple):
@@ -102,7 +101,7 @@ class ApartRendezvous(Rendezvous):
         with contextlib.ExitStack() as undo:
             kept: list[KeptSlab] = []
             for handle in handles:
-                limit_s = min(_ANSWER_S, self.timeout_s)
+                limit_s = min(ANSWER_S, self.timeout_s)
                 kept.append(keep_slab(Handle.from_dict(handle), "an adopted slab", limit_s))
                 undo.callback(kept[-1].close)
             undo.pop_all()
@@ -163,9 +162,9 @@ class ApartRendezvous(Rendezvous):
                 )
             time.sleep(_PAUSE_S)
 
-    def offers(self, rank: int, name: str) -> Iterator[Any]:
+    def offers(self, rank: int, name: str, timeout_s: float | None = None) -> Iterator[Any]:
         """See Rendezvous; of slabs also what others have open, since their owner may be dying, or stopped."""
-        first = self.get(rank, name)
+        first = self.get(rank, name, timeout_s)
         yield first
         if name == SLABS:
             yield from (handles for handles in self._keepers(rank) if handles != first)

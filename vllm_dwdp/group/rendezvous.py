@@ -91,9 +91,9 @@ class Rendezvous:
             self._check_front_end()
         return found
 
-    def offers(self, rank: int, name: str) -> Iterator[Any]:
+    def offers(self, rank: int, name: str, timeout_s: float | None = None) -> Iterator[Any]:
         """What can be had of `rank` under `name`, the best first; waits and raises as `get`."""
-        yield self.get(rank, name)
+        yield self.get(rank, name, timeout_s)
 
     def gather(self, name: str, value: Any, ranks: list[int]) -> list[Any]:
         """Publish `value` and return what every rank of `ranks` published, in that order."""

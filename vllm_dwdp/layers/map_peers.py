@@ -50,18 +50,24 @@ def _map_peer(rank: int, count: int, build: ModelBuild, transport: Transport, re
     """The slabs of a rank of the launch, of as many layers.
 
     One that is a server of its own may die meanwhile, or be stopped: then somebody else may have its slabs open, or its next
-    life has others.
+    life has others. All who have them are asked once before the limit `timeout_s` counts.
     """
-    deadline = time.monotonic() + rendezvous.timeout_s
+    left_s = rendezvous.timeout_s
+    deadline = time.monotonic() + left_s
     while True:
-        for handles in rendezvous.offers(rank, "slabs"):
+        failure: PeerLost | DwdpTimeout | None = None
+        for handles in rendezvous.offers(rank, "slabs", left_s):
             if len(handles) != count:
                 raise DwdpError(f"rank {rank} has {len(handles)} MoE layers, rank {rendezvous.rank} {count}")
             try:
                 return _map_all(handles, transport)
-            except (PeerLost, DwdpTimeout):
-                if build.apart is None or time.monotonic() > deadline:
+            except (PeerLost, DwdpTimeout) as error:
+                if build.apart is None:
                     raise
+                failure = error
+        left_s = round(deadline - time.monotonic(), 1)
+        if failure is not None and left_s <= 0:
+            raise failure
         time.sleep(_PAUSE_S)
 
 
@@ -70,6 +76,7 @@ def _map_all(handles: Sequence[dict[str, Any]], transport: Transport) -> list[Pe
         mapped: list[PeerSlab] = []
         for handle in handles:
             mapped.append(transport.map_peer(Handle.from_dict(handle)))
+            undo.callback(mapped[-1].forget)
             undo.callback(transport.unmap_peer, mapped[-1])
         undo.pop_all()
         return mapped

@@ -102,6 +102,9 @@ class Slot(Memory):
 class PeerSlab(Memory):
     """A peer's slab, mapped read-only: writing to it is an error, and faults where the hardware can tell."""
 
+    def forget(self) -> None:
+        """Let go of what the transport keeps of it for others, which outlives the mapping; idempotent."""
+
 
 class Copy(NamedTuple):
     """A slice in absolute addresses of this process."""

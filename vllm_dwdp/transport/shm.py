@@ -6,8 +6,9 @@ shm_copy.py  the copy thread
 """
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 from vllm_dwdp.errors import DwdpError
@@ -37,9 +38,14 @@ class ShmSlab(MappedMemory, Slab):
 class ShmPeerSlab(MappedMemory, PeerSlab):
     """A peer's memory file, mapped read-only. `handle`: the peer's, or this process's where it keeps the file open."""
 
-    def __init__(self, mapping: Mapping, handle: Handle) -> None:
+    def __init__(self, mapping: Mapping, handle: Handle, forget: Callable[[], None] = lambda: None) -> None:
         super().__init__(mapping)
         self.handle = handle
+        self._forget = forget
+
+    def forget(self) -> None:
+        """See PeerSlab."""
+        self._forget()
 
 
 class ShmSlot(MappedMemory, Slot):
@@ -89,7 +95,7 @@ class ShmTransport(LiveTransport):
         file = keep_file(handle, "a peer's slab")
         # The mapping goes with the slab, the descriptor does not.
         self._kept.append(file.fd)
-        return self._keep(ShmPeerSlab(file.mapping, file.handle))
+        return self._keep(ShmPeerSlab(file.mapping, file.handle, partial(self._forget, file.fd)))
 
     def allocate_slot(self, nbytes: int) -> ShmSlot:
         """See Transport."""
@@ -123,3 +129,8 @@ class ShmTransport(LiveTransport):
         super().close()
         while self._kept:
             os.close(self._kept.pop())
+
+    def _forget(self, fd: int) -> None:
+        if fd in self._kept:
+            self._kept.remove(fd)
+            os.close(fd)

@@ -27,7 +27,7 @@ from vllm_dwdp.transport.cuda_vmm import INSTEAD, VmmCalls
 from vllm_dwdp.transport.limits import require_descriptors
 from vllm_dwdp.transport.mapping import round_up
 from vllm_dwdp.transport.process import ProcessId, is_gone
-from vllm_dwdp.transport.vmm_kept import KeptPieces, has_ended, no_answer, sizes_in
+from vllm_dwdp.transport.vmm_kept import ANSWER_S, KeptPieces, has_ended, no_answer, sizes_in
 from vllm_dwdp.transport.vmm_memory import (
     ComposedRange,
     VmmMemory,
@@ -233,7 +233,7 @@ class VmmTransport(CudaTransport):
 
     def _map(self, handle: Handle, writable: bool, keep: bool = False) -> VmmPeerSlab:
         owner, words = self._owned(handle, socket=str, token=str, pieces=list)
-        sizes, limit_s = sizes_in(handle, self.page), self._options.timeout_s
+        sizes, limit_s = sizes_in(handle, self.page), min(self._options.timeout_s, ANSWER_S if keep else float("inf"))
         allow = self._allow_own if writable else self._allow_peer
         if keep:
             require_descriptors(len(sizes), "keeping a peer's slab")
@@ -263,7 +263,7 @@ class VmmTransport(CudaTransport):
                 }
                 handle = replace(handle, payload=handle.payload | here)
             undo.pop_all()
-        return self._keep(VmmPeerSlab(made, handle))
+        return self._keep(VmmPeerSlab(made, handle, self._withdraw))
 
     def _allow_own(self, address: int, nbytes: int) -> None:
         self._vmm.set_access(address, nbytes, writable=True)
@@ -293,7 +293,7 @@ class VmmTransport(CudaTransport):
         said = error.code if isinstance(error, CudaError) else error.strerror or str(error)
         if is_gone(owner) if isinstance(error, CudaError) else has_ended(owner):
             return PeerLost(f"the owner of a slab (process {owner.pid}) is gone ({said}): look at that rank's log")
-        return DwdpError(
+        return (PeerLost if self._keep_descriptors and isinstance(error, ConnectionError) else DwdpError)(
             f"mapping {handle.nbytes} bytes of process {owner.pid} on {handle.device} for {self._here()} was refused "
             f"({said}): check that the owner still holds them; containers need --network=host and --pid=host (or one "
             f"container for all ranks), and all GPUs in each; or {_OTHERWISE}"

@@ -14,6 +14,8 @@ from vllm_dwdp.transport.limits import require_descriptors
 from vllm_dwdp.transport.process import ProcessId, is_gone
 from vllm_dwdp.transport.vmm_socket import fetch
 
+#: For one slab: whoever has it gives it at once, unless it is stopped, and others may have it too.
+ANSWER_S: Final = 10.0
 #: How long a process whose socket has closed may take to be seen as gone.
 _ENDING_S: Final = 1.0
 _POLL_S: Final = 0.01

@@ -129,9 +129,15 @@ class VmmPeerSlab(VmmMemory, PeerSlab):
     """A peer's slab; read-only where the driver has such mappings of device memory. `handle`: the peer's, or this process's
     where it keeps the descriptors."""
 
-    def __init__(self, made: VmmRange, handle: Handle) -> None:
+    def __init__(self, made: VmmRange, handle: Handle, withdraw: Callable[[str], None]) -> None:
+        """withdraw(token): lets go of the descriptors behind a token, if they are this process's."""
         super().__init__(made)
         self.handle = handle
+        self._withdraw = withdraw
+
+    def forget(self) -> None:
+        """See PeerSlab."""
+        self._withdraw(self.handle.payload["token"])
 
 
 class ComposedRange(VmmMemory):
