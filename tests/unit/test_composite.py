@@ -262,7 +262,11 @@ def test_a_kernel_that_would_not_follow_is_refused(kept: str, view: str, monkeyp
             self.config = SimpleNamespace(parameters=[layer.w2_weight, layer.w13_bias], scales={"w2": found})
 
     monkeypatch.setattr("tests.unit.gpu_layers.Kernel", Keeping)
-    said = f'^weight_view "{view}": Method keeps layer0.{name} in a tensor of its own, .*: choose another --moe-b'
+    other = {"composite": "contiguous", "contiguous": "split"}[view]
+    said = (
+        f'^weight_view "{view}": Method keeps layer0.{name} in a tensor of its own, .*: choose another --moe-backend, '
+    )
+    said += f"or use weight_view {other}$"
     with nullcontext() if follows and view == "contiguous" else pytest.raises(DwdpError, match=said):
         share_on_gpus(monkeypatch, view)
 

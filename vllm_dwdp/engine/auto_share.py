@@ -104,7 +104,8 @@ def _kv_asked(vllm_config: VllmConfig, facts: MemoryFacts) -> float | None:
 
 
 def _view(model: MoeModel, launch: DwdpLaunch, platform: Platform, vllm_config: VllmConfig) -> str:
-    """The view that the layers will have, as far as sizes tell; once they exist, `choose_view` decides."""
+    """The view that the layers will have, as far as sizes tell; once they exist, `choose_view` decides. Where that may be
+    composite, which takes no more memory, it is contiguous."""
     view = launch.config.weight_view
     if view == "composite":
         # But for pages at the ends of shares (`page_ends`), slabs and slots hold the same.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -16,6 +16,9 @@ from vllm_dwdp.errors import DwdpError
 
 if TYPE_CHECKING:
     from vllm_dwdp.layers.slabs import LayerSlab
+
+#: In the contiguous view an alias is right; the split view is for those who asked for another one.
+_OTHERWISE: Final = {"composite": "contiguous", "contiguous": "split"}
 
 
 def kept_apart(
@@ -55,7 +58,7 @@ def check_kernels(layers: Sequence[LayerSlab], view: str) -> None:
             raise DwdpError(
                 f'weight_view "{view}": {type(method).__name__} keeps {layer.build.name}.{layer.fetched[found].name} in '
                 "a tensor of its own, which would not follow what is pulled: choose another --moe-backend, or use "
-                "weight_view split"
+                f"weight_view {_OTHERWISE[view]}"
             )
 
 
