@@ -98,5 +98,5 @@ def test_ranks_that_have_other_layers_are_told() -> None:
     build: Any = SimpleNamespace(apart=None, layers=[layer()], gather=lambda name, value: [value, []])
     scaled = block_scales.scaled_layers(build)
     assert scaled == build.layers
-    with pytest.raises(DwdpError, match=r"^ranks have 1 and 0 MoE layers in NVFP4$"):
+    with pytest.raises(DwdpError, match=r"^ranks have 1 and 0 MoE layers in NVFP4: start all"):
         block_scales.share_block_scales(build, scaled)

@@ -139,8 +139,12 @@ def test_split_kernels_know_blocks(
         ({"quantization": "mxfp8"}, "quantisation 'mxfp8' is not supported by this release of dwdp: .*fp8_per_tensor"),
         ({"quantization": "nvfp4_per_token"}, "quantisation 'nvfp4_per_token' is not supported"),
         ({"quantization": "humming"}, "quantisation 'humming' is not supported"),
-        ({"quantization_config": {"moe": "fp8_per_tensor"}}, "with --quantization online alone: leave it out"),
-        ({"quantization": "fp8", "quantization_config": {"linear": "fp8_per_tensor"}}, "--quantization online alone"),
+        ({"quantization_config": {"moe": "fp8_per_tensor"}}, "with --quantization online or .* alone: leave it out"),
+        (
+            {"quantization": "fp8", "quantization_config": {"linear": "fp8_per_tensor"}},
+            "--quantization online or the name of a scheme",
+        ),
+        ({"quantization": "fp8_per_block", "quantization_config": {"ignore": ["re:.*o_proj"]}}, None),
     ],
 )
 def test_what_may_be_asked_for(given: dict[str, Any], why: str | None, tmp_path: Path) -> None:

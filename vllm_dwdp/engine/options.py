@@ -160,7 +160,7 @@ def check_quantisation(args: EngineArgs, platform: Platform) -> None:
     if args.quantization_config is not None and name not in platform.online:
         raise DwdpError(
             "--quantization-config quantises while loading, which dwdp supports on GPUs and with --quantization online "
-            "alone: leave it out"
+            "or the name of a scheme, such as fp8_per_block, alone: leave it out"
         )
 
 

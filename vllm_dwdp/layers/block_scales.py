@@ -42,7 +42,10 @@ def share_block_scales(build: ModelBuild, layers: list[LayerBuild]) -> None:
         return
     said = build.gather("block_scales", [[_largest(layer.module, which) for which in _PRODUCTS] for layer in layers])
     if len(set(map(len, said))) > 1:
-        raise DwdpError(f"ranks have {' and '.join(str(len(each)) for each in said)} MoE layers in NVFP4")
+        raise DwdpError(
+            f"ranks have {' and '.join(str(len(each)) for each in said)} MoE layers in NVFP4: start all ranks with the same "
+            "checkpoint"
+        )
     for layer, *products in zip(layers, *said, strict=True):
         _process_with(layer.module, [max(values) for values in zip(*products, strict=True)])
 

@@ -43,12 +43,11 @@ class Arrival:
         self._process(module)
 
 
-def watch_online(build: ModelBuild) -> int:
-    """Watch every layer that vLLM will quantise while it reads; to be called before it does. Returns how many there are.
+def watch_online(build: ModelBuild) -> None:
+    """Watch every layer that vLLM will quantise while it reads; to be called before it does.
 
     From here on loading a layer of which a tensor is missing raises DwdpError, as `check_written` does.
     """
-    online = [layer for layer in build.layers if any(p.is_meta for p in layer.module.parameters())]
-    for layer in online:
-        Arrival(build, layer)
-    return len(online)
+    for layer in build.layers:
+        if any(parameter.is_meta for parameter in layer.module.parameters()):
+            Arrival(build, layer)
