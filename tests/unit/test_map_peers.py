@@ -3,6 +3,7 @@ for how long, and what of a try that failed is left."""
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from vllm_dwdp.transport.shm import ShmTransport
 from vllm_dwdp.transport.vmm import VmmTransport
 
 NBYTES = 4096
-SILENT = "dwdp-vmm-test-stopped"
+SILENT = f"dwdp-vmm-test-stopped-{os.getpid()}"
 
 
 @pytest.fixture
