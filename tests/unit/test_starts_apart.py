@@ -31,7 +31,7 @@ def test_a_rank_that_dies_while_others_start_is_kept_by_who_has_mapped_it(group_
     rendezvous = ApartRendezvous(make_folder(owner), Apart("group", 0, group_path), [0, 1, 2], LIMIT_S)
     layer: Any = SimpleNamespace(slab=transport.allocate_slab(NBYTES), peers={})
     ctypes.memmove(layer.slab.address, contents(0), NBYTES)
-    build: Any = SimpleNamespace(rank=0, apart=rendezvous)
+    build: Any = SimpleNamespace(rank=0, apart=SimpleNamespace(hold=rendezvous.hold, copies=False))
     with members(group_path, 3) as three, ThreadPoolExecutor(1) as pool:
         second, third = three.start(1), three.start(2)
         assert [second.ask("join"), third.ask("join")] == [1, 1]
@@ -100,8 +100,8 @@ def test_a_rank_that_dies_while_it_is_mapped_does_not_end_that_start(apart: bool
     offered = iter([[[first, gone]], [[first, gone], [first, second]]])
     layers: Any = [SimpleNamespace(slab=reader.allocate_slab(NBYTES), peers={}) for _ in range(2)]
     held: list[dict[int, Any]] = []
-    build: Any = SimpleNamespace(rank=0, apart=SimpleNamespace(hold=lambda found: held.append(dict(found))))
-    build.apart = build.apart if apart else None
+    told = SimpleNamespace(hold=lambda found: held.append(dict(found)), copies=False)
+    build: Any = SimpleNamespace(rank=0, apart=told if apart else None)
     rendezvous: Any = SimpleNamespace(
         rank=0, timeout_s=LIMIT_S, put=lambda *_: None, offers=lambda rank, name, timeout_s: next(offered)
     )
