@@ -30,6 +30,7 @@ from ci.bench.models import MODELS, model_in
 from ci.bench.results import slower_bases
 from ci.bench.run import Bench, say
 from ci.bench.servers import ServerFailed, parse_system, parse_systems
+from ci.bench.words import check_numbers, check_places
 from ci.report.loads_picture import draw
 from vllm_dwdp.errors import DwdpError
 
@@ -84,7 +85,7 @@ def arguments() -> argparse.Namespace:
         metavar="KIND[:NAME[:JSON]]",
         help="systems compute prompts only, this one, on the other devices, decodes for all (see apart.py)",
     )
-    add("--prefill-devices", type=int, default=2, help="with --decode: the first so many (%(default)s); all: shared")
+    add("--prefill-devices", type=int, help="with --decode, on GPUs: the first so many (2); all: shared")
     add("--model", default="", help=f"{', '.join(MODELS)}, or a folder; default: qwen3")
     add("--layers", type=int, help="of a model that is named, instead of its own number")
     add("--load-format", default="dummy", help="of vLLM; weights are made by the servers unless this says otherwise")
@@ -128,17 +129,25 @@ def arguments() -> argparse.Namespace:
     add("--more", nargs=argparse.REMAINDER, default=[], help="last: words for every `vllm serve`")
     args = parser.parse_args()
     try:
+        check_numbers(args, zero=("ramp_s", "temperature", "spread"))
+        if args.spread >= 1:
+            raise ValueError(f"--spread {args.spread:g}: write less than 1, since lengths are more than 0")
+        check_places(args, "json", "go")
+        if args.earlier is not None and not args.earlier.is_file():
+            raise ValueError(f"--earlier {args.earlier}: there is no such file: name what --json has written")
         args.systems = parse_systems(args.systems or (CPU_SYSTEMS if args.cpu else SYSTEMS))
         args.loads = parse_loads(args.loads or (CPU_LOADS if args.cpu else LOADS).split(), args.spread)
         args.model = args.model or ("tiny" if args.cpu else "qwen3")
-        args.decode = parse_system(args.decode) if args.decode else None
+        check(args)
+        if args.prefill_devices is not None and (args.cpu or args.decode is None):
+            why = "on CPU both sides share the cores" if args.cpu else "it is for --decode"
+            raise ValueError(f"--prefill-devices {args.prefill_devices}: {why}: leave it out")
+        args.prefill_devices = args.prefill_devices or 2
+        args.decode = None if args.decode is None else parse_system(args.decode)
         if args.decode:
             apart.check(args.decode, devices_of(args.cpu), args.prefill_devices, args.cpu)
-        check(args)
     except ValueError as error:
         parser.error(str(error))
-    if args.turns < 1:
-        parser.error(f"--turns {args.turns}: write 1 or more")
     if args.cpu and args.tiles == "alike":
         parser.error("--tiles alike: on CPU there are no tiles")
     if args.cpu and any(system.kind == "dpep" for system in args.systems):

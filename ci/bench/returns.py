@@ -39,6 +39,7 @@ from ci.bench.returns_plain import table as table_plain
 from ci.bench.returns_servers import Left, NotUp, say
 from ci.bench.run import command, machine, versions
 from ci.bench.weights import write_weights
+from ci.bench.words import check_numbers, check_places
 from ci.checks.visible import visible_gpus
 
 from servers import Servers, run_with_servers  # isort: skip
@@ -69,8 +70,16 @@ def arguments() -> argparse.Namespace:
     add("--more", nargs=argparse.REMAINDER, default=[], help="last: words for every `vllm serve`")
     args = parser.parse_args()
     args.model = args.model or ("tiny" if args.cpu else "qwen3")
-    args.layers = args.layers or (5 if args.model == "qwen3" else None)
     try:
+        check_numbers(args, zero=("settle_s",))
+        check_places(args, "json")
+        if args.scratch is not None and not args.scratch.is_dir():
+            raise ValueError(f"--scratch {args.scratch}: there is no such folder: make it, or leave it out")
+        if (least := 3 * args.part_s + 2 * args.settle_s) > args.limit_s:
+            raise ValueError(
+                f"--limit-s {args.limit_s:g}: parts and settling alone take {least:g} s: write more, or shorten them"
+            )
+        args.layers = args.layers or (5 if args.model == "qwen3" else None)
         args.load = parse_load(args.load or ("small=96/1/2" if args.cpu else "prefill8k=8192/1/8"))
         if args.model not in MODELS:
             raise ValueError(f"--model {args.model}: write {', '.join(MODELS)}")
@@ -78,8 +87,6 @@ def arguments() -> argparse.Namespace:
             raise ValueError(f"load {args.load.name}: its clients ask one request after the other, all alike")
         if not args.cpu and (gpus := visible_gpus()) < RANKS:
             raise ValueError(f"this takes {RANKS} GPUs, and {gpus} can be seen: --cpu tries it on two cores")
-        if min(args.part_s, args.start_s, args.answer_s, args.limit_s) <= 0 or args.settle_s < 0:
-            raise ValueError("seconds are more than 0")
     except ValueError as error:
         parser.error(str(error))
     if args.cpu:

@@ -21,6 +21,7 @@ from ci.bench.models import MODELS, model_in
 from ci.bench.results import as_text
 from ci.bench.run import command, machine, say, versions
 from ci.bench.servers import Server, ServerFailed, System, parse_system
+from ci.bench.words import check_numbers, check_places
 
 #: What keeps compiled code from one start to the next.
 _CACHES: Final = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
@@ -57,6 +58,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     texts = args.systems or (["replicas", "dwdp"] if args.cpu else ["dwdp", "dpep", "replicas", "tp"])
     try:
+        check_numbers(args, zero=("again",))
+        check_places(args, "json")
         args.systems = [parse_system(text) for text in texts]
         args.model = args.model or ("tiny" if args.cpu else "qwen3")
         check(args)

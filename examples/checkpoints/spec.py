@@ -82,6 +82,11 @@ class CheckpointSpec:
             raise DwdpError(f"unknown family {self.family!r}: choose one of {', '.join(FAMILIES)}")
         if self.dtype not in ITEM_SIZES:
             raise DwdpError(f"unknown dtype {self.dtype!r}: choose one of {', '.join(ITEM_SIZES)}")
+        for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "max_position"):
+            if (count := getattr(self, name)) < 1:
+                raise DwdpError(f"{name} is {count}: choose 1 or more")
+        if self.shard_mib is not None and not 0 < self.shard_mib < math.inf:
+            raise DwdpError(f"shard_mib is {self.shard_mib}: choose a size above 0, or leave it out for one file")
         if self.fused and FAMILIES[self.family].fused is None:
             raise DwdpError(f"vLLM loads no fused experts of family {self.family}: leave out fused")
         if self.fp8 and (self.is_fused or self.hidden % FP8_BLOCK or self.intermediate % FP8_BLOCK):
@@ -112,13 +117,15 @@ class CheckpointSpec:
         form = FORMS.get(self.experts)
         if form is None:
             raise DwdpError(f"unknown form of experts {self.experts!r}: choose one of {', '.join(FORMS)}")
+        if not self.is_moe:
+            raise DwdpError(f"experts as {self.experts} in family {self.family}, which has none: choose another family")
         stored = self.family == "gpt_oss" if form.fused else not self.is_fused
         if self.fp8 or not stored or self.hidden % form.step or self.intermediate % form.step:
             needs = "family gpt_oss" if form.fused else "experts one by one"
             raise DwdpError(
                 f"experts as {self.experts} in family {self.family} with hidden {self.hidden}, intermediate "
-                f"{self.intermediate}, fused {self.is_fused}, fp8 {self.fp8}: needs {needs}, in sizes that are multiples of "
-                f"{form.step}"
+                f"{self.intermediate}, fused {self.is_fused}, fp8 {self.fp8}: needs {needs}, no fp8, and sizes that are "
+                f"multiples of {form.step}"
             )
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +103,28 @@ def test_memory_is_asked_for_once(model: Path, monkeypatch: pytest.MonkeyPatch) 
         "dwdp: 1 ranks",
         "dwdp: 1 ranks that adopt theirs",
     ]
+
+
+def test_files_of_all_peers_stay_open_where_ranks_come_and_go(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(coverage, "require_descriptors", lambda count, purpose: asked.append(count))
+    for apart in (None, BuildApart(None, 1, 1, lambda held: None, lambda files: None)):
+        load(model, 1, RANKS, {"weight_view": "inplace"}, apart=apart)
+    assert asked[1] - asked[0] == LAYERS * RANKS - (LAYERS + RANKS) > 0
+
+
+def test_slots_have_room_for_the_largest_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(coverage, "require_memory", lambda nbytes, purpose: asked.append(nbytes))
+
+    def layer(nbytes: int) -> Any:
+        module = SimpleNamespace(parameters=lambda: [SimpleNamespace(nbytes=nbytes)])
+        return SimpleNamespace(module=module, placement=SimpleNamespace(num_experts=4, shares=[[0, 1], [2, 3]]))
+
+    build = SimpleNamespace(layers=[layer(16), layer(48)], config=SimpleNamespace(num_slots=2), rank=0, group_size=2)
+    vars(build).update(loading=2, reading=2, apart=None, expects_pages=False, built=lambda layer: (0, 1))
+    coverage.check_memory(build)  # type: ignore[arg-type]
+    assert asked == [2 * (16 + 48) + 2 * 2 * (4 * 24)]
 
 
 @pytest.mark.parametrize("adopted", [None, []])

@@ -19,6 +19,19 @@ from ci.bench import contention, layer_calls, loads, returns, starts
         (["--cpu", "--model", "nope"], "--model nope: write qwen3, .*, or a folder with a config.json"),
         (["--cpu", "--systems", "dpep", "dwdp"], "dpep: does not run on CPU; replicas does"),
         (["--cpu", "--systems", "replicas", 'dwdp:a:{"experts_per_rnk": 4}'], "did you mean 'experts_per_rank'"),
+        (["--cpu", "--layers", "0"], "--layers 0: write 1 or more"),
+        (["--cpu", "--kv-gib", "-1"], "--kv-gib -1: write more than 0"),
+        (["--cpu", "--limit-s", "nan"], "--limit-s nan: write more than 0"),
+        (["--cpu", "--ramp-s", "-0.5"], "--ramp-s -0.5: write 0 or more"),
+        (["--cpu", "--spread", "1"], "--spread 1: write less than 1"),
+        (["--cpu", "--go", "/not/there/go"], "--go /not/there/go: there is no folder /not/there: make it"),
+        (["--cpu", "--json", "/not/there/a.json"], "--json /not/there/a.json: there is no folder /not/there"),
+        (["--cpu", "--json", "/tmp"], "--json /tmp is a folder: name a file"),
+        (["--cpu", "--earlier", "/not/there.json"], "--earlier /not/there.json: there is no such file"),
+        (["--cpu", "--prefill-devices", "1"], "--prefill-devices 1: on CPU both sides share the cores: leave it out"),
+        (["--prefill-devices", "0"], "--prefill-devices 0: write 1 or more"),
+        (["--cpu", "--decode", ""], "system '': its kind is one of"),
+        (["--decode", "tp"], "no GPU here: --cpu tries this on two cores"),
         ([], "no GPU here: --cpu tries this on two cores"),
     ],
 )
@@ -32,6 +45,8 @@ def test_loads(words: list[str], why: str, monkeypatch: pytest.MonkeyPatch, caps
     ("words", "why"),
     [
         (["--cpu", "--model", "nope"], "--model nope: write qwen3, .*, or a folder with a config.json"),
+        (["--cpu", "--again", "-1"], "--again -1: write 0 or more"),
+        (["--cpu", "--json", "/not/there/a.json"], "--json /not/there/a.json: there is no folder /not/there"),
         ([], "no GPU here: --cpu tries this on two cores"),
     ],
 )
@@ -43,13 +58,27 @@ def test_starts(
     refused(monkeypatch, capsys, starts.arguments, words, why)
 
 
+def test_prefill_devices_are_those_of_decode(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    refused(monkeypatch, capsys, loads.arguments, ["--prefill-devices", "1"], "1: it is for --decode: leave it out")
+    monkeypatch.setattr(sys, "argv", ["program", "--ramp-s", "0", "--temperature", "0"])
+    assert loads.arguments().prefill_devices == 2
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
         (["--cpu", "--model", "nope"], "--model nope: write qwen3"),
         (["--cpu", "--load", "a=1/1"], "load 'a=1/1': write NAME="),
         (["--cpu", "--load", "a=1/1/1,every=2"], "load a: its clients ask one request after the other"),
-        (["--cpu", "--part-s", "0"], "seconds are more than 0"),
+        (["--cpu", "--part-s", "0"], "--part-s 0: write more than 0"),
+        (["--cpu", "--settle-s", "-1"], "--settle-s -1: write 0 or more"),
+        (["--cpu", "--layers", "0"], "--layers 0: write 1 or more"),
+        (["--cpu", "--part-s", "200"], "--limit-s 420: parts and settling alone take 608 s: write more"),
+        (["--cpu", "--json", "/not/there/a.json"], "--json /not/there/a.json: there is no folder /not/there"),
+        (["--cpu", "--scratch", "/not/there"], "--scratch /not/there: there is no such folder: make it"),
         ([], "this takes 2 GPUs, and 1 can be seen: --cpu tries it on two cores"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -100,3 +101,25 @@ def test_ranks_that_have_other_layers_are_told() -> None:
     assert scaled == build.layers
     with pytest.raises(DwdpError, match=r"^ranks have 1 and 0 MoE layers in NVFP4: start all"):
         block_scales.share_block_scales(build, scaled)
+
+
+def test_a_layer_is_processed_once_with_the_largest_of_all_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever expert of whichever rank has it; a layer that vLLM processes again is as one of plain vLLM."""
+    found, said, used = layer(), list[Any](), list[list[float]]()
+    method = found.module.quant_method
+    found.module.w13_weight_scale.data[1, 0, 0] = 3.0
+    found.module.w2_weight_scale.data[0, 1, 1] = 5.0
+
+    def gather(name: str, value: Any) -> list[Any]:
+        said.append(value)
+        return [value, [[7.0, 1.0]]]
+
+    @contextmanager
+    def factor(largest: list[float]) -> Iterator[None]:
+        used.append(largest)
+        yield
+
+    monkeypatch.setattr(block_scales, "factor_of", factor)
+    block_scales.share_block_scales(SimpleNamespace(gather=gather), [found])  # type: ignore[arg-type]
+    method.process_weights_after_loading(found.module)
+    assert said == [[[3.0, 5.0]]] and used == [[7.0, 5.0]] and not vars(method)

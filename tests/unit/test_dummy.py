@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 from tests.unit.hopper import on_hopper
 from tests.unit.quantised import rank_of, sizes
 from tests.unit.whole_model import expert_layers, vllm_groups
-from vllm_dwdp.engine.dummy import draw_packed
+from vllm_dwdp.engine.dummy import draw_firsts, draw_packed
 from vllm_dwdp.layers import gates
 from vllm_dwdp.layers.build import ModelBuild
 
@@ -56,11 +56,29 @@ def test_packed_integers_are_drawn(form: str, kernels: str, name: str, checkpoin
         assert len(data.unique()) > 100
 
 
-def test_a_rank_that_returns_draws_what_it_left() -> None:
-    """With one expert built instead of all."""
+def test_a_rank_that_returns_draws_what_it_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one expert built instead of all; drawn as on a GPU, where all numbers change with how many there are."""
+    draw = torch.Tensor.random_
+
+    def by_size(tensor: torch.Tensor, low: int, high: int, generator: torch.Generator) -> torch.Tensor:
+        return draw(tensor, low, high, generator=torch.Generator().manual_seed(tensor.numel()))
+
+    monkeypatch.setattr(torch.Tensor, "random_", by_size)
     rows = torch.zeros((5, 3, 4), dtype=torch.int32)
     all_, first = drawn(w13_qweight=rows), drawn(w13_qweight=rows[:1])
     assert torch.equal(all_["w13_qweight"][:1], first["w13_qweight"])
+
+
+def test_what_vllm_gives_a_value_keeps_it() -> None:
+    """Such as scales of which another one would be out of range; other numbers are drawn, of the first expert alone."""
+    module = torch.nn.Module()
+    for name in ("w13_weight", "w13_weight_scale"):
+        module.register_parameter(name, torch.nn.Parameter(torch.ones(2, 3), requires_grad=False))
+    module.w13_weight_scale.dummy_weight_value = 1.0  # type: ignore[union-attr, assignment]
+    build: Any = SimpleNamespace(layers=[SimpleNamespace(module=module)])
+    draw_firsts(build)
+    ones = {name: (parameter == 1).all(1).tolist() for name, parameter in module.named_parameters()}
+    assert ones == {"w13_weight": [False, True], "w13_weight_scale": [True, True]}
 
 
 def test_what_is_no_weight_is_left_alone() -> None:
@@ -68,6 +86,8 @@ def test_what_is_no_weight_is_left_alone() -> None:
         "w13_g_idx": torch.arange(6, dtype=torch.int32).view(2, 3),
         "w13_weight_shape": torch.tensor([[8, 16]] * 2),
         "w2_weight": torch.ones((2, 3)),
+        # Of a router: experts by the hash of a token.
+        "hash_indices_table": torch.arange(6).view(2, 3),
     }
     found = drawn(**given)
     assert all(torch.equal(found[name], data) for name, data in given.items())

@@ -14,12 +14,13 @@ pytest.importorskip("vllm")
 
 import torch
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.model_loader import base_loader
 
 from tests.unit.gpu_sharing import share_on_gpus
 from tests.unit.hopper import on_hopper
 from tests.unit.leftovers import refusal
-from tests.unit.quantised import SIZES, options, rank_of, ranks_of
+from tests.unit.quantised import SIZES, options, rank_of, ranks_of, sizes
 from tests.unit.whole_model import Loaded, as_bytes, edited, expert_layers, load, vllm_config, vllm_groups
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine.auto_share import memory_of
@@ -29,6 +30,7 @@ from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.group.launch import DwdpLaunch
 from vllm_dwdp.layers import gates
 from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers.online import Arrival
 from vllm_dwdp.platform import CPU, CUDA
 
 FORM, GIB = "online-fp8-tensor", 2**30
@@ -108,6 +110,32 @@ def test_an_experts_tensor_that_is_not_there(
         rank_of(folder, 1, form=FORM)
 
 
+def test_what_had_a_value_when_it_was_built_has_none_in_new_memory() -> None:
+    """So that a bias which a checkpoint lacks is told, not taken from what memory held; the method is vLLM's again then."""
+    method, processed = UnquantizedFusedMoEMethod.__new__(UnquantizedFusedMoEMethod), list[Any]()
+    module: Any = torch.nn.Module()
+    for name, shape in (("w13_weight", (2, 8, 4)), ("w13_bias", (2, 8)), ("w2_weight", (2, 4, 4))):
+        module.register_parameter(name, torch.nn.Parameter(torch.zeros(shape), requires_grad=False))
+    module.moe_config = SimpleNamespace(is_act_and_mul=True, intermediate_size_per_partition=4)
+    module.moe_config.intermediate_size_per_partition_unpadded = None
+    object.__setattr__(module, "quant_method", method)
+    layer: Any = SimpleNamespace(module=module, name="a.layer", placement=SimpleNamespace(shares=[(3, 5)]))
+    build: Any = SimpleNamespace(rank=0, layers=[layer])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(method), "process_weights_after_loading", lambda self, layer: processed.append(layer))
+        arrival = Arrival(build, layer)
+        arrival.mark()
+        for name in ("w13_weight", "w2_weight"):
+            getattr(module, name).data.fill_(1.0)
+        with pytest.raises(DwdpError, match=r"into a.layer.w13_bias \(gate\) of 2 of this rank's 2 experts: 3, 5 "):
+            method.process_weights_after_loading(module)
+        module.w13_bias.data.fill_(1.0)
+        method.process_weights_after_loading(module)
+        method.process_weights_after_loading(module)
+    assert processed == [module] * 2 and module.dwdp_arrival is None
+    assert "process_weights_after_loading" not in vars(method)
+
+
 def test_random_weights_are_quantised_too(checkpoint: Callable[..., Path]) -> None:
     told = {**options(FORM, "triton"), "load_format": "dummy"}
     made: Loaded = load(checkpoint(**SIZES), 0, 2, {"weight_view": "split"}, platform=CUDA, **told)
@@ -165,6 +193,7 @@ def test_what_may_be_asked_for(given: dict[str, Any], why: str | None, tmp_path:
     [
         ({"quantization": "fp8"}, 2),
         ({"quantization": "fp8_per_block"}, 2),
+        ({"quantization": "fp8_per_channel"}, 2),
         ({"quantization": "int8_per_channel_weight_only"}, 2),
         # By layer: not foreseen, so that sizes are those on disk.
         ({"quantization": "online", "quantization_config": {"targets": {"re:.*experts": "fp8_per_tensor"}}}, 1),
@@ -179,5 +208,12 @@ def test_memory_is_that_of_quantised_experts(
     found, plain = (memory_of(each, launch, CUDA, GIB) for each in (config, stored))
     assert found.expert * part == pytest.approx(plain.expert, rel=0.01)
     # Linear layers, but for embeddings.
-    assert (found.dense < plain.dense) == (given.get("quantization") in ("fp8", "fp8_per_block"))
+    assert (found.dense < plain.dense) == str(given.get("quantization")).startswith("fp8")
+    blocks = stored_config(config.model_config).get("quantization_config", {}).get("weight_block_size")
+    assert blocks == ([128, 128] if given.get("quantization") == "fp8_per_block" else None)
     assert "quantization_config" not in stored_config(stored.model_config)
+
+
+def test_sizes_of_a_quantised_checkpoint_are_its_own(checkpoint: Callable[..., Path]) -> None:
+    model = vllm_config(checkpoint(**sizes("fp8-block"))).model_config
+    assert model.quantization == "fp8" and stored_config(model) == model.hf_config.to_dict()

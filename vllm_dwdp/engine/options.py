@@ -146,8 +146,8 @@ def _loading(args: EngineArgs) -> Iterator[str]:
 def _quantisation(name: str) -> str:
     return (
         f"quantisation {name!r} is not supported by this release of dwdp: use a BF16, FP16 or FP32 checkpoint, or on GPUs "
-        "one in FP8, MXFP4 or NVFP4, of GPTQ, AWQ or compressed-tensors, or --quantization fp8_per_tensor, "
-        "fp8_per_block, fp8_per_channel or int8_per_channel_weight_only"
+        "one in FP8, MXFP4 or NVFP4, of GPTQ, AWQ or compressed-tensors, without --quantization, or --quantization "
+        "fp8_per_tensor, fp8_per_block, fp8_per_channel or int8_per_channel_weight_only"
     )
 
 
