@@ -273,10 +273,8 @@ class ExpertSharing:
         )
 
     def _describe_direct(self) -> str:
-        if self.direct_tokens is None:
-            return ""
         if not self.direct_tokens:
-            return "" if self.build.platform.on_cpu else ", without CUDA graphs"
+            return "" if self.direct_tokens is None or self.build.platform.on_cpu else ", without CUDA graphs"
         told = self.build.config.direct_tokens
         how = "as measured" if told == "auto" else "as told"
         if self.travel is not None and self.direct_tokens == self.build.config.travel_tokens != told:
