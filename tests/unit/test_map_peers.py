@@ -23,6 +23,7 @@ from vllm_dwdp.errors import DwdpError, DwdpTimeout, PeerLost
 from vllm_dwdp.layers import map_peers as maps
 from vllm_dwdp.transport import vmm
 from vllm_dwdp.transport.base import Handle, Transport
+from vllm_dwdp.transport.cuda_copy import CopyOptions
 from vllm_dwdp.transport.shm import ShmTransport
 from vllm_dwdp.transport.vmm import VmmTransport
 
@@ -36,7 +37,9 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     monkeypatch.setattr("vllm_dwdp.transport.vmm_kept._ENDING_S", 0.0)
     made = Pair("vmm")
     made.reader.close()
-    made.reader = VmmTransport(made.theirs, made.theirs.vmm, None, process_id(1), keep_descriptors=True)
+    made.reader = VmmTransport(
+        made.theirs, made.theirs.vmm, CopyOptions(timeout_s=LIMIT_S / 2), process_id(1), keep_descriptors=True
+    )
     yield made
     made.close()
 
