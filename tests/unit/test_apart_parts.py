@@ -6,19 +6,23 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 pytest.importorskip("torch")
 
 from tests.unit.helpers import LIMIT_S, LaunchOwner
+from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpError, DwdpTimeout, PeerLost
 from vllm_dwdp.group import apart as group_apart
 from vllm_dwdp.group.apart import ApartRendezvous, left_in_memory
 from vllm_dwdp.group.launch import Apart
 from vllm_dwdp.group.launch_folder import make_folder
+from vllm_dwdp.group.rendezvous import Rendezvous
+from vllm_dwdp.layers import transports
 from vllm_dwdp.layers.map_peers import map_peers
+from vllm_dwdp.platform import CUDA
 from vllm_dwdp.transport.base import Handle
 
 HANDLE: Any = Handle("shm", "a host", "cpu", 8, {}).to_dict()
@@ -149,3 +153,10 @@ def test_a_rank_that_dies_each_time_it_is_mapped_ends_the_start(error: type[Dwdp
             mapping(offers, timeout_s=0.3)
     # But for the last pause, which would go beyond it.
     assert len(asked) > 2 and asked[-1] - asked[0] >= 0.2
+
+
+def test_ranks_that_come_and_go_ask_nobody_for_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that returns would wait for the words of those that serve, and they have no composite view."""
+    monkeypatch.setattr(transports, "make_transport", lambda *_: pytest.fail("memory is tried"))
+    build: Any = SimpleNamespace(apart=SimpleNamespace(), platform=CUDA, config=DwdpConfig.parse({}))
+    assert transports.page_of_group(build, cast("Rendezvous", None), [0, 1]) is None

@@ -30,7 +30,7 @@ from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.group.launch import DwdpLaunch
 from vllm_dwdp.layers import gates
 from vllm_dwdp.layers.build import ModelBuild
-from vllm_dwdp.layers.online import Arrival
+from vllm_dwdp.layers.online import Arrival, watch_online
 from vllm_dwdp.platform import CPU, CUDA
 
 FORM, GIB = "online-fp8-tensor", 2**30
@@ -136,6 +136,21 @@ def test_what_had_a_value_when_it_was_built_has_none_in_new_memory() -> None:
     assert "process_weights_after_loading" not in vars(method)
 
 
+def test_layers_are_watched_that_have_weights_without_memory() -> None:
+    """Be it that a bias of theirs has some."""
+
+    def layer(*devices: str) -> Any:
+        module: Any = torch.nn.Module()
+        for number, device in enumerate(devices):
+            module.register_parameter(f"w{number}", torch.nn.Parameter(torch.zeros(2, device=device)))
+        module.quant_method = SimpleNamespace(process_weights_after_loading=None)
+        return SimpleNamespace(module=module)
+
+    build: Any = SimpleNamespace(layers=[layer("meta", "cpu"), layer("cpu", "cpu"), layer("cpu", "meta")])
+    assert watch_online(build) == 2
+    assert [hasattr(each.module, "dwdp_arrival") for each in build.layers] == [True, False, True]
+
+
 def test_random_weights_are_quantised_too(checkpoint: Callable[..., Path]) -> None:
     told = {**options(FORM, "triton"), "load_format": "dummy"}
     made: Loaded = load(checkpoint(**SIZES), 0, 2, {"weight_view": "split"}, platform=CUDA, **told)
@@ -217,3 +232,21 @@ def test_memory_is_that_of_quantised_experts(
 def test_sizes_of_a_quantised_checkpoint_are_its_own(checkpoint: Callable[..., Path]) -> None:
     model = vllm_config(checkpoint(**sizes("fp8-block"))).model_config
     assert model.quantization == "fp8" and stored_config(model) == model.hf_config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "view"),
+    [
+        ("fp8_per_tensor", "split"),
+        ("fp8_per_block", "split"),
+        ("fp8_per_channel", "contiguous"),
+        ("int8_per_channel_weight_only", "contiguous"),
+    ],
+)
+def test_memory_is_that_of_the_view_that_they_will_have(name: str, view: str, checkpoint: Callable[..., Path]) -> None:
+    config = vllm_config(checkpoint(**SIZES), quantization=name)
+    found = {
+        each: memory_of(config, DwdpLaunch(DwdpConfig.parse({"weight_view": each}), 2, "", ()), CUDA, GIB)
+        for each in ("auto", "split", "contiguous")
+    }
+    assert found["split"] != found["contiguous"] and found["auto"] == found[view]

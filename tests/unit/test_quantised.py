@@ -190,6 +190,7 @@ def test_an_experts_tensor_that_is_not_there(
         ("awq-int4", "down_proj.qzeros", "w2_qzeros"),
         ("nvfp4", "down_proj.weight_scale", "w2_weight_scale"),
         ("ct-nvfp4", "gate_proj.weight_global_scale", r"w13_weight_global_scale \(gate\)"),
+        ("ct-nvfp4", "down_proj.weight_scale", "w2_weight_scale"),
         ("ct-mxfp4", "down_proj.weight_scale", "w2_weight_scale"),
     ],
 )

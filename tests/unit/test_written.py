@@ -233,7 +233,9 @@ def test_tied_experts() -> None:
     check_message(refusal(lambda: refuse_tied(build_of(alias))), ["layers.0.w13_weight and layers.0.w2_weight"])
 
 
-def test_a_drafter_is_loaded_behind_its_target(checkpoint: Callable[..., Path]) -> None:
+def test_a_drafter_is_loaded_behind_its_target(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """vLLM loads a dense drafter with the target's loader, once the target's weights are read and processed."""
     loaded = load(checkpoint(family="qwen3_moe", **SIZES), 1, 2)
     before = {name: module.w13_weight.data.clone() for name, module in expert_layers(loaded.model).items()}
@@ -242,6 +244,8 @@ def test_a_drafter_is_loaded_behind_its_target(checkpoint: Callable[..., Path]) 
 
     dense = vllm_config(checkpoint(family="qwen3", **TINY))
     loader = get_model_loader(loaded.vllm_config.load_config)
+    # Nor are block scales of the target shared once more.
+    monkeypatch.setattr("vllm_dwdp.engine.loader.scaled_layers", None)
     with set_current_vllm_config(dense):
         loader.load_model(vllm_config=dense, model_config=dense.model_config)
     for name, module in expert_layers(loaded.model).items():
