@@ -147,7 +147,7 @@ def test_layers_are_watched_that_have_weights_without_memory() -> None:
         return SimpleNamespace(module=module)
 
     build: Any = SimpleNamespace(layers=[layer("meta", "cpu"), layer("cpu", "cpu"), layer("cpu", "meta")])
-    assert watch_online(build) == 2
+    watch_online(build)
     assert [hasattr(each.module, "dwdp_arrival") for each in build.layers] == [True, False, True]
 
 
