@@ -111,6 +111,7 @@ class Loaded:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, mode: CUDAGraphMode, direct: int) -> None:
         self.compilation = compilation(mode)
         self.experts_per_rank: int | str | None = None
+        self.build: ModelBuild | None = None
         self.started = 0
         store = SimpleNamespace(
             check_identity=lambda identity, group: None,
@@ -135,7 +136,7 @@ class Loaded:
         monkeypatch.setattr(worker, "set_current_vllm_config", lambda config: nullcontext())
 
     def share(self, build: ModelBuild, *arguments: Any) -> Any:
-        self.experts_per_rank = build.config.experts_per_rank
+        self.build, self.experts_per_rank = build, build.config.experts_per_rank
         return SimpleNamespace(
             direct_tokens=self._direct,
             describe=lambda place: "",
@@ -168,6 +169,13 @@ def test_graphs_are_limited_to_direct_forwards_once_the_model_is_there(
     assert loaded.compilation.splitting_ops == splitting and isinstance(get_offloader(), NoopOffloader)
     with pytest.raises(DwdpError, match=r"model_runner\.reload_weights would replace weights"):
         loaded.worker.model_runner.reload_weights()
+
+
+def test_what_layers_ask_is_asked_of_the_whole_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for the largest scale of all ranks' experts."""
+    loaded = Loaded(monkeypatch, CUDAGraphMode.NONE, 0)
+    loaded.worker.load_model()
+    assert loaded.build is not None and loaded.build.gather("scales", 3) == [3, 3]
 
 
 def test_layers_are_built_with_as_many_experts_as_memory_allows(
