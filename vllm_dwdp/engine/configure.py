@@ -17,6 +17,7 @@ from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import options
 from vllm_dwdp.engine.cores import bind_ranks
 from vllm_dwdp.engine.devices import set_devices
+from vllm_dwdp.engine.forms import check_form
 from vllm_dwdp.engine.model_config import hide_moe
 from vllm_dwdp.engine.orphans import value_of_parent, watch_forked
 from vllm_dwdp.engine.planner import ask_planner
@@ -140,6 +141,7 @@ def create_engine_config(
     def create_model_config() -> ModelConfig:
         model_config = type(args).create_model_config(args)
         experts = options.check_model(model_config, platform)
+        check_form(config, model_config, platform)
         if model_config.quantization not in (None, *platform.split, *platform.online):
             # There is nothing of ours to prefer: vLLM's own choice.
             args.moe_backend = moe_backend

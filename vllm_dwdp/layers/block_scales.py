@@ -15,6 +15,11 @@ from vllm_dwdp.layers.build import LayerBuild, ModelBuild
 from vllm_dwdp.layers.methods import method_of
 from vllm_dwdp.patches.block_scales import factor_of
 
+#: What is wrong with "experts" of this form in ranks that come and go.
+NOT_APART: Final = (
+    "in NVFP4 with dwdp.group, where a rank that returns reads too few to know the largest of their scales: use another "
+    "quantisation, or one launch for all ranks"
+)
 #: The order in which vLLM processes the products of a layer.
 _PRODUCTS: Final = ("w13", "w2")
 
@@ -26,10 +31,7 @@ def scaled_layers(build: ModelBuild) -> list[LayerBuild]:
     """
     found = [layer for layer in build.layers if (known := method_of(layer.module)) is not None and known.one_factor]
     if found and build.apart is not None:
-        raise DwdpError(
-            f"experts of {found[0].name} in NVFP4 with dwdp.group, where a rank that returns reads too few to know the "
-            "largest of their scales: use another quantisation, or one launch for all ranks"
-        )
+        raise DwdpError(f"experts of {found[0].name} {NOT_APART}")
     return found
 
 
