@@ -30,6 +30,8 @@ WARM_UP_S = 2.0
 TURN_MORE_S = 2.0
 #: Of one `vllm bench serve`.
 VLLM_BENCH_S = 60.0
+#: That a bench waits for its turn.
+GO_S = 3600.0
 #: Of ending all servers.
 STOP_S = 20.0
 
@@ -115,10 +117,12 @@ class Bench:
         self.servers.pop(name).stop()
 
     def hold(self, go: Path) -> None:
-        """Wait for this file, as long as it takes: several benches may start their servers at once, and measure in turn."""
+        """Wait for this file: several benches may start their servers at once, and measure in turn. Raises ServerFailed."""
         say(f"waits for {go}")
         begun = time.monotonic()
         while not go.exists():
+            if time.monotonic() - begun > GO_S:
+                raise ServerFailed(f"--go {go}: nobody made it for {GO_S:.0f} s; make it once it is this bench's turn")
             time.sleep(0.5)
         self.deadline += time.monotonic() - begun
 

@@ -216,3 +216,6 @@ def test_a_bench_waits_for_its_turn_and_keeps_its_time(tmp_path: Path, monkeypat
     monkeypatch.setattr(bench_run.time, "sleep", sleep)
     made.hold(tmp_path / "go")
     assert now[0] == 200 and made.deadline == pytest.approx(before + 100)
+    monkeypatch.setattr(bench_run, "GO_S", 20.0)
+    with pytest.raises(bench_servers.ServerFailed, match=r"--go .*never: nobody made it for 20 s; make it"):
+        made.hold(tmp_path / "never")

@@ -96,3 +96,14 @@ def test_what_is_no_weight_is_left_alone() -> None:
 def test_exponents_of_scales_are_small() -> None:
     found = drawn(w13_weight_scale=torch.zeros((2, 3), dtype=torch.uint8))["w13_weight_scale"]
     assert (found == 120).all()
+
+
+def test_what_a_layer_says_of_its_dummy_weights_holds() -> None:
+    module = torch.nn.Module()
+    for name, value in (("w2_weight_scale", 127), ("w13_weight_scale", None)):
+        parameter: Any = torch.nn.Parameter(torch.zeros((2, 3), dtype=torch.uint8), requires_grad=False)
+        parameter.dummy_weight_value = value
+        module.register_parameter(name, parameter)
+    build: Any = SimpleNamespace(layers=[SimpleNamespace(module=module)])
+    draw_packed(build)
+    assert [int(parameter[0, 0]) for parameter in module.parameters()] == [0, 120]

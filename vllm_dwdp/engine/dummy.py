@@ -23,6 +23,8 @@ def draw_packed(build: ModelBuild) -> None:
         for name, parameter in layer.module.named_parameters():
             if parameter.is_floating_point() or name in NOT_PER_EXPERT or name.endswith(_NO_WEIGHTS):
                 continue
+            if _is_told(parameter):
+                continue
             rows = parameter.data.view(torch.uint8)
             if name.endswith("scale"):
                 rows.fill_(_EXPONENT)
@@ -37,5 +39,10 @@ def draw_firsts(build: ModelBuild) -> None:
     returns, which builds this expert alone, is to draw what it left."""
     for layer in build.layers:
         for name, parameter in layer.module.named_parameters():
-            if parameter.ndim and name not in NOT_PER_EXPERT and not hasattr(parameter, "dummy_weight_value"):
+            if parameter.ndim and name not in NOT_PER_EXPERT and not _is_told(parameter):
                 initialize_single_dummy_weight(parameter.data[:1])
+
+
+def _is_told(parameter: torch.nn.Parameter) -> bool:
+    """Whether vLLM's layer says what dummy weights are, which vLLM's loader has written."""
+    return getattr(parameter, "dummy_weight_value", None) is not None
