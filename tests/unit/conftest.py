@@ -51,6 +51,28 @@ def gates_of_a_module() -> Iterator[None]:
         gc.collect()
 
 
+@pytest.fixture(scope="module")
+def hopper() -> Iterator[None]:
+    """vLLM builds models in this process, with the kernels that it takes on a Hopper GPU."""
+    from tests.unit.hopper import on_hopper
+    from tests.unit.whole_model import vllm_groups
+
+    with vllm_groups(), on_hopper():
+        yield
+
+
+@pytest.fixture
+def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nor its gates: each test has builds of its own."""
+    from vllm_dwdp.layers import gates
+    from vllm_dwdp.layers.build import ModelBuild
+
+    monkeypatch.setattr(ModelBuild, "_current", None)
+    yield
+    gates._gates.clear()
+    gc.collect()
+
+
 @pytest.fixture
 def transport() -> Iterator[ShmTransport]:
     """A transport; the test fails if it leaves a descriptor or a mapping behind."""

@@ -3,8 +3,7 @@ byte that plain vLLM's are. On the simulated device; kernels do not run here."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,11 @@ import torch
 from tests.unit.cuda_pair import LIMIT_S
 from tests.unit.fake_cuda import Machine
 from tests.unit.gpu_sharing import MANY, Group, Meeting, share_on_gpus
-from tests.unit.hopper import on_hopper
 from tests.unit.leftovers import check_message, refusal
 from tests.unit.quantised import EXPERTS, FLASHINFER, RANKS, TAKEN, plain_of, rank_of, sizes
 from tests.unit.test_methods import as_bytes, kept
-from tests.unit.whole_model import Loaded, edited, expert_layers, vllm_groups
-from vllm_dwdp.layers import gates
-from vllm_dwdp.layers.build import BuildApart, ModelBuild
+from tests.unit.whole_model import Loaded, edited, expert_layers
+from vllm_dwdp.layers.build import BuildApart
 from vllm_dwdp.transport.base import Handle
 from vllm_dwdp.transport.kept import KeptSlab, keep_slab
 
@@ -36,18 +33,7 @@ QUICK = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def groups() -> Iterator[None]:
-    with vllm_groups(), on_hopper():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(ModelBuild, "_current", None)
-    yield
-    gates._gates.clear()
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("hopper", "no_build_stays")
 
 
 class Life:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,27 +15,13 @@ pytest.importorskip("vllm")
 import torch
 from vllm.model_executor.layers.quantization.utils import marlin_utils_fp4
 
-from tests.unit.hopper import on_hopper
 from tests.unit.quantised import RANKS, plain_of, rank_of, ranks_of, sizes
-from tests.unit.whole_model import as_bytes, expert_layers, vllm_groups
+from tests.unit.whole_model import as_bytes, expert_layers
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.layers import block_scales, gates
-from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers import block_scales
 from vllm_dwdp.patches.block_scales import factor_of
 
-
-@pytest.fixture(scope="module", autouse=True)
-def groups() -> Iterator[None]:
-    with vllm_groups(), on_hopper():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(ModelBuild, "_current", None)
-    yield
-    gates._gates.clear()
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("hopper", "no_build_stays")
 
 
 def test_a_share_alone_would_have_another_factor(checkpoint: Callable[..., Path]) -> None:

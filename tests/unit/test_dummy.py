@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,25 +12,11 @@ import torch
 
 pytest.importorskip("vllm")
 
-from tests.unit.hopper import on_hopper
 from tests.unit.quantised import rank_of, sizes
-from tests.unit.whole_model import expert_layers, vllm_groups
+from tests.unit.whole_model import expert_layers
 from vllm_dwdp.engine.dummy import draw_firsts, draw_packed
-from vllm_dwdp.layers import gates
-from vllm_dwdp.layers.build import ModelBuild
 
-
-@pytest.fixture(scope="module", autouse=True)
-def groups() -> Iterator[None]:
-    with vllm_groups(), on_hopper():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(ModelBuild, "_current", None)
-    yield
-    gates._gates.clear()
+pytestmark = pytest.mark.usefixtures("hopper", "no_build_stays")
 
 
 def drawn(**parameters: torch.Tensor) -> dict[str, torch.Tensor]:

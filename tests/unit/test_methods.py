@@ -3,7 +3,6 @@ parameter, and of whatever kernel objects keep, as plain vLLM has it. Kernels do
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,14 +17,12 @@ import torch
 
 from tests.unit import fake_vmm
 from tests.unit.gpu_sharing import MANY, share_on_gpus
-from tests.unit.hopper import on_hopper
 from tests.unit.leftovers import check_message, refusal
 from tests.unit.meeting import Meeting
 from tests.unit.quantised import EXPERTS, FLASHINFER, RANKS, TAKEN, UNREAD, plain_of, rank_of, ranks_of, sizes
-from tests.unit.whole_model import expert_layers, vllm_groups
+from tests.unit.whole_model import expert_layers
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.layers import gates, methods
-from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers import methods
 from vllm_dwdp.layers.kept import _tensors_in
 from vllm_dwdp.layers.largest import share_largest
 from vllm_dwdp.layers.slabs import tensors_of
@@ -55,18 +52,7 @@ def cases() -> Iterator[Any]:
             yield pytest.param(*taken, view, marks=() if taken in quick else pytest.mark.full)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def groups() -> Iterator[None]:
-    with vllm_groups(), on_hopper():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(ModelBuild, "_current", None)
-    yield
-    gates._gates.clear()
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("hopper", "no_build_stays")
 
 
 def as_bytes(tensor: torch.Tensor) -> bytes:

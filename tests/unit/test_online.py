@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,36 +17,22 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.model_loader import base_loader
 
 from tests.unit.gpu_sharing import share_on_gpus
-from tests.unit.hopper import on_hopper
 from tests.unit.leftovers import refusal
 from tests.unit.quantised import SIZES, options, rank_of, ranks_of, sizes
-from tests.unit.whole_model import Loaded, as_bytes, edited, expert_layers, load, vllm_config, vllm_groups
+from tests.unit.whole_model import Loaded, as_bytes, edited, expert_layers, load, vllm_config
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine.auto_share import memory_of
 from vllm_dwdp.engine.options import check_model, check_quantisation
 from vllm_dwdp.engine.stored import stored_config
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.group.launch import DwdpLaunch
-from vllm_dwdp.layers import gates
-from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.online import Arrival, watch_online
 from vllm_dwdp.platform import CPU, CUDA
 
 FORM, GIB = "online-fp8-tensor", 2**30
 
 
-@pytest.fixture(scope="module", autouse=True)
-def groups() -> Iterator[None]:
-    with vllm_groups(), on_hopper():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(ModelBuild, "_current", None)
-    yield
-    gates._gates.clear()
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("hopper", "no_build_stays")
 
 
 @pytest.mark.parametrize(

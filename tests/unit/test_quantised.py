@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,11 @@ from examples.checkpoints import CheckpointSpec
 from examples.checkpoints import expert_tensors as expert_tensors_of
 from examples.checkpoints.float4 import MX_LEVELS
 from examples.checkpoints.quantised import FORMS, GROUP
-from tests.unit.hopper import Hopper, on_hopper
+from tests.unit.hopper import Hopper
 from tests.unit.quantised import EXPERTS, SIZES, TAKEN, plain_of, rank_of, sizes
-from tests.unit.whole_model import edited, expert_layers, load, vllm_config, vllm_groups
+from tests.unit.whole_model import edited, expert_layers, load, vllm_config
 from vllm_dwdp.engine.options import check_model
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.layers import gates
-from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.page_plan import TensorPages
 from vllm_dwdp.placement import place
 from vllm_dwdp.platform import CPU, CUDA
@@ -34,18 +31,7 @@ from vllm_dwdp.platform import CPU, CUDA
 CT = "compressed_tensors.compressed_tensors_moe"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def groups() -> Iterator[None]:
-    with vllm_groups(), on_hopper():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(ModelBuild, "_current", None)
-    yield
-    gates._gates.clear()
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("hopper", "no_build_stays")
 
 
 def matrices(folder: Path, form: str, kernels: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
