@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -39,6 +40,16 @@ def quick_collections() -> None:
     resource_tracker.ensure_running()  # multiprocessing's: it keeps a descriptor from the first spawn on
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def python_is_dispatched_to(request: pytest.FixtureRequest) -> None:
+    """Seen once, behind tests with engines: torch's calls of Python modes stayed switched off in this process, and all later
+    tests that use one failed. By whom was not found: a warning tells before which module it was so."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.Python):
+        torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.Python, False)
+        warnings.warn(f"before {request.node.name} torch's dispatch to Python was switched off", stacklevel=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
