@@ -23,7 +23,7 @@ from tests.e2e.server import Server, dwdp_arguments, start_server
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.skipif(gpus() > 0, reason="CPU only: servers on cores of their own; ranks apart never ran on GPUs"),
+    pytest.mark.skipif(gpus() > 0, reason="CPU only: servers on cores of their own"),
 ]
 
 RANKS = 2

@@ -20,7 +20,7 @@ MORE_S = 900
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.full,
-    pytest.mark.skipif(gpus() > 0, reason="CPU only: servers on cores of their own; ranks apart never ran on GPUs"),
+    pytest.mark.skipif(gpus() > 0, reason="CPU only: servers on cores of their own"),
     pytest.mark.skipif(importlib.util.find_spec("vllm_router") is None, reason="needs the extra disaggregated"),
 ]
 

@@ -15,7 +15,7 @@ from tests.e2e.engines import gpus, start_example
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.full,
-    pytest.mark.skipif(gpus() > 0, reason="CPU only: servers on cores of their own; ranks apart never ran on GPUs"),
+    pytest.mark.skipif(gpus() > 0, reason="CPU only: servers on cores of their own"),
     pytest.mark.skipif(not (example.BIN / "vllm-router").exists(), reason="needs the extra `disaggregated`"),
 ]
 
