@@ -1,10 +1,12 @@
 """DWDP beside vLLM's own ways under load: real `vllm serve` processes, one client. `python -m ci.bench.loads --json FILE`.
 
-    dpep        data parallel attention with expert parallelism, vLLM's default all-to-all; what ratios are to
+    dpep        data parallel attention with expert parallelism, vLLM's default all-to-all
+    dptp        data parallel ranks of two devices each, tensor parallel within, experts spread over all; from 4 devices on
     dwdp        this project, `dwdp:NAME:{"experts_per_rank": 112}` for settings of its own
     tp, tpep    tensor parallel, and with expert parallelism
-    replicas    a server of its own on each device, half of the requests each; ratios are to these where there is no dpep,
-                and to tp where there is neither
+    replicas    a server of its own on each device, an equal part of the requests each
+
+Ratios are to dpep; where it is not among the systems, to dptp, else to replicas, else to tp.
 
 At most three systems are up side by side on the same devices and are measured in turns, in changing order, the others being
 idle. Every load is warmed up on every system first. A turn is a steady load, measured for at least --turn-s seconds; ratios
@@ -29,7 +31,7 @@ from ci.bench.load import SHAPE, Load, parse_loads
 from ci.bench.models import MODELS, model_in
 from ci.bench.results import slower_bases
 from ci.bench.run import Bench, say
-from ci.bench.servers import ServerFailed, parse_system, parse_systems
+from ci.bench.servers import ServerFailed, check_devices, parse_system, parse_systems
 from ci.bench.words import check_numbers, check_places
 from ci.report.loads_picture import draw
 from vllm_dwdp.errors import DwdpError
@@ -143,15 +145,20 @@ def arguments() -> argparse.Namespace:
             why = "on CPU both sides share the cores" if args.cpu else "it is for --decode"
             raise ValueError(f"--prefill-devices {args.prefill_devices}: {why}: leave it out")
         args.prefill_devices = args.prefill_devices or 2
+        for system in args.systems:
+            if args.cpu and system.kind in ("dpep", "dptp"):
+                raise ValueError(f"system {system.kind}: does not run on CPU; replicas does")
         args.decode = None if args.decode is None else parse_system(args.decode)
+        mine = devices_of(args.cpu)
         if args.decode:
-            apart.check(args.decode, devices_of(args.cpu), args.prefill_devices, args.cpu)
+            apart.check(args.decode, mine, args.prefill_devices, args.cpu)
+            mine, theirs = apart.split(mine, args.prefill_devices, args.cpu)
+            check_devices([args.decode], len(theirs))
+        check_devices(args.systems, len(mine))
     except ValueError as error:
         parser.error(str(error))
     if args.cpu and args.tiles == "alike":
         parser.error("--tiles alike: on CPU there are no tiles")
-    if args.cpu and any(system.kind == "dpep" for system in args.systems):
-        parser.error("system dpep: does not run on CPU; replicas does")
     if args.cpu:
         args.kv_gib, args.batched_tokens = min(args.kv_gib, 0.0625), min(args.batched_tokens, 1024)
         args.one_by_one, args.start_s = True, 2 * args.start_s

@@ -22,9 +22,11 @@ from ci.checks.sessions import session
 from ci.root import ROOT
 from vllm_dwdp.config import DwdpConfig
 
-KINDS: Final = ("dwdp", "dpep", "tp", "tpep", "replicas")
+KINDS: Final = ("dwdp", "dpep", "dptp", "tp", "tpep", "replicas")
 #: The first of these that is there is what the others are compared with.
-BASES: Final = ("dpep", "replicas", "tp")
+BASES: Final = ("dpep", "dptp", "replicas", "tp")
+#: Devices of a data parallel rank of dptp.
+DPTP_WIDTH: Final = 2
 #: The name under which all of them serve the model.
 SERVED: Final = "bench"
 _KV: Final = re.compile(r"KV cache size: ([\d,]+) tokens")
@@ -57,7 +59,7 @@ class LogFacts(NamedTuple):
 
 
 def parse_system(text: str) -> System:
-    """'dpep', 'tp', 'tpep', 'replicas' or 'dwdp[:NAME[:JSON]]'; raises ValueError in one line."""
+    """'dpep', 'dptp', 'tp', 'tpep', 'replicas' or 'dwdp[:NAME[:JSON]]'; raises ValueError in one line."""
     kind, _, rest = text.partition(":")
     name, _, settings = rest.partition(":")
     if kind not in KINDS:
@@ -93,6 +95,14 @@ def base_of(systems: Iterable[System]) -> str | None:
     return next((found[kind] for kind in BASES if kind in found), None)
 
 
+def check_devices(systems: Iterable[System], devices: int) -> None:
+    """Raise ValueError where a system cannot be spread over so many devices."""
+    if (devices < 2 * DPTP_WIDTH or devices % DPTP_WIDTH) and any(system.kind == "dptp" for system in systems):
+        raise ValueError(
+            f"system dptp: it takes 4 devices or any larger even number, and has {devices}: leave it out, or change that"
+        )
+
+
 def read_log(text: str) -> LogFacts:
     """What is told of KV tokens, tiles and dwdp."""
     text = _ANSI.sub("", text)
@@ -114,11 +124,18 @@ def words_of(system: System, devices: int) -> list[str]:
         return ["--tensor-parallel-size", str(devices), *["--enable-expert-parallel"] * (system.kind == "tpep")]
     if system.kind == "replicas":
         return []
-    words = ["--data-parallel-size", str(devices)]
-    if system.kind == "dpep":
+    words = ["--data-parallel-size", str(ranks_of(system, devices))]
+    if system.kind == "dptp":
+        words += ["--tensor-parallel-size", str(DPTP_WIDTH)]
+    if system.kind in ("dpep", "dptp"):
         return [*words, "--enable-expert-parallel"]
     words += ["--distributed-executor-backend", "dwdp"]
     return words + (["--additional-config", json.dumps({"dwdp": system.dwdp})] if system.dwdp else [])
+
+
+def ranks_of(system: System, devices: int) -> int:
+    """Data parallel ranks in one of its processes: what X-data-parallel-rank chooses from."""
+    return {"dwdp": devices, "dpep": devices, "dptp": devices // DPTP_WIDTH}.get(system.kind, 1)
 
 
 def places_of(system: System, devices: list[str], cpu: bool) -> list[dict[str, str]]:
@@ -169,7 +186,7 @@ class Server:
         """Returns before they are up. common: words that all systems have. more: environment, by number of process."""
         self.system = system
         self._urls: list[str] = []
-        self._devices = len(devices)
+        self._ranks = ranks_of(system, len(devices))
         self._logs: list[Path] = []
         self._segments: set[Path] = set()
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -196,8 +213,8 @@ class Server:
 
     def targets(self, pinned: bool) -> list[Target]:
         """Its processes; pinned: its ranks, where it has such in one process."""
-        if pinned and self.system.kind in ("dwdp", "dpep"):
-            return [Target(self._urls[0], {"X-data-parallel-rank": str(rank)}) for rank in range(self._devices)]
+        if pinned and self._ranks > 1:
+            return [Target(self._urls[0], {"X-data-parallel-rank": str(rank)}) for rank in range(self._ranks)]
         return [Target(url, {}) for url in self._urls]
 
     def wait(self, deadline: float) -> None:

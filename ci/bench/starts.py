@@ -20,7 +20,7 @@ from ci.bench.loads import check, devices_of
 from ci.bench.models import MODELS, model_in
 from ci.bench.results import as_text
 from ci.bench.run import command, machine, say, versions
-from ci.bench.servers import Server, ServerFailed, System, parse_system
+from ci.bench.servers import Server, ServerFailed, System, check_devices, parse_system
 from ci.bench.words import check_numbers, check_places
 
 #: What keeps compiled code from one start to the next.
@@ -63,6 +63,7 @@ def arguments() -> argparse.Namespace:
         args.systems = [parse_system(text) for text in texts]
         args.model = args.model or ("tiny" if args.cpu else "qwen3")
         check(args)
+        check_devices(args.systems, len(devices_of(args.cpu)))
     except ValueError as error:
         parser.error(str(error))
     return args

@@ -11,7 +11,13 @@ from ci.bench.load import Load
 from ci.bench.results import first_tokens
 from vllm_dwdp.predict.plots import COLOURS, pyplot, save
 
-_KINDS: Final = {"tp": COLOURS["TP"], "tpep": "#b58bd1", "replicas": COLOURS["DP"], "dpep": COLOURS["DEP"]}
+_KINDS: Final = {
+    "tp": COLOURS["TP"],
+    "tpep": "#b58bd1",
+    "replicas": COLOURS["DP"],
+    "dpep": COLOURS["DEP"],
+    "dptp": "#d9a441",
+}
 _DWDP: Final = (COLOURS["DWDP"], "#5fae93", "#a6d3c3")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,7 @@ from ci.bench import contention, layer_calls, loads, returns, starts
         (["--cpu", "--turns", "0"], "--turns 0: write 1 or more"),
         (["--cpu", "--model", "nope"], "--model nope: write qwen3, .*, or a folder with a config.json"),
         (["--cpu", "--systems", "dpep", "dwdp"], "dpep: does not run on CPU; replicas does"),
+        (["--cpu", "--systems", "dptp", "dwdp"], "dptp: does not run on CPU; replicas does"),
         (["--cpu", "--systems", "replicas", 'dwdp:a:{"experts_per_rnk": 4}'], "did you mean 'experts_per_rank'"),
         (["--cpu", "--layers", "0"], "--layers 0: write 1 or more"),
         (["--cpu", "--kv-gib", "-1"], "--kv-gib -1: write more than 0"),
@@ -45,6 +47,7 @@ def test_loads(words: list[str], why: str, monkeypatch: pytest.MonkeyPatch, caps
     ("words", "why"),
     [
         (["--cpu", "--model", "nope"], "--model nope: write qwen3, .*, or a folder with a config.json"),
+        (["--cpu", "--systems", "dptp"], "dptp: it takes 4 devices or any larger even number, and has 2"),
         (["--cpu", "--again", "-1"], "--again -1: write 0 or more"),
         (["--cpu", "--json", "/not/there/a.json"], "--json /not/there/a.json: there is no folder /not/there"),
         ([], "no GPU here: --cpu tries this on two cores"),
@@ -65,6 +68,20 @@ def test_prefill_devices_are_those_of_decode(
     refused(monkeypatch, capsys, loads.arguments, ["--prefill-devices", "1"], "1: it is for --decode: leave it out")
     monkeypatch.setattr(sys, "argv", ["program", "--ramp-s", "0", "--temperature", "0"])
     assert loads.arguments().prefill_devices == 2
+
+
+def test_ranks_of_two_devices_need_as_many(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5")
+    (router := tmp_path / "vllm-router").touch()
+    monkeypatch.setattr("ci.bench.apart.ROUTER", router)
+    monkeypatch.setattr(sys, "argv", ["program", "--systems", "dptp", "dwdp"])
+    assert [system.kind for system in loads.arguments().systems] == ["dptp", "dwdp"]
+    apart = ["--decode", "tp", "--prefill-devices"]
+    refused(monkeypatch, capsys, loads.arguments, ["--systems", "dptp", *apart, "3"], "dptp: it takes .*, and has 3:")
+    decode = ["--systems", "tp", "--decode", "dptp", "--prefill-devices", "4"]
+    refused(monkeypatch, capsys, loads.arguments, decode, "dptp: it takes .*, and has 2:")
 
 
 @pytest.mark.parametrize(

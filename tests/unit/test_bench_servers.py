@@ -43,7 +43,7 @@ def test_systems_are_read() -> None:
         (["dpep", "dwdp:a:[1]"], "no JSON object"),
         (["dpep", "dwdp", "dwdp"], "its own name"),
         (["dpep", "dwdp", "tp", "replicas"], "at most three"),
-        (["dwdp", "tpep"], "add dpep or replicas or tp"),
+        (["dwdp", "tpep"], "add dpep or dptp or replicas or tp"),
     ],
 )
 def test_systems_that_cannot_be_compared_are_refused(texts: list[str], why: str) -> None:
@@ -66,6 +66,41 @@ def test_words_and_devices_of_each_system() -> None:
         "4",
     ]
     assert [place["VLLM_CPU_OMP_THREADS_BIND"] for place in bench_servers.places_of(dwdp, ["0", "1"], True)] == ["0|1"]
+
+
+def test_ranks_of_two_devices() -> None:
+    dptp, dpep, tp = (bench_servers.parse_system(kind) for kind in ("dptp", "dpep", "tp"))
+    words = bench_servers.words_of(dptp, 8)
+    assert words == ["--data-parallel-size", "4", "--tensor-parallel-size", "2", "--enable-expert-parallel"]
+    assert bench_servers.places_of(dptp, ["3", "4", "5", "6"], False) == [{"CUDA_VISIBLE_DEVICES": "3,4,5,6"}]
+    assert bench_servers.base_of([tp, dptp]) == "dptp"
+    for number in (1, 2, 3, 5):
+        with pytest.raises(ValueError, match=f"dptp: it takes 4 devices or any larger even number, and has {number}:"):
+            bench_servers.check_devices([dpep, dptp], number)
+        bench_servers.check_devices([dpep, tp], number)
+    for number in (4, 6, 8):
+        bench_servers.check_devices([dpep, dptp], number)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks"),
+    [
+        ("dptp", ["0", "1"]),
+        ("dpep", ["0", "1", "2", "3"]),
+        ("dwdp", ["0", "1", "2", "3"]),
+        ("tp", []),
+        ("replicas", []),
+    ],
+)
+def test_ranks_that_requests_are_pinned_to(
+    kind: str, ranks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_servers.subprocess, "Popen", lambda *_, **__: None)
+    server = bench_servers.Server(bench_servers.parse_system(kind), tmp_path, [], list("0123"), False, tmp_path)
+    pinned = server.targets(pinned=True)
+    assert [target.headers["X-data-parallel-rank"] for target in pinned if target.headers] == ranks
+    assert len({target.url for target in pinned}) == (4 if kind == "replicas" else 1)
+    assert not any(target.headers for target in server.targets(pinned=False))
 
 
 def test_a_log_tells_tokens_of_all_engines_tiles_and_dwdp() -> None:
