@@ -52,11 +52,6 @@ class Decode(Server):
         more = side_channel(len(devices), cpu, decode=True)
         super().__init__(system._replace(name=f"decode-{system.name}"), model, words, devices, cpu, logs, more)
 
-    @property
-    def url(self) -> str:
-        """Of its only server."""
-        return self._urls[0]
-
 
 class Prefill(Server):
     """A system that computes prompts, and the router through which it is asked."""

@@ -8,9 +8,12 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
+from ci.bench.counted import middle
+
 #: A base this much slower than in an earlier run has to be explained before its ratios mean anything.
 EARLIER: Final = 0.9
-#: Load -> system -> its turns, each a Window as a dict, the n-th of all systems being the same turn.
+#: Load -> system -> its turns, each a Window as a dict, the n-th of all systems being the same turn; those of kind dwdp have
+#: `dwdp` (counted.grown) where their server told it.
 Turns = dict[str, dict[str, list[dict[str, Any]]]]
 
 
@@ -65,6 +68,8 @@ def summary(turns: Turns, base: str | None) -> dict[str, dict[str, dict[str, Any
                 **_ttft(mine),
                 "itl_p50_s": percentile((value for turn in mine for value in turn["itl_s"]), 50),
             }
+            if counted := middle(mine):
+                row["dwdp"] = counted
             if by_turn := ratios(rates, bases):
                 row |= _spread("ratio", by_turn)
                 row |= _ttft_ratios(row, _ttft(systems[base or ""]))

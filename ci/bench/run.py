@@ -18,6 +18,7 @@ import aiohttp
 
 from ci.bench.apart import Decode, Prefill, split
 from ci.bench.client import LoadFailed, different, turn
+from ci.bench.counted import Counted, lines
 from ci.bench.load import Load, Request, requests
 from ci.bench.models import vocabulary
 from ci.bench.results import Turns, as_text, order, settled, summary, table, turn_length
@@ -49,8 +50,10 @@ class Bench:
         self._args = args
         self._loads: list[Load] = args.loads
         systems: list[System] = args.systems
+        self._kinds = {system.name: system.kind for system in systems}
         self.deadline = time.monotonic() + args.limit_s - STOP_S
         self.servers: dict[str, Server] = {}
+        self._counted: dict[str, Counted] = {}
         self._decode: Decode | None = None
         self.turns: Turns = {}
         self.failed: dict[str, str] = {}
@@ -99,6 +102,8 @@ class Bench:
         # Servers that start at once are waited for in turn, which tells no time of their own.
         own = {"seconds": round(seconds, 1)} if self._args.one_by_one else {}
         self.found["starts"][name] = {**own, "kv_tokens": facts.kv_tokens, "engines": facts.engines}
+        if self._kinds[name] == "dwdp":
+            self._counted[name] = Counted(self.servers[name].url)
         say(f"{name} is up after {seconds:.0f} s; KV cache: {facts.kv_tokens} tokens in {facts.engines} engines")
 
     def stop(self) -> None:
@@ -114,6 +119,7 @@ class Bench:
         """Go on without a system."""
         say(f"{name} failed: {why}")
         self.failed[name] = why
+        self._counted.pop(name, None)
         self.servers.pop(name).stop()
 
     def hold(self, go: Path) -> None:
@@ -153,9 +159,15 @@ class Bench:
                 say(f"{load.name}: {number} of {self._args.turns} turns: out of time")
                 break
             for name in order(list(self.servers), number):
+                if counted := self._counted.get(name):
+                    counted.next()
                 found = self._attempt(name, self._turn, load, pool, number, length)
                 if found is not None:
                     rows[name].append({"turn": number, **found})
+                    if counted:
+                        counted.keep(rows[name][-1])
+        for counted in self._counted.values():
+            counted.next()
         # A turn that not all systems had is compared with nothing.
         for name in self.failed:
             rows.pop(name, None)
@@ -182,8 +194,9 @@ class Bench:
     def _turn(self, name: str, load: Load, pool: list[Request], number: int, length: float) -> dict[str, Any]:
         server, limit_s = self.servers[name], min(self._args.answer_s, max(5.0, self.deadline - time.monotonic()))
         first = number * load.concurrency
-        targets = server.targets(pinned=load.uneven)
+        targets, begun = server.targets(pinned=load.uneven), time.monotonic()
         found = asyncio.run(turn(targets, load, pool, first, self._args.ramp_s, length, limit_s))
+        self._worked(name, begun)
         middle = f", TTFT {statistics.median(found.ttft_s) * 1e3:.0f} ms" if load.every and found.ttft_s else ""
         say(f"{load.name}: {name} {found.tokens_per_s:.0f} tokens/s in {found.seconds:.1f} s{middle}")
         time.sleep(0.3)  # what was still in flight is given up
@@ -198,8 +211,14 @@ class Bench:
         if not load.every and not settled(rates):
             say(f"{load.name}: {name} has not settled in {len(rates)} warm-ups")
         if load.output > 1 and load.concurrency > 1:
+            begun = time.monotonic()
             part = asyncio.run(different(self.servers[name].targets(pinned=False), load, pool, self._args.answer_s))
+            self._worked(name, begun)
             self.found["different"].setdefault(load.name, {})[name] = part
+
+    def _worked(self, name: str, begun: float) -> None:
+        if counted := self._counted.get(name):
+            counted.worked(time.monotonic() - begun)
 
     def _attempt(self, name: str, do: Any, *words: Any) -> Any:
         """None, and on without the system, where it fails."""
@@ -233,6 +252,8 @@ class Bench:
         for load, parts in self.found["different"].items():
             print(f"{load}: tokens that differ between requests: {', '.join(f'{n} {p:.0%}' for n, p in parts.items())}")
         print(f"\n{table(self.found['summary'], self.found['base'])}", flush=True)
+        engines = {name: start["engines"] for name, start in self.found["starts"].items()}
+        print("".join(f"{line}\n" for line in lines(self.found["summary"], engines)), end="", flush=True)
 
 
 def command() -> list[str]:

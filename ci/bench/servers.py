@@ -217,6 +217,11 @@ class Server:
             return [Target(self._urls[0], {"X-data-parallel-rank": str(rank)}) for rank in range(self._ranks)]
         return [Target(url, {}) for url in self._urls]
 
+    @property
+    def url(self) -> str:
+        """Of its first process; the only one but of replicas."""
+        return self._urls[0]
+
     def wait(self, deadline: float) -> None:
         """Return once all answer; deadline: of time.monotonic. Raises ServerFailed."""
         for url, process, log in zip(self._urls, self._processes, self._logs, strict=True):

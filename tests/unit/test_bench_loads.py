@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from ci.bench import client as bench_client
+from ci.bench import counted
 from ci.bench import loads as bench_loads
 from ci.bench import results as bench_results
 from ci.bench import run as bench_run
@@ -85,7 +87,9 @@ def test_first_tokens_are_compared_by_place() -> None:
 
 
 class Up:
-    """A server that is up; its only address is its name."""
+    """A server that is up; its only address is its name, and nobody answers at its URL."""
+
+    url = "http://127.0.0.1:1"
 
     def __init__(self, system: bench_servers.System, *_: Any) -> None:
         self._name = system.name
@@ -146,6 +150,41 @@ def test_a_system_that_fails_is_left_out_and_the_others_go_on(
     assert [turn["turn"] for turn in found["turns"]["one"]["replicas"]] == [0, 1, 2, 3]
     assert found["starts"]["replicas"]["kv_tokens"] == 245744
     assert "Using default MoE config" in capsys.readouterr().out
+
+
+def test_turns_of_dwdp_have_its_counters_and_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two turns of two loads; counters grow by each turn, and while the server is asked nothing is read."""
+    waited, asking, reads = 0.0, False, 0
+
+    def read(url: str) -> counted.Counts:
+        nonlocal reads
+        assert url == Up.url and not asking
+        reads += 1
+        return {name: {0: waited, 1: waited} for name in counted.SERIES}
+
+    async def play(targets: list[Target], *_: Any) -> bench_client.Window:
+        nonlocal waited, asking
+        asking = True
+        await asyncio.sleep(0.01)
+        waited, asking = waited + (0.25 if targets[0].url == "d" else 0.0), False
+        return bench_client.Window(5.0, 50.0, 1.0, 5, [0.1], [], {})
+
+    monkeypatch.setattr(counted, "read", read)
+    monkeypatch.setattr(bench_run, "turn", play)
+    made = bench(tmp_path, monkeypatch, ["replicas", "dwdp:d"], "--turns", "2")
+    write_model("tiny", 1, tmp_path)
+    made.run(tmp_path)
+    made.tell()
+    found = json.loads((tmp_path / "r.json").read_text())
+    for load in ("one", "two"):
+        for turn in found["turns"][load]["d"]:
+            assert turn["dwdp"]["by_rank"]["exposed_wait_seconds"] == [0.25, 0.25] and turn["dwdp"]["seconds"] >= 0.01
+        assert found["summary"][load]["d"]["dwdp"]["turns"] == 2
+        assert not any("dwdp" in turn for turn in found["turns"][load]["replicas"])
+    assert reads == 6  # before each turn, and after the last of a load
+    assert "two: d: exposed wait " in capsys.readouterr().out
 
 
 def test_what_does_not_fit_into_the_time_left_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
