@@ -100,6 +100,16 @@ CASES = {
     "big-qwen3-contiguous": Case(QWEN_BIG, 2, CONTIGUOUS, EAGER),
     "big-deepseek-fp8-split": Case(DEEPSEEK_BIG, 2, SPLIT, EAGER),
     "big-deepseek-fp8-serve-4": Case(DEEPSEEK_BIG, 4, {}, FULL, serve=True),
+    # `--only four-`: what two ranks cannot show. 18 experts: shares of 5, 5, 4 and 4.
+    "four-travel": Case(QWEN, 4, TRAVEL, FULL),
+    "four-groups-of-two": Case(QWEN, 4, {**SPLIT, "group_size": 2}, FULL),
+    "four-overlapping": Case(QWEN, 4, {**SPLIT, "experts_per_rank": 7}, FULL),
+    "four-uneven": Case({**QWEN, "num_experts": 18}, 4, TURNS, FULL),
+    "four-composite": Case({**QWEN, **PAGES}, 4, COMPOSITE, FULL),
+    "four-fp8-travel": Case(QWEN_FP8, 4, {**TRAVEL, "experts_per_rank": 5}, DEFAULT),
+    "four-gpt_oss-travel": Case(GPT_OSS, 4, {**TRAVEL, "experts_per_rank": 3, "num_slots": 3}, DEFAULT),
+    "four-deepseek": Case({**DEEPSEEK, "fp8": True}, 4, SPLIT, EAGER),
+    "four-serve-default": Case(QWEN, 4, {}, DEFAULT, serve=True),
     "qwen3-pinned-split": Case(QWEN, 2, {**SPLIT, "transport": "cuda_pinned"}, EAGER),
 }
 

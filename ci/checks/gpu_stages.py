@@ -37,11 +37,11 @@ def _checked(tool: str, *cases: str) -> tuple[str, ...]:
     return (*_checker(tool), *_kernels("sanitize", "--limit-s", "60", *more))
 
 
-def _loads(name: str, *more: str) -> Step:
-    """Servers under load on two GPUs."""
+def _loads(name: str, *more: str, gpus: int = 2) -> Step:
+    """Servers under load."""
     # What is in `more` may end with words for the servers.
     words = ("--limit-s", "440", "--start-s", "240", "--json", f"{{out}}/{name.replace(' ', '-')}.json", *more)
-    return Step(name, _script("bench.loads", *words), 470, None, gpus=2)
+    return Step(name, _script("bench.loads", *words), 470, None, gpus=gpus)
 
 
 def _checker(tool: str) -> tuple[str, ...]:
@@ -66,6 +66,12 @@ LAUNCHERS = (
     'dwdp:mp:{{"experts_per_rank": 112, "launcher": "mp"}}',
 )
 SOAK = ("--long", "500", "--concurrency", "64", "--part", "10000")
+#: On four GPUs, where shares of 32 experts partition a layer, and where pairs of ranks share them.
+QUARTER = 'dwdp:dwdp32:{{"experts_per_rank": 32}}'
+PAIRS = 'dwdp:groups-of-two:{{"group_size": 2, "experts_per_rank": 64}}'
+FOUR = ("prefill8k=8192/1/32", "mixed=8192/128/32", "decode64=512/128/64")
+MORE_OF_FOUR = ("uneven=8192/1/32,every=2,uneven", "apart8k=8192/1/32,spread=0.8", "decode8=512/128/8")
+SHORT = ("--kv-gib", "2", "--turns", "3")
 TIMED = ("uneven=8192/1/16,every=2,uneven", "bursts=8192/1/16,every=3,burst,spread=0.8")
 STAGES: dict[str, tuple[Step, ...]] = {
     "kernels": (
@@ -171,6 +177,26 @@ STAGES: dict[str, tuple[Step, ...]] = {
         Step("tokens that travel", _script("bench.travel", "--json", "{out}/travel.json"), 200, None, gpus=2),
         Step("at once", _script("bench.contention", "--json", "{out}/contention.json"), 100, None, gpus=2),
         Step("calls of a layer", _script("bench.layer_calls"), 60, _script("bench.layer_calls", "--simulated"), gpus=2),
+    ),
+    "four": (
+        Step(
+            "at once", _script("bench.contention", "--seconds", "0.3", "--json", "{out}/contention-4.json"), 200, gpus=4
+        ),
+        Step(
+            "engines of four ranks",
+            _script("checks.gpu_e2e", "--only", "four-", "--parallel", "5", "--json", "{out}/e2e-4.json"),
+            460,
+            gpus=4,
+        ),
+        _loads("four", *SHORT, "--systems", "dpep", "tp", QUARTER, "--loads", *FOUR, gpus=4),
+        _loads("four more", *SHORT, "--systems", "dpep", "tp", QUARTER, "--loads", *MORE_OF_FOUR, gpus=4),
+        _loads("groups of two", *SHORT, "--systems", "dpep", "dptp", PAIRS, "--loads", *FOUR, gpus=4),
+        Step(
+            "a rank of four returns",
+            _script("bench.returns", "--ranks", "4", "--json", "{out}/returns-4.json"),
+            470,
+            gpus=4,
+        ),
     ),
     "backends": (
         Step(

@@ -16,6 +16,8 @@ from ci.checks import gpu_e2e as gpu_e2e_check
 from ci.checks import gpu_stages
 from ci.checks.gpu_cases import CASES, QUANTISED
 from ci.checks.visible import wanted
+from examples.checkpoints import CheckpointSpec
+from vllm_dwdp.config import DwdpConfig
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +65,8 @@ def test_steps_for_two_gpus_are_left_out_on_one() -> None:
         f"{stage}/{step.name}" for stage in ("link", "serve") for step in gpu_check.STAGES[stage]
     }
     assert "sanitize/memcheck" in one
+    four = dict(gpu_check.steps(list(gpu_check.STAGES), 4))
+    assert {name.partition("/")[0] for name in set(four) - set(two)} == {"four"}
 
 
 def test_a_step_sees_as_many_gpus_as_it_is_made_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -134,8 +138,6 @@ def test_tokens_of_either_plain_engine_do_but_no_mixture() -> None:
 
 
 def test_only_engines_that_compile_run_twice() -> None:
-    from ci.checks.gpu_cases import CASES
-
     twice = {name for name, case in CASES.items() if gpu_e2e_check.compiles(case.options)}
     assert {"qwen3-default-split", "qwen3-compiled-split", "qwen3-piecewise-split"} <= twice
     assert not {"qwen3-split", "qwen3-full-split", "qwen3-ray"} & twice
@@ -149,9 +151,18 @@ def test_a_whole_name_means_that_case_alone_and_a_part_all_that_have_it() -> Non
     assert wanted(names, "", "mixtral") == names[:-1]
 
 
-def test_the_cases_of_the_link_exist() -> None:
-    from ci.checks.gpu_cases import CASES
+def test_every_case_of_four_ranks_has_settings_that_a_launch_of_four_takes() -> None:
+    four = {name: case for name, case in CASES.items() if name.startswith("four-")}
+    assert len(four) > 5
+    for name, case in four.items():
+        config = DwdpConfig.parse(gpu_e2e_check.settings(case, 4))
+        assert case.ranks == 4 and config.ranks_per_device == 1, name
+        group, experts = config.resolve_group_size(4), CheckpointSpec(**case.model).num_experts
+        held = config.experts_per_rank
+        assert held == "partition" or experts / group <= held < experts, name
 
+
+def test_the_cases_of_the_link_exist() -> None:
     assert set(gpu_stages.LINK_CASES.split(",")) <= set(CASES)
 
 
