@@ -111,6 +111,9 @@ def test_returns(
     [
         (["--cpu", "--ranks", "1"], "1 rank has nobody to pull from: --ranks 2 or more"),
         (["--cpu", "--turns", "0"], "--turns 0: write 1 or more"),
+        (["--cpu", "--seconds", "0"], "--seconds 0: write more than 0"),
+        (["--cpu", "--only", "star"], "--only star: no way has that in its name: choose of '27 MiB, rotated', "),
+        (["--cpu", "--only", "8 programs"], "--only 8 programs: no way has that in its name"),
         ([], "no GPU here: --cpu tries this over shared memory"),
     ],
 )
