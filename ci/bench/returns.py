@@ -1,17 +1,19 @@
-"""A rank dies under load and returns: what do the others notice? `python -m ci.bench.returns --json FILE [--plain] [--cpu]`
+"""A rank dies under load and returns: what do the others notice? `python -m ci.bench.returns --json FILE [--ranks 4]`
 
-Two `vllm serve` on two GPUs, a rank of one group each (docs/ranks_apart.md), get steady load, each from clients of its own
-and without a router, so that what is seen of rank 0 is what rank 0 does. All processes of rank 1's server get SIGKILL; after
-a while it is started again as it was. Measured for each rank, before, while rank 1 is dead, while it starts, and after:
-tokens/s, requests that failed, the slowest, and the longest time without an answer. Digests of all experts as both ranks'
-kernels see them are taken before the load and after it.
+A `vllm serve` on each of --ranks GPUs, a rank of one group each (docs/ranks_apart.md), get steady load, each from clients of
+its own and without a router, so that what is seen of a rank is what that rank does. All processes of rank 1's server get
+SIGKILL; after a while it is started again as it was. Measured for each rank, before, while rank 1 is dead, while it starts,
+and after: tokens/s, requests that failed, the slowest, and the longest time without an answer. Digests of all experts as the
+kernels of every rank see them are taken before the load and after it.
 
-With --plain vLLM's own data parallel launch with expert parallelism, which is up beside them and idle until they have ended,
-gets the same load; then one of its engines gets SIGKILL, and what becomes of the other one's requests is told.
+With --plain vLLM's own data parallel launch of as many ranks with expert parallelism, which is up beside them and idle until
+they have ended, gets the same load; then the engine of its rank 1 gets SIGKILL, and what becomes of the other ones' requests
+is told.
 
-Exit status 1: a request failed at rank 0, or at rank 1 while it was there; rank 0 gave no answer around the kill for a
-second longer than before; digests differ; rank 1 did not adopt its experts, or they are on its GPU twice; rank 0 did not see
-it go or come; a server did not start; or something was left: a process, a segment, memory of a GPU.
+Exit status 1: a request failed at another rank than 1, or at rank 1 while it was there; one of the others gave no answer
+around the kill for a second longer than before; digests differ; rank 1 did not adopt its experts, or a GPU has more in use
+after than before, by half a share; a rank did not see it go or come; a server did not start; or something was left: a
+process, a segment, memory of a GPU.
 
 With --cpu: a tiny model on two cores, to try the program; figures mean nothing, and vLLM has there no data parallel launch
 with expert parallelism to compare with.
@@ -32,7 +34,7 @@ from typing import Any, Final
 from ci.bench.load import SHAPE, parse_load, requests
 from ci.bench.models import MODELS, vocabulary, write_model
 from ci.bench.results import as_text
-from ci.bench.returns_apart import RANKS, Apart
+from ci.bench.returns_apart import Apart
 from ci.bench.returns_apart import table as table_apart
 from ci.bench.returns_plain import Plain
 from ci.bench.returns_plain import table as table_plain
@@ -45,12 +47,15 @@ from ci.checks.visible import visible_gpus
 from servers import Servers, run_with_servers  # isort: skip
 
 _SHM: Final = Path("/dev/shm")
+#: On GPUs, of everything but the first start: the parts, a second start, which finds what the first has compiled, and ends.
+_REST_S: Final = 270.0
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("--ranks", type=int, default=2, help="of the group; on GPUs one each (%(default)s)")
     add("--model", default="", help=f"{', '.join(MODELS)} (default: qwen3, or tiny with --cpu); its weights are made")
     add("--layers", type=int, help="of the model, instead of its own number (default: 5 of qwen3)")
     add("--load", default="", help=f"on each server, {SHAPE} (default: prefill8k=8192/1/8, or small=96/1/2 with --cpu)")
@@ -60,9 +65,13 @@ def arguments() -> argparse.Namespace:
     add("--batched-tokens", type=int, default=16384, help="tokens of a step")
     add("--eager", action="store_true", help="no torch.compile and no CUDA graphs")
     add("--plain", action="store_true", help="vLLM's own data parallel launch too (GPUs only)")
-    add("--start-s", type=float, default=150.0, help="a server that takes longer has failed")
+    add(
+        "--start-s",
+        type=float,
+        help="a server that takes longer has failed (default: 60 and 45 a rank; on CPU twice)",
+    )
     add("--answer-s", type=float, default=60.0, help="a request that waits longer has failed")
-    add("--limit-s", type=float, default=420.0, help="of everything")
+    add("--limit-s", type=float, help="of everything (default: --start-s and 270; on CPU 540)")
     add("--cpu", action="store_true", help="try this on two cores with a tiny model")
     add("--scratch", type=Path, help="where the checkpoint is written and removed (default: /dev/shm if it has room)")
     add("--logs", type=Path, help="keep the servers' logs here")
@@ -72,6 +81,10 @@ def arguments() -> argparse.Namespace:
     args.model = args.model or ("tiny" if args.cpu else "qwen3")
     try:
         check_numbers(args, zero=("settle_s",))
+        if args.ranks < 2:
+            raise ValueError(f"--ranks {args.ranks}: nobody would be left to serve: write 2 or more")
+        args.start_s = args.start_s or start_limit(args.ranks) * (2 if args.cpu else 1)
+        args.limit_s = args.limit_s or args.start_s + _REST_S * (2 if args.cpu else 1)
         check_places(args, "json")
         if args.scratch is not None and not args.scratch.is_dir():
             raise ValueError(f"--scratch {args.scratch}: there is no such folder: make it, or leave it out")
@@ -85,14 +98,18 @@ def arguments() -> argparse.Namespace:
             raise ValueError(f"--model {args.model}: write {', '.join(MODELS)}")
         if args.load.every or args.load.uneven:
             raise ValueError(f"load {args.load.name}: its clients ask one request after the other, all alike")
-        if not args.cpu and (gpus := visible_gpus()) < RANKS:
-            raise ValueError(f"this takes {RANKS} GPUs, and {gpus} can be seen: --cpu tries it on two cores")
+        if not args.cpu and (gpus := visible_gpus()) < args.ranks:
+            raise ValueError(f"this takes {args.ranks} GPUs, and {gpus} can be seen: --cpu tries it on two cores")
     except ValueError as error:
         parser.error(str(error))
     if args.cpu:
         args.kv_gib, args.batched_tokens = min(args.kv_gib, 0.0625), min(args.batched_tokens, 1024)
-        args.start_s, args.limit_s = 2 * args.start_s, 2 * args.limit_s
     return args
+
+
+def start_limit(ranks: int) -> float:
+    """Seconds for the first start of so many servers at once, on GPUs: two took 137 without caches, on 32 cores."""
+    return 60.0 + 45.0 * ranks
 
 
 def place_for(nbytes: int, asked: Path | None) -> Path | None:
@@ -142,7 +159,8 @@ def run(servers: Servers, args: argparse.Namespace) -> int:
     """0 where all is as it must be."""
     found: dict[str, Any] = {
         "machine": machine(args.cpu), "model": f"{args.model}, {args.layers or MODELS[args.model][0].num_layers} layers",
-        "command": command(), "versions": versions(), "load": args.load._asdict(),
+        "command": command(), "versions": versions(), "ranks": args.ranks,
+        "load": args.load._asdict(),
     }  # fmt: skip
     began, wrong = time.monotonic(), ["it was cut off"]
     if args.plain and args.cpu:
@@ -165,7 +183,7 @@ def run(servers: Servers, args: argparse.Namespace) -> int:
             args.json.write_text(as_text(found))
     if "parts" in found.get("apart", {}):
         print("\n".join(table_apart(found["apart"])))
-    if "rank_0" in found.get("plain", {}):
+    if "others" in found.get("plain", {}):
         print("\n".join(table_plain(found["plain"])))
     for line in wrong:
         say(f"wrong: {line}")

@@ -1,4 +1,4 @@
-"""The part of returns.py that is of dwdp: two servers, a rank each, of which one is killed under load and returns."""
+"""The part of returns.py that is of dwdp: a server for each rank, of which one is killed under load and returns."""
 
 from __future__ import annotations
 
@@ -15,23 +15,30 @@ from typing import Any, Final, NamedTuple
 import ci.checks.chaos_positions as positions  # also where examples are found
 from ci.bench.load import Request
 from ci.bench.models import MODELS
-from ci.bench.returns_servers import Left, device_mib, more_in_use, say, serve, told, wait_up, words_of_all
+from ci.bench.returns_servers import (
+    Left,
+    device_mib,
+    more_in_use,
+    others,
+    say,
+    serve,
+    told,
+    wait_up,
+    words_of_all,
+)
 from ci.bench.servers import Target, healthy
-from ci.bench.steady import Asked, Steady, part, per_second
+from ci.bench.steady import KILLED, Asked, Steady, part, per_second
 from ci.checks.soak_worker import WORDS, ask_states
 
 from servers import Server, Servers, series  # isort: skip
 
-RANKS: Final = 2
-#: The rank that is killed.
-KILLED: Final = 1
-#: By how much longer rank 0 may give no answer around the kill than it did before.
+#: By how much longer another rank may give no answer around the kill than it did before.
 GAP_S: Final = 1.0
 _NOTICE_LIMIT_S: Final = 20.0
 
 #: A Part by field.
 Figures = dict[str, Any]
-BEFORE, DEAD, STARTS, AFTER = "before", "rank 1 is dead", "rank 1 starts", "after"
+BEFORE, DEAD, STARTS, AFTER = "before", f"rank {KILLED} is dead", f"rank {KILLED} starts", "after"
 
 
 class Mark(NamedTuple):
@@ -42,10 +49,10 @@ class Mark(NamedTuple):
 
 
 class Apart:
-    """Two servers of one group. found: figures. wrong: what must not be."""
+    """The servers of one group. found: figures. wrong: what must not be."""
 
     def __init__(self, servers: Servers, model: Path, args: argparse.Namespace, left: Left) -> None:
-        """Starts both at once; returns before they are up."""
+        """Starts all at once; returns before they are up."""
         self._servers, self._model, self._args, self._left = servers, model, args, left
         self._meet = servers.folder / "meet"
         self._meet.mkdir()
@@ -53,11 +60,11 @@ class Apart:
         self.wrong: list[str] = []
         self._began = time.monotonic()
         # No connection takes the port of one that is gone.
-        self._port = positions.quiet_ports(RANKS)
-        self._ranks = [self._start(rank, f"rank-{rank}") for rank in range(RANKS)]
+        self._port = positions.quiet_ports(args.ranks)
+        self._ranks = [self._start(rank, f"rank-{rank}") for rank in range(args.ranks)]
 
     def _start(self, rank: int, name: str) -> Server:
-        settings = {"group": "returns", "rank": rank, "ranks": RANKS, "meet": str(self._meet)}
+        settings = {"group": "returns", "rank": rank, "ranks": self._args.ranks, "meet": str(self._meet)}
         settings |= {"experts_per_rank": "partition", "timeout_s": self._args.start_s}
         words = [
             *WORDS,
@@ -71,16 +78,16 @@ class Apart:
         return server
 
     def wait(self) -> None:
-        """Return once both answer. Raises NotUp."""
+        """Return once all answer. Raises NotUp."""
         for server in self._ranks:
             wait_up(server, self._began + self._args.start_s)
         self.found["start_s"] = round(time.monotonic() - self._began, 1)
-        say(f"both ranks are up after {self.found['start_s']:.0f} s")
+        say(f"all {len(self._ranks)} ranks are up after {self.found['start_s']:.0f} s")
 
     def digests(self) -> list[str]:
         """Of all experts, as each rank's kernels see them."""
         began = time.monotonic()
-        pool = ThreadPoolExecutor(RANKS)
+        pool = ThreadPoolExecutor(len(self._ranks))
         try:
             states = list(pool.map(lambda server: ask_states(server.url, 1, digests=True)[0], self._ranks))
         finally:
@@ -117,43 +124,53 @@ class Apart:
         killed = self._ranks[KILLED]
         marks.append(Mark(time.monotonic(), DEAD))
         self._servers.strike(killed)
-        say("rank 1: SIGKILL to all of its server")
+        say(f"rank {KILLED}: SIGKILL to all of its server")
         self._notice(marks[-1].at)
         self._servers.stop(killed)
         time.sleep(max(0.0, marks[-1].at + self._args.part_s - time.monotonic()))
         self._look_at_devices("dead")
         marks.append(Mark(time.monotonic(), STARTS))
-        self._ranks[KILLED] = self._start(KILLED, "rank-1-again")
+        self._ranks[KILLED] = self._start(KILLED, f"rank-{KILLED}-again")
         wait_up(self._ranks[KILLED], marks[-1].at + self._args.start_s)
         marks.append(Mark(time.monotonic(), ""))
         way = [line for line in told(self._ranks[KILLED]) if "of loading" in line]
         self.found |= {"return_s": round(marks[-1].at - marks[-2].at, 1), "way": way[-1] if way else ""}
-        say(f"rank 1 answers again after {self.found['return_s']:.0f} s: {self.found['way'] or 'its log says not how'}")
+        how = self.found["way"] or "its log says not how"
+        say(f"rank {KILLED} answers again after {self.found['return_s']:.0f} s: {how}")
         if "experts adopted" not in self.found["way"]:
-            self.wrong.append(f"rank 1 did not adopt its experts: {self.found['way']}")
+            self.wrong.append(f"rank {KILLED} did not adopt its experts: {self.found['way']}")
         time.sleep(self._args.settle_s)
         marks.append(Mark(time.monotonic(), AFTER))
         time.sleep(self._args.part_s)
         self._look_at_devices("after")
         used, spec = self.found["device_mib"], MODELS[self._args.model][0]
-        share = (self._args.layers or spec.num_layers) * spec.num_experts * sum(spec.expert_bytes) / RANKS
+        share = (self._args.layers or spec.num_layers) * spec.num_experts * sum(spec.expert_bytes) / self._args.ranks
         for line in more_in_use(used.get("before", []), used.get("after", []), share / 2**21):
             self.wrong.append(f"{line} are in use more than before the kill: its experts are there twice")
-        if (alive := series(self._ranks[0], "dwdp:peers_alive")) != 1:
-            self.wrong.append(f"rank 0 sees {alive:.0f} peers at the end")
+        peers = len(self._ranks) - 1
+        for rank, server in enumerate(self._ranks):
+            if (alive := series(server, "dwdp:peers_alive")) != peers:
+                self.wrong.append(f"rank {rank} sees {alive:.0f} peers at the end, and there are {peers}")
         return [*marks, Mark(time.monotonic(), "")]
 
     def _notice(self, since: float) -> None:
-        """How long rank 0 takes to see that its peer is gone, and whether it says meanwhile that it is well."""
-        rank_0 = self._ranks[0]
-        while series(rank_0, "dwdp:peers_alive"):
-            if time.monotonic() > since + _NOTICE_LIMIT_S:
-                self.wrong.append(f"rank 0 did not see within {_NOTICE_LIMIT_S:.0f} s that its peer is gone")
+        """How long each other rank takes to see that its peer is gone, and whether it says meanwhile that it is well."""
+        blind, left = others(len(self._ranks)), len(self._ranks) - 2
+        noticed: dict[str, float] = {}
+        self.found["noticed_s"] = noticed
+        while blind:
+            for rank in list(blind):
+                if series(self._ranks[rank], "dwdp:peers_alive") == left:
+                    noticed[f"rank {rank}"] = round(time.monotonic() - since, 2)
+                    blind.remove(rank)
+            if blind and time.monotonic() > since + _NOTICE_LIMIT_S:
+                seen = f"did not see within {_NOTICE_LIMIT_S:.0f} s that rank {KILLED} is gone"
+                self.wrong += [f"rank {rank} {seen}" for rank in blind]
                 return
             time.sleep(0.1)
-        self.found["noticed_s"] = round(time.monotonic() - since, 2)
-        if not healthy(rank_0.url):
-            self.wrong.append("/health of rank 0 is not good while rank 1 is dead")
+        for rank in others(len(self._ranks)):
+            if not healthy(self._ranks[rank].url):
+                self.wrong.append(f"/health of rank {rank} is not good while rank {KILLED} is dead")
 
     def _look_at_devices(self, when: str) -> None:
         if used := device_mib():
@@ -172,7 +189,7 @@ def figures(asked: Sequence[Sequence[Asked]], marks: Sequence[Mark]) -> dict[str
 
 
 def judge(asked: Sequence[Sequence[Asked]], marks: Sequence[Mark], parts: dict[str, list[Figures]]) -> list[str]:
-    """What is wrong: failures at rank 0, at rank 1 while it was there, none that were answered, a gap at rank 0."""
+    """What is wrong: failures where a rank was there, none that were answered, a gap of another rank than the killed one."""
     lines = []
     kill = next(mark.at for mark in marks if mark.name == DEAD)
     back = next(mark.at for before, mark in itertools.pairwise(marks) if before.name == STARTS)
@@ -185,10 +202,18 @@ def judge(asked: Sequence[Sequence[Asked]], marks: Sequence[Mark], parts: dict[s
     for name, of_part in parts.items():
         there = [rank for rank in range(len(of_part)) if rank != KILLED or name in (BEFORE, AFTER)]
         lines += [f"{name}: rank {rank} answered nothing" for rank in there if not of_part[rank]["answers"]]
-    before, dead = parts[BEFORE][0]["gap_s"], parts[DEAD][0]["gap_s"]
-    if dead > before + GAP_S:
-        lines.append(f"rank 0 gave no answer for {dead:.2f} s around the kill; before, for {before:.2f} s at most")
+    for rank, before, dead in gaps(parts):
+        if dead > before + GAP_S:
+            lines.append(
+                f"rank {rank} gave no answer for {dead:.2f} s around the kill; before, for {before:.2f} s at most"
+            )
     return lines
+
+
+def gaps(parts: dict[str, list[Figures]]) -> list[tuple[int, float, float]]:
+    """Of each rank but the killed one: rank, and its longest time without an answer before and around the kill, seconds."""
+    rows = zip(parts[BEFORE], parts[DEAD], strict=True)
+    return [(rank, old["gap_s"], new["gap_s"]) for rank, (old, new) in enumerate(rows) if rank != KILLED]
 
 
 def table(found: dict[str, Any]) -> list[str]:
@@ -201,12 +226,13 @@ def table(found: dict[str, Any]) -> list[str]:
                 f"{head}  {rank:>4}{row['tokens_per_s']:>11.0f}{row['answers']:>9}{row['failed']:>8}"
                 f"{row['slowest_s']:>11.2f}{row['gap_s']:>8.2f}"
             )
-    before, dead = found["parts"][BEFORE][0]["gap_s"], found["parts"][DEAD][0]["gap_s"]
-    lines.append(f"longest time without an answer of rank 0: {dead:.2f} s around the kill, {before:.2f} s before it")
-    lines.append(
-        f"rank 0 saw after {found.get('noticed_s', '?')} s that its peer was gone; rank 1 answered {found['return_s']} s "
-        f"after it was started again: {found['way']}"
-    )
+    for rank, before, dead in gaps(found["parts"]):
+        noticed = found["noticed_s"].get(f"rank {rank}")
+        lines.append(
+            f"rank {rank}: no answer for {dead:.2f} s around the kill, for {before:.2f} s before it; it saw that its peer "
+            f"was gone {'too late' if noticed is None else f'after {noticed} s'}"
+        )
+    lines.append(f"rank {KILLED} answered {found['return_s']} s after it was started again: {found['way']}")
     for when, used in found["device_mib"].items():
         lines.append(f"MiB in use on the GPUs, {when}: {' '.join(map(str, used))}")
     return lines

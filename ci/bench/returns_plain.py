@@ -17,25 +17,24 @@ from typing import Any, Final
 import psutil
 
 from ci.bench.load import Request
-from ci.bench.returns_servers import Left, say, serve, wait_up, words_of_all
+from ci.bench.returns_servers import Left, others, say, serve, wait_up, words_of_all
 from ci.bench.servers import Target
-from ci.bench.steady import Asked, Steady, part
+from ci.bench.steady import KILLED, Asked, Steady, part
 from ci.checks.soak_processes import names_of
 
 from servers import Servers  # isort: skip
 
-RANKS: Final = 2
 #: After the kill, how long it is watched; most of that after it has ended is not waited for.
 WATCH_S: Final = 20.0
 
 
 class Plain:
-    """`vllm serve --data-parallel-size 2 --enable-expert-parallel`."""
+    """`vllm serve --data-parallel-size N --enable-expert-parallel`."""
 
     def __init__(self, servers: Servers, model: Path, args: argparse.Namespace, left: Left) -> None:
         """Starts it; returns before it is up."""
         self._servers, self._args, self._began = servers, args, time.monotonic()
-        words = ["--data-parallel-size", str(RANKS), "--enable-expert-parallel"]
+        words = ["--data-parallel-size", str(args.ranks), "--enable-expert-parallel"]
         self.server = serve(servers, "plain", model, [*words_of_all(args), *words])
         left.groups.append(self.server.process.pid)
         self.found: dict[str, Any] = {}
@@ -47,10 +46,10 @@ class Plain:
         self.found["up_after_at_most_s"] = round(time.monotonic() - self._began, 1)
 
     def tell(self, pool: Sequence[Request]) -> None:
-        """Load on both ranks, SIGKILL to the engine of rank 1, and what becomes of the other's requests."""
-        engine = engine_of(self.server.process.pid, 1)
+        """Load on all ranks, SIGKILL to the engine of one, and what becomes of the others' requests."""
+        engine = engine_of(self.server.process.pid, KILLED)
         clients, limit_s = self._args.load.concurrency, self._args.answer_s
-        targets = [Target(self.server.url, {"X-data-parallel-rank": str(rank)}) for rank in range(RANKS)]
+        targets = [Target(self.server.url, {"X-data-parallel-rank": str(rank)}) for rank in range(self._args.ranks)]
         with contextlib.ExitStack() as stack:
             loads = [stack.enter_context(Steady(target, pool, clients, limit_s)) for target in targets]
             time.sleep(self._args.settle_s)
@@ -58,7 +57,7 @@ class Plain:
             time.sleep(self._args.part_s)
             kill = time.monotonic()
             os.kill(engine, signal.SIGKILL)
-            say("plain vLLM: SIGKILL to the engine of rank 1")
+            say(f"plain vLLM: SIGKILL to the engine of rank {KILLED}")
             unhealthy, ended = self._watch(kill)
             end = time.monotonic()
         asked = [load.asked for load in loads]
@@ -68,7 +67,7 @@ class Plain:
             "unhealthy_after_s": unhealthy,
             "ended_after_s": ended,
             "exit": self.server.process.poll(),
-            "rank_0": fate(asked[0], kill),
+            "others": {f"rank {rank}": fate(asked[rank], kill) for rank in others(len(asked))},
             "trouble": [load.troubles(kill)[:5] for load in loads],
         }
 
@@ -96,7 +95,7 @@ def engine_of(front_end: int, number: int) -> int:
 
 
 def fate(asked: Sequence[Asked], kill: float) -> dict[str, Any]:
-    """What became of the other rank's requests: of those on their way at the kill, and of later ones; the last answer."""
+    """What became of another rank's requests: of those on their way at the kill, and of later ones; the last answer."""
     under_way = [each for each in asked if each.began <= kill < each.ended]
     later = [each for each in asked if each.began > kill]
     answers = [each.ended for each in asked if not each.trouble and each.ended > kill]
@@ -113,14 +112,18 @@ def fate(asked: Sequence[Asked], kill: float) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> list[str]:
     """Lines on it."""
-    rates = " and ".join(f"{row['tokens_per_s']:.0f}" for row in found["before"])
-    other, after = found["rank_0"], {True: "never within the time that it was watched", False: "after {} s"}
+    rates = ", ".join(f"{row['tokens_per_s']:.0f}" for row in found["before"])
+    after = {True: "never within the time that it was watched", False: "after {} s"}
     health, end = (after[value is None].format(value) for value in (found["unhealthy_after_s"], found["ended_after_s"]))
+    ranks = len(found["before"])
     return [
-        f"plain vLLM, DP {RANKS} with EP: {rates} tokens/s at its ranks before the engine of rank 1 is killed",
-        f"then, at rank 0: {other['under_way_failed']} of {other['under_way']} requests under way failed, and "
-        f"{other['later_failed']} of {other['later']} later ones; its last answer came {other['last_answer_s']} s after the "
-        f"kill, the first failure {other['first_failure_s']} s",
+        f"plain vLLM, DP {ranks} with EP: {rates} tokens/s at its ranks before the engine of rank {KILLED} is killed",
+        *(
+            f"then, at {name}: {other['under_way_failed']} of {other['under_way']} requests under way failed, and "
+            f"{other['later_failed']} of {other['later']} later ones; its last answer came {other['last_answer_s']} s after "
+            f"the kill, the first failure {other['first_failure_s']} s"
+            for name, other in found["others"].items()
+        ),
         f"/health was bad {health}, the server ended {end} (exit {found['exit']})",
     ]
 

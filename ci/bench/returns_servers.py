@@ -11,6 +11,7 @@ from typing import Final
 
 import ci.checks.chaos_positions as positions  # also where examples are found
 from ci.bench.servers import SERVED, environment, healthy, read_log, trouble
+from ci.bench.steady import KILLED
 from ci.checks.soak_processes import segments
 from vllm_dwdp.doctor.smi import ask_smi
 
@@ -29,6 +30,11 @@ class NotUp(Exception):
 def say(text: str) -> None:
     """One line of progress, at once."""
     print(f"returns: {text}", flush=True)
+
+
+def others(ranks: int) -> list[int]:
+    """The ranks that are there all the time."""
+    return [rank for rank in range(ranks) if rank != KILLED]
 
 
 def words_of_all(args: argparse.Namespace) -> list[str]:

@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 from ci.bench.load import Request
 from ci.bench.servers import Target
 
+#: The rank that dies, of however many.
+KILLED: Final = 1
 #: After a failure, before the client asks again.
 PAUSE_S: Final = 0.2
 

@@ -1,16 +1,19 @@
-"""What returns.py sees of `vllm serve`, without an engine: `python -m tests.unit.returning NAME PORT PEER_PORT FAULT`.
+"""What returns.py sees of `vllm serve`, without an engine: `python -m tests.unit.returning NAME PORT PEER_PORTS FAULT`.
 
-Completions stream and count; `peers_alive` says whether PEER_PORT is served. A NAME with `again` is a rank that has
-returned. `plain` has a process that is called as the engine of rank 1, and ends with it. FAULT is what goes wrong:
+Completions stream and count; `peers_alive` says how many of PEER_PORTS (with commas) are served, without itself. A
+NAME with `again` is a rank that has returned. `plain` has a process that is called as the engine of rank 1, and ends with
+it. FAULT is what goes wrong:
 
-    other-bytes  a rank that has returned tells another digest     read   it has read its experts
-    falls-over   while the peer is gone, requests get HTTP 500      stalls they wait for 1.5 s
-    blind        the peer is always there                           down   nothing is served, the process ends with 3
+    other-bytes  it tells another digest                            read   a rank that has returned has read its experts
+    falls-over   while a peer is gone, requests get HTTP 500        stalls they wait for 1.5 s
+    blind        all peers are always there                         down   nothing is served, the process ends with 3
+    lonely       one peer is never there
+
+With `@NAME` behind it only that server has it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
@@ -21,34 +24,36 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-NAME, PORT, PEER, FAULT = (*sys.argv[1:], "", "0", "0", "")[:4]
+NAME, PORT, PEERS, FAULT = (*sys.argv[1:], "", "0", "0", "")[:4]
+FAULT = FAULT.partition("@")[0] if FAULT.partition("@")[2] in ("", NAME) else ""
 SECONDS = 0.02
 stalled: list[float] = []
 
 
-def peer_is_there() -> bool:
-    if FAULT == "blind":
-        return True
-    with contextlib.suppress(OSError):
-        socket.create_connection(("127.0.0.1", int(PEER)), timeout=1).close()
-        return True
-    return False
+def peers_gone() -> int:
+    gone = 0
+    for port in () if FAULT == "blind" else PEERS.split(","):
+        try:
+            socket.create_connection(("127.0.0.1", int(port)), timeout=1).close()
+        except OSError:
+            gone += 1
+    return max(gone, int(FAULT == "lonely"))
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        self._send(f'dwdp:peers_alive{{engine="0"}} {int(peer_is_there())}\n'.encode())
+        self._send(f'dwdp:peers_alive{{engine="0"}} {len(PEERS.split(",")) - peers_gone()}\n'.encode())
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/collective_rpc":
-            told = "0b" if FAULT == "other-bytes" and "again" in NAME else "0a"
+            told = "0b" if FAULT == "other-bytes" else "0a"
             (Path(body["args"][0]) / "rank-0.json").write_text(json.dumps({"digest": told}))
             return self._send(b"{}")
         time.sleep(SECONDS)
-        if FAULT in ("falls-over", "stalls") and "again" not in NAME and not peer_is_there():
+        if FAULT in ("falls-over", "stalls") and "again" not in NAME and peers_gone():
             if FAULT == "falls-over":
                 return self._send(b"engine is dead", 500)
             if not stalled:

@@ -93,7 +93,11 @@ def test_ranks_of_two_devices_need_as_many(
         (["--cpu", "--part-s", "0"], "--part-s 0: write more than 0"),
         (["--cpu", "--settle-s", "-1"], "--settle-s -1: write 0 or more"),
         (["--cpu", "--layers", "0"], "--layers 0: write 1 or more"),
-        (["--cpu", "--part-s", "200"], "--limit-s 420: parts and settling alone take 608 s: write more"),
+        (["--cpu", "--part-s", "300"], "--limit-s 840: parts and settling alone take 908 s: write more"),
+        (["--cpu", "--part-s", "200", "--limit-s", "420"], "--limit-s 420: parts and settling alone take 608 s"),
+        (["--cpu", "--ranks", "1"], "--ranks 1: nobody would be left to serve: write 2 or more"),
+        (["--ranks", "4", "--part-s", "200"], "--limit-s 510: parts and settling alone take 608 s"),
+        (["--ranks", "3"], "this takes 3 GPUs, and 1 can be seen"),
         (["--cpu", "--json", "/not/there/a.json"], "--json /not/there/a.json: there is no folder /not/there"),
         (["--cpu", "--scratch", "/not/there"], "--scratch /not/there: there is no such folder: make it"),
         ([], "this takes 2 GPUs, and 1 can be seen: --cpu tries it on two cores"),
@@ -104,6 +108,26 @@ def test_returns(
 ) -> None:
     monkeypatch.setattr(returns, "visible_gpus", lambda: 1)
     refused(monkeypatch, capsys, returns.arguments, words, why)
+
+
+@pytest.mark.parametrize(
+    ("words", "limits"),
+    [
+        ([], (150, 420)),
+        (["--ranks", "4"], (240, 510)),
+        (["--start-s", "200"], (200, 470)),
+        (["--ranks", "4", "--limit-s", "580"], (240, 580)),
+        (["--cpu"], (300, 840)),
+        (["--cpu", "--ranks", "3", "--start-s", "500", "--limit-s", "1500"], (500, 1500)),
+    ],
+)
+def test_limits_of_returns_grow_with_its_ranks(
+    words: list[str], limits: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(returns, "visible_gpus", lambda: 4)
+    monkeypatch.setattr(sys, "argv", ["program", *words])
+    args = returns.arguments()
+    assert (args.start_s, args.limit_s) == limits
 
 
 @pytest.mark.parametrize(

@@ -22,17 +22,21 @@ from ci.bench.returns_apart import AFTER, BEFORE, DEAD, STARTS, Mark, figures, j
 from ci.bench.returns_plain import fate
 from ci.bench.returns_servers import more_in_use, words_of_all
 from ci.bench.steady import Asked
+from ci.report.returns_picture import by_second, title_of
 from ci.root import ROOT
 
 from servers import Server, Servers, free_ports  # isort: skip
 
 
 def serve(servers: Servers, name: str, model: Path, words: Sequence[str], port: int = 0, fault: str = "") -> Server:
-    """In place of the one that starts vLLM; of the group's two ports the peer's is the other one."""
-    settings = words[words.index("--additional-config") + 1] if "--additional-config" in words else ""
-    peer = port + 1 - 2 * json.loads(settings)["dwdp"]["rank"] if settings else 0
+    """In place of the one that starts vLLM; ports of the group are in a row."""
+    peers = [0]
+    if "--additional-config" in words:
+        dwdp = json.loads(words[words.index("--additional-config") + 1])["dwdp"]
+        peers = [port - dwdp["rank"] + rank for rank in range(dwdp["ranks"]) if rank != dwdp["rank"]]
+    (servers.folder / f"{name}.json").write_text(json.dumps(list(words)))
     port = port or free_ports(1)
-    command = [sys.executable, "-m", "tests.unit.returning", name, str(port), str(peer), fault]
+    command = [sys.executable, "-m", "tests.unit.returning", name, str(port), ",".join(map(str, peers)), fault]
     return servers.start(name, port, command, {"PYTHONPATH": str(ROOT)})
 
 
@@ -45,7 +49,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             monkeypatch.setattr(module, "serve", functools.partial(serve, fault=fault))
         monkeypatch.setattr(returns_apart, "_NOTICE_LIMIT_S", 2.0)
         monkeypatch.setattr(returns_servers, "_LEFT_LIMIT_S", 2.0)
-        monkeypatch.setattr(returns, "visible_gpus", lambda: 2)
+        monkeypatch.setattr(returns, "visible_gpus", lambda: 4)
         monkeypatch.setattr(returns, "machine", lambda cpu: "a test")
         monkeypatch.setattr(returns_servers, "segments", set)
         result = tmp_path / "returns.json"
@@ -76,9 +80,13 @@ def test_a_rank_dies_and_returns(told: Any, tmp_path: Path, capsys: pytest.Captu
             assert rank_1["failed"] == 0 and min(rank_0["answers"], rank_1["answers"]) > 10, name
     assert parts["rank 1 is dead"][1]["failed"] > 2 and parts["rank 1 is dead"][1]["answers"] < 5
     assert len(set(apart["digests"])) == 1 and len(apart["digests"]) == 4
-    assert apart["way"].endswith("rank 1: experts adopted, in 0.1 s of loading") and 0 <= apart["noticed_s"] < 2
-    assert 0 <= plain["rank_0"]["under_way_failed"] <= plain["rank_0"]["under_way"] <= 2
-    assert plain["rank_0"]["later_failed"] > 2 and plain["exit"] == 1
+    assert (
+        apart["way"].endswith("rank 1: experts adopted, in 0.1 s of loading") and 0 <= apart["noticed_s"]["rank 0"] < 2
+    )
+    assert list(plain["others"]) == ["rank 0"] and list(apart["noticed_s"]) == ["rank 0"]
+    other = plain["others"]["rank 0"]
+    assert 0 <= other["under_way_failed"] <= other["under_way"] <= 2
+    assert other["later_failed"] > 2 and plain["exit"] == 1
     assert plain["ended_after_s"] < 5 and plain["before"][1]["failed"] == 0 < plain["after"][0]["failed"]
     assert {log.name for log in (tmp_path / "logs").iterdir()} == {
         "rank-0.log", "rank-1.log", "rank-1-again.log", "plain.log",
@@ -88,14 +96,56 @@ def test_a_rank_dies_and_returns(told: Any, tmp_path: Path, capsys: pytest.Captu
     assert "around the kill" in printed and "plain vLLM, DP 2 with EP" in printed and "(exit 1)" in printed
 
 
+def test_one_of_four_dies_and_returns(told: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = told("", "--ranks", "4", "--plain", "--logs", str(tmp_path / "logs"))
+    assert (code, found["wrong"], found["ranks"]) == (0, [], 4)
+    apart, plain = found["apart"], found["plain"]
+    for name, of_part in apart["parts"].items():
+        assert len(of_part) == 4
+        for rank in (0, 2, 3):
+            assert of_part[rank]["failed"] == 0 and of_part[rank]["answers"] > 0, (name, rank)
+    dead = apart["parts"]["rank 1 is dead"][1]
+    assert dead["failed"] > 2 and dead["answers"] < 5
+    assert len(set(apart["digests"])) == 1 and len(apart["digests"]) == 8
+    assert set(apart["noticed_s"]) == set(plain["others"]) == {"rank 0", "rank 2", "rank 3"}
+    assert all(0 <= seconds < 2 for seconds in apart["noticed_s"].values())
+    assert all(fate["later_failed"] > 2 for fate in plain["others"].values()) and len(plain["before"]) == 4
+    logs = {log.name for log in (tmp_path / "logs").iterdir()}
+    assert logs == {*(f"rank-{rank}.log" for rank in range(4)), "rank-1-again.log", "plain.log"}
+    words = json.loads((tmp_path / "servers" / "plain.json").read_text())
+    assert words[words.index("--data-parallel-size") + 1] == "4" and "--enable-expert-parallel" in words
+    printed = capsys.readouterr().out
+    assert all(f"rank {rank}: no answer for" in printed and f"then, at rank {rank}" in printed for rank in (0, 2, 3))
+    assert "rank 1: no answer for" not in printed and "plain vLLM, DP 4 with EP" in printed
+    figure = by_second(apart, title_of(found))
+    assert [line.get_label() for line in figure.axes[0].lines[:4]] == [f"rank {rank}" for rank in range(4)]
+    assert len({line.get_color() for line in figure.axes[0].lines[:4]}) == 4
+
+
 @pytest.mark.parametrize(
     ("fault", "why"),
     [
-        ("other-bytes", "experts changed, or differ between ranks: 0a 0a 0a 0b"),
+        ("other-bytes@rank-2", "experts changed, or differ between ranks: 0a 0a 0b 0a 0a 0b"),
+        ("falls-over@rank-2", "requests failed at rank 2, the first: OSError: status 500: engine is dead"),
+        ("stalls@rank-2", "rank 2 gave no answer for 1."),
+        ("blind@rank-2", "rank 2 did not see within 2 s that rank 1 is gone"),
+        ("lonely@rank-2", "rank 2 sees 1 peers at the end, and there are 2"),
+        ("lonely@rank-1-again", "rank 1 sees 1 peers at the end, and there are 2"),
+    ],
+)
+def test_what_is_wrong_at_another_rank_is_told(told: Any, fault: str, why: str) -> None:
+    code, found = told(fault, "--ranks", "3")
+    assert code == 1 and any(why in line for line in found["wrong"]), found["wrong"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("other-bytes@rank-1-again", "experts changed, or differ between ranks: 0a 0a 0a 0b"),
         ("read", "rank 1 did not adopt its experts: dwdp rank 1: experts read from the checkpoint"),
         ("falls-over", "requests failed at rank 0, the first: OSError: status 500: engine is dead"),
         ("stalls", "rank 0 gave no answer for 1."),
-        ("blind", "rank 0 did not see within 2 s that its peer is gone"),
+        ("blind", "rank 0 did not see within 2 s that rank 1 is gone"),
         ("twice", "3 MiB of GPU 1 are in use more than before the kill: its experts are there twice"),
         ("down", "NotUp: rank-0 ended with 3: ValueError: on purpose"),
     ],

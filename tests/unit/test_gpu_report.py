@@ -16,6 +16,7 @@ from ci.report import engine_pictures as gpu_engine_pictures
 from ci.report import gpu_figures as gpu_report
 from ci.report import pictures as gpu_pictures
 from ci.report import returns_picture
+from ci.root import ROOT
 
 MOST_BYTES = 120_000
 
@@ -173,3 +174,8 @@ def test_a_rank_that_returns() -> None:
     [axis] = returns_picture.by_second(found, "title").axes
     assert [line.get_ydata() for line in axis.lines[:2]] == [pytest.approx([9, 8, 9]), pytest.approx([9, 0, 4])]
     assert [line.get_xdata()[0] for line in axis.lines[2:]] == pytest.approx([0.9, 1.5, 2.2])
+    stored = json.loads((ROOT / "docs/benchmarks/two-h100/returns.json").read_text())
+    assert len(returns_picture.by_second(stored["apart"], "title").axes[0].lines) == 5
+    assert returns_picture.title_of(stored) == (
+        "A rank dies and returns; the other serves on (2 x NVIDIA H100 80GB HBM3, 8192 / 1, 8 at a time)"
+    )
