@@ -39,7 +39,7 @@ from ci.bench.returns_apart import table as table_apart
 from ci.bench.returns_plain import Plain
 from ci.bench.returns_plain import table as table_plain
 from ci.bench.returns_servers import Left, NotUp, say
-from ci.bench.run import command, machine, versions
+from ci.bench.run import await_go, command, machine, versions
 from ci.bench.weights import write_weights
 from ci.bench.words import check_numbers, check_places
 from ci.checks.visible import visible_gpus
@@ -76,6 +76,7 @@ def arguments() -> argparse.Namespace:
     add("--scratch", type=Path, help="where the checkpoint is written and removed (default: /dev/shm if it has room)")
     add("--logs", type=Path, help="keep the servers' logs here")
     add("--json", type=Path, help="write the results here")
+    add("--go", type=Path, help="once servers are up, wait for this file: other benches measure on these GPUs first")
     add("--more", nargs=argparse.REMAINDER, default=[], help="last: words for every `vllm serve`")
     args = parser.parse_args()
     args.model = args.model or ("tiny" if args.cpu else "qwen3")
@@ -85,7 +86,7 @@ def arguments() -> argparse.Namespace:
             raise ValueError(f"--ranks {args.ranks}: nobody would be left to serve: write 2 or more")
         args.start_s = args.start_s or start_limit(args.ranks) * (2 if args.cpu else 1)
         args.limit_s = args.limit_s or args.start_s + _REST_S * (2 if args.cpu else 1)
-        check_places(args, "json")
+        check_places(args, "json", "go")
         if args.scratch is not None and not args.scratch.is_dir():
             raise ValueError(f"--scratch {args.scratch}: there is no such folder: make it, or leave it out")
         if (least := 3 * args.part_s + 2 * args.settle_s) > args.limit_s:
@@ -126,6 +127,15 @@ def checkpoint_bytes(args: argparse.Namespace) -> int:
     return round(1.1 * experts) + 4 * vocab * spec.hidden
 
 
+def hold(go: Path) -> None:
+    """See await_go; --limit-s stands still meanwhile."""
+    left_s, _ = signal.setitimer(signal.ITIMER_REAL, 0.0)
+    try:
+        await_go(go, say)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left_s)
+
+
 def measure(servers: Servers, model: Path, args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
     """All of it; what is found is in `found` however far it comes. Returns what is wrong."""
     left, wrong = Left(), list[str]()
@@ -142,6 +152,8 @@ def measure(servers: Servers, model: Path, args: argparse.Namespace, found: dict
                 wrong.append(str(error))
                 servers.stop(plain.server)
                 plain = None
+        if args.go:
+            hold(args.go)
         apart.tell(pool)
         wrong += apart.wrong
         servers.stop(*(server for server in servers.started if plain is None or server is not plain.server))

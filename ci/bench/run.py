@@ -42,6 +42,20 @@ def say(text: str) -> None:
     print(f"bench: {text}", flush=True)
 
 
+def await_go(go: Path, tell: Callable[[str], None]) -> float:
+    """Wait for this file: several benches may start their servers at once, and measure in turn. Returns how many seconds.
+
+    Raises TimeoutError, in one line.
+    """
+    tell(f"waits for {go}")
+    begun = time.monotonic()
+    while not go.exists():
+        if time.monotonic() - begun > GO_S:
+            raise TimeoutError(f"--go {go}: nobody made it for {GO_S:.0f} s; make it once it is this bench's turn")
+        time.sleep(0.5)
+    return time.monotonic() - begun
+
+
 class Bench:
     """Servers that are up, and what was measured."""
 
@@ -123,14 +137,11 @@ class Bench:
         self.servers.pop(name).stop()
 
     def hold(self, go: Path) -> None:
-        """Wait for this file: several benches may start their servers at once, and measure in turn. Raises ServerFailed."""
-        say(f"waits for {go}")
-        begun = time.monotonic()
-        while not go.exists():
-            if time.monotonic() - begun > GO_S:
-                raise ServerFailed(f"--go {go}: nobody made it for {GO_S:.0f} s; make it once it is this bench's turn")
-            time.sleep(0.5)
-        self.deadline += time.monotonic() - begun
+        """See await_go; none of the time that is waited counts. Raises ServerFailed."""
+        try:
+            self.deadline += await_go(go, say)
+        except TimeoutError as error:
+            raise ServerFailed(str(error)) from None
 
     def run(self, model: Path) -> None:
         """All loads, one after the other; what was found is written after each."""

@@ -6,8 +6,10 @@ import argparse
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -235,6 +237,19 @@ def test_what_is_wrong_with_requests() -> None:
     assert wrong(0) == ["rank 0 gave no answer for 3.00 s around the kill; before, for 1.00 s at most"]
     good = [each for each in good if each.ended < 32]
     assert "after: rank 0 answered nothing" in wrong(0) and "after: rank 1 answered nothing" in wrong(0)
+
+
+def test_its_limit_stands_still_while_it_waits_for_its_turn(tmp_path: Path) -> None:
+    ended: list[int] = []
+    signal.signal(signal.SIGALRM, lambda *_: ended.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    try:
+        threading.Timer(1.5, (tmp_path / "go").touch).start()
+        returns.hold(tmp_path / "go")
+        left = signal.getitimer(signal.ITIMER_REAL)[0]
+        assert not ended and 0.5 < left <= 1.0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
 def main() -> int:
