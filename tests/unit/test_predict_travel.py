@@ -108,7 +108,20 @@ def test_a_loop_with_more_requests_gives_more_tokens() -> None:
     assert [r.tokens_per_s for r in rates] == sorted(r.tokens_per_s for r in rates)
     assert rates[0].decode_s < rates[1].decode_s, "of one request the owner is idle"
     direct = closed_loop(MODEL, H100, 2, Loop(64, 512, 256), share=64, decode="direct")
-    assert direct.prompt_s == rates[-1].prompt_s and direct.between_s > 2 * rates[-1].between_s
+    assert direct.between_s > 2 * rates[-1].between_s
+
+
+def test_a_step_with_a_prompt_travels_where_it_is_short_enough() -> None:
+    def prompt_s(isl: int, decode: str = "travel", most: int = 1024, at_a_time: int = 64) -> float:
+        loop = Loop(at_a_time, isl, 256)
+        return closed_loop(MODEL, H100, 2, loop, share=64, decode=decode, travel_tokens=most).prompt_s
+
+    pulled = prompt_s(512, "direct")
+    assert prompt_s(512) < 0.9 * pulled
+    # The others of its rank, 31, are in the step too.
+    assert prompt_s(512, most=542) == pulled > prompt_s(512, most=543)
+    assert prompt_s(2048) == prompt_s(2048, "direct")
+    assert prompt_s(512, at_a_time=1) < prompt_s(512), "nobody else asks, and no owner computes prompts"
 
 
 def test_plan_respects_decode_and_travel_tokens(capsys: pytest.CaptureFixture[str]) -> None:

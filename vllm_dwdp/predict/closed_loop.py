@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
+from vllm_dwdp.direct import LayerCosts
 from vllm_dwdp.predict.decode import TRAVEL_TOKENS, layer_costs, predicted_few, travel_layer
 from vllm_dwdp.predict.hardware_file import Hardware
 from vllm_dwdp.predict.model import MoeModel
@@ -46,27 +47,36 @@ def closed_loop(
     travel_tokens: int = TRAVEL_TOKENS,
 ) -> LoopRates:
     """Each request is admitted by a step with its prompt, in which the others of its rank get a token too; all other steps
-    decode. Fewer requests than ranks leave the other ranks idle."""
+    decode. Fewer requests than ranks leave the other ranks idle. travel_tokens: a step with a prompt may travel too."""
     busy = min(float(ranks), loop.concurrency)
     each = loop.concurrency / busy
     few = predicted_few(model, hardware, ranks, share, decode=decode, travel_tokens=travel_tokens)
     layers = model.moe_layers
     local = local_time(model, hardware, decoding(max(1, round(each)), loop.isl + loop.osl / 2))
     costs = layer_costs(model, hardware, ranks, share, float(local.total.mean() - local.grouped.mean()) / layers)
-    admits = dwdp(model, hardware, prefill(Lengths(loop.isl), loop.isl), ranks, share)
+    work = prefill(Lengths(loop.isl), loop.isl)
+    admits = dwdp(model, hardware, work, ranks, share)
+    admitting = loop.isl + round(each) - 1  # tokens of a step with a prompt
+    alone = local_time(model, hardware, work)
+    prompt_costs = replace(costs, other_s=float(alone.total.mean() - alone.grouped.mean()) / layers)
+
+    def travels_s(of: LayerCosts, tokens: float, prompts: float) -> float:
+        return layers * travel_layer(model, hardware, ranks, of).seconds(tokens, idle=busy < ranks, prompts=prompts)
+
+    def prompt_s(prompts: float) -> float:
+        return travels_s(prompt_costs, admitting, prompts) if admitting <= few.travel else admits.seconds
 
     def step_s(prompts: float) -> float:
         way = few.way(round(each))
         if way == "travel":
-            travels = travel_layer(model, hardware, ranks, costs)
-            return layers * travels.seconds(each, idle=busy < ranks, prompts=prompts)
+            return travels_s(costs, each, prompts)
         return layers * ((costs.direct_s if way == "direct" else costs.pulled_s)(round(each)) + LAUNCHES_S)
 
     # Prompts that owners compute make requests late, and those make the share of prompts smaller.
-    prompts, decode_s, turn = 0.0, 0.0, 1.0
+    prompts, decode_s, admit_s, turn = 0.0, 0.0, 0.0, 1.0
     for _ in range(_ROUNDS):
-        decode_s = step_s(prompts)
-        turn = each * admits.seconds + max(0.0, loop.osl - each) * decode_s
+        decode_s, admit_s = step_s(prompts), prompt_s(prompts)
+        turn = each * admit_s + max(0.0, loop.osl - each) * decode_s
         prompts = 0.0 if busy < ranks else each * admits.compute / turn
     tokens = loop.concurrency * (loop.isl + loop.osl) / turn
-    return LoopRates(tokens, decode_s, admits.seconds, turn / loop.osl)
+    return LoopRates(tokens, decode_s, admit_s, turn / loop.osl)

@@ -16,6 +16,8 @@ from vllm_dwdp.predict.read_config import load_model
 
 #: Experts that each of the two ranks held, of 128.
 SHARE: Final = 64
+#: Tokens of a step that travelled at most, the default then.
+TRAVELLED: Final = 256
 #: Prompts of 8K with their answers that KV caches of 43,645 tokens on two ranks hold.
 FIT_8K: Final = 2 * 43645 / 8320
 
@@ -54,5 +56,7 @@ def predicted(c: Fitted) -> Iterator[tuple[Run, float]]:
     """(a run, tokens/s that the planner says)."""
     hardware = with_constants(load_hardware("h100"), c)
     for run in RUNS:
-        rates = closed_loop(_model(run.file), hardware, 2, run.loop, share=SHARE, decode=run.decode)
+        rates = closed_loop(
+            _model(run.file), hardware, 2, run.loop, share=SHARE, decode=run.decode, travel_tokens=TRAVELLED
+        )
         yield run, rates.tokens_per_s
