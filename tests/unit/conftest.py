@@ -79,8 +79,8 @@ def hopper() -> Iterator[None]:
 
 @pytest.fixture
 def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nor its gates: each test has builds of its own. Nor its layers: what vLLM remembers of one for a reload, by a weak key,
-    holds that layer where its experts are quantised while they are read (vLLM strips bound methods, not wrapped ones)."""
+    """Nor its gates: each test has builds of its own. Nor its layers: what vLLM remembers of one for a reload, by a weak
+    key, holds it where its experts are quantised while they are read (vLLM strips bound methods, not wrapped ones)."""
     from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 
     from vllm_dwdp.layers import gates

@@ -213,8 +213,11 @@ def test_the_default_refuses_nothing_that_a_partition_may_do(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(worker.logger, "info", lambda text, *values: said.append(text % values))
-    monkeypatch.setattr(worker, "memory_of", lambda _config, _launch, _cpu, limit: replace(FACTS, limit=limit))
-    rank = Alone(folder, limit, **settings)
+    monkeypatch.setattr(
+        worker, "memory_of", lambda _config, _launch, _cpu, limit, page: replace(FACTS, limit=limit + page)
+    )
+    monkeypatch.setattr(worker, "page_ahead", lambda *_: 7)
+    rank = Alone(folder, limit - 7, **settings)
     if share is None:
         with pytest.raises(DwdpError, match="even 4 of 8 experts"):
             rank.settle()
