@@ -63,6 +63,15 @@ def gates_of_a_module() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def groups() -> Iterator[None]:
+    """vLLM builds models in this process."""
+    from tests.unit.whole_model import vllm_groups
+
+    with vllm_groups():
+        yield
+
+
+@pytest.fixture(scope="module")
 def hopper() -> Iterator[None]:
     """vLLM builds models in this process, with the kernels that it takes on a Hopper GPU. The last test of the module fails
     where simulated memory stays: later modules count its descriptors."""
