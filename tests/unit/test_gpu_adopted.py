@@ -37,6 +37,8 @@ from vllm_dwdp.transport.kept import KeptSlab, keep_slab
 from vllm_dwdp.transport.vmm import VmmTransport
 
 RANKS = 2
+#: Abstract names are the machine's, where these tests may run twice at a time.
+SILENT = f"dwdp-vmm-test-silent-{os.getpid()}"
 
 
 @pytest.fixture(autouse=True)
@@ -274,9 +276,9 @@ def test_a_keeper_that_is_stopped_is_not_the_only_one_asked(servers: Servers, mo
     servers.kill()
     good = servers.held[0][1]
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
-        silent.bind("\0dwdp-vmm-test-silent")
+        silent.bind(f"\0{SILENT}")
         silent.listen()
-        stopped = [{**handle, "payload": {**handle["payload"], "socket": "dwdp-vmm-test-silent"}} for handle in good]
+        stopped = [{**handle, "payload": {**handle["payload"], "socket": SILENT}} for handle in good]
         keepers = {"0": {"1": stopped}, "2": {"1": good}}
         meeting = SimpleNamespace(said=lambda rank, name: keepers.get(str(rank)), positions=lambda: [])
         rank: Any = object.__new__(ApartRendezvous)
