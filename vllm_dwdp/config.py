@@ -140,6 +140,15 @@ class DwdpConfig:
         """A JSON-able mapping that `parse` turns back into an equal config."""
         return asdict(self)
 
+    def compiled_by(self) -> dict[str, Any]:
+        """What names the caches of compiled code: all settings but those that no compiled code sees.
+
+        `hits` is whether layers count, not where to. `group` and `rank` stay: vLLM has one folder for all servers of the
+        same settings, and does not write it as if several started at a time.
+        """
+        seen = {key: value for key, value in self.to_dict().items() if key not in ("meet", "timeout_s", "trace")}
+        return {**seen, "hits": self.hits is not None}
+
     @property
     def held(self) -> int | None:
         """`experts_per_rank` as far as it is a number: None for a partition, and until ranks have chosen."""

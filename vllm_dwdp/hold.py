@@ -1,8 +1,9 @@
 """How many experts a rank can hold beside the KV cache that was asked for (pure): `experts_per_rank: "auto"`.
 
 With S of E experts held, a rank keeps S experts of every MoE layer, its dense weights, the peak of a step, and slots, which
-hold the E - S missing experts of a layer (split), all E (contiguous) or are not there (in place). The rest is KV cache. The
-largest S is taken for which that rest is
+hold the E - S missing experts of a layer (split), all E (contiguous) or are not there (in place). Where pages can be mapped
+(composite) a slot holds what is missing too, and shares take pages at their ends; without a split-weight kernel that is the
+view where it takes no more than contiguous. The rest is KV cache. The largest S is taken for which that rest is
 
 * what the user asked for in bytes, where that is known exactly, or else
 * at least 40 % of what dense weights and the estimated peak leave, and what one request of the longest length needs.
@@ -13,7 +14,7 @@ needs, is refused.
 
 import math
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from vllm_dwdp.errors import DwdpError
 
@@ -25,6 +26,14 @@ KEPT: Final = 0.9
 SlotsHold = Literal["missing", "all", "nothing"]
 
 
+class Paged(NamedTuple):
+    """Memory that may be mapped in pages, where slots hold all experts otherwise. ends: bytes, as those of MemoryFacts.
+    most: the largest share beside which a whole page is missing for sure."""
+
+    ends: float
+    most: int
+
+
 @dataclass(frozen=True)
 class MemoryFacts:
     """What a rank knows of its memory before its layers are built; bytes unless said otherwise.
@@ -34,7 +43,7 @@ class MemoryFacts:
         neither weights nor KV cache: activations of the largest step, runtime, graphs.
     expert: one expert of all MoE layers. slot_expert: one expert in all slots. slots_hold: experts of a layer in a slot;
         "nothing" where peers' pages are read in place.
-    ends: what a share takes beside its experts where memory is mapped in pages.
+    ends: what a share takes beside its experts where memory is mapped in pages. paged: where it is if that takes no more.
     kv_token: KV cache of one token. kv_request: of one request of the longest length. kv_asked: of all, where the user
         said so; None: a rule has to tell.
     """
@@ -52,6 +61,7 @@ class MemoryFacts:
     kv_request: float
     kv_asked: float | None = None
     ends: float = 0.0
+    paged: Paged | None = None
 
     @property
     def least(self) -> int:
@@ -73,8 +83,14 @@ class MemoryFacts:
         """KV cache that a larger share must leave."""
         return max(self.demand, KV_PART * self.rest) if self.kv_asked is None else self.kv_asked
 
+    def in_pages(self, share: int) -> bool:
+        """Whether `share` experts are held in pages, which take no more than slots of all experts."""
+        return self.paged is not None and share <= self.paged.most and self.paged.ends <= share * self.slot_expert
+
     def slots(self, share: int) -> float:
-        """Bytes of all slots, with `share` experts held."""
+        """Bytes of all slots, and of pages beside a share where both are instead of slots of all experts."""
+        if self.paged is not None and self.in_pages(share):
+            return (self.experts - share) * self.slot_expert + self.paged.ends
         count = {"missing": self.experts - share, "all": self.experts, "nothing": 0}[self.slots_hold]
         return count * self.slot_expert
 
@@ -84,7 +100,8 @@ class MemoryFacts:
 
     def loads(self, share: int) -> bool:
         """Whether the share fits while it is loaded, when a layer of it is there twice but no slot and no KV cache is."""
-        return self.dense + self.ends + share * self.expert * (1 + 1 / self.layers) <= self.limit
+        ends = self.paged.ends if self.paged is not None and self.in_pages(share) else self.ends
+        return self.dense + ends + share * self.expert * (1 + 1 / self.layers) <= self.limit
 
 
 @dataclass(frozen=True)
@@ -113,7 +130,8 @@ class Held:
     def expert_cost(self) -> float:
         """Bytes of KV cache that one expert more takes."""
         facts = self.facts
-        return facts.expert - (facts.slot_expert if facts.slots_hold == "missing" else 0)
+        less = facts.slots_hold == "missing" or facts.in_pages(self.share)
+        return facts.expert - (facts.slot_expert if less else 0)
 
     @property
     def all_fit(self) -> bool:

@@ -63,24 +63,42 @@ def gates_of_a_module() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def groups() -> Iterator[None]:
+    """vLLM builds models in this process."""
+    from tests.unit.whole_model import vllm_groups
+
+    with vllm_groups():
+        yield
+
+
+@pytest.fixture(scope="module")
 def hopper() -> Iterator[None]:
-    """vLLM builds models in this process, with the kernels that it takes on a Hopper GPU."""
+    """vLLM builds models in this process, with the kernels that it takes on a Hopper GPU. The last test of the module fails
+    where simulated memory stays: later modules count its descriptors."""
+    from tests.unit.fake_vmm import open_descriptors
     from tests.unit.hopper import on_hopper
     from tests.unit.whole_model import vllm_groups
 
+    before = open_descriptors()
     with vllm_groups(), on_hopper():
         yield
+    gc.collect()
+    assert open_descriptors() == before
 
 
 @pytest.fixture
 def no_build_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nor its gates: each test has builds of its own."""
+    """Nor its gates: each test has builds of its own. Nor its layers: what vLLM remembers of one for a reload, by a weak
+    key, holds it where its experts are quantised while they are read (vLLM strips bound methods, not wrapped ones)."""
+    from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+
     from vllm_dwdp.layers import gates
     from vllm_dwdp.layers.build import ModelBuild
 
     monkeypatch.setattr(ModelBuild, "_current", None)
     yield
     gates._gates.clear()
+    LAYERWISE_INFO.clear()
     gc.collect()
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from tests.unit.helpers import descriptors, dies_of_a_fault, slab_maps
 from tests.unit.leftovers import check_message, refusal
 from tests.unit.meeting import Meeting
-from tests.unit.whole_model import Loaded, as_bytes, edited, expert_layers, load, vllm_groups
+from tests.unit.whole_model import Loaded, as_bytes, edited, expert_layers, load
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.group.checkpoint import fingerprint
 from vllm_dwdp.layers import coverage
@@ -34,15 +34,11 @@ from vllm_dwdp.layers.sharing import ExpertSharing
 from vllm_dwdp.transport.base import Handle
 from vllm_dwdp.transport.memfd import MemoryFile, keep_file
 
+pytestmark = pytest.mark.usefixtures("groups")
+
 RANKS, EXPERTS, LAYERS, TOKENS = 2, 5, 3, 7
 LAUNCH: Any = SimpleNamespace(group_of=lambda rank: list(range(RANKS)), cores=())
 Handles = dict[int, list[dict[str, Any]]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def groups() -> Iterator[None]:
-    with vllm_groups():
-        yield
 
 
 @pytest.fixture(scope="module")

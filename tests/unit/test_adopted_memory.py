@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.unit.leftovers import check_message, refusal
 from tests.unit.test_adopted import EXPERTS, LAYERS, RANKS, Servers, wrong
-from tests.unit.whole_model import Loaded, edited, expert_layers, load, vllm_groups
+from tests.unit.whole_model import Loaded, edited, expert_layers, load
 from vllm_dwdp.engine.peers import found_apart
 from vllm_dwdp.group.apart import ApartRendezvous, Loading
 from vllm_dwdp.hits_file import Hits
@@ -26,14 +26,10 @@ from vllm_dwdp.layers import coverage
 from vllm_dwdp.layers.build import BuildApart
 from vllm_dwdp.transport.memfd import MemoryFile
 
+pytestmark = pytest.mark.usefixtures("groups")
+
 #: Experts of rank 1.
 SHARE = 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def groups() -> Iterator[None]:
-    with vllm_groups():
-        yield
 
 
 @pytest.fixture(scope="module")

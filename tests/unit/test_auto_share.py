@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ pytest.importorskip("vllm")
 from vllm.platforms import current_platform
 
 from tests.unit.helpers import LIMIT_S
-from tests.unit.whole_model import expert_layers, load, vllm_config, vllm_groups
+from tests.unit.whole_model import expert_layers, load, vllm_config
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import worker
 from vllm_dwdp.engine.auto_share import memory_of, settle
@@ -32,13 +32,9 @@ from vllm_dwdp.predict.memory_plan import RUNTIME, activation_bytes
 from vllm_dwdp.predict.read_config import parse_model
 from vllm_dwdp.transport.limits import Available
 
+pytestmark = pytest.mark.usefixtures("groups")
+
 GIB = 2**30
-
-
-@pytest.fixture(scope="module", autouse=True)
-def groups() -> Iterator[None]:
-    with vllm_groups():
-        yield
 
 
 def launch(ranks: int = 2, folder: str = "", **settings: Any) -> DwdpLaunch:
@@ -213,8 +209,11 @@ def test_the_default_refuses_nothing_that_a_partition_may_do(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(worker.logger, "info", lambda text, *values: said.append(text % values))
-    monkeypatch.setattr(worker, "memory_of", lambda _config, _launch, _cpu, limit: replace(FACTS, limit=limit))
-    rank = Alone(folder, limit, **settings)
+    monkeypatch.setattr(
+        worker, "memory_of", lambda _config, _launch, _cpu, limit, page: replace(FACTS, limit=limit + page)
+    )
+    monkeypatch.setattr(worker, "page_ahead", lambda *_: 7)
+    rank = Alone(folder, limit - 7, **settings)
     if share is None:
         with pytest.raises(DwdpError, match="even 4 of 8 experts"):
             rank.settle()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,9 @@ import torch
 pytest.importorskip("vllm")
 
 from tests.unit.leftovers import TINY, check_message, refusal
-from tests.unit.whole_model import as_bytes, edited, expert_layers, load, vllm_groups
+from tests.unit.whole_model import as_bytes, edited, expert_layers, load
+
+pytestmark = pytest.mark.usefixtures("groups")
 
 Tensors = dict[str, torch.Tensor]
 
@@ -27,12 +29,6 @@ DBRX = {
     "ffn_config": {"moe_num_experts": 4, "ffn_hidden_size": 32, "moe_top_k": 2},
     "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 10000.0},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def groups() -> Iterator[None]:
-    with vllm_groups():
-        yield
 
 
 def with_a_score(tensors: Tensors) -> Tensors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,16 @@ import torch
 
 pytest.importorskip("vllm")
 
-from tests.unit.whole_model import load, vllm_groups
+from tests.unit.whole_model import load
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.gates import register_gate
 from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 from vllm_dwdp.layers.views.split import SplitTables
 from vllm_dwdp.platform import CUDA
 
+pytestmark = pytest.mark.usefixtures("groups")
+
 RANKS, EXPERTS = 2, 5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def groups() -> Iterator[None]:
-    with vllm_groups():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -185,7 +185,8 @@ def test_layers_are_built_with_as_many_experts_as_memory_allows(
         experts=8, ranks=2, layers=5, limit=0, dense=80, peak=20, expert=50, slot_expert=20, slots_hold="missing",
         kv_token=2, kv_request=100, kv_asked=560,
     )  # fmt: skip
-    monkeypatch.setattr(worker, "memory_of", lambda config, launch, on_cpu, limit: replace(facts, limit=limit))
+    monkeypatch.setattr(worker, "memory_of", lambda config, launch, on_cpu, limit, page: replace(facts, limit=limit))
+    monkeypatch.setattr(worker, "page_ahead", lambda *_: None)
     # Of one GPU, 2000 are free, for two ranks; vLLM may use more.
     monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (2000, 3000))
     monkeypatch.setattr(worker, "current_platform", SimpleNamespace(is_cpu=lambda: False))

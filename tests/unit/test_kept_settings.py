@@ -53,3 +53,31 @@ def test_gpus_of_a_ray_worker(ranks_per_device: int, asked: float, monkeypatch: 
     made: Any = object.__new__(ray_executor.DwdpRayExecutor)
     made.vllm_config = config
     assert made._get_actor_resource_kwargs() == {"num_gpus": asked}
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_compiled_code_is_found_again_wherever_a_group_meets(tiny_moe: Path, tmp_path: Path) -> None:
+    """And whatever else no compiled code sees; vLLM's folder is that of one server of a group alone."""
+
+    def hashed(**settings: Any) -> str:
+        apart = {"group": "g", "rank": 0, "ranks": 2, "meet": str(tmp_path)} | settings
+        config = build(tiny_moe, data_parallel_size=1, additional_config={"dwdp": apart, "other": {"key": 1}})
+        assert config.additional_config["other"] == {"key": 1}
+        hashes.append(config.compute_hash())
+        return str(hashes[-1])
+
+    hashes: list[str] = []
+    (tmp_path / "elsewhere").mkdir()
+    first, path = hashed(), str(tmp_path / "hits.json")
+    assert first == hashed(meet=str(tmp_path / "elsewhere")) == hashed(timeout_s=7.0) == hashed(trace=True)
+    counting = hashed(hits=path)
+    assert counting == hashed(hits=path + "on")
+    others = [hashed(**settings) for settings in ({"rank": 1}, {"group": "h"}, {"ranks": 3}, {"num_slots": 3})]
+    assert len({first, counting, hashed(weight_view="contiguous"), *others}) == 7
+
+
+def test_whatever_is_new_names_the_caches_of_compiled_code() -> None:
+    """All settings but these: a cache that is shared by mistake computes wrong results."""
+    settings = DwdpConfig()
+    assert settings.to_dict().keys() - settings.compiled_by().keys() == {"meet", "timeout_s", "trace"}
+    assert settings.to_dict() | settings.compiled_by() == {**settings.to_dict(), "hits": False}

@@ -23,7 +23,7 @@ from tests.unit.quantised import EXPERTS, FLASHINFER, RANKS, TAKEN, UNREAD, plai
 from tests.unit.whole_model import expert_layers
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers import methods
-from vllm_dwdp.layers.kept import _tensors_in
+from vllm_dwdp.layers.kept import _tensors_in, aliased
 from vllm_dwdp.layers.largest import share_largest
 from vllm_dwdp.layers.slabs import tensors_of
 from vllm_dwdp.layers.views import choose_view, split
@@ -75,6 +75,7 @@ def test_every_byte_is_plain_vllms(
     plain = list(expert_layers(plain_of(folder, form, kernels).model).values())
     direct = {"direct_tokens": FEW} if view == "composite" else {}
     builds = [loaded.build for loaded in ranks_of(folder, form, kernels, view)]
+    assert not any(aliased(layer) for build in builds for layer in tensors_of(build)), "auto would leave composite out"
     _, ranks = share_on_gpus(monkeypatch, view, builds=builds, **direct)
     for rank in ranks:
         rank.sharing.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("vllm")
 
 from tests.unit.leftovers import TINY, build, check_message, refusal
-from tests.unit.whole_model import as_bytes, edited, expert_layers, load, vllm_groups
+from tests.unit.whole_model import as_bytes, edited, expert_layers, load
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import popularity
 from vllm_dwdp.engine.popularity import with_hits_file
@@ -111,12 +111,6 @@ def test_ranks_get_what_the_front_end_read(
 def test_numbers_tell_layers_apart() -> None:
     assert numbers_in("model.layers.3.mlp.experts") == numbers_in("language_model.h.3.moe.experts.17.w1.weight") == (3,)
     assert numbers_in("blocks.1.layers.3.mlp.experts.gate_up_proj") == (1, 3)
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[None]:
-    with vllm_groups():
-        yield
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ pytest.importorskip("vllm")
 from tests.unit.helpers import LIMIT_S
 from tests.unit.leftovers import check_message, refusal
 from tests.unit.meeting import Meeting
-from tests.unit.whole_model import Loaded, as_bytes, expert_layers, load, vllm_groups
+from tests.unit.whole_model import Loaded, as_bytes, expert_layers, load
 from vllm_dwdp.copy_plan import LayerLayout, build_plan
 from vllm_dwdp.layers import coverage, slabs
 from vllm_dwdp.layers.coverage import check_coverage
@@ -32,6 +32,8 @@ from vllm_dwdp.layers.routed_experts import DwdpExpertsMixin
 from vllm_dwdp.layers.sharing import ExpertSharing
 from vllm_dwdp.layers.views.split import addresses, slot_bytes
 from vllm_dwdp.prefetch.ring import Ring
+
+pytestmark = pytest.mark.usefixtures("groups")
 
 RANKS, EXPERTS, LAYERS, TOKENS, HIDDEN = 2, 5, 3, 7, 128
 #: The third: 4 experts on each rank, so that what a rank reads begins within its peer's share.
@@ -58,12 +60,6 @@ class Group(NamedTuple):
         for rank, loaded in enumerate(self.ranks):
             pairs = zip(expert_layers(self.plain.model).values(), expert_layers(loaded.model).values(), strict=True)
             yield from ((rank, i, plain, shared) for i, (plain, shared) in enumerate(pairs))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def groups() -> Iterator[None]:
-    with vllm_groups():
-        yield
 
 
 @pytest.fixture(scope="module")

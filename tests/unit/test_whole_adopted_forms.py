@@ -1,8 +1,5 @@
 """A rank that returns builds each layer with one expert, in whatever form vLLM leaves it, and its kernels are given every
-byte that plain vLLM's are. On the simulated device; kernels do not run here.
-
-Named so as to run behind the tests that count descriptors of simulated memory: models of vLLM that are seen here keep some.
-"""
+byte that plain vLLM's are. On the simulated device; kernels do not run here."""
 
 from __future__ import annotations
 

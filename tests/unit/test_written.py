@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 
 from tests.unit.leftovers import TINY, check_message, refusal
 from tests.unit.meeting import Meeting
-from tests.unit.whole_model import edited, expert_layers, load, vllm_config, vllm_groups
+from tests.unit.whole_model import edited, expert_layers, load, vllm_config
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine.loader import ShareOnlyLoader
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
@@ -26,16 +26,12 @@ from vllm_dwdp.layers.written import check_written, mark_rows
 from vllm_dwdp.placement import place
 from vllm_dwdp.platform import CPU
 
+pytestmark = pytest.mark.usefixtures("groups")
+
 Tensors = dict[str, torch.Tensor]
 
 #: Two MoE layers of 5 experts: ranks of two hold 0, 1 and 2, 3, 4.
 SIZES = {**TINY, "num_layers": 2, "num_experts": 5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def groups() -> Iterator[None]:
-    with vllm_groups():
-        yield
 
 
 def without(part: str) -> Callable[[Tensors], Tensors]:

@@ -1,9 +1,11 @@
-"""A rank that returns with another checkpoint, whose experts are in quantised forms."""
+"""Ranks that come and go: one that returns with another checkpoint, whose experts are in quantised forms; static scales."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,9 +14,10 @@ pytest.importorskip("vllm")
 import torch
 
 from tests.unit.leftovers import check_message, refusal
-from tests.unit.quantised import sizes
+from tests.unit.quantised import rank_of, sizes
 from tests.unit.test_whole_adopted_forms import Life
 from tests.unit.whole_model import edited
+from vllm_dwdp.layers.largest import share_largest
 
 pytestmark = pytest.mark.usefixtures("hopper", "no_build_stays")
 
@@ -57,3 +60,27 @@ def test_scales_of_another_checkpoint_are_seen(
     for slab in adopted:
         slab.close()
     life.group.ranks[0].sharing.close()
+
+
+@pytest.mark.parametrize(
+    ("form", "kernels"),
+    [("fp8-tensor-static", "triton"), ("fp8-tensor-static", "marlin"), ("ct-fp8-tensor-static", "cutlass")],
+)
+def test_static_scales_are_refused_before_weights_load(
+    form: str, kernels: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an adopted share one expert is read, and the largest of all is not known."""
+    monkeypatch.setattr("vllm_dwdp.engine.loader.mark_rows", lambda build: pytest.fail("weights are loaded"))
+    apart: Any = SimpleNamespace(adopted=None, files_checked=True)
+    told = refusal(lambda: rank_of(checkpoint(**sizes(form)), 0, kernels, form=form, apart=apart))
+    check_message(told, ["4 static scales of activations with dwdp.group", "dynamic ones"])
+
+
+def test_a_rank_that_comes_and_goes_shares_no_static_scales() -> None:
+    """Nor where a method makes them while weights are processed."""
+    module = torch.nn.Module()
+    module.quant_method = type("Fp8MoEMethod", (), {})()  # type: ignore[assignment]
+    build: Any = SimpleNamespace(apart=SimpleNamespace(), layers=[SimpleNamespace(module=module)])
+    assert share_largest(build, None, [0, 1]) == 0  # type: ignore[arg-type]
+    module.register_parameter("w2_input_scale", torch.nn.Parameter(torch.tensor(0.5), requires_grad=False))
+    check_message(refusal(lambda: share_largest(build, None, [0, 1])), ["1 static scales"])  # type: ignore[arg-type]

@@ -11,7 +11,10 @@ from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm_dwdp.config import PARTITION
 from vllm_dwdp.engine.stored import stored_config
 from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.hold import Held, MemoryFacts, choose
+from vllm_dwdp.hold import Held, MemoryFacts, Paged, choose
+from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers.slabs import REPLICATED_PART
+from vllm_dwdp.layers.transports import page_of_group
 from vllm_dwdp.page_placement import cpu_rows, place_on_pages
 from vllm_dwdp.platform import Platform
 from vllm_dwdp.predict.memory_plan import RUNTIME, activation_bytes, memory_facts
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 #: The unit in which GPUs map memory, bytes.
 PAGE: Final = 2 << 20
+#: Formats whose experts have no scales.
+_WHOLE: Final = ("fp32", "bf16", "fp16")
 
 
 def settle(launch: DwdpLaunch, facts: MemoryFacts | None, rendezvous: Rendezvous) -> tuple[DwdpLaunch, Held | None]:
@@ -53,8 +58,25 @@ def check_foreseen(vllm_config: VllmConfig) -> None:
             raise DwdpError(f"the memory of {what} is not foreseen: experts_per_rank sets a number")
 
 
-def memory_of(vllm_config: VllmConfig, launch: DwdpLaunch, platform: Platform, limit: float) -> MemoryFacts:
-    """What is known before layers are built. `limit`: bytes that this rank may use in all.
+def page_ahead(vllm_config: VllmConfig, launch: DwdpLaunch, platform: Platform, rendezvous: Rendezvous) -> int | None:
+    """Bytes of a page where the view will be composite unasked, if that takes no more memory than contiguous; else None.
+
+    Every rank of a launch has to call it: where sizes leave it open, all try whether their device maps pages.
+    """
+    config = launch.config
+    if platform.on_cpu or config.weight_view != "auto" or launch.popularity is not None or launch.apart is not None:
+        return None
+    if _splits(vllm_config, platform):
+        return None
+    group = launch.group_of(rendezvous.rank)
+    unbuilt = ModelBuild(config, group.index(rendezvous.rank), len(group), platform)
+    return page_of_group(unbuilt, rendezvous, group, "page_ahead")
+
+
+def memory_of(
+    vllm_config: VllmConfig, launch: DwdpLaunch, platform: Platform, limit: float, page: int | None = None
+) -> MemoryFacts:
+    """What is known before layers are built. `limit`: bytes that this rank may use in all. `page`: as `page_ahead` tells.
 
     Raises DwdpError where the model's config does not tell its sizes.
     """
@@ -85,15 +107,31 @@ def memory_of(vllm_config: VllmConfig, launch: DwdpLaunch, platform: Platform, l
         kv_element=cache_dtype.itemsize,
     )
     ends = page_ends(model) if config.weight_view == "composite" else 0
-    return dataclasses.replace(facts, kv_asked=_kv_asked(vllm_config, facts), ends=ends)
+    paged = None if page is None else paged_of(model, page)
+    return dataclasses.replace(facts, kv_asked=_kv_asked(vllm_config, facts), ends=ends, paged=paged)
 
 
-def page_ends(model: MoeModel) -> int:
+def paged_of(model: MoeModel, page: int) -> Paged:
+    """What the composite view takes in pages of `page` bytes."""
+    # Where what is missing of the larger tensor has the bytes of two pages, it has a whole one.
+    return Paged(page_ends(model, page), model.experts - math.ceil(page / _row(model)))
+
+
+def page_ends(model: MoeModel, page: int = PAGE) -> int:
     """The most bytes by which the pages of a rank in the composite view exceed the experts of its share, in all layers: at
-    either end of the share and behind the last expert, of each tensor; and of scales, which have a piece of their own."""
-    row = round(model.expert_params * model.expert_format.data) // 3
-    ends = sum(2 * (PAGE - math.gcd(rows, PAGE)) + -model.experts * rows % PAGE for rows in (2 * row, row))
-    return model.moe_layers * (ends + (PAGE if model.expert_format.scales else 0))
+    either end of the share and behind the last expert, of each tensor that is fetched; and of small ones, which have a piece
+    of their own."""
+    form = model.expert_format
+    scales = round(model.expert_params * form.scales) // 3
+    rows = [2 * _row(model), _row(model)]
+    rows += [nbytes for nbytes in (2 * scales, scales) if nbytes > REPLICATED_PART * model.expert_bytes]
+    ends = sum(2 * (page - math.gcd(nbytes, page)) + -model.experts * nbytes % page for nbytes in rows)
+    return model.moe_layers * (ends + (0 if form.name in _WHOLE else page))
+
+
+def _row(model: MoeModel) -> int:
+    """Bytes of one expert's second product, without scales; those of the first are twice as many."""
+    return round(model.expert_params * model.expert_format.data) // 3
 
 
 def _kv_asked(vllm_config: VllmConfig, facts: MemoryFacts) -> float | None:
@@ -104,8 +142,8 @@ def _kv_asked(vllm_config: VllmConfig, facts: MemoryFacts) -> float | None:
 
 
 def _view(model: MoeModel, launch: DwdpLaunch, platform: Platform, vllm_config: VllmConfig) -> str:
-    """The view that the layers will have, as far as sizes tell; once they exist, `choose_view` decides. Where that may be
-    composite, which takes no more memory, it is contiguous."""
+    """The view that the layers will have, as far as sizes tell; once they exist, `choose_view` decides. Where it may be
+    composite unasked, it is contiguous: `MemoryFacts.paged` tells the rest."""
     view = launch.config.weight_view
     if view == "composite":
         # But for pages at the ends of shares (`page_ends`), slabs and slots hold the same.
@@ -113,14 +151,18 @@ def _view(model: MoeModel, launch: DwdpLaunch, platform: Platform, vllm_config: 
     if view != "auto":
         return view
     if "inplace" not in platform.views:
-        quantisation, kernels = vllm_config.model_config.quantization, vllm_config.kernel_config.moe_backend
-        told = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
-        static = told.get("activation_scheme", "dynamic") != "dynamic"
-        splits = quantisation in (None, *platform.split) and kernels in ("auto", "triton") and not static
-        return "split" if splits else "contiguous"
+        return "split" if _splits(vllm_config, platform) else "contiguous"
     rows = cpu_rows(model.expert_width, model.hidden, vllm_config.model_config.dtype.itemsize)
     try:
         place_on_pages(model.experts, launch.group_size, None, rows)
     except DwdpError:
         return "contiguous"
     return "inplace" if launch.popularity is None else "contiguous"
+
+
+def _splits(vllm_config: VllmConfig, platform: Platform) -> bool:
+    """Whether there are split-weight kernels for experts in this form."""
+    quantisation, kernels = vllm_config.model_config.quantization, vllm_config.kernel_config.moe_backend
+    told = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
+    static = told.get("activation_scheme", "dynamic") != "dynamic"
+    return quantisation in (None, *platform.split) and kernels in ("auto", "triton") and not static

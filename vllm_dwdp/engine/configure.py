@@ -155,12 +155,12 @@ def create_engine_config(
     # Only this object is changed, and only while vLLM builds the config from it.
     args.create_model_config = create_model_config  # type: ignore[method-assign]
     args.distributed_executor_backend = _executor(launcher)
-    # Always present, so that compile caches never mix with those of plain vLLM.
+    # Always present, so that compile caches never mix with those of plain vLLM; what is read is the launch's.
     additional_config, moe_backend = args.additional_config, args.moe_backend
     if not platform.on_cpu and moe_backend == "auto":
         # The kernels whose layout of weights is that of the split view.
         args.moe_backend = "triton"
-    args.additional_config = {**(additional_config or {}), BACKEND: config.to_dict()}
+    args.additional_config = {**(additional_config or {}), BACKEND: config.compiled_by()}
     try:
         vllm_config = original(args, *positional, **keywords)
     finally:

@@ -40,6 +40,7 @@ from vllm_dwdp.group.launch import launch_of
 from vllm_dwdp.layers.block_scales import scaled_layers, share_block_scales
 from vllm_dwdp.layers.build import ModelBuild, numbers_in
 from vllm_dwdp.layers.coverage import EXPERT_BY_EXPERT, check_coverage, check_memory
+from vllm_dwdp.layers.largest import refuse_apart
 from vllm_dwdp.layers.online import watch_online
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.routed_experts import cover_subclasses
@@ -96,6 +97,7 @@ class _ShareOnlyMixin:
         if holds_experts and build.shared:
             # Parameters are views of slots and of peers' pages by now: not even marks may be written.
             raise DwdpError("the loader would replace weights that peers read: restart with the new checkpoint")
+        refuse_apart(build)
         marks = mark_rows(build) if holds_experts and self._reads else []
         if holds_experts and self._reads:
             watch_online(build)

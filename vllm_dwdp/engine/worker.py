@@ -21,7 +21,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from vllm_dwdp import __version__
 from vllm_dwdp.compat.versions import vllm_version
 from vllm_dwdp.config import AUTO, DwdpConfig
-from vllm_dwdp.engine.auto_share import check_foreseen, memory_of, settle
+from vllm_dwdp.engine.auto_share import check_foreseen, memory_of, page_ahead, settle
 from vllm_dwdp.engine.frozen import WRITES, freeze, refuse_methods
 from vllm_dwdp.engine.heap import freed_memory_is_returned
 from vllm_dwdp.engine.hits_writer import HitsWriter
@@ -180,13 +180,14 @@ class DwdpWorkerMixin:
 
         Raises DwdpError where "auto" was asked for and memory cannot be foreseen; the default is a partition then.
         """
-        said, facts = "a partition, as another rank has to", None
-        asked = self.dwdp_launch.config.experts_per_rank == AUTO
+        said, facts, launch = "a partition, as another rank has to", None, self.dwdp_launch
+        platform, asked = platform_of(current_platform), launch.config.experts_per_rank == AUTO
+        page = page_ahead(self.vllm_config, launch, platform, rendezvous)
         try:
             if not asked:
                 check_foreseen(self.vllm_config)
             limit = self.dwdp_memory_limit()
-            facts = memory_of(self.vllm_config, self.dwdp_launch, platform_of(current_platform), limit)
+            facts = memory_of(self.vllm_config, launch, platform, limit, page)
             choose(facts)
         except DwdpError as error:
             if asked:

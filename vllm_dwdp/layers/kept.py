@@ -15,7 +15,7 @@ import torch
 from vllm_dwdp.errors import DwdpError
 
 if TYPE_CHECKING:
-    from vllm_dwdp.layers.slabs import LayerSlab
+    from vllm_dwdp.layers.slabs import LayerSlab, LayerTensors
 
 #: In the contiguous view an alias is right; the split view is for those who asked for another one.
 _OTHERWISE: Final = {"composite": "contiguous", "contiguous": "split"}
@@ -43,6 +43,16 @@ def kept_apart(
             if aliases if alias else as_large:
                 return number
     return None
+
+
+def aliased(layer: LayerTensors) -> str | None:
+    """The first fetched tensor of a loaded layer of whose data vLLM's kernel object, made for the share, keeps an alias: so
+    will the one that is made for all experts. None where it keeps none."""
+    method = getattr(layer.build.module, "quant_method", None)
+    known = {id(each.parameter) for each in (*layer.fetched, *layer.replicated)}
+    there = [getattr(method, name, None) for name in ("moe_kernel", "moe_quant_config")]
+    kept = {_storage(each) for each in _tensors_in(there, set()) if id(each) not in known}
+    return next((each.name for each in layer.fetched if _storage(each.parameter) in kept), None)
 
 
 def check_kernels(layers: Sequence[LayerSlab], view: str) -> None:

@@ -19,17 +19,22 @@ if TYPE_CHECKING:
     from vllm_dwdp.group.rendezvous import Rendezvous
 
 
+def refuse_apart(build: ModelBuild) -> None:
+    """Raise DwdpError where ranks come and go and a layer has such values; to be called before weights are loaded."""
+    if build.apart is not None and (own := _largest(build)):
+        raise DwdpError(
+            f"{len(own)} static scales of activations with dwdp.group, where a rank that returns reads too few to know "
+            "the largest: use a checkpoint with dynamic ones, or one launch for all ranks"
+        )
+
+
 def share_largest(build: ModelBuild, rendezvous: Rendezvous, group: Sequence[int]) -> int:
     """Give every single value that is the largest over a share that of the group; returns how many there are.
 
     Raises DwdpError where ranks have different numbers of them, or come and go.
     """
-    own = _largest(build)
-    if own and build.apart is not None:
-        raise DwdpError(
-            f"{len(own)} static scales of activations with dwdp.group, where a rank that returns reads too few to know "
-            "the largest: use a checkpoint with dynamic ones, or one launch for all ranks"
-        )
+    refuse_apart(build)
+    own = [parameter for parameter in _largest(build) if parameter.ndim == 0]
     # Ranks have the same methods, if not the same parameters: a rank with none tells the others.
     if build.apart is not None or not any(known.largest for known in _methods(build)):
         return 0
@@ -46,10 +51,11 @@ def _methods(build: ModelBuild) -> list[Method]:
 
 
 def _largest(build: ModelBuild) -> list[torch.nn.Parameter]:
+    """A value per expert before weights are processed, single values behind that."""
     return [
         parameter
         for layer in build.layers
         if (known := method_of(layer.module)) is not None
         for name, parameter in layer.module.named_parameters()
-        if parameter.ndim == 0 and known.is_largest(name)
+        if known.is_largest(name)
     ]

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from vllm_dwdp.group.rendezvous import Rendezvous
 
 
-def page_of_group(build: ModelBuild, rendezvous: Rendezvous, group: Sequence[int]) -> int | None:
+def page_of_group(build: ModelBuild, rendezvous: Rendezvous, group: Sequence[int], name: str = "page") -> int | None:
     """Bytes of a page where the device of every rank maps memory in pieces, which each tries with one; else None.
 
-    None too where the user asked for another transport, a rank's pages are of another size, or ranks are servers of their
-    own, which have no composite view.
+    name: under which ranks tell each other, another one each time. None too where the user asked for another transport, a
+    rank's pages are of another size, or ranks are servers of their own, which have no composite view.
     """
     page = None
     if build.apart is not None:
@@ -31,7 +31,7 @@ def page_of_group(build: ModelBuild, rendezvous: Rendezvous, group: Sequence[int
         else:
             page = getattr(transport, "page", None)
             transport.close()
-    said = rendezvous.gather("page", page, list(group))
+    said = rendezvous.gather(name, page, list(group))
     return page if set(said) == {page} else None
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers.kept import aliased
 from vllm_dwdp.layers.slabs import LayerTensors
 from vllm_dwdp.layers.views import composite, contiguous, inplace, split
+
+logger = logging.getLogger("vllm.dwdp")
 
 VIEWS: Final = {"inplace": inplace, "split": split, "composite": composite, "contiguous": contiguous}
 
@@ -34,7 +38,7 @@ def choose_view(
                     f'weight_view "{asked}": experts of {layer.build.name} {why}: use weight_view auto or contiguous'
                 )
             # Without a split-weight kernel mapped pages spare the merge copy, and few tokens are still read directly.
-            if first == "split" and not any(map(composite.why_not, layers)):
+            if first == "split" and not any(map(composite.why_not, layers)) and not _kept_by_kernels(layers):
                 nbytes = page()
                 if nbytes is not None and composite.fits(layers, nbytes, build.config.num_slots):
                     return "composite"
@@ -45,3 +49,15 @@ def choose_view(
                 )
             return "contiguous"
     return first
+
+
+def _kept_by_kernels(layers: Sequence[LayerTensors]) -> bool:
+    """Whether a kernel object would not follow parameters whose data is now here, now there, which one line says."""
+    for each in layers:
+        if name := aliased(each):
+            logger.warning(
+                "dwdp: view contiguous instead of composite, since %s keeps %s.%s in a tensor of its own",
+                type(each.build.module.quant_method).__name__, each.build.name, name,
+            )  # fmt: skip
+            return True
+    return False
