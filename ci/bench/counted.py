@@ -94,7 +94,8 @@ def lines(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], engines: Mappi
 
 
 def _line(mine: Mapping[str, Any], engines: int | None) -> str:
-    ranks = f"{mine['ranks']}{f' of {engines}' if engines not in (None, mine['ranks']) else ''} ranks"
+    # Not every engine's log tells of a KV cache: fewer than ranks say nothing.
+    ranks = f"{mine['ranks']}{f' of {engines}' if (engines or 0) > mine['ranks'] else ''} ranks"
     parts = [
         f"exposed wait {_percent(mine['exposed_wait_share'])} of the time, mean of {ranks}, "
         f"{_percent(mine['exposed_wait_share_worst'])} on the worst",

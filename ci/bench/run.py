@@ -244,6 +244,9 @@ class Bench:
     def write(self) -> None:
         """Everything so far."""
         rows = {load: systems for load, systems in self.turns.items() if any(systems.values())}
+        measured = {name for systems in rows.values() for name, mine in systems.items() if mine}
+        # One that never came up is nothing to compare with.
+        self.found["base"] = base_of(system for system in self._args.systems if system.name in measured)
         self.found |= {"failed": self.failed, "turns": rows, "summary": summary(rows, self.found["base"])}
         if self._args.json:
             scratch = self._args.json.with_suffix(".tmp")

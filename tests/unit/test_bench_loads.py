@@ -152,6 +152,28 @@ def test_a_system_that_fails_is_left_out_and_the_others_go_on(
     assert "Using default MoE config" in capsys.readouterr().out
 
 
+def test_ratios_are_to_the_next_base_where_the_first_never_came_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def play(targets: list[Target], *_: Any) -> bench_client.Window:
+        return bench_client.Window(5.0, {"tp": 100.0}.get(targets[0].url, 150.0), 1.0, 5, [0.1], [], {})
+
+    def wait(self: Up, _: float) -> None:
+        if self._name == "replicas":
+            raise bench_servers.ServerFailed("no memory")
+
+    monkeypatch.setattr(Up, "wait", wait)
+    monkeypatch.setattr(bench_run, "turn", play)
+    made = bench(tmp_path, monkeypatch, ["replicas", "tp", "dwdp"], "--turns", "2")
+    assert made.found["base"] == "replicas" and set(made.failed) == {"replicas"}
+    write_model("tiny", 1, tmp_path)
+    made.run(tmp_path)
+    made.tell()
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["base"] == "tp" and found["summary"]["one"]["dwdp"]["ratio"] == pytest.approx(1.5)
+    assert "ratio to tp" in capsys.readouterr().out
+
+
 def test_turns_of_dwdp_have_its_counters_and_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
