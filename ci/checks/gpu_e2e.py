@@ -40,6 +40,8 @@ ENV["TORCHINDUCTOR_COMPILE_THREADS"] = "8"
 STEPS = ["digests", "tokens_each_rank", "batch", "counters"]
 BATCH_TOLERANCE = 0.1
 KV_BYTES = 256 << 20
+#: With a KV cache of a given size only looked at to see that so much is free; other programs may use the GPU too.
+UTILISATION = 0.05
 PROMPTS = ("The experts of a layer", "No rank waits", "Two slots")
 SHOWN = ("view", "experts_held", "slab_bytes", "slot_bytes", "forwards", "direct_forwards", "pulled_bytes",
          "on_demand_fetches", "kernels_compiled_after_start", "travel_requests", "travel_late", "travel_served")  # fmt: skip
@@ -121,7 +123,7 @@ def furthest(found: list[dict[str, Any]], plains: list[list[dict[str, Any]]]) ->
 def check(case: Case, folder: Path, plain: Plain, args: argparse.Namespace) -> dict[str, Any]:
     """Run a case of `LLM(...)`; what differs is listed under `wrong`."""
     model, key = checkpoint(case)
-    common: dict[str, Any] = {"kv_cache_memory_bytes": KV_BYTES}
+    common: dict[str, Any] = {"kv_cache_memory_bytes": KV_BYTES, "gpu_memory_utilization": UTILISATION}
     if not args.cpu:
         common["attention_backend"] = attention(case.model["family"])
     options = {**common, **case.options}
@@ -175,7 +177,7 @@ def check(case: Case, folder: Path, plain: Plain, args: argparse.Namespace) -> d
 def check_serve(case: Case, folder: Path, plain: Plain, args: argparse.Namespace) -> dict[str, Any]:
     """Run a case of `vllm serve`: tokens of every rank over HTTP, metrics, the end."""
     model, key = checkpoint(case)
-    common = ["--kv-cache-memory-bytes", str(KV_BYTES)]
+    common = ["--kv-cache-memory-bytes", str(KV_BYTES), "--gpu-memory-utilization", str(UTILISATION)]
     if not args.cpu:
         common += ["--attention-backend", attention(case.model["family"])]
 

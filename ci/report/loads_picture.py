@@ -30,7 +30,8 @@ def ratio_by_load(found: dict[str, Any]) -> Any:
         for load in rows
         if load not in timed and any("ratio" in row for name, row in rows[load].items() if name != base)
     ]
-    others = [system["name"] for system in found["systems"] if system["name"] != base]
+    measured = {name for load in shown for name in rows[load]}
+    others = [system["name"] for system in found["systems"] if system["name"] in measured - {base}]
     if not shown or not others:
         return None
     figure, axis = pyplot().subplots(figsize=(2.2 + 1.5 * len(shown), 4.0))

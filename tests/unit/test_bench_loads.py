@@ -245,6 +245,9 @@ def test_a_picture_is_drawn_where_there_is_a_ratio(tmp_path: Path) -> None:
     results.write_text(json.dumps({**FOUND, "turns": turns, "summary": bench_results.summary(turns, "dpep")}))
     assert bench_picture.draw(results, tmp_path / "r.png") == [tmp_path / "r.png"]
     assert (tmp_path / "r.png").stat().st_size > 1000
+    never_up = {**FOUND, "systems": [*FOUND["systems"], {"name": "late", "kind": "dwdp"}]}
+    figure = bench_picture.ratio_by_load({**never_up, "summary": bench_results.summary(turns, "dpep")})
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dpep = 1", "dwdp64", "dwdp"]
     results.write_text(json.dumps({**FOUND, "turns": {}, "summary": {}}))
     assert not bench_picture.draw(results, tmp_path / "none.png")
 
