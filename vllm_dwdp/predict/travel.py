@@ -55,8 +55,8 @@ class Few(NamedTuple):
         said = [f"  DWDP {does}."]
         if self.why is not None:
             said.append(f"  Tokens do not travel: {self.why}.")
-        if self.travel and ranks > 2:
-            said.append("  What travels was measured on two ranks only.")
+        if self.travel and ranks > 4:
+            said.append("  What travels was measured on two and four ranks only.")
         return said
 
 
