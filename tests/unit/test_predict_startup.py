@@ -74,7 +74,7 @@ def measured(tokens: int, rates: tuple[float, float, float], device: str = "NVID
     assert found is not None
     # Copies run for part of a step or all of it, and are slower for as much of it as the other rank's run too.
     slower = found.step.pull * rates[0] / copied - 1
-    assert 0 <= slower + 1e-8 and slower <= 1 / together - 1 + 1e-8
+    assert -1e-8 <= slower <= 1 / together - 1 + 1e-8
     if found.waits:
         assert slower == pytest.approx(1 / together - 1, rel=1e-3, abs=1e-8)
     return found
