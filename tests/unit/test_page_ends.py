@@ -16,7 +16,9 @@ from tests.unit.whole_model import vllm_config
 from vllm_dwdp.copy_plan import TensorSpec
 from vllm_dwdp.engine import auto_share
 from vllm_dwdp.engine.auto_share import PAGE, memory_of, page_ahead, page_ends, paged_of
+from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.hold import Held, Paged, choose
+from vllm_dwdp.layers import transports
 from vllm_dwdp.layers.slabs import REPLICATED_PART
 from vllm_dwdp.layers.views import composite
 from vllm_dwdp.page_plan import PagedLayout
@@ -150,3 +152,25 @@ def test_ranks_try_pages_where_the_view_may_be_composite_unasked(
     model = parse_model(config.model_config.hf_config.to_dict(), "m", "bf16", "bf16")
     assert facts.slots_hold == "all" and facts.ends == 0 and facts.paged == paged_of(model, PAGE)
     assert facts.paged.ends == page_ends(model) and memory_of(config, made, CUDA, GIB).paged is None
+
+
+def test_a_trial_of_pages_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transport that tells the page is let go of before others are waited for; a refusal is no page."""
+    did: list[str] = []
+    transport = SimpleNamespace(page=PAGE, close=lambda: did.append("close"))
+    rendezvous: Any = SimpleNamespace(gather=lambda name, page, group: did.append(name) or [page] * len(group))
+    build: Any = SimpleNamespace(apart=None, platform=CUDA, config=SimpleNamespace(transport="auto"))
+    monkeypatch.setattr(transports, "make_transport", lambda *_: transport)
+    assert transports.page_of_group(build, rendezvous, [0, 1], "page_ahead") == PAGE and did == ["close", "page_ahead"]
+
+    def refuse(*_: object) -> None:
+        raise DwdpError("no pages here")
+
+    monkeypatch.setattr(transports, "make_transport", refuse)
+    assert transports.page_of_group(build, rendezvous, [0, 1]) is None and did[2:] == ["page"]
+
+
+def test_no_share_is_in_pages_beside_which_none_is_missing() -> None:
+    """With 3 MiB of an expert in the second product, one that is missing has a whole page of 2 MiB in the first."""
+    model = load_model("qwen3-30b-a3b")
+    assert paged_of(model, PAGE).most == model.experts - 1 and paged_of(model, 4 << 20).most == model.experts - 2
