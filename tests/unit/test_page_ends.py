@@ -135,8 +135,8 @@ def test_ranks_try_pages_where_the_view_may_be_composite_unasked(
         return PAGE
 
     monkeypatch.setattr(auto_share, "page_of_group", page_of_group)
-    config, rendezvous, made = vllm_config(tiny_moe), Any, launch(4, group_size=2)
-    rendezvous = SimpleNamespace(rank=3)
+    config, made = vllm_config(tiny_moe), launch(4, group_size=2)
+    rendezvous: Any = SimpleNamespace(rank=3)
     ahead = lambda made, platform=CUDA: page_ahead(config, made, platform, rendezvous)  # noqa: E731
     assert ahead(made) is None and not asked, "there are split-weight kernels"
     monkeypatch.setattr(config.kernel_config, "moe_backend", "marlin")
@@ -158,7 +158,12 @@ def test_a_trial_of_pages_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     """The transport that tells the page is let go of before others are waited for; a refusal is no page."""
     did: list[str] = []
     transport = SimpleNamespace(page=PAGE, close=lambda: did.append("close"))
-    rendezvous: Any = SimpleNamespace(gather=lambda name, page, group: did.append(name) or [page] * len(group))
+
+    def gather(name: str, page: int | None, group: list[int]) -> list[int | None]:
+        did.append(name)
+        return [page] * len(group)
+
+    rendezvous: Any = SimpleNamespace(gather=gather)
     build: Any = SimpleNamespace(apart=None, platform=CUDA, config=SimpleNamespace(transport="auto"))
     monkeypatch.setattr(transports, "make_transport", lambda *_: transport)
     assert transports.page_of_group(build, rendezvous, [0, 1], "page_ahead") == PAGE and did == ["close", "page_ahead"]
