@@ -18,11 +18,9 @@ from vllm_dwdp.layers.views import split
 SAID = "dwdp: view contiguous instead of composite, since Method keeps layer0.w2_weight in a tensor of its own"
 
 
-@pytest.mark.usefixtures("no_build_stays")
-@pytest.mark.parametrize("kept", ["alias", "slice of it", "parameter", "copy of another", "nothing"])
-def test_auto_takes_the_contiguous_view_for_an_alias(
-    kept: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def keeping(kept: str) -> type[Kernel]:
+    """A kernel object that keeps this of w2_weight, or something else."""
+
     class Keeping(Kernel):
         def __init__(self, layer: Any) -> None:
             super().__init__(layer)
@@ -30,7 +28,15 @@ def test_auto_takes_the_contiguous_view_for_an_alias(
             found = {"alias": parameter.data.view(-1), "slice of it": parameter.data[1:], "parameter": parameter}
             self.config = SimpleNamespace(scales={"w2": found.get(kept, layer.w13_bias.data.clone())})
 
-    monkeypatch.setattr("tests.unit.gpu_layers.Kernel", Kernel if kept == "nothing" else Keeping)
+    return Keeping
+
+
+@pytest.mark.usefixtures("no_build_stays")
+@pytest.mark.parametrize("kept", ["alias", "slice of it", "parameter", "copy of another", "nothing"])
+def test_auto_takes_the_contiguous_view_for_an_alias(
+    kept: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tests.unit.gpu_layers.Kernel", Kernel if kept == "nothing" else keeping(kept))
     monkeypatch.setattr(split, "why_not", lambda layer: "are in another form")
     monkeypatch.setattr("tests.unit.fake_vmm.PAGE", 4096)
     logger = logging.getLogger("vllm.dwdp")
@@ -46,5 +52,26 @@ def test_auto_takes_the_contiguous_view_for_an_alias(
         rank.forward()
         machine.drain()
         assert (rank.compared, rank.wrong) == (LAYERS * len(SHAPES), 0)
+        rank.sharing.close()
+    gates._gates.clear()
+
+
+@pytest.mark.usefixtures("no_build_stays")
+@pytest.mark.parametrize(
+    ("page", "settings"), [(4096, {"transport": "cupy_ipc"}), (1 << 21, {})], ids=["transport", "pages too large"]
+)
+def test_nothing_is_said_of_a_composite_view_that_is_not_there(
+    page: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tests.unit.gpu_layers.Kernel", keeping("alias"))
+    monkeypatch.setattr(split, "why_not", lambda layer: "are in another form")
+    monkeypatch.setattr("tests.unit.fake_vmm.PAGE", page)
+    logger = logging.getLogger("vllm.dwdp")
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level(logging.WARNING, logger.name)
+    _, ranks = share_on_gpus(monkeypatch, "auto", direct_tokens=0, **settings)
+    assert [rank.sharing.view for rank in ranks] == ["contiguous"] * 2
+    assert not [record for record in caplog.records if record.name == logger.name]
+    for rank in ranks:
         rank.sharing.close()
     gates._gates.clear()

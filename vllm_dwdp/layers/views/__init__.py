@@ -38,9 +38,11 @@ def choose_view(
                     f'weight_view "{asked}": experts of {layer.build.name} {why}: use weight_view auto or contiguous'
                 )
             # Without a split-weight kernel mapped pages spare the merge copy, and few tokens are still read directly.
-            if first == "split" and not any(map(composite.why_not, layers)) and not _kept_by_kernels(layers):
+            if first == "split" and not any(map(composite.why_not, layers)):
                 nbytes = page()
-                if nbytes is not None and composite.fits(layers, nbytes, build.config.num_slots):
+                fits = nbytes is not None and composite.fits(layers, nbytes, build.config.num_slots)
+                # Last, so that nothing is said of a view that this machine would not have.
+                if fits and not _kept_by_kernels(layers):
                     return "composite"
             if told not in ("auto", 0):
                 raise DwdpError(
