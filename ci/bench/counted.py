@@ -53,12 +53,14 @@ def parse(text: str) -> Counts:
 def grown(before: Counts, after: Counts, seconds: float) -> dict[str, Any] | None:
     """A turn's `dwdp`: shares and rates over `seconds`, means of all ranks; by_rank: how much each series grew on each.
 
-    None where there are not the same ranks before and after.
+    None where there are not the same ranks before and after, or one of them began to count anew.
     """
     ranks = sorted(after["forwards"])
     if ranks != sorted(before["forwards"]):
         return None
     by_rank = {name: [round(after[name][rank] - before[name][rank], 6) for rank in ranks] for name in SERIES}
+    if any(each < 0 for values in by_rank.values() for each in values):
+        return None
     waits = by_rank["exposed_wait_seconds"]
     return {
         "seconds": seconds,

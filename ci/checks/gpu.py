@@ -1,6 +1,6 @@
 """Every check and benchmark on GPUs. `python -m ci.checks.gpu [STAGE ...] [--out FOLDER]`.
 
-One GPU is enough for all stages but "link" and "serve", which need two; the others see the first one only.
+One GPU is enough for all stages but "link" and "serve", which need two, and "four"; the others see the first one only.
 
 Stages run in order of value, each as processes of its own with a time limit below eight minutes. What a stage found goes
 into FOLDER/gpu_check.json after every step, with its raw results beside it, so that a run that was cut off goes on where it
@@ -20,6 +20,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import psutil
 
 from ci.checks.gpu_stages import STAGES, Step
 from ci.root import ROOT
@@ -83,8 +85,15 @@ def run_step(step: Step, name: str, out: Path, cpu: bool) -> Found:
 
 
 def _end(session: int) -> None:
+    """Kill what a step started, servers in sessions of their own too; of a step that has ended, its own session alone."""
+    started = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        started = psutil.Process(session).children(recursive=True)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(session, signal.SIGKILL)
+    for process in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def visible() -> list[str]:

@@ -193,7 +193,7 @@ STAGES: dict[str, tuple[Step, ...]] = {
         _loads("groups of two", *SHORT, "--systems", "dpep", "dptp", PAIRS, "--loads", *FOUR, gpus=4),
         Step(
             "a rank of four returns",
-            _script("bench.returns", "--ranks", "4", "--json", "{out}/returns-4.json"),
+            _script("bench.returns", "--ranks", "4", "--limit-s", "450", "--json", "{out}/returns-4.json"),
             470,
             gpus=4,
         ),

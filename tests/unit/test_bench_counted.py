@@ -51,6 +51,8 @@ def test_shares_and_rates_are_means_of_ranks_over_the_whole_turn() -> None:
     assert found["pulled_bytes_per_s"] == pytest.approx(2e9 * number * 1.5 / 4)
     assert found["by_rank"]["pulled_bytes"] == [2e9 * number, 4e9 * number]
     assert counted.grown(before, counted.parse(page(1.2)), 4.0) is None
+    # A rank that was started again: a mean with it would be wrong, if not below zero.
+    assert counted.grown(before, counted.parse(page(9.0, 0.5, factor=3.0)), 4.0) is None
 
 
 def turn(waits: tuple[float, ...] | None) -> dict[str, Any]:

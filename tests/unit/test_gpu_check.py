@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import signal
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from ci.bench import returns as bench_returns
 from ci.bench import servers as bench_servers
 from ci.bench.load import parse_load
 from ci.checks import gpu as gpu_check
@@ -35,7 +40,10 @@ def step(code: str, limit_s: float = 30) -> gpu_check.Step:
 
 
 @pytest.mark.parametrize("stage", gpu_check.STAGES)
-def test_stages_fit_their_limit_and_name_scripts_that_exist(stage: str, tmp_path: Path) -> None:
+def test_stages_fit_their_limit_and_name_scripts_that_exist(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_returns, "visible_gpus", lambda: 4)
     for item in gpu_check.STAGES[stage]:
         assert item.limit_s <= gpu_stages.STAGE_LIMIT_S
         words = gpu_check.command(item, tmp_path, cpu=False)
@@ -46,6 +54,9 @@ def test_stages_fit_their_limit_and_name_scripts_that_exist(stage: str, tmp_path
             assert [parse_load(word) for word in itertools.takewhile(lambda word: not word.startswith("--"), given)]
             # What follows --more is for the servers.
             assert "--more" not in words or words.index("--json") < words.index("--more")
+        if "ci.bench.returns" in words:
+            monkeypatch.setattr(sys, "argv", words[words.index("-m") + 1 :])
+            assert bench_returns.arguments().limit_s < item.limit_s, "its servers outlive a bench that is killed"
         modules = [word for word in words if re.match(r"(ci|vllm_dwdp)\.", word)]
         modules = [re.sub(r"^vllm_dwdp\.kernels", "kernels", module) for module in modules]
         files = [gpu_check.ROOT / module.replace(".", "/") for module in modules]
@@ -113,6 +124,26 @@ def test_failures_and_slow_steps_are_told_and_tried_again(
     monkeypatch.setattr(gpu_check, "STAGES", {"bad": (step("print('mended')"),)})
     assert run(monkeypatch, tmp_path) == 0
     assert set(gpu_check.load(tmp_path / "gpu_check.json")) == {"bad/step", "slow/step"}
+
+
+def test_servers_of_a_slow_step_end_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They are in sessions of their own, as those of benches."""
+    told = tmp_path / "server"
+    code = (
+        "import pathlib, subprocess, sys, time\n"
+        "server = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)\n"
+        f"pathlib.Path({str(told)!r}).write_text(str(server.pid))\n"
+        "time.sleep(60)"
+    )
+    monkeypatch.setattr(gpu_check, "STAGES", {"slow": (step(code, 3),)})
+    assert run(monkeypatch, tmp_path) == 1
+    server = int(told.read_text())
+    for _ in range(50):
+        if not psutil.pid_exists(server) or psutil.Process(server).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.1)
+    os.kill(server, signal.SIGKILL)
+    pytest.fail(f"process {server} is still there")
 
 
 def test_a_command_that_is_not_there_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
