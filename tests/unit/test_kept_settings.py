@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from tests.unit.leftovers import build
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import configure
 from vllm_dwdp.engine.loader import ShareOnlyLoader
-from vllm_dwdp.group.launch import DwdpLaunch, attach_launch
+from vllm_dwdp.group.launch import DwdpLaunch, attach_launch, launch_of
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -81,3 +82,19 @@ def test_whatever_is_new_names_the_caches_of_compiled_code() -> None:
     settings = DwdpConfig()
     assert settings.to_dict().keys() - settings.compiled_by().keys() == {"meet", "timeout_s", "trace"}
     assert settings.to_dict() | settings.compiled_by() == {**settings.to_dict(), "hits": False}
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_arguments_are_as_they_were_once_a_config_is_built(tiny_moe: Path, tmp_path: Path) -> None:
+    """What names the caches is not what a launch reads: `hits` would be a truth value, and not a path."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    told: dict[str, Any] = {"dwdp": {"hits": str(tmp_path / "hits.json"), "timeout_s": 7.0}, "other": 1}
+    arguments = EngineArgs(
+        model=str(tiny_moe), distributed_executor_backend="dwdp", data_parallel_size=2, additional_config=told
+    )
+    for _ in range(2):
+        config = arguments.create_engine_config()
+        assert config.additional_config["dwdp"]["hits"] is True and arguments.additional_config is told
+        launch = launch_of(pickle.loads(pickle.dumps(config)))
+        assert launch is not None and (launch.config.hits, launch.config.timeout_s) == (told["dwdp"]["hits"], 7.0)
