@@ -31,18 +31,25 @@ def keeping(kept: str) -> type[Kernel]:
     return Keeping
 
 
+def kept_in_config(method: Any, layer: Any) -> None:
+    """vLLM's config of a quantised form has scales, of which a kernel may be given what is there when it is made."""
+    method.moe_kernel, method.moe_quant_config = Kernel(layer), SimpleNamespace(w2=layer.w2_weight.data)
+
+
 @pytest.mark.usefixtures("no_build_stays")
-@pytest.mark.parametrize("kept", ["alias", "slice of it", "parameter", "copy of another", "nothing"])
+@pytest.mark.parametrize("kept", ["alias", "slice of it", "in the config", "parameter", "copy of another", "nothing"])
 def test_auto_takes_the_contiguous_view_for_an_alias(
     kept: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("tests.unit.gpu_layers.Kernel", Kernel if kept == "nothing" else keeping(kept))
+    if kept == "in the config":
+        monkeypatch.setattr("tests.unit.gpu_layers.Method._init_moe_kernel", kept_in_config)
     monkeypatch.setattr(split, "why_not", lambda layer: "are in another form")
     monkeypatch.setattr("tests.unit.fake_vmm.PAGE", 4096)
     logger = logging.getLogger("vllm.dwdp")
     monkeypatch.setattr(logger, "propagate", True)
     caplog.set_level(logging.WARNING, logger.name)
-    aliases = kept in ("alias", "slice of it")
+    aliases = kept in ("alias", "slice of it", "in the config")
     machine, ranks = share_on_gpus(monkeypatch, "auto", direct_tokens=0 if aliases else 16)
     assert [rank.sharing.view for rank in ranks] == ["contiguous" if aliases else "composite"] * 2
     # Each rank is a process, and says so once.

@@ -20,6 +20,8 @@ from vllm_dwdp.predict.hardware_file import load_hardware
 from vllm_dwdp.predict.measured import RUNS
 from vllm_dwdp.predict.read_config import load_model
 from vllm_dwdp.predict.reproduce import KNOWN_MISSES, held_out_rows
+from vllm_dwdp.predict.roofline import local_time
+from vllm_dwdp.predict.work import Lengths, prefill
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, H100 = load_model("qwen3-30b-a3b"), load_hardware("h100")
@@ -122,6 +124,10 @@ def test_a_step_with_a_prompt_travels_where_it_is_short_enough() -> None:
     assert prompt_s(512, most=542) == pulled > prompt_s(512, most=543)
     assert prompt_s(2048) == prompt_s(2048, "direct")
     assert prompt_s(512, at_a_time=1) < prompt_s(512), "nobody else asks, and no owner computes prompts"
+    work = prefill(Lengths(4096), 4096)
+    alone = local_time(MODEL, H100, work)
+    own_s = float(alone.total.mean() - alone.grouped.mean())
+    assert prompt_s(4096, most=4096, at_a_time=1) > own_s, "attention of the prompt, not of a token, is in it"
 
 
 def test_plan_respects_decode_and_travel_tokens(capsys: pytest.CaptureFixture[str]) -> None:
