@@ -32,7 +32,11 @@ def server(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         "--enforce-eager",
     )
     yield server
-    server.kill()
+    try:
+        # Where the last test is not chosen: killed, a server leaves vLLM's queues in shared memory.
+        server.stop()
+    finally:
+        server.kill()
 
 
 def settle(server: Server, field: str = "dwdp:layers_total") -> dict[str, float]:
