@@ -151,7 +151,7 @@ async def _ask(http: aiohttp.ClientSession, urls: list[str], what: str, bodies: 
                     "" if answer.status == 200 else f"status {answer.status} of /{what}: {(await answer.text())[:200]}"
                 )
         except TimeoutError:
-            return f"/{what} was not answered within {http.timeout.total:.0f} s"
+            return f"/{what} was not answered within {http.timeout.total or 0:.3g} s"
         except (OSError, aiohttp.ClientError) as error:
             return f"/{what}: {type(error).__name__}: {error}"
 
