@@ -11,7 +11,8 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -137,16 +138,16 @@ class _Client(NamedTuple):
             self.state.itl.append((last_at, (last_at - first_at) / (output - 1)))
 
 
-async def turn(
-    targets: list[Target], load: Load, pool: list[Request], first: int, ramp_s: float, length_s: float, limit_s: float
-) -> Window:
-    """A load on a system, measured after every client has had a token and `ramp_s` more.
+@asynccontextmanager
+async def steady(
+    targets: list[Target], load: Load, pool: list[Request], first: int, limit_s: float
+) -> AsyncIterator[_Turn]:
+    """A load on a system, from when every client has had a token; its requests are given up at the end.
 
     targets: an uneven load takes them by rank, any other one after the other. first: of `pool`, the first request.
     limit_s: of waiting for tokens. Raises LoadFailed.
     """
     state = _Turn(waiting=set(range(load.concurrency)))
-    length_s = load.window(length_s)
     timeout = aiohttp.ClientTimeout(total=None, sock_read=limit_s)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=1 << 20) as http:
@@ -163,17 +164,26 @@ async def turn(
             while state.waiting:
                 _check(state.tasks, time.perf_counter() > deadline, load)
                 await asyncio.sleep(0.02)
-            begin = time.perf_counter() + ramp_s
-            # A window ends with a first token; where requests are longer than it, at twice its length.
-            while time.perf_counter() < begin + 2 * length_s:
-                _check(state.tasks, False, load)
-                await asyncio.sleep(0.02)
-                if measured([each.at for each in state.firsts], begin, length_s)[1] is not None:
-                    break
+            yield state
         finally:
             for task in state.tasks:
                 task.cancel()
             await asyncio.gather(*state.tasks, return_exceptions=True)
+
+
+async def turn(
+    targets: list[Target], load: Load, pool: list[Request], first: int, ramp_s: float, length_s: float, limit_s: float
+) -> Window:
+    """`steady`, measured after `ramp_s` more. Raises LoadFailed."""
+    length_s = load.window(length_s)
+    async with steady(targets, load, pool, first, limit_s) as state:
+        begin = time.perf_counter() + ramp_s
+        # A window ends with a first token; where requests are longer than it, at twice its length.
+        while time.perf_counter() < begin + 2 * length_s:
+            _check(state.tasks, False, load)
+            await asyncio.sleep(0.02)
+            if measured([each.at for each in state.firsts], begin, length_s)[1] is not None:
+                break
     return window(state.events, state.firsts, state.itl, begin, length_s)
 
 

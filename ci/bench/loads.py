@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from ci.bench import apart, tiles
+from ci.bench import apart, profiling, tiles
 from ci.bench.load import SHAPE, Load, parse_loads
 from ci.bench.models import MODELS, model_in
 from ci.bench.results import slower_bases
@@ -73,6 +73,7 @@ def common_words(args: argparse.Namespace, loads: list[Load]) -> list[str]:
     words += ["--kv-cache-memory-bytes", str(int(args.kv_gib * 2**30))]
     # Only looked at to see that so much is free.
     words += ["--gpu-memory-utilization", "0.1"]
+    words += profiling.words(args.traces) if args.profile else []
     return words + (["--enforce-eager"] if args.cpu else []) + args.more
 
 
@@ -113,6 +114,8 @@ def arguments() -> argparse.Namespace:
         action="store_true",
         help="after each load without times of its own: the same by vllm bench serve",
     )
+    add("--profile", action="store_true", help="after each load, what a step's time is made of: a turn with a profiler")
+    add("--profile-s", type=float, default=0.5, help="of such a turn (%(default)s)")
     add(
         "--tiles",
         choices=("shipped", "alike"),
@@ -120,7 +123,7 @@ def arguments() -> argparse.Namespace:
         help="shipped: those that vLLM and DWDP ship; alike: DWDP's for all systems",
     )
     add("--cpu", action="store_true", help="try this on two cores with a tiny model")
-    add("--logs", type=Path, help="keep the servers' logs here")
+    add("--logs", type=Path, help="keep the servers' logs here, and traces of --profile")
     add(
         "--json",
         type=Path,
@@ -173,6 +176,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         logs = args.logs or Path(scratch)
         logs.mkdir(parents=True, exist_ok=True)
+        args.traces = logs / "traces"
         model = model_in(args.model, args.layers, Path(scratch))
         if args.tiles == "alike":
             try:

@@ -21,6 +21,8 @@ from ci.bench.client import LoadFailed, different, turn
 from ci.bench.counted import Counted, lines
 from ci.bench.load import Load, Request, requests
 from ci.bench.models import vocabulary
+from ci.bench.profiled_table import table as profile_table
+from ci.bench.profiling import profile_load
 from ci.bench.results import Turns, as_text, order, settled, summary, table, turn_length
 from ci.bench.servers import Server, ServerFailed, System, base_of
 from ci.bench.vllm_bench import tokens_per_s
@@ -84,6 +86,7 @@ class Bench:
             "starts": {},
             "different": {},
             "vllm_bench": {},
+            "profile": {},
         }
 
     def start(self, model: Path, common: list[str], devices: list[str], logs: Path) -> None:
@@ -150,8 +153,11 @@ class Bench:
             if time.monotonic() + len(self.servers) * least > self.deadline:
                 say(f"{load.name} was not run: out of time")
                 continue
-            self._measure(load, requests(load, vocabulary(model), self._args.temperature))
+            pool = requests(load, vocabulary(model), self._args.temperature)
+            self._measure(load, pool)
             self.write()
+            if self._args.profile:
+                profile_load(self, self._args, load, pool, say)
             if self._args.vllm_bench and not load.every:
                 self._compare(load, model)
 
@@ -267,7 +273,8 @@ class Bench:
             print(f"{load}: tokens that differ between requests: {', '.join(f'{n} {p:.0%}' for n, p in parts.items())}")
         print(f"\n{table(self.found['summary'], self.found['base'])}", flush=True)
         engines = {name: start["engines"] for name, start in self.found["starts"].items()}
-        print("".join(f"{line}\n" for line in lines(self.found["summary"], engines)), end="", flush=True)
+        print("".join(f"{line}\n" for line in lines(self.found["summary"], engines)), end="")
+        print(profile_table(self.found["profile"]), end="", flush=True)
 
 
 def command() -> list[str]:

@@ -222,6 +222,11 @@ class Server:
         """Of its first process; the only one but of replicas."""
         return self._urls[0]
 
+    @property
+    def urls(self) -> list[str]:
+        """Of all its processes."""
+        return list(self._urls)
+
     def wait(self, deadline: float) -> None:
         """Return once all answer; deadline: of time.monotonic. Raises ServerFailed."""
         for url, process, log in zip(self._urls, self._processes, self._logs, strict=True):
