@@ -66,8 +66,10 @@ _DEVICE: Final = ("kernel", "gpu_memcpy", "gpu_memset")
 _STEP: Final = "execute_"
 #: Left out at the begin, where the profiler still sets itself up.
 SETTLE_US: Final = 50e3
-#: Names of kernels that are kept of each rank.
+_NO_NUMBER: Final = re.compile(r'(": ?)-?(?:inf|nan)\b(?=\s*[,}])')
+#: Names of kernels that are kept of each rank, and how much of one: those of templates are thousands of letters long.
 _NAMES: Final = 12
+_LETTERS: Final = 200
 
 Interval = tuple[float, float]
 
@@ -102,7 +104,9 @@ def read(path: Path) -> Trace:
     """A file of torch's profiler, compressed or not; raises ValueError in one line where it is none."""
     try:
         raw = path.read_bytes()
-        found = json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw)
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode(errors="replace")
+        # Kineto writes numbers as C++ prints them.
+        found = json.loads(_NO_NUMBER.sub(r"\1 0", text), strict=False)
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"{path.name}: {error}") from None
     if not isinstance(found, dict) or not isinstance(found.get("traceEvents"), list):
@@ -193,11 +197,12 @@ def _rank(trace: Trace, begin: float, end: float) -> dict[str, Any]:
         if event.end > begin and event.begin < end:
             part = max(event.begin, begin), min(event.end, end)
             by[event.kind].append(part)
-            names[event.name] = names.get(event.name, 0.0) + part[1] - part[0]
+            name = event.name[:_LETTERS]
+            names[name] = names.get(name, 0.0) + part[1] - part[0]
     busy = covered(part for kind, parts in by.items() if kind != PULLS for part in parts)
     either = covered(part for parts in by.values() for part in parts)
     longest = sorted(names, key=lambda name: -names[name])[:_NAMES]
-    kinds_of = {event.name: event.kind for event in trace.events}
+    kinds_of = {event.name[:_LETTERS]: event.kind for event in trace.events}
     return {
         "rank": trace.rank,
         "device": trace.device,

@@ -77,16 +77,19 @@ def test_kernels_that_overlap_count_once_and_pulls_leave_a_device_idle() -> None
         ran("nvjet_sm90", 85, 95),
         ran("nvjet_sm90", 61, 62, stream=20),
         ran("Memcpy PtoP (Device -> Device)", 50, 100, stream=30, cat="gpu_memcpy"),
+        ran("void at::native::" + "x" * 300, 120, 121),
+        ran("void at::native::" + "x" * 301, 122, 123),
         ran("Memset (Device)", 110, 111, cat="gpu_memset"),
         ran("cudaLaunchKernel", 50, 150, cat="cuda_runtime"),
         ran("execute_context_0(0)_generation_1(1)", 50, 150, cat="gpu_user_annotation"),
     )
     assert found["device"] and found["span_ms"] == 100
     kinds = {kind: ms for kind, ms in found["kinds"].items() if ms}
-    assert kinds == {"experts": 30, "matrix products": 11, "pulls": 50, "copies": 1}
+    assert kinds == {"experts": 30, "matrix products": 11, "pulls": 50, "copies": 1, "other": 2}
     # Kernels from 60 to 95; the pull from 50 to 100 is beside them.
-    assert (found["busy_ms"], found["idle_ms"], found["idle_pulling_ms"]) == (36, 64, 15)
+    assert (found["busy_ms"], found["idle_ms"], found["idle_pulling_ms"]) == (38, 62, 15)
     assert found["longest"]["nvjet_sm90"] == {"ms": 11, "kind": "matrix products"}
+    assert found["longest"][("void at::native::" + "x" * 300)[:200]] == {"ms": 2, "kind": "other"}
 
 
 def test_a_stream_of_copies_alone_pulls() -> None:
@@ -192,6 +195,15 @@ def test_a_file_that_is_no_trace_is_told_in_one_line(
         assert profiled.main() == 1
         said = capsys.readouterr().err
         assert why in said and said.count("\n") == 1
+
+
+def test_numbers_that_json_does_not_have_spoil_no_trace(tmp_path: Path) -> None:
+    path = tmp_path / "r.1.pt.trace.json"
+    text = json.dumps(trace([ran("fused_moe_kernel", 60, 80) | {"args": {"blocks": -1, "warps": -1}}]))
+    path.write_bytes(
+        text.replace('"blocks": -1', '"blocks": inf').replace('"warps": -1', '"warps":-nan').encode() + b"\n"
+    )
+    assert b"inf, " in path.read_bytes() and [event.end for event in profiled.read(path).events] == [80e3]
 
 
 def rank(experts: float, steps: int, **longest: float) -> dict[str, Any]:
