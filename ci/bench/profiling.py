@@ -1,7 +1,7 @@
 """Turns of loads.py with vLLM's own profiler on, after those that are measured: what a step's time is made of.
 
-The load is steady when the profiler starts and until all ranks have written their traces, which takes them many seconds.
-Nothing of such a turn is a figure, and nothing that fails in it ends a run.
+The load is steady from before the profiler starts until all ranks have been asked to stop it. They write their traces then,
+which takes them many seconds. Nothing of such a turn is a figure, and nothing that fails in it ends a run.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Of starting the profiler, and of stopping it: every rank writes its trace.
 CALL_S: Final = 120.0
+#: A load goes on for so long after ranks were asked to stop, unless they have written their traces.
+AFTER_S: Final = 1.0
 #: Of reading all traces of a turn.
 READ_S: Final = 120.0
 #: A turn is not begun where less is left.
@@ -126,15 +128,17 @@ async def _under_load(
 ) -> None:
     names = [prefix(load.name, server.system.name, number) for number in range(len(server.urls))]
     timeout = aiohttp.ClientTimeout(total=limit_s)
-    async with steady(server.targets(pinned=load.uneven), load, pool, 0, args.answer_s):
-        await asyncio.sleep(args.ramp_s)
-        async with aiohttp.ClientSession(timeout=timeout) as http:
+    async with aiohttp.ClientSession(timeout=timeout) as http:
+        async with steady(server.targets(pinned=load.uneven), load, pool, 0, args.answer_s):
+            await asyncio.sleep(args.ramp_s)
             bodies = [{"profile_prefix": name} for name in names]
             started = await _ask(http, server.urls, "start_profile", bodies)
             if not any(started):
                 await asyncio.sleep(load.window(args.profile_s))
             # Also where it did not start everywhere, or did not say so in time.
-            stopped = await _ask(http, server.urls, "stop_profile", [{} for _ in names])
+            stopping = [asyncio.create_task(_ask(http, server.urls, "stop_profile", [{} for _ in names]))]
+            await asyncio.wait(stopping, timeout=AFTER_S)
+        stopped = await stopping[0]
     # A status is an answer: that server's profiler is off.
     on = any(failed and not failed.startswith("status") for failed in stopped)
     if why := next(filter(None, [*started, *stopped]), ""):

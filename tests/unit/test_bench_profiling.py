@@ -48,10 +48,9 @@ class Answer(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         what = self.path[1:]
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((what, body, self.server.loaded))
         if what == self.server.stuck:
             self.server.freed.wait(60)
-            return
-        self.server.asked.append((what, body, self.server.loaded))
         status = self.server.statuses.get(what, 200)
         if what == "start_profile":
             self.server.prefix = body["profile_prefix"]
@@ -71,7 +70,9 @@ class Turns:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.engines = folder / "traces", list[Engine]()
         self.read: list[str] = []
+        self.free_after = False
         self.args = argparse.Namespace(traces=self.folder, logs=None, ramp_s=0.0, profile_s=0.05, answer_s=1.0)
+        monkeypatch.setattr(profiling, "AFTER_S", 60.0)  # of machines that are slow
         monkeypatch.setattr(profiling, "steady", self.steady)
         monkeypatch.setattr(profiling, "read_apart", self.read_apart)
 
@@ -84,6 +85,8 @@ class Turns:
         finally:
             for engine in self.engines:
                 engine.loaded = False
+                if self.free_after:
+                    engine.freed.set()
 
     def read_apart(self, made: list[Path]) -> list[dict[str, Any]]:
         assert all(each.exists() for each in made)
@@ -130,6 +133,12 @@ def test_every_process_is_profiled_under_load_and_its_traces_go(turns: Turns) ->
     turns.args.logs = turns.folder
     turns.take(server)
     assert len(list(turns.folder.iterdir())) == 5
+
+
+def test_a_load_ends_while_traces_are_written(turns: Turns, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "AFTER_S", 0.05)
+    turns.free_after = True
+    assert turns.take(turns.server(stuck="stop_profile"), limit_s=20.0) == RANKS
 
 
 def test_names_of_traces_are_those_that_vllm_takes() -> None:
