@@ -135,7 +135,7 @@ class Shape:
 
 
 def shape_of(name: str, held: int | None) -> Shape:
-    """By the name of a model; raises ValueError or DwdpError for what cannot be measured."""
+    """By the name of a model; raises ValueError for what cannot be measured."""
     model = next((model for model in MODELS if model.name == name), None)
     if model is None:
         raise ValueError(f"--model {name}: write one of {', '.join(model.name for model in MODELS)}")
