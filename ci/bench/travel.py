@@ -1,9 +1,9 @@
 """What tokens that travel cost, beside direct reads and layers that are all local: `python -m ci.bench.travel --json FILE`.
 
 Two processes, a GPU each: layers of a model's shape (--model), half of the experts on either side, or more (--held, placed
-as by `experts_per_rank`). Microseconds a layer in a CUDA graph of all layers, for each number of tokens: the other side idle;
-both at once; the other side in long steps (8192 tokens). `echo`: a request without work. Every result is compared with the
-one of direct reads, bit for bit. The JSON has the model, how many experts a side holds, and the number of layers.
+as by `experts_per_rank`). Microseconds a layer in a CUDA graph of all layers, for each number of tokens: the other side
+idle; both at once; the other side in long steps (8192 tokens). `echo`: a request without work. Every result is compared with
+the one of direct reads, bit for bit. The JSON has the model, how many experts a side holds, and the number of layers.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ class Rank:
         torch = self.torch
         torch.manual_seed(tokens + 1000 * self.rank)
         batches = [
-            (torch.randn(tokens, self.model.hidden, device=self.device, dtype=torch.bfloat16),
+            (torch.randn(tokens, self.model.hidden, device=self.device, dtype=self.layer.dtype),
              torch.rand(tokens, self.model.top_k, device=self.device),
              torch.rand(tokens, self.model.experts, device=self.device).topk(self.model.top_k)[1].to(torch.int32))
             for _ in range(self.layers)
@@ -140,7 +140,7 @@ class Rank:
         like, routes = batches[0][0], tokens * self.model.top_k
         width, tables = self.ops.width(self.local[0][0].rows), self.local[0]
         room = Workspace.allocate(2 * routes, width, *tables, like)
-        out = torch.empty(self.layers, tokens, self.model.hidden, device=self.device, dtype=torch.bfloat16)
+        out = torch.empty(self.layers, tokens, self.model.hidden, device=self.device, dtype=self.layer.dtype)
 
         # Sent as they are: an echo is timed without the work of either side.
         sent = [self.ops.quantize(hidden, None) for hidden, _, _ in batches] if way == "echo" else []

@@ -9,6 +9,7 @@ import torch
 
 from ci.bench import travel
 from ci.bench.travel_layers import Shape, shape_of
+from ci.bench.travel_rank import TOKENS, Rank
 from tests.kernels.travelling import Between
 from vllm_dwdp.kernels.bench.shapes import MODELS, TINY_MODELS, layer_ops
 from vllm_dwdp.kernels.configs import layer_shape
@@ -156,3 +157,42 @@ def test_three_ways_give_one_result(number: int, more: int) -> None:
             out=torch.empty_like(hidden),
         )
         assert torch.equal(found, expected) and found.isfinite().all()
+
+
+@pytest.mark.parametrize("number", range(len(TINY_MODELS)), ids=[model.name for model in TINY_MODELS])
+def test_calls_of_a_side(number: int) -> None:
+    """What a GPU captures for each way, called here; the other side is silent, so that a request is late."""
+    side = Rank.__new__(Rank)
+    shape = side.layer = Shape(TINY_MODELS[number], None, torch.float16)
+    model = side.model = shape.model
+    side.torch, side.rank, side.layers, side.device = torch, 0, 2, CPU
+    side.ops, side.graphs, side.kernels, side.kept = layer_ops(model, CPU), {}, {}, []
+    slabs = [torch.zeros(shape.nbytes, dtype=torch.uint8) for _ in range(side.layers)]
+    beside = [shape.fill(slab, seed) for seed, slab in enumerate(slabs)]
+    where = [[slab.data_ptr()] * 2 for slab in slabs]
+    side.local, side.direct = (
+        [shape.tables(at, owners, each, CPU) for at, each in zip(where, beside, strict=True)]
+        for owners in ([0] * model.experts, shape.owners(0))
+    )
+    side.shape = layer_shape(*side.local[0], model.top_k)
+    side.tiles = {tokens: direct_tiles_for(side.shape, tokens, CPU, shape.block) for tokens in TOKENS}
+    side.owners = torch.tensor(shape.owners(0), dtype=torch.int32)
+    layout = shape.mail(max(TOKENS))
+    memory = torch.zeros(layout.mail_bytes + layout.rows_bytes + 8, dtype=torch.uint8)
+    mail, answers, bell = (
+        torch.tensor([0, memory.data_ptr() + at], dtype=torch.int64)
+        for at in (0, layout.mail_bytes, layout.mail_bytes + layout.rows_bytes)
+    )
+    state, flags = Requester.new_state(2, CPU), torch.zeros(2, dtype=torch.int32)
+    limits = torch.full((len(TOKENS),), 1000, dtype=torch.int64)
+    side.requester = Requester(0, 2, layout, TOKENS, state, flags, mail, bell, answers, limits)
+    state[ENABLED.value, 0] = 1
+    side.call("echo", 1)()
+    assert memory[-7:].any() and memory[: layout.mail_bytes].any()
+    found = []
+    for way in ("local", "direct", "travel"):
+        side.call(way, 8)()
+        found.append(side.graphs["out", way, 8])
+    assert torch.equal(found[1], found[2]) and found[1].isfinite().all() and found[1].any()
+    assert torch.allclose(found[0].float(), found[1].float(), rtol=0.05, atol=0.05)
+    assert int(state[LATE.value, 1]) == int(state[ASKED.value, 1]) == 1
