@@ -23,6 +23,7 @@ from ci.bench.results import as_text
 from ci.bench.run import command, machine
 from ci.bench.travel_rank import TOKENS, Rank
 from ci.bench.words import check_numbers, check_places
+from ci.checks.visible import visible_gpus
 from vllm_dwdp.kernels.tiles import KernelName
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ def about(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
 def main() -> int:
     """Measure and print."""
     args, shape = arguments()
+    if (gpus := visible_gpus()) < 2:
+        raise SystemExit(f"this takes 2 GPUs, and {gpus} can be seen")
     spawn = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for rank in (0, 1):

@@ -41,6 +41,13 @@ def test_wrong_words(words: list[str], why: str, capsys: pytest.CaptureFixture[s
     assert re.search(f"error: {why}", capsys.readouterr().err.splitlines()[-1])
 
 
+def test_a_gpu_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(travel, "visible_gpus", lambda: 1)
+    monkeypatch.setattr("sys.argv", ["travel"])
+    with pytest.raises(SystemExit, match="this takes 2 GPUs, and 1 can be seen"):
+        travel.main()
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
