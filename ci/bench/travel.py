@@ -1,8 +1,9 @@
 """What tokens that travel cost, beside direct reads and layers that are all local: `python -m ci.bench.travel --json FILE`.
 
-Two processes, a GPU each: layers of Qwen3-30B-A3B's shape, half of the experts on either side. Microseconds a layer in a
-CUDA graph of all layers, for each number of tokens: the other side idle; both at once; the other side in long steps (8192
-tokens). `echo`: a request without work. Every result is compared with the one of direct reads, bit for bit.
+Two processes, a GPU each: layers of a model's shape (--model), half of the experts on either side, or more (--held, placed
+as by `experts_per_rank`). Microseconds a layer in a CUDA graph of all layers, for each number of tokens: the other side
+idle; both at once; the other side in long steps (8192 tokens). `echo`: a request without work. Every result is compared with
+the one of direct reads, bit for bit. The JSON has the model, how many experts a side holds, and the number of layers.
 """
 
 from __future__ import annotations
@@ -13,22 +14,30 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ci.bench.results import as_text
 from ci.bench.run import command, machine
 from ci.bench.travel_rank import TOKENS, Rank
+from ci.bench.words import check_numbers, check_places
+from ci.checks.visible import visible_gpus
 from vllm_dwdp.kernels.tiles import KernelName
+
+if TYPE_CHECKING:
+    from ci.bench.travel_layers import Shape
 
 LIMIT_S = 120.0
 PREFILL = 8192
 
 
-def run_rank(pipe: Connection, rank: int, layers: int, limit_us: float, long_kernel: KernelName | None) -> None:
+def run_rank(
+    pipe: Connection, rank: int, shape: Shape, layers: int, limit_us: float, long_kernel: KernelName | None
+) -> None:
     """Answers orders until None."""
-    side = Rank(rank, layers, limit_us, {PREFILL: long_kernel} if long_kernel else {})
+    side = Rank(rank, shape, layers, limit_us, {PREFILL: long_kernel} if long_kernel else {})
     pipe.send(side.exported())
     side.join(*pipe.recv())
     pipe.send("ready")
@@ -46,10 +55,12 @@ def run_rank(pipe: Connection, rank: int, layers: int, limit_us: float, long_ker
     pipe.recv()
 
 
-def main() -> int:
-    """Measure and print."""
+def arguments(words: Sequence[str] | None = None) -> tuple[argparse.Namespace, Shape]:
+    """Of the command line, with a layer's shape; what could not be measured ends the process in one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--model", default="Qwen3-30B-A3B", help="of kernels/bench/shapes.py (%(default)s)")
+    parser.add_argument("--held", type=int, help="experts of each side, from half of them on (half)")
+    parser.add_argument("--layers", type=int, help="at most 8, and 54 GB of weights on each GPU")
     parser.add_argument("--limit-us", type=float, default=3000, help="a requester waits so long (%(default)s)")
     parser.add_argument(
         "--long-kernel",
@@ -57,16 +68,39 @@ def main() -> int:
         help="of long steps, instead of the one of the tile table; a persistent kernel keeps its multiprocessors to its end",
     )
     parser.add_argument("--seconds", type=float, default=0.5)
-    parser.add_argument("--tokens", type=int, nargs="*", default=list(TOKENS))
+    parser.add_argument("--tokens", type=int, nargs="*", default=list(TOKENS), choices=TOKENS)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
+    try:
+        check_numbers(args)
+        check_places(args, "json")
+        from ci.bench.travel_layers import shape_of
+
+        shape = shape_of(args.model, args.held)
+    except ValueError as error:
+        parser.error(str(error))
+    args.layers = shape.layers if args.layers is None else args.layers
+    return args, shape
+
+
+def about(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
+    """What was measured, for the JSON."""
+    held = len(shape.placement.shares[0])
+    return {"model": shape.model.name, "held": held, "experts": shape.model.experts, "layers": args.layers}
+
+
+def main() -> int:
+    """Measure and print."""
+    args, shape = arguments()
+    if (gpus := visible_gpus()) < 2:
+        raise SystemExit(f"this takes 2 GPUs, and {gpus} can be seen")
     spawn = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for rank in (0, 1):
         mine, theirs = spawn.Pipe()
         processes.append(
             spawn.Process(
-                target=run_rank, args=(theirs, rank, args.layers, args.limit_us, args.long_kernel), daemon=True
+                target=run_rank, args=(theirs, rank, shape, args.layers, args.limit_us, args.long_kernel), daemon=True
             )
         )
         processes[-1].start()
@@ -90,7 +124,8 @@ def main() -> int:
         print(f"{name:<34} {tokens:>5} tokens: {found['us']:>8.1f} us, worst {found['worst_us']:>8.1f}, "
               f"asked {found['asked']:>6}, late {found['late']:>6}", flush=True)  # fmt: skip
         if args.json:
-            args.json.write_text(as_text({"machine": machine(False), "command": command(), "rows": rows}))
+            measured = {"machine": machine(False), "command": command(), **about(args, shape), "rows": rows}
+            args.json.write_text(as_text(measured))
 
     with contextlib.suppress(BrokenPipeError):
         exported = [answer(pipe) for pipe in pipes]
@@ -98,7 +133,7 @@ def main() -> int:
             pipe.send(given)
         for pipe in pipes:
             answer(pipe)
-        print("ready", flush=True)
+        print("ready:", ", ".join(f"{name} {value}" for name, value in about(args, shape).items()), flush=True)
         s = args.seconds
         told("echo, other side idle", 1, ask((0,), ("load", "echo", 1, s))[0])
         for tokens in args.tokens:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ci.bench.travel_layers import Shape
     from vllm_dwdp.kernels.tiles import KernelName
 
 TOKENS = (1, 8, 32, 64)
@@ -17,11 +18,11 @@ TOKENS = (1, 8, 32, 64)
 class Rank:
     """One side."""
 
-    def __init__(self, rank: int, layers: int, limit_us: float, kernels: dict[int, KernelName]) -> None:
+    def __init__(self, rank: int, shape: Shape, layers: int, limit_us: float, kernels: dict[int, KernelName]) -> None:
         """kernels: for local layers of so many tokens, instead of the one of the tile table."""
         import torch
 
-        from vllm_dwdp.kernels.bench.shapes import MODELS, Problem, free_memory
+        from vllm_dwdp.kernels.bench.shapes import free_memory, layer_ops
         from vllm_dwdp.transport.cuda_copy import CopyOptions
         from vllm_dwdp.transport.cuda_cupy import CupyDevice
         from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
@@ -31,27 +32,23 @@ class Rank:
         torch.cuda.set_device(self.device)
         self.cuda = CupyDevice(rank)
         self.transport = CupyIpcTransport(self.cuda, CopyOptions())
-        self.model = MODELS[0]
-        self.slabs = []
+        self.layer, self.model = shape, shape.model
+        self.ops = layer_ops(self.model, self.device)
+        self.slabs, self.beside = [], []
         for layer in range(layers):
-            problem = Problem(self.model, self.device, torch.bfloat16, seed=layer)
-            self.ops = problem.ops()
-            nbytes = sum(dense.numel() * dense.element_size() for dense in problem.dense)
-            slab = self.transport.allocate_slab(nbytes)
-            slab.tensor().copy_(torch.cat([dense.reshape(-1).view(torch.uint8) for dense in problem.dense]))
+            slab = self.transport.allocate_slab(shape.nbytes)
+            self.beside.append(shape.fill(slab.tensor(), seed=layer))
             self.slabs.append(slab)
-            del problem
-            free_memory(self.device)
+        free_memory(self.device)
+        torch.cuda.synchronize()  # before the other side reads
         self.graphs: dict[Any, Any] = {}
         self.kernels = kernels
 
     def exported(self) -> list[Any]:
         """Handles of the slabs and of the memory that the other side writes, and the bells' file."""
-        from vllm_dwdp.kernels.mail import MailLayout
         from vllm_dwdp.travel.exchange import Exchange, Places
 
-        kind = self.torch.bfloat16
-        self.layout = MailLayout(max(TOKENS), self.model.top_k, self.model.hidden, 0, kind, kind)
+        self.layout = self.layer.mail(max(TOKENS))
         places = Places(2, self.layout.mail_bytes, self.layout.rows_bytes)
         self.exchange = Exchange(self.transport, self.cuda, places)
         return [[self.transport.export_handle(slab) for slab in self.slabs], self.exchange.handles()]
@@ -62,31 +59,21 @@ class Rank:
         from vllm_dwdp.kernels.direct_tiles import direct_tiles_for
         from vllm_dwdp.kernels.requester import Requester
         from vllm_dwdp.kernels.served import Layers
-        from vllm_dwdp.kernels.weight_table import WeightTable
         from vllm_dwdp.travel.attendant import Attendant
 
         torch, device, model = self.torch, self.device, self.model
         other = 1 - self.rank
         theirs = self.mapped = [self.transport.map_peer(handle) for handle in slabs]
         self.exchange.map({other: handles})
-        half = model.experts // 2
         self.local, self.direct = [], []
-        for own, far in zip(self.slabs, theirs, strict=True):
-            local, direct, begin = [], [], 0
-            for rows, cols in ((2 * model.width, model.hidden), (model.hidden, model.width)):
-                row = rows * cols * 2
-                offsets = [begin + expert * row for expert in range(model.experts)]
-                begin += row * model.experts
-                mine = [self.rank == (expert >= half) for expert in range(model.experts)]
-                shape = (model.experts, rows, cols)
-                where = [(own if held else far).address + at for held, at in zip(mine, offsets, strict=True)]
-                for places, addresses in ((local, [own.address + at for at in offsets]), (direct, where)):
-                    places.append(WeightTable.from_addresses(addresses, shape, torch.bfloat16, device))
-            self.local.append((local[0], local[1]))
-            self.direct.append((direct[0], direct[1]))
+        owners, all_own = self.layer.owners(self.rank), [self.rank] * model.experts
+        for own, far, beside in zip(self.slabs, theirs, self.beside, strict=True):
+            where = [own.address, far.address] if self.rank == 0 else [far.address, own.address]
+            self.local.append(self.layer.tables(where, all_own, beside, device))
+            self.direct.append(self.layer.tables(where, owners, beside, device))
         self.shape = layer_shape(*self.local[0], model.top_k)
-        self.tiles = {tokens: direct_tiles_for(self.shape, tokens, device, None) for tokens in TOKENS}
-        self.owners = (torch.arange(model.experts, device=device) >= half).to(torch.int32)
+        self.tiles = {tokens: direct_tiles_for(self.shape, tokens, device, self.layer.block) for tokens in TOKENS}
+        self.owners = torch.tensor(owners, dtype=torch.int32, device=device)
         exchange, places = self.exchange, self.exchange.places
 
         def at(address: int) -> Any:
@@ -103,7 +90,7 @@ class Rank:
         )  # fmt: skip
         served = Layers.of(self.direct)
         mail = memory[places.mail(other) :][: self.layout.mail_bytes]
-        rows = outside[places.rows(self.rank) :][: self.layout.rows_bytes].view(torch.bfloat16)
+        rows = outside[places.rows(self.rank) :][: self.layout.rows_bytes].view(self.layout.row_type)
         flag = outside[places.flags + 4 * self.rank :][:4].view(torch.int32)
         self.kept: list[Any] = [served, rows, flag]
         graphs = []
@@ -145,7 +132,7 @@ class Rank:
         torch = self.torch
         torch.manual_seed(tokens + 1000 * self.rank)
         batches = [
-            (torch.randn(tokens, self.model.hidden, device=self.device, dtype=torch.bfloat16),
+            (torch.randn(tokens, self.model.hidden, device=self.device, dtype=self.layer.dtype),
              torch.rand(tokens, self.model.top_k, device=self.device),
              torch.rand(tokens, self.model.experts, device=self.device).topk(self.model.top_k)[1].to(torch.int32))
             for _ in range(self.layers)
@@ -153,30 +140,35 @@ class Rank:
         like, routes = batches[0][0], tokens * self.model.top_k
         width, tables = self.ops.width(self.local[0][0].rows), self.local[0]
         room = Workspace.allocate(2 * routes, width, *tables, like)
-        out = torch.empty(self.layers, tokens, self.model.hidden, device=self.device, dtype=torch.bfloat16)
+        out = torch.empty(self.layers, tokens, self.model.hidden, device=self.device, dtype=self.layer.dtype)
+
+        # Sent as they are: an echo is timed without the work of either side.
+        sent = [self.ops.quantize(hidden, None) for hidden, _, _ in batches] if way == "echo" else []
 
         def forward() -> None:
             for layer, (hidden, weights, ids) in enumerate(batches):
                 if way == "travel":
+                    given, scale = self.ops.quantize(hidden, None)
                     self.requester.experts(
-                        hidden, self.direct[layer], weights, ids, layer=layer, owners=self.owners, ops=self.ops,
-                        tiles=self.tiles[tokens], workspace=room, out=out[layer],
+                        given, self.direct[layer], weights, ids, layer=layer, owners=self.owners, ops=self.ops,
+                        tiles=self.tiles[tokens], workspace=room, out=out[layer], a1_scale=scale,
                     )  # fmt: skip
                 elif way == "echo":
                     own, late = ids.new_empty(1, self.model.top_k), ids.new_empty(1, self.model.top_k)
-                    self.requester.ask(hidden, weights, ids, own, self.owners, layer, room=1, index=len(TOKENS))
+                    given, scale = sent[layer]
+                    self.requester.ask(given, weights, ids, own, self.owners, layer, 1, len(TOKENS), scale)
                     self.requester.wait(ids, late, self.owners, 0)
                 else:
                     tabled = self.direct[layer] if way == "direct" else self.local[layer]
                     tiles = self.tiles.get(tokens) if way == "direct" else None
-                    tiles = tiles or tiles_for(self.shape, tokens, self.device, None)
+                    tiles = tiles or tiles_for(self.shape, tokens, self.device, self.layer.block)
                     tiles = replace(tiles, kernel=self.kernels.get(tokens, tiles.kernel))
                     split_experts(
                         hidden, *tabled, weights, ids, ops=self.ops, tiles=tiles, workspace=room, out=out[layer]
                     )
 
         call = captured([forward], self.device)[0]
-        self.kept += [batches, room, out]
+        self.kept += [batches, sent, room, out]
         self.graphs[way, tokens] = call
         self.graphs["out", way, tokens] = out
         return call

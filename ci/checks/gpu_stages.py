@@ -44,6 +44,12 @@ def _loads(name: str, *more: str, gpus: int = 2) -> Step:
     return Step(name, _script("bench.loads", *words), 470, None, gpus=gpus)
 
 
+def _travel(name: str, *more: str, limit_s: float = 200) -> Step:
+    """A layer whose tokens travel."""
+    file = name.replace("tokens that ", "").replace(",", "").replace(" ", "-")
+    return Step(name, _script("bench.travel", "--json", f"{{out}}/{file}.json", *more), limit_s, None, gpus=2)
+
+
 def _checker(tool: str) -> tuple[str, ...]:
     return ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
 
@@ -174,7 +180,10 @@ STAGES: dict[str, tuple[Step, ...]] = {
         _loads("launchers", "--systems", "dpep", *LAUNCHERS, "--loads", "mixed=8192/128/16", "decode8=512/128/8"),
         Step("starts", _script("bench.starts", "--limit-s", "300", "--json", "{out}/starts.json"), 460, None, gpus=2),
         Step("a rank returns", _script("bench.returns", "--plain", "--json", "{out}/returns.json"), 460, None, gpus=2),
-        Step("tokens that travel", _script("bench.travel", "--json", "{out}/travel.json"), 200, None, gpus=2),
+        _travel("tokens that travel"),
+        _travel("tokens that travel, gpt-oss", "--model", "gpt-oss-120b", limit_s=300),
+        _travel("tokens that travel, DeepSeek-V3", "--model", "DeepSeek-V3", limit_s=300),
+        _travel("tokens that travel, 112 held", "--held", "112"),
         Step("at once", _script("bench.contention", "--json", "{out}/contention.json"), 100, None, gpus=2),
         Step("calls of a layer", _script("bench.layer_calls"), 60, _script("bench.layer_calls", "--simulated"), gpus=2),
     ),

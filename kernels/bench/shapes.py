@@ -105,14 +105,14 @@ class Dequantized(Sequence[torch.Tensor]):
         return wide
 
 
-def _weights(experts: int, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    made = torch.empty(experts, rows, cols, dtype=dtype, device=device)
-    for matrix in made:
-        if dtype.itemsize > 1:
-            matrix.normal_(0.0, cols**-0.5)
+def fill(weights: torch.Tensor) -> None:
+    """Make weights in [E, rows, cols] of 16 bits or FP8, matrix by matrix."""
+    for matrix in weights:
+        if weights.dtype.itemsize > 1:
+            matrix.normal_(0.0, weights.shape[2] ** -0.5)
         else:
-            matrix.copy_((torch.randn(rows, cols, device=device) * (FP8_MAX / 6)).clamp(-FP8_MAX, FP8_MAX))
-    return made
+            made = torch.randn(*matrix.shape, device=matrix.device) * (FP8_MAX / 6)
+            matrix.copy_(made.clamp(-FP8_MAX, FP8_MAX))
 
 
 def scattered(dense: torch.Tensor, seed: int = 0) -> Iterator[torch.Tensor]:
@@ -125,6 +125,15 @@ def scattered(dense: torch.Tensor, seed: int = 0) -> Iterator[torch.Tensor]:
         view = part.view(dense.dtype).view(rows, cols)
         view.copy_(dense[expert])
         yield view
+
+
+def layer_ops(model: ModelShape, device: torch.device) -> MoeOps:
+    """vLLM's on a GPU, plain torch elsewhere."""
+    if device.type != "cuda":
+        return TorchOps(model.activation, model.quant, BLOCK)
+    from ..vllm_ops import VllmOps
+
+    return VllmOps(model.activation, model.quant, BLOCK)
 
 
 class Problem:
@@ -144,7 +153,8 @@ class Problem:
         self.contiguous: list[WeightTable] = []
         self._kept: list[list[torch.Tensor]] = []
         for rows, cols in shapes:
-            dense = _weights(model.experts, rows, cols, stored, device)
+            dense = torch.empty(model.experts, rows, cols, dtype=stored, device=device)
+            fill(dense)
             scales = bias = None
             if model.quant == "block":
                 grid = (model.experts, -(-rows // BLOCK), -(-cols // BLOCK))
@@ -174,9 +184,5 @@ class Problem:
         return w13, w2
 
     def ops(self) -> MoeOps:
-        """vLLM's on a GPU, plain torch elsewhere."""
-        if self.device.type != "cuda":
-            return TorchOps(self.model.activation, self.model.quant, BLOCK)
-        from ..vllm_ops import VllmOps
-
-        return VllmOps(self.model.activation, self.model.quant, BLOCK)
+        """See `layer_ops`."""
+        return layer_ops(self.model, self.device)

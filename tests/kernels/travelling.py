@@ -106,7 +106,7 @@ class Group:
         hidden, scale = self.ops.quantize(batch.hidden, None)
         found = self.requester.experts(
             hidden, tables, batch.weights, batch.ids, layer=layer, owners=self.owners, a1_scale=scale,
-            ops=_Between(self.ops, between or (lambda: None)), tiles=tiles, workspace=room, out=torch.empty_like(like),
+            ops=Between(self.ops, between or (lambda: None)), tiles=tiles, workspace=room, out=torch.empty_like(like),
         )  # fmt: skip
         # A row of padding counts where a scale is of all tokens.
         return torch.equal(found[:kept], expected[:kept]) and not found[kept:].any()
@@ -142,7 +142,7 @@ class Group:
         self.state[ENABLED.value, 0] = 1
 
 
-class _Between:
+class Between:
     """Calls something once, while the requester's own experts are computed."""
 
     def __init__(self, ops: Any, call: Callable[[], None]) -> None:
