@@ -34,7 +34,8 @@ Layer = Callable[[Batch], torch.Tensor]
 
 
 class Row(NamedTuple):
-    """ratio, low, high: median and 95 % bounds over the turns; again: the median of two alike."""
+    """ratio, low, high: median and 95 % bounds over the turns; again: the median of two alike. equal: whether results on
+    pages are those on torch's memory, alike: whether those on two of torch's are, bit for bit."""
 
     kind: str
     tokens: int
@@ -44,6 +45,7 @@ class Row(NamedTuple):
     high: float
     again: float
     equal: bool
+    alike: bool
 
 
 class Pages:
@@ -148,7 +150,10 @@ def rows(kind: str, model: ModelShape, args: argparse.Namespace) -> Iterator[Row
     for tokens in args.tokens:
         batches = [shaped.batch(tokens, seed) for seed in range(2)]
         results = [[layer(batch).clone() for batch in batches] for layer in made]
-        equal = all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+        alike, equal = (
+            all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(results[0], other, strict=True))
+            for other in results[1:]
+        )
         calls = [captured([lambda b=b, k=k: k(b) for b in batches], device) for k in made]
         own = in_turns(calls[0], calls[2], device, args.turns, args.turn_s)
         again = in_turns(calls[0], calls[1], device, args.turns, args.turn_s)
@@ -157,7 +162,7 @@ def rows(kind: str, model: ModelShape, args: argparse.Namespace) -> Iterator[Row
         middle = len(ratios) // 2
         yield Row(
             kind, tokens, statistics.median(own.own) * 1e6, statistics.median(ratios), ratios[max(0, middle - spread)],
-            ratios[min(len(ratios) - 1, middle + spread)], statistics.median(again.ratios), equal,
+            ratios[min(len(ratios) - 1, middle + spread)], statistics.median(again.ratios), equal, alike,
         )  # fmt: skip
     made.clear()
     pages.close()
@@ -165,7 +170,7 @@ def rows(kind: str, model: ModelShape, args: argparse.Namespace) -> Iterator[Row
 
 
 def main() -> int:
-    """Measure and print; 1 where a result differs or the goal is missed."""
+    """Measure and print; 1 where the goal is missed, or results differ that do not on two memories alike."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 1024, 8192])
@@ -193,9 +198,10 @@ def main() -> int:
     for kind in args.kinds:
         for row in rows(kind, of[kind], args):
             found.append(row)
+            said = "equal" if row.equal else "DIFFERS" if row.alike else "differs, as two alike do"
             print(
                 f"{kind:12} {row.tokens:6} tokens {row.us:9.1f} us  ratio {row.ratio:.3f} ({row.low:.3f} to {row.high:.3f})"
-                f"  again {row.again:.3f}  {'equal' if row.equal else 'DIFFERS'}",
+                f"  again {row.again:.3f}  {said}",
                 flush=True,
             )
     if args.json:
@@ -203,7 +209,7 @@ def main() -> int:
         args.json.write_text(as_text({**told, "rows": [row._asdict() for row in found]}))
     missed = [row for row in found if row.high < GOAL]
     print("".join(f"below {GOAL}: {row.kind}, {row.tokens} tokens\n" for row in missed), end="")
-    return int(not all(row.equal for row in found) or (bool(missed) and not args.cpu))
+    return int(any(row.alike and not row.equal for row in found) or (bool(missed) and not args.cpu))
 
 
 if __name__ == "__main__":

@@ -67,6 +67,14 @@ PAGED = 'dwdp:composite:{{"experts_per_rank": 64, "weight_view": "composite"}}'
 MARLIN = ("--more", "--moe-backend", "marlin")
 STEADY = ("prefill8k=8192/1/16", "apart8k=8192/1/16,spread=0.8", "mixed=8192/128/16")
 MXFP4 = ("--loads", *STEADY, *MARLIN)
+#: Layers of large models: two systems, as many layers as fit beside each other in 80 GB, and what their steps are made of.
+LAYERS_AT_SIZE = ("--loads", STEADY[0], "decode64=512/128/64", "--profile")
+HALF_OF_256 = 'dwdp:dwdp128:{{"experts_per_rank": 128}}'
+HELD_112 = (
+    'dwdp:auto112:{{"experts_per_rank": 112}}',
+    'dwdp:direct112:{{"experts_per_rank": 112, "decode": "direct"}}',
+)
+DECODE = ("decode64=512/128/64", "decode8=512/128/8", "decode1=512/128/1")
 LAUNCHERS = (
     'dwdp:uni:{{"experts_per_rank": 112, "launcher": "uni"}}',
     'dwdp:mp:{{"experts_per_rank": 112, "launcher": "mp"}}',
@@ -78,6 +86,9 @@ PAIRS = 'dwdp:groups-of-two:{{"group_size": 2, "experts_per_rank": 64}}'
 FOUR = ("prefill8k=8192/1/32", "mixed=8192/128/32", "decode64=512/128/64")
 MORE_OF_FOUR = ("uneven=8192/1/32,every=2,uneven", "apart8k=8192/1/32,spread=0.8", "decode8=512/128/8")
 SHORT = ("--kv-gib", "2", "--turns", "3")
+#: Two GPUs compute prompts, two decode. With vLLM's blocks of 16 tokens NIXL's lists of blocks take longer than the bytes.
+APART = ("--turns", "3", "--kv-gib", "8", "--decode", "tp", "--prefill-devices", "2")
+APART_LOADS = ("--loads", "pd64=8192/128/64", "pd32=8192/128/32", "--more", "--block-size", "128")
 TIMED = ("uneven=8192/1/16,every=2,uneven", "bursts=8192/1/16,every=3,burst,spread=0.8")
 STAGES: dict[str, tuple[Step, ...]] = {
     "kernels": (
@@ -170,16 +181,19 @@ STAGES: dict[str, tuple[Step, ...]] = {
         _loads("all layers", *WHOLE, "--systems", "dpep", HALF, "--loads", *STEADY),
         _loads("at fixed times", *WHOLE, "--systems", "dpep", HALF, "--loads", *TIMED),
         _loads("beside tensor parallelism", *WHOLE, "--systems", "tp", HALF, "--loads", *STEADY),
-        _loads("same tiles", "--tiles", "alike", "--systems", "dpep", "tp", HALF, "--loads", STEADY[0]),
+        _loads("same tiles", "--tiles", "alike", "--profile", "--systems", "dpep", "tp", HALF, "--loads", STEADY[0]),
         _loads("FP8", "--model", "qwen3-fp8", "--systems", "dpep", "tp", HALF, "--loads", *STEADY),
         _loads("INT4", "--model", "qwen3-int4", "--systems", "dpep", "tp", PAGED, "--loads", *STEADY, *MARLIN),
         _loads("MXFP4", "--model", "gpt-oss-mxfp4", "--layers", "8", "--systems", "dpep", "tp", PAGED, *MXFP4),
         _loads("full replicas", "--systems", "dpep", "replicas", HALF, "--loads", *STEADY),
-        _loads("gpt-oss", "--model", "gpt-oss", "--systems", "dpep", "tp", HALF, "--loads", STEADY[0]),
-        _loads("DeepSeek-V3", "--model", "deepseek-v3", "--systems", "dpep", "tp", "dwdp", "--loads", STEADY[0]),
+        _loads("gpt-oss", "--model", "gpt-oss", "--layers", "6", "--systems", "dpep", HALF, *LAYERS_AT_SIZE),
+        _loads(
+            "DeepSeek-V3", "--model", "deepseek-v3", "--kv-gib", "2", "--systems", "dpep", HALF_OF_256, *LAYERS_AT_SIZE
+        ),
         _loads("launchers", "--systems", "dpep", *LAUNCHERS, "--loads", "mixed=8192/128/16", "decode8=512/128/8"),
         Step("starts", _script("bench.starts", "--limit-s", "300", "--json", "{out}/starts.json"), 460, None, gpus=2),
         Step("a rank returns", _script("bench.returns", "--plain", "--json", "{out}/returns.json"), 460, None, gpus=2),
+        _loads("travel or read with most experts held", "--systems", "dpep", *HELD_112, "--loads", *DECODE),
         _travel("tokens that travel"),
         _travel("tokens that travel, gpt-oss", "--model", "gpt-oss-120b", limit_s=300),
         _travel("tokens that travel, DeepSeek-V3", "--model", "DeepSeek-V3", limit_s=300),
@@ -200,6 +214,7 @@ STAGES: dict[str, tuple[Step, ...]] = {
         _loads("four", *SHORT, "--systems", "dpep", "tp", QUARTER, "--loads", *FOUR, gpus=4),
         _loads("four more", *SHORT, "--systems", "dpep", "tp", QUARTER, "--loads", *MORE_OF_FOUR, gpus=4),
         _loads("groups of two", *SHORT, "--systems", "dpep", "dptp", PAIRS, "--loads", *FOUR, gpus=4),
+        _loads("disaggregated", *APART, "--systems", "dpep", "tp", HALF, *APART_LOADS, gpus=4),
         Step(
             "a rank of four returns",
             _script("bench.returns", "--ranks", "4", "--limit-s", "450", "--json", "{out}/returns-4.json"),
@@ -213,6 +228,7 @@ STAGES: dict[str, tuple[Step, ...]] = {
             _kernels("backends", "--limit-s", "120", "--tokens", "8192", "128", "--json", "{out}/backends.json"),
             150,
         ),
+        Step("kernels on a composite range", _script("bench.composite", "--json", "{out}/composite.json"), 200),
     ),
     "sanitize": (
         Step("memcheck", _checked("memcheck"), 150, None, UNCACHED),

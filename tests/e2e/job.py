@@ -51,8 +51,10 @@ def batch(llm: Any) -> list[dict[str, Any]]:
 
 
 def batch_of_four(llm: Any) -> list[dict[str, Any]]:
-    """As `batch`, of one engine: in the parts that each of four ranks gets of it, one after the other."""
+    """As `batch`, of one engine: in the parts that each of four ranks gets of it, one after the other, and with no prefix
+    in the KV cache, as on ranks that have not had a prompt before."""
     asked = PROMPTS * 4
+    llm.reset_prefix_cache()
     parts = [_firsts(_greedy(llm, asked[rank::4], logprobs=5)) for rank in range(4)]
     return [parts[i % 4][i // 4] for i in range(len(asked))]
 

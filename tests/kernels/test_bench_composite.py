@@ -21,7 +21,7 @@ def test_results_are_compared(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(composite.Pages, "copy", copy)
     (row,) = composite.rows("bf16", TINY_MODELS[0], ARGS)
-    assert row.equal is not wrong and row.low <= row.ratio <= row.high and row.us > 0
+    assert row.alike and row.equal is not wrong and row.low <= row.ratio <= row.high and row.us > 0
 
 
 @pytest.mark.parametrize(
