@@ -13,12 +13,14 @@ pytest.importorskip("vllm")
 
 from vllm.engine.arg_utils import EngineArgs
 
-from tests.unit.quantised import SIZES, sizes
-from tests.unit.whole_model import vllm_config
+from tests.unit.quantised import SIZES, rank_of, sizes
+from tests.unit.whole_model import expert_layers, vllm_config
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import configure
+from vllm_dwdp.engine.auto_share import memory_of
 from vllm_dwdp.engine.forms import check_form
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.group.launch import DwdpLaunch
 from vllm_dwdp.platform import CUDA
 
 
@@ -107,3 +109,24 @@ def test_what_a_plain_checkpoint_would_be_taken_for_is_refused(
 )
 def test_forms_that_dwdp_takes(form: str, given: dict[str, Any], checkpoint: Callable[..., Path]) -> None:
     check_form(DwdpConfig(), vllm_config(checkpoint(**sizes(form)), **given).model_config, CUDA)
+
+
+@pytest.mark.usefixtures("hopper", "no_build_stays")
+@pytest.mark.parametrize(
+    ("form", "kernels"),
+    [("gptq-int4", "marlin"), ("gptq-int8", "marlin"), ("awq-int4", "marlin")]
+    + [
+        ("ct-int4", "triton"),
+        ("ct-int4-zeros", "marlin"),
+        ("ct-int8", "marlin"),
+        ("nvfp4", "marlin"),
+        ("mxfp4", "marlin"),
+    ],
+)
+def test_packed_experts_take_what_was_foreseen(form: str, kernels: str, checkpoint: Callable[..., Path]) -> None:
+    """Scales and zero points too, of groups as small as the checkpoint has them."""
+    loaded = rank_of(checkpoint(**sizes(form)), 0, kernels, "contiguous", form)
+    share = len(loaded.build.layers[0].placement.shares[0])
+    built = sum(each.nbytes for layer in expert_layers(loaded.model).values() for each in layer.parameters())
+    launch = DwdpLaunch(DwdpConfig.parse({"weight_view": "contiguous"}), 2, "", ())
+    assert memory_of(loaded.vllm_config, launch, CUDA, 2**30).expert == pytest.approx(built / share, rel=0.02)
