@@ -143,8 +143,9 @@ class DwdpConfig:
     def compiled_by(self) -> dict[str, Any]:
         """What names the caches of compiled code: all settings but those that no compiled code sees.
 
-        `hits` is whether layers count, not where to. `group` and `rank` stay: vLLM has one folder for all servers of the
-        same settings, and does not write it as if several started at a time.
+        `hits` is whether layers count, not where to. `rank` and `group` stay, although compiled code may not depend on them:
+        vLLM has one folder for all servers of the same settings, and writes the index there in place (save_to_file of
+        vllm/compilation/backends.py), so that a server which starts beside another one may read half of it, and end.
         """
         seen = {key: value for key, value in self.to_dict().items() if key not in ("meet", "timeout_s", "trace")}
         return {**seen, "hits": self.hits is not None}

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ci.checks.gpu_cases import CASES, QUANTISED, Case
+from ci.checks.in_time import InTime
 from ci.checks.visible import visible_gpus, wanted
 from examples.checkpoints import CheckpointSpec, write_checkpoint
 from tests.e2e.engines import REPO, run_job
@@ -43,6 +44,7 @@ KV_BYTES = 256 << 20
 #: With a KV cache of a given size only looked at to see that so much is free; other programs may use the GPU too.
 UTILISATION = 0.05
 PROMPTS = ("The experts of a layer", "No rank waits", "Two slots")
+NOT_BEGUN = "not begun: out of time"
 SHOWN = ("view", "experts_held", "slab_bytes", "slot_bytes", "forwards", "direct_forwards", "pulled_bytes",
          "on_demand_fetches", "kernels_compiled_after_start", "travel_requests", "travel_late", "travel_served")  # fmt: skip
 
@@ -238,7 +240,8 @@ def table(rows: list[dict[str, Any]]) -> None:
     heads = f"{'view':11} {'held':>5} {'slabs MB':>9} {'slots MB':>9} {'tokens':9} {'logprob':>8} {'s':>5}"
     print(f"\n{'case':32} {'result':10} {heads}")
     for row in rows:
-        line = f"{row['case']:32} {'WRONG' if row['wrong'] else 'ok':10} "
+        result = "left out" if row["wrong"] == [NOT_BEGUN] else "WRONG" if row["wrong"] else "ok"
+        line = f"{row['case']:32} {result:10} "
         tokens = "equal" if row.get("same_tokens") else "differ"
         if "view" in row:
             line += f"{row['view']:11} {row['experts_held']:5} {row['slab_bytes'] / 1e6:9.2f} "
@@ -261,21 +264,20 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="on CPU, to try this script: choose cases with --only")
     parser.add_argument("--parallel", type=int, default=1, help="cases at a time")
     parser.add_argument("--job-s", type=float, default=200, help="abort an engine after this many seconds")
-    parser.add_argument("--limit-s", type=float, default=450, help="begin no case after this many seconds")
+    parser.add_argument("--limit-s", type=float, default=450, help="begin no case that would probably not end by then")
     args = parser.parse_args()
+    in_time = InTime(args.limit_s)
     args.gpus = 0 if args.cpu else visible_gpus()
     cases = QUANTISED if args.quantised else CASES
     names = wanted(cases, args.only, args.skip)
     for name in names:
         checkpoint(cases[name])
     rows: dict[str, dict[str, Any]] = {}
-    plain, begun, writing = Plain(), time.monotonic(), threading.Lock()
+    plain, writing = Plain(), threading.Lock()
 
     def one(name: str) -> None:
-        if time.monotonic() - begun > args.limit_s:
-            row = {"case": name, "wrong": ["not run: out of time"]}
-        else:
-            row = attempt(name, Path(folder), plain, args)
+        with in_time.case(name) as begins:
+            row = attempt(name, Path(folder), plain, args) if begins else {"case": name, "wrong": [NOT_BEGUN]}
         with writing:
             rows[name] = row
             if args.json:
@@ -285,6 +287,8 @@ def main() -> int:
         folder = args.logs or made
         list(pool.map(one, names))
     table([rows[name] for name in names])
+    if in_time.left_out:
+        print(f"not begun, {len(in_time.left_out)} of {len(names)} cases: {','.join(sorted(in_time.left_out))}")
     return int(any(row["wrong"] for row in rows.values()))
 
 

@@ -56,6 +56,7 @@ def _checker(tool: str) -> tuple[str, ...]:
 
 #: The rest is the same on one GPU and on two.
 LINK_CASES = "qwen3-split,qwen3-full-split,qwen3-ray,qwen3-serve,deepseek-fp8-split,big-qwen3-split-4"
+THREE, FIVE = ("--parallel", "3", "--limit-s", "280"), ("--parallel", "5", "--limit-s", "440")
 TINY = ("--device", "cpu", "--tiny")
 BENCH = ("--both", "--alike", "--limit-s", "400")
 #: A shortened play of two ranks: under a memory checker everything takes fifty times as long.
@@ -113,14 +114,14 @@ STAGES: dict[str, tuple[Step, ...]] = {
     "e2e": (
         Step(
             "engines",
-            _script("checks.gpu_e2e", "--parallel", "5", "--limit-s", "300", "--json", "{out}/e2e.json"),
+            _script("checks.gpu_e2e", *FIVE, "--json", "{out}/e2e.json"),
             460,
             _script("checks.gpu_e2e", "--cpu", "--only", "qwen3-contiguous", "--json", "{out}/e2e.json"),
         ),
         Step(
             "quantised experts",
             _script(
-                "checks.gpu_e2e", "--quantised", "--parallel", "5", "--limit-s", "400", "--json", "{out}/forms.json"
+                "checks.gpu_e2e", "--quantised", "--parallel", "5", "--limit-s", "450", "--json", "{out}/forms.json"
             ),
             470,
         ),
@@ -150,7 +151,7 @@ STAGES: dict[str, tuple[Step, ...]] = {
         Step("transport between GPUs", _script("checks.gpu_ipc", "--json", "{out}/ipc-link.json"), 240, None, gpus=2),
         Step(
             "engines on two GPUs",
-            _script("checks.gpu_e2e", "--only", LINK_CASES, "--parallel", "3", "--json", "{out}/e2e-link.json"),
+            _script("checks.gpu_e2e", "--only", LINK_CASES, *THREE, "--json", "{out}/e2e-link.json"),
             300,
             None,
             gpus=2,
@@ -207,7 +208,7 @@ STAGES: dict[str, tuple[Step, ...]] = {
         ),
         Step(
             "engines of four ranks",
-            _script("checks.gpu_e2e", "--only", "four-", "--parallel", "5", "--json", "{out}/e2e-4.json"),
+            _script("checks.gpu_e2e", "--only", "four-", *FIVE, "--json", "{out}/e2e-4.json"),
             460,
             gpus=4,
         ),

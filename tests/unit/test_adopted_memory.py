@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from tests.unit.leftovers import check_message, refusal
 from tests.unit.test_adopted import EXPERTS, LAYERS, RANKS, Servers, wrong
 from tests.unit.whole_model import Loaded, edited, expert_layers, load
+from vllm_dwdp.engine import peers
 from vllm_dwdp.engine.peers import found_apart
 from vllm_dwdp.group.apart import ApartRendezvous, Loading
 from vllm_dwdp.hits_file import Hits
@@ -137,12 +138,17 @@ def test_an_extra_rank_on_a_gpu_has_a_copy(
     rank: int, on_cpu: bool, copies: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
+    looked: list[Any] = []
+    monkeypatch.setattr(peers, "_gpus", lambda: ("GPU-a", ()))
+    monkeypatch.setattr(peers, "check_reach", lambda *given: looked.append(given[1:]) or asked == [] or pytest.fail())
     monkeypatch.setattr(ApartRendezvous, "adopt", lambda self: asked.append(self.rank))
     monkeypatch.setattr(ApartRendezvous, "loading", lambda self, adopts: Loading(1, 1))
     rendezvous = object.__new__(ApartRendezvous)
     rendezvous.rank, rendezvous.ranks = rank, [0, 1]
     found = found_apart(rendezvous, on_cpu)
     assert found is not None and found.copies is copies and asked == ([] if copies else [rank])
+    # Before memory is asked for.
+    assert looked == ([] if on_cpu else [("GPU-a", ())])
 
 
 def test_shares_that_differ_by_layer(model: Path) -> None:

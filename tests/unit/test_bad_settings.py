@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.unit.leftovers import TINY, build, check_message, refusal
+from tests.unit.whole_model import vllm_config
 from vllm_dwdp import patches
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import configure, options
@@ -234,3 +235,31 @@ def test_another_platform(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> No
         check_message(refusal(lambda config=config: options.check_settings(config, platform=CUDA)), [wrong, instead])
     monkeypatch.setattr(configure, "platform_of", lambda vllms: dataclasses.replace(CPU, worker=("another", "ours")))
     check_message(refusal(lambda: build(tiny_moe)), ["vllm.v1.worker.cpu_worker.CPUWorker", "CPU and CUDA platforms"])
+
+
+def test_a_kept_memory_profile_is_refused_on_gpus(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says the same for ranks and starts that hold more and less; on CPU nothing reads it."""
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.startup_plan import compute_plan_fingerprint
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    options.check_settings(DwdpConfig(), CUDA)
+    monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "1")
+    words = [
+        "VLLM_ENABLE_STARTUP_PLAN=1",
+        "one size of the KV cache for all ranks",
+        "unset it",
+        "--kv-cache-memory-bytes",
+    ]
+    check_message(refusal(lambda: options.check_settings(DwdpConfig(), CUDA)), words)
+    options.check_settings(DwdpConfig(), CPU)
+    monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "0")
+    options.check_settings(DwdpConfig(), CUDA)
+    monkeypatch.undo()
+    monkeypatch.setattr(current_platform, "get_device_total_memory", lambda: 1, raising=False)
+    config, kept = vllm_config(tiny_moe, additional_config={"dwdp": DwdpConfig().compiled_by()}), set()
+    for rank in range(2):
+        # As an engine of a launch sets it; its worker is the only one of this engine.
+        config.parallel_config.data_parallel_rank = config.parallel_config.data_parallel_index = rank
+        kept.add(compute_plan_fingerprint(config, 0, 1))
+    assert len(kept) == 1, "vLLM keeps ranks apart: nothing needs to be refused for them"

@@ -12,9 +12,10 @@ import torch
 
 pytest.importorskip("vllm")
 
-from tests.unit.quantised import rank_of, sizes
-from tests.unit.whole_model import expert_layers
+from tests.unit.quantised import SIZES, rank_of, sizes
+from tests.unit.whole_model import as_bytes, expert_layers
 from vllm_dwdp.engine.dummy import draw_firsts, draw_packed
+from vllm_dwdp.layers.build import BuildApart
 
 pytestmark = pytest.mark.usefixtures("hopper", "no_build_stays")
 
@@ -25,7 +26,7 @@ def drawn(**parameters: torch.Tensor) -> dict[str, torch.Tensor]:
     for name, data in parameters.items():
         module.register_parameter(name, torch.nn.Parameter(data.clone(), requires_grad=False))
     build: Any = SimpleNamespace(layers=[SimpleNamespace(module=module)])
-    draw_packed(build)
+    draw_packed(build.layers)
     return {name: parameter.data for name, parameter in module.named_parameters()}
 
 
@@ -62,7 +63,7 @@ def test_what_vllm_gives_a_value_keeps_it() -> None:
         module.register_parameter(name, torch.nn.Parameter(torch.ones(2, 3), requires_grad=False))
     module.w13_weight_scale.dummy_weight_value = 1.0  # type: ignore[union-attr, assignment]
     build: Any = SimpleNamespace(layers=[SimpleNamespace(module=module)])
-    draw_firsts(build)
+    draw_firsts(build.layers)
     ones = {name: (parameter == 1).all(1).tolist() for name, parameter in module.named_parameters()}
     assert ones == {"w13_weight": [False, True], "w13_weight_scale": [True, True]}
 
@@ -91,5 +92,55 @@ def test_what_a_layer_says_of_its_dummy_weights_holds() -> None:
         parameter.dummy_weight_value = value
         module.register_parameter(name, parameter)
     build: Any = SimpleNamespace(layers=[SimpleNamespace(module=module)])
-    draw_packed(build)
+    draw_packed(build.layers)
     assert [int(parameter[0, 0]) for parameter in module.parameters()] == [0, 120]
+
+
+#: Not in blocks, which vLLM quantises by compiled code.
+ONLINE = [("online-fp8-channel", "triton"), ("online-fp8-tensor", "marlin"), ("online-int8", "triton")]
+
+
+def rows(folder: Path, form: str, kernels: str, **more: Any) -> dict[str, torch.Tensor]:
+    """Random experts that vLLM has quantised, of the second rank: bytes of each parameter, by row."""
+    loaded = rank_of(folder, 1, kernels, "contiguous", form, load_format="dummy", **more)
+    return {
+        f"{layer}.{name}": as_bytes(parameter).clone()
+        for layer, module in expert_layers(loaded.model).items()
+        for name, parameter in module.named_parameters()
+    }
+
+
+@pytest.mark.parametrize(("form", "kernels"), ONLINE)
+def test_what_vllm_quantises_is_drawn_before(
+    form: str, kernels: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is drawn after that would be no weight: scales below zero, bytes that are NaN."""
+    found = rows(checkpoint(**SIZES), form, kernels)
+    monkeypatch.setattr("vllm_dwdp.engine.loader.draw_packed", lambda layers: None)
+    plain = rows(checkpoint(**SIZES), form, kernels)
+    assert [name for name, data in found.items() if not torch.equal(data, plain[name])] == []
+    apart = BuildApart(None, 1, 1, lambda held: None, lambda files: None)
+    drawn = rows(checkpoint(**SIZES), form, kernels, apart=apart)
+    assert drawn.keys() == plain.keys()
+    scales = {name: data.view(torch.float32) for name, data in drawn.items() if "scale" in name}
+    assert scales and all((scale > 0).all() for scale in scales.values())
+
+
+@pytest.mark.parametrize(("form", "kernels"), ONLINE)
+def test_a_rank_that_returns_finds_quantised_experts_again(
+    form: str, kernels: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one expert built instead of all; drawn as on a GPU, where all numbers change with how many there are."""
+
+    def draw(tensor: torch.Tensor) -> None:
+        if tensor.is_floating_point() and not tensor.is_meta:
+            tensor.data.uniform_(-1e-3, 1e-3, generator=torch.Generator().manual_seed(tensor.numel()))
+
+    for module in ("vllm.model_executor.model_loader.dummy_loader", "vllm_dwdp.engine.dummy"):
+        monkeypatch.setattr(f"{module}.initialize_single_dummy_weight", draw)
+    all_, first = (
+        rows(checkpoint(**SIZES), form, kernels, apart=BuildApart(adopted, 1, 0, lambda held: None, lambda files: None))
+        for adopted in (None, [])
+    )
+    assert {name: len(data) for name, data in first.items()} == dict.fromkeys(all_, 1)
+    assert [name for name, data in first.items() if not torch.equal(all_[name][:1], data)] == []

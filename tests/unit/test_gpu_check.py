@@ -20,6 +20,7 @@ from ci.checks import gpu as gpu_check
 from ci.checks import gpu_e2e as gpu_e2e_check
 from ci.checks import gpu_stages
 from ci.checks.gpu_cases import CASES, QUANTISED
+from ci.checks.in_time import InTime
 from ci.checks.visible import wanted
 from examples.checkpoints import CheckpointSpec
 from vllm_dwdp.config import DwdpConfig
@@ -57,6 +58,9 @@ def test_stages_fit_their_limit_and_name_scripts_that_exist(
         if "ci.bench.returns" in words:
             monkeypatch.setattr(sys, "argv", words[words.index("-m") + 1 :])
             assert bench_returns.arguments().limit_s < item.limit_s, "its servers outlive a bench that is killed"
+        if "ci.checks.gpu_e2e" in words:
+            limit_s = float(words[words.index("--limit-s") + 1])
+            assert limit_s + 20 <= item.limit_s, "a case is killed that should have ended"
         modules = [word for word in words if re.match(r"(ci|vllm_dwdp)\.", word)]
         modules = [re.sub(r"^vllm_dwdp\.kernels", "kernels", module) for module in modules]
         files = [gpu_check.ROOT / module.replace(".", "/") for module in modules]
@@ -215,3 +219,56 @@ def test_batches_are_compared_but_for_activations_of_one_scale() -> None:
     views = ("composite", "contiguous", "split")
     assert apart == {f"{by}fp8-tensor-triton-{view}" for by in ("", "online-") for view in views}
     assert all(case.batches for case in CASES.values())
+
+
+def test_no_case_begins_that_would_not_end_in_time() -> None:
+    now = 100.0
+    in_time = InTime(60.0, lambda: now)
+    with in_time.case("first") as begins:
+        assert begins
+        now += 30
+        # As slow as the one that runs until now: it would take until 60.
+        with in_time.case("beside") as begins:
+            assert not begins
+        now -= 1
+        with in_time.case("beside") as begins:
+            assert begins
+            now -= 9
+    # The slowest so far took 20 s, 20 of 60 s are over.
+    now += 19
+    with in_time.case("fits") as begins:
+        assert begins
+    now += 1
+    for name in ("late", "later"):
+        with in_time.case(name) as begins:
+            assert not begins
+    assert in_time.left_out == ["beside", "late", "later"]
+
+
+def test_a_case_that_fails_counts_as_one_that_ended() -> None:
+    now = 0.0
+    in_time = InTime(60.0, lambda: now)
+    with pytest.raises(RuntimeError), in_time.case("fails"):
+        now += 40
+        raise RuntimeError("x")
+    with in_time.case("next") as begins:
+        assert not begins
+
+
+def test_cases_that_are_left_out_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = list(CASES)[:3]
+    monkeypatch.setattr(sys, "argv", ["gpu_e2e", "--cpu", "--only", ",".join(names), "--limit-s", "0.5"])
+    monkeypatch.setattr(gpu_e2e_check, "checkpoint", lambda case: None)
+
+    def attempt(name: str, *_: object) -> dict[str, object]:
+        time.sleep(0.3)
+        return {"case": name, "wrong": []}
+
+    monkeypatch.setattr(gpu_e2e_check, "attempt", attempt)
+    assert gpu_e2e_check.main() == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == f"not begun, 2 of 3 cases: {','.join(sorted(names[1:]))}"
+    assert [line.split()[1] for line in said if line.split()[:1] == [names[0]]] == ["ok"]
+    assert sum("left out" in line for line in said) == 2

@@ -77,6 +77,31 @@ def test_compiled_code_is_found_again_wherever_a_group_meets(tiny_moe: Path, tmp
     assert len({first, counting, hashed(weight_view="contiguous"), *others}) == 7
 
 
+def test_why_ranks_share_no_compiled_code(tmp_path: Path) -> None:
+    """vLLM writes the index of a cache where it is read, and ends where it reads half of it."""
+    from vllm.compilation.backends import CompilerManager
+    from vllm.config import CompilationConfig
+    from vllm.config.utils import Range
+
+    def manager() -> CompilerManager:
+        made = CompilerManager(CompilationConfig(backend="inductor"))
+        made.initialize_cache(str(tmp_path))
+        return made
+
+    first = manager()
+    first.cache = {(Range(1, 2), 0, "inductor"): {"graph_handle": ("a", "b"), "cache_key": "c"}}
+    first.is_cache_updated = True
+    first.save_to_file()
+    index = tmp_path / "vllm_compile_cache.py"
+    inode, whole = index.stat().st_ino, index.read_text()
+    first.save_to_file()
+    assert index.stat().st_ino == inode, "it is replaced as a whole: ranks may share it"
+    assert manager().cache == first.cache
+    index.write_text(whole[: len(whole) // 2])
+    with pytest.raises(SyntaxError):
+        manager()
+
+
 def test_whatever_is_new_names_the_caches_of_compiled_code() -> None:
     """All settings but these: a cache that is shared by mistake computes wrong results."""
     settings = DwdpConfig()

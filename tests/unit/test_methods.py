@@ -192,8 +192,8 @@ def test_auto_asks_every_rank_for_pages(
         rank.sharing.close()
 
 
-def layer_of(method: str, *scales: float) -> Any:
-    """A layer that vLLM's class of this name computes, with these static scales."""
+def layer_of(method: str, *scales: float | list[float]) -> Any:
+    """A layer that vLLM's class of this name computes, with static scales: single ones, or a row per expert."""
     module = torch.nn.Module()
     module.quant_method = type(method, (), {})()  # type: ignore[assignment]
     for name, scale in zip(("w13_input_scale", "w2_input_scale"), scales, strict=False):
@@ -226,3 +226,10 @@ def test_static_scales_that_one_rank_alone_has() -> None:
     assert [float(scale) for scale in some.parameters()] == [0.5, 4.0]
     build: Any = SimpleNamespace(apart=None, layers=[SimpleNamespace(module=layer_of(methods.UNQUANTISED))])
     assert share_largest(build, None, [0, 1]) == 0  # type: ignore[arg-type]
+
+
+def test_scales_with_a_row_per_expert_are_no_single_values() -> None:
+    """Each expert's stays its own, also where the share is one expert; the other product's single value is shared."""
+    one, other = layer_of("Fp8MoEMethod", [0.5], 0.25), layer_of("Fp8MoEMethod", [4.0, 2.0], 8.0)
+    assert shared_largest(one, other) == [1, 1]
+    assert [scale.tolist() for layer in (one, other) for scale in layer.parameters()] == [[0.5], 8.0, [4.0, 2.0], 8.0]

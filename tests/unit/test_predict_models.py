@@ -80,6 +80,30 @@ def test_formats(quant: dict[str, Any] | None, experts: str, attention: str, mlp
     assert (model.expert_format.name, model.attention_format.name, model.mlp_format.name) == (experts, attention, mlp)
 
 
+@pytest.mark.parametrize(
+    ("quant", "scales"),
+    [
+        ({"quant_method": "awq", "bits": 4}, 2 / 128),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, 2.5 / 128),
+        ({"quant_method": "awq", "bits": 4, "q_group_size": 32}, 2.5 / 32),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True}, 2.5 / 64),
+        ({"quant_method": "gptq", "bits": 8, "group_size": 32}, 3 / 32),
+        ({"quant_method": "gptq", "bits": 4, "group_size": -1}, 0),
+        ({"num_bits": 4, "type": "int", "group_size": 32}, 2 / 32),
+        ({"num_bits": 4, "type": "int", "group_size": 32, "symmetric": False}, 2.5 / 32),
+        ({"num_bits": 8, "type": "int", "group_size": None, "strategy": "channel"}, 0),
+        ({"num_bits": 4, "type": "float", "group_size": 16}, 1 / 16),
+    ],
+)
+def test_scales_are_those_of_the_groups_of_a_checkpoint(quant: dict[str, Any], scales: float) -> None:
+    told = (
+        quant
+        if "quant_method" in quant
+        else {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": quant}}}
+    )
+    assert parse_model({"model_type": "deepseek_v3", "quantization_config": told}, "m").expert_format.scales == scales
+
+
 def test_known_bytes() -> None:
     r1 = load_model("DeepSeek-R1-FP4")
     assert r1.expert_bytes == 3 * 7168 * 2048 * 0.5625
@@ -96,6 +120,10 @@ def test_known_bytes() -> None:
         ({"model_type": "deepseek_v3", "hidden_size": -1}, "hidden_size of m is -1"),
         ({"model_type": "deepseek_v3", "num_experts_per_tok": 300}, "300 of 256"),
         ({"model_type": "deepseek_v3", "quantization_config": {"quant_method": "magic"}}, "--expert-format"),
+        (
+            {"model_type": "deepseek_v3", "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 0}},
+            "group_size of m is 0",
+        ),
         ({"model_type": "qwen3_next", "num_experts": 8, "hidden_size": 8, "num_hidden_layers": 2}, ""),
         ({"model_type": "gpt_oss", "layer_types": ["linear_attention"] * 36}, "linear_attention"),
     ],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 import torch
 from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
 
-from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers.build import LayerBuild
 from vllm_dwdp.layers.slabs import NOT_PER_EXPERT
 
 #: Integers that are no weights: positions and sizes, which kernels trust.
@@ -17,9 +18,12 @@ _EXPONENT: Final = 120
 _SEED: Final = 1234
 
 
-def draw_packed(build: ModelBuild) -> None:
-    """Draw packed integers, which vLLM's dummy weights leave as memory has them; the first expert as `draw_firsts`."""
-    for layer in build.layers:
+def draw_packed(layers: Iterable[LayerBuild]) -> None:
+    """Draw packed integers, which vLLM's dummy weights leave as memory has them; the first expert as `draw_firsts`.
+
+    Not those of layers that vLLM has quantised: it drew what it quantised.
+    """
+    for layer in layers:
         for name, parameter in layer.module.named_parameters():
             if parameter.is_floating_point() or name in NOT_PER_EXPERT or name.endswith(_NO_WEIGHTS):
                 continue
@@ -34,10 +38,10 @@ def draw_packed(build: ModelBuild) -> None:
                 part.random_(0, 256, generator=drawn)
 
 
-def draw_firsts(build: ModelBuild) -> None:
+def draw_firsts(layers: Iterable[LayerBuild]) -> None:
     """Draw the first expert of each layer by itself. On a GPU, what is drawn goes by the size of a tensor, and a rank that
-    returns, which builds this expert alone, is to draw what it left."""
-    for layer in build.layers:
+    returns, which builds this expert alone, is to draw what it left. To be called before a layer is quantised."""
+    for layer in layers:
         for name, parameter in layer.module.named_parameters():
             if parameter.ndim and name not in NOT_PER_EXPERT and not _is_told(parameter):
                 initialize_single_dummy_weight(parameter.data[:1])

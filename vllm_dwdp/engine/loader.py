@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -41,7 +42,7 @@ from vllm_dwdp.layers.block_scales import scaled_layers, share_block_scales
 from vllm_dwdp.layers.build import ModelBuild, numbers_in
 from vllm_dwdp.layers.coverage import EXPERT_BY_EXPERT, check_coverage, check_memory
 from vllm_dwdp.layers.largest import refuse_apart
-from vllm_dwdp.layers.online import watch_online
+from vllm_dwdp.layers.online import before_quantised, online_layers, watch_online
 from vllm_dwdp.layers.read_stats import READ
 from vllm_dwdp.layers.routed_experts import cover_subclasses
 from vllm_dwdp.layers.written import check_written, mark_rows
@@ -246,12 +247,17 @@ class ShareOnlyDummyLoader(_ShareOnlyMixin, DummyModelLoader):
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         self._compare([])
-        super().load_weights(model, model_config)
         build = ModelBuild.current()
+        online = online_layers(build)
+        if build.apart is not None:
+            for layer in online:
+                before_quantised(layer, partial(draw_firsts, [layer]))
+        super().load_weights(model, model_config)
         if _holds_experts(model, build):
-            draw_packed(build)
+            others = [layer for layer in build.layers if layer not in online]
+            draw_packed(others)
             if build.apart is not None:
-                draw_firsts(build)
+                draw_firsts(others)
 
 
 def _holds_experts(model: nn.Module, build: ModelBuild) -> bool:

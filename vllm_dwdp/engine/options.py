@@ -211,6 +211,12 @@ def _on_cpu(config: DwdpConfig) -> Iterator[str]:
 def _on_gpu(config: DwdpConfig) -> Iterator[str]:
     if (version := vllm_version()) in NOT_ON_GPUS:
         yield f"dwdp was tried with vLLM {version} on CPU only: use vLLM {TESTED[-1]} on GPUs"
+    if (plan := os.environ.get("VLLM_ENABLE_STARTUP_PLAN", "0")) != "0":
+        # Its key has neither the rank nor how many experts that holds, and what it keeps is applied unseen.
+        yield (
+            f"VLLM_ENABLE_STARTUP_PLAN={plan} has vLLM keep one size of the KV cache for all ranks and starts, whatever "
+            "each holds beside it: unset it, or give the size with --kv-cache-memory-bytes"
+        )
     if config.group is not None:
         if config.transport not in ("auto", "vmm"):
             yield (

@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 
 from vllm_dwdp.group.apart import ApartRendezvous
 from vllm_dwdp.group.checkpoint import fingerprint
+from vllm_dwdp.group.reach import check_reach
 from vllm_dwdp.layers.build import BuildApart
 from vllm_dwdp.transport.process import ProcessId, is_gone, process_with
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from vllm_dwdp.group.meeting import Holder
     from vllm_dwdp.group.rendezvous import Rendezvous
     from vllm_dwdp.prefetch.counters import CounterPage
+    from vllm_dwdp.transport.cuda_device import DeviceInfo
 
 logger = init_logger("vllm.dwdp")
 
@@ -31,10 +33,13 @@ _STOP_S: Final = 5.0
 def found_apart(rendezvous: Rendezvous, on_cpu: bool) -> BuildApart | None:
     """What the group has for this rank; None where one launch has all ranks.
 
-    The memory of a share is on its owner's GPU: an extra rank there reads a copy of its own.
+    The memory of a share is on its owner's GPU: an extra rank there reads a copy of its own. Raises DwdpError where ranks on
+    GPUs cannot have each other's memory.
     """
     if not isinstance(rendezvous, ApartRendezvous):
         return None
+    if not on_cpu:
+        check_reach(rendezvous, *_gpus())
 
     def same_files(files: Sequence[str]) -> None:
         remedy = "start all ranks of the group with the same checkpoint"
@@ -43,6 +48,17 @@ def found_apart(rendezvous: Rendezvous, on_cpu: bool) -> BuildApart | None:
     copies = not on_cpu and rendezvous.rank not in rendezvous.ranks
     adopted = None if copies else rendezvous.adopt()
     return BuildApart(adopted, *rendezvous.loading(adopted is not None), rendezvous.hold, same_files, copies)
+
+
+def _gpus() -> tuple[str, Sequence[DeviceInfo]]:
+    """The UUID of the GPU that this worker computes on, and all that it sees."""
+    import torch
+
+    from vllm_dwdp.transport.cuda_cupy import CupyDevice
+
+    device = CupyDevice(torch.cuda.current_device())
+    visible = device.devices()
+    return visible[device.index].uuid, visible
 
 
 class PeerWatch(threading.Thread):

@@ -9,24 +9,39 @@ written, and looked at before the layer is processed (written.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from vllm_dwdp.layers.build import LayerBuild, ModelBuild
 from vllm_dwdp.layers.written import Mark, check_written, mark_layer
 
 
-class Arrival:
-    """What of one layer is written between its getting memory and its being quantised.
+def online_layers(build: ModelBuild) -> list[LayerBuild]:
+    """Layers that vLLM will quantise while it reads them; to be asked before it does."""
+    return [layer for layer in build.layers if any(parameter.is_meta for parameter in layer.module.parameters())]
 
-    A wrapper in front of `process_weights_after_loading` of the layer's method, which goes once that was called.
-    """
+
+def before_quantised(layer: LayerBuild, act: Callable[[], None]) -> None:
+    """Call `act` right before vLLM quantises the layer: a wrapper in front of `process_weights_after_loading` of its method,
+    which goes then."""
+    method: Any = layer.module.quant_method
+    process = method.process_weights_after_loading
+
+    def act_and_process(module: Any) -> None:
+        act()
+        vars(method).pop("process_weights_after_loading", None)
+        process(module)
+
+    method.process_weights_after_loading = act_and_process
+
+
+class Arrival:
+    """What of one layer is written between its getting memory and its being quantised."""
 
     def __init__(self, build: ModelBuild, layer: LayerBuild) -> None:
         self._build, self._layer = build, layer
         self._marks: list[Mark] | None = None
-        method: Any = layer.module.quant_method
-        self._process = method.process_weights_after_loading
-        method.process_weights_after_loading = self._check_and_process
+        before_quantised(layer, self._check)
         layer.module.dwdp_arrival = self
 
     def mark(self) -> None:
@@ -35,12 +50,10 @@ class Arrival:
             # Whatever had a value when the layer was built has none in the memory that it got since.
             self._marks = mark_layer(self._layer, defaults=())
 
-    def _check_and_process(self, module: Any) -> None:
+    def _check(self) -> None:
         self.mark()
         check_written(self._marks or [], self._build)
-        module.dwdp_arrival = None
-        del vars(module.quant_method)["process_weights_after_loading"]
-        self._process(module)
+        self._layer.module.dwdp_arrival = None
 
 
 def watch_online(build: ModelBuild) -> None:
@@ -48,6 +61,5 @@ def watch_online(build: ModelBuild) -> None:
 
     From here on loading a layer of which a tensor is missing raises DwdpError, as `check_written` does.
     """
-    for layer in build.layers:
-        if any(parameter.is_meta for parameter in layer.module.parameters()):
-            Arrival(build, layer)
+    for layer in online_layers(build):
+        Arrival(build, layer)

@@ -37,7 +37,7 @@ FORMATS: Final = {
         WeightFormat("mxfp4", 0.5, 1 / 32, "fp8"),
         WeightFormat("mxfp4_a4", 0.5, 1 / 32, "fp4"),
         WeightFormat("int8", 1, 0, "fp8"),
-        # AWQ and GPTQ: a 16-bit scale for 128 weights; products in BF16.
+        # AWQ and GPTQ: a 16-bit scale for 128 weights, where a checkpoint does not tell (quantization.py); products in BF16.
         WeightFormat("int4", 0.5, 2 / 128, "bf16"),
     )
 }

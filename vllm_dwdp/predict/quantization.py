@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.formats import FORMATS, WeightFormat
+
+#: Bytes of a scale of integers.
+_SCALE: Final = 2.0
 
 
 class Formats(NamedTuple):
@@ -25,7 +28,7 @@ def read_formats(config: dict[str, Any], name: str) -> Formats:
         raise DwdpError(f"quantization_config of {name} is {quant!r}: it must be a mapping with quant_method")
     if not isinstance(quant, dict):
         return Formats(plain, plain, plain)
-    packed = FORMATS[_format_name(quant, name)]
+    packed = _with_groups(FORMATS[_format_name(quant, name)], quant, name)
     skipped = [
         str(p)
         for key in ("ignore", "modules_to_not_convert", "exclude_modules", "exclude")
@@ -54,7 +57,8 @@ def _format_name(quant: dict[str, Any], name: str) -> str:
     algo = str(quant.get("quant_algo") or "").upper()
     if method == "fp8":
         return "fp8_block" if quant.get("weight_block_size") else "fp8"
-    if method == "mxfp4":
+    # vLLM has its own name in the config that it read.
+    if method in ("mxfp4", "gpt_oss_mxfp4"):
         return "mxfp4"
     if method in ("awq", "gptq", "auto-round", "auto_round", "awq_marlin", "gptq_marlin"):
         return _integer(quant.get("bits", 4), name, method)
@@ -92,6 +96,23 @@ def _compressed(quant: dict[str, Any], name: str) -> str:
         if kind == "int":
             return _integer(bits, name, "integer")
     raise DwdpError(f"the quantization_config of {name} has no readable config_groups: give --expert-format")
+
+
+def _with_groups(form: WeightFormat, quant: dict[str, Any], name: str) -> WeightFormat:
+    """`form` with scales for as many weights as `quant` says, where they are integers: a scale for each group, and a zero
+    point. Without groups, one for each output, which counts as none."""
+    weights = [group.get("weights") or {} for group in (quant.get("config_groups") or {}).values()]
+    told = weights[0] if weights else quant
+    size = next((told[key] for key in ("group_size", "q_group_size") if key in told), None)
+    if not form.name.startswith("int") or (size is None and not weights):
+        return form
+    if size in (None, -1):
+        return form._replace(scales=0.0)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise DwdpError(f"group_size of {name} is {size!r}: it must be a whole number of weights >= 1, or -1")
+    # vLLM keeps zero points of GPTQ, symmetric or not, and AWQ.
+    zeros = not weights or told.get("symmetric") is False
+    return form._replace(scales=(_SCALE + (form.data if zeros else 0)) / size)
 
 
 def _matches(pattern: str, probe: str) -> bool:
