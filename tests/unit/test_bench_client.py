@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import statistics
 import random
+import statistics
 import time
 from collections import Counter
 
