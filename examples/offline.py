@@ -64,10 +64,14 @@ def main() -> None:
     import vllm_dwdp  # only for the counters
 
     for counter in vllm_dwdp.counters(llm):
+        if counter["view"] == "inplace":
+            how = "others' experts read in their memory"
+        else:
+            how = f"{counter['pulled_bytes'] / 1e6:.2f} MB of others' experts copied"
         print(
             f"rank {counter['rank']}: {counter['requests']} requests, {counter['forwards']} forwards, "
             f"{counter['experts_held']} experts of a layer in {counter['slab_bytes'] / 1e6:.2f} MB, "
-            f"view {counter['view']}, {counter['pulled_bytes'] / 1e6:.2f} MB pulled"
+            f"view {counter['view']}: {how}"
         )
 
 

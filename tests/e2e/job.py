@@ -107,6 +107,27 @@ def features(llm: Any) -> dict[str, Any]:
     }
 
 
+def embeddings_each_rank(llm: Any) -> list[list[list[float]]]:
+    """Of each prompt, one request at a time, twice: the client alternates between ranks."""
+    return [[list(llm.embed([prompt], use_tqdm=False)[0].outputs.embedding) for _ in range(2)] for prompt in PROMPTS]
+
+
+def tokens_of_embeddings(llm: Any) -> list[list[list[int]]]:
+    """As `tokens_each_rank`, of prompts that are given as random embeddings, [tokens, hidden] in the model's type."""
+    import torch
+    from vllm import SamplingParams
+
+    config = llm.llm_engine.vllm_config.model_config
+    drawn = torch.Generator().manual_seed(7)
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    found = []
+    for tokens in (3, 17, 40):
+        embeds = torch.randn(tokens, config.get_hidden_size(), generator=drawn).to(config.dtype)
+        asked = [llm.generate({"prompt_embeds": embeds}, params, use_tqdm=False)[0] for _ in range(2)]
+        found.append([list(output.outputs[0].token_ids) for output in asked])
+    return found
+
+
 def counters(llm: Any) -> list[dict[str, Any]]:
     """Counters of all ranks."""
     import vllm_dwdp
@@ -163,6 +184,8 @@ STEPS: dict[str, Any] = {
     "tokens_each_rank": tokens_each_rank,
     "batch": batch,
     "batch_of_four": batch_of_four,
+    "embeddings_each_rank": embeddings_each_rank,
+    "tokens_of_embeddings": tokens_of_embeddings,
     "features": features,
     "counters": counters,
     "counters_after": counters,

@@ -40,3 +40,26 @@ def test_tokens_stay_the_same(feature: str, model: Path, expected: list[list[int
     job = run_job(tmp_path, model, ["tokens_each_rank"], **options[feature], **dwdp(2, weight_view="contiguous"))
     assert job["tokens_each_rank"] == [[tokens] * 2 for tokens in expected]
     assert job["left"] == []
+
+
+def test_embeddings_are_plain_vllms_on_every_rank(model: Path, tmp_path: Path) -> None:
+    """A model that generates, asked for embeddings; a rank's prompt alone in its batch, as plain vLLM's."""
+    asked = {"runner": "pooling", "convert": "embed"}
+    plain = run_job(tmp_path, model, ["embeddings_each_rank"], **asked, **as_one_rank(2))["embeddings_each_rank"]
+    steps = ["embeddings_each_rank", "counters"]
+    job = run_job(tmp_path, model, steps, **asked, **dwdp(2, weight_view="contiguous"))
+    assert len({tuple(each[0]) for each in plain}) == len(plain)
+    for found, expected in zip(job["embeddings_each_rank"], plain, strict=True):
+        for rank in range(2):
+            assert found[rank] == pytest.approx(expected[0], abs=1e-3)
+    assert all(counted["forwards"] >= len(plain) for counted in job["counters"])
+    assert job["left"] == []
+
+
+def test_prompts_of_embeddings_give_plain_vllms_tokens(model: Path, tmp_path: Path) -> None:
+    steps, asked = ["tokens_of_embeddings"], {"enable_prompt_embeds": True}
+    plain = run_job(tmp_path, model, steps, **asked, **as_one_rank(2))["tokens_of_embeddings"]
+    job = run_job(tmp_path, model, steps, **asked, **dwdp(2, weight_view="contiguous"))
+    assert len({tuple(each[0]) for each in plain}) == len(plain)
+    assert job["tokens_of_embeddings"] == plain
+    assert job["left"] == []
