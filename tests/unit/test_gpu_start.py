@@ -70,7 +70,8 @@ def test_expert_kernels_are_those_that_slots_were_tried_with(
 def test_vllm_chooses_kernels_where_there_are_none_of_ours(
     quantisation: str | None, given: Any, built: str, on_gpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = SimpleNamespace(model="m", quantization=quantisation, get_num_experts=lambda: 8)
+    stored = SimpleNamespace(quantization_config={"quant_method": quantisation})
+    model = SimpleNamespace(model="m", quantization=quantisation, get_num_experts=lambda: 8, model_arch_config=stored)
     monkeypatch.setattr(EngineArgs, "create_model_config", lambda self: model)
     monkeypatch.setattr(configure, "hide_moe", lambda config: None)
     args = EngineArgs(model=str(tmp_path), distributed_executor_backend="dwdp", data_parallel_size=2, moe_backend=given)
