@@ -9,7 +9,7 @@ E2E_031 := tests/e2e/test_serve.py $(addprefix tests/e2e/test_offline.py::test_,
 SHORT_E2E_031 := tests/e2e/test_offline.py::test_tokens_and_bytes \
 	$(addprefix tests/e2e/test_serve.py::test_,completions_are_the_same_on_every_rank pinned_requests_run_no_forward_elsewhere)
 PYTEST_031 := $(VENV_031)/bin/python -m pytest -ra -m "not full"
-PYTEST := $(BIN)/python -m pytest -ra --durations=10
+PYTEST := $(BIN)/python -m pytest -ra --durations=10 --side-by-side
 
 # A small KV cache, and nothing from the network: the checkpoints of the tests are made on this machine.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
