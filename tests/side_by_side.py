@@ -50,8 +50,19 @@ class Apart:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.read: list[int] = []
 
+    def _has(self, item: pytest.Item) -> bool:
+        return self.folder in item.path.parents and item.get_closest_marker("alone") is None
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Tests that measure time go first: they run here, while no process runs others."""
+        places = [place for place, item in enumerate(items) if self.folder in item.path.parents]
+        ordered = sorted((items[place] for place in places), key=self._has)
+        for place, item in zip(places, ordered, strict=True):
+            items[place] = item
+
     def _start(self, session: pytest.Session) -> Path:
-        items = [item for item in session.items if self.folder in item.path.parents]
+        items = [item for item in session.items if self._has(item)]
         batches = (
             [[item.nodeid for item in group] for _, group in itertools.groupby(items, key=lambda item: item.path)]
             if self.modules
@@ -106,7 +117,7 @@ class Apart:
 
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
         """Report what another process found, instead of running the test."""
-        if self.folder not in item.path.parents:
+        if not self._has(item):
             return None
         if self.run is None:
             self.run = self._start(item.session)

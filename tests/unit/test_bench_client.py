@@ -17,6 +17,8 @@ from ci.bench.client import Event, First
 from ci.bench.load import Load, requests
 from ci.bench.servers import Target
 
+pytestmark = pytest.mark.alone
+
 
 def test_first_requests_end_evenly_spread() -> None:
     assert [bench_client.first_output(i, 4, 100) for i in range(4)] == [25, 50, 75, 100]

@@ -23,6 +23,8 @@ from ci.root import ROOT
 
 from servers import Server, Servers, free_ports  # isort: skip
 
+pytestmark = pytest.mark.alone
+
 POOL = requests(Load("a", 20, 1, 2), 512, 0.0)
 
 

@@ -11,6 +11,8 @@ from tests.unit.cuda_rank import LIMIT_S
 from vllm_dwdp.transport.base import Exposed
 from vllm_dwdp.transport.cuda_events import AT_A_TIME, NOISE_S
 
+pytestmark = pytest.mark.alone
+
 #: (what, number): a number chooses a copy, a stream or a duration.
 STEPS = st.tuples(
     st.sampled_from(

@@ -151,6 +151,7 @@ def test_refusals() -> None:
         place(8, 2, 5, granularity=4)
 
 
+@pytest.mark.alone
 def test_large_groups_take_less_than_a_second() -> None:
     begin = time.perf_counter()
     place.__wrapped__(512, 72, None)
