@@ -130,7 +130,7 @@ def check(case: Case, folder: Path, plain: Plain, args: argparse.Namespace) -> d
         common["attention_backend"] = attention(case.model["family"])
     options = {**common, **case.options}
 
-    # Four ranks have a batch in parts, of which some products round otherwise.
+    # Of four ranks some have prompts in a batch that they have not had before, and others in the KV cache.
     asked = ["batch", *(["batch_of_four"] if case.ranks == 4 else [])]
 
     def ask_plain(cache: str) -> dict[str, Any]:

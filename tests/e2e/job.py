@@ -41,7 +41,8 @@ def tokens(llm: Any) -> list[list[int]]:
 
 
 def tokens_each_rank(llm: Any) -> list[list[list[int]]]:
-    """Twice as many requests, one at a time: the client alternates, so that every rank serves every prompt."""
+    """Twice as many requests, one at a time: the client goes round, so that of two ranks each serves every prompt, of four
+    every second one."""
     return [[list(_greedy(llm, [prompt])[0].outputs[0].token_ids) for _ in range(2)] for prompt in PROMPTS]
 
 
@@ -51,11 +52,12 @@ def batch(llm: Any) -> list[dict[str, Any]]:
 
 
 def batch_of_four(llm: Any) -> list[dict[str, Any]]:
-    """As `batch`, of one engine: in the parts that each of four ranks gets of it, one after the other, and with no prefix
-    in the KV cache, as on ranks that have not had a prompt before."""
-    asked = PROMPTS * 4
-    llm.reset_prefix_cache()
-    parts = [_firsts(_greedy(llm, asked[rank::4], logprobs=5)) for rank in range(4)]
+    """As `batch`, of one engine: in the parts that each of four ranks gets of it, one after the other, each with no prefix
+    in the KV cache, as on a rank that has not had these prompts before."""
+    asked, parts = PROMPTS * 4, []
+    for rank in range(4):
+        assert llm.reset_prefix_cache()
+        parts.append(_firsts(_greedy(llm, asked[rank::4], logprobs=5)))
     return [parts[i % 4][i // 4] for i in range(len(asked))]
 
 

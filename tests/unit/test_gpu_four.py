@@ -1,0 +1,81 @@
+"""ci.checks.gpu_e2e, of four ranks: whose batches are compared with which of plain vLLM's."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ci.checks import gpu_e2e
+from ci.checks.gpu_cases import CASES
+from tests.e2e import job
+
+ARGS = argparse.Namespace(cpu=True, gpus=0, job_s=1.0, parallel=1)
+
+
+def row(logprob: float) -> dict[str, Any]:
+    return {"first": 1, "logprob": logprob, "likely": [[1, logprob]]}
+
+
+def checked(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: float) -> dict[str, Any]:
+    """The row of a case whose ranks say `found`; plain vLLM says -1 of a batch as a whole and -2 of its parts."""
+    monkeypatch.setattr(gpu_e2e, "checkpoint", lambda case: (tmp_path, "m"))
+    monkeypatch.setattr(gpu_e2e, "settings", lambda case, gpus: {})
+
+    def run(_: Path, __: Path, steps: list[str], *more: Any, **options: Any) -> dict[str, Any]:
+        both = {"digests": ["d"], "tokens": [[1]], "batch": [row(-1.0)], "batch_of_four": [row(-2.0)]}
+        if "data_parallel_size" not in options:
+            return {step: both[step] for step in steps}
+        counted = {"kernels_compiled_after_start": 0, **dict.fromkeys(gpu_e2e.SHOWN, 0)}
+        mine = {"digests": ["d"], "tokens_each_rank": [[[1]]], "batch": [row(found)], "counters": [counted]}
+        return {**mine, "left": [], "start_s": 0.0}
+
+    monkeypatch.setattr(gpu_e2e, "run_job", run)
+    return gpu_e2e.check(CASES[name], tmp_path, gpu_e2e.Plain(), ARGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "wrong", "apart"),
+    [
+        ("four-deepseek", -1.0, [], 1.0),
+        ("four-deepseek", -2.0, [], 1.0),
+        ("four-deepseek", -1.5, ["logprobs"], 1.0),
+        ("qwen3-split", -1.0, [], 0.0),
+        ("qwen3-split", -2.0, ["logprobs"], 0.0),
+    ],
+)
+def test_four_ranks_may_have_a_prompt_in_the_cache_or_not(
+    name: str, found: float, wrong: list[str], apart: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = checked(name, tmp_path, monkeypatch, found)
+    assert (made["wrong"], made["plain_apart"]) == (wrong, apart)
+
+
+def test_a_batch_of_four_is_in_parts_without_what_the_parts_before_have_left() -> None:
+    asked: list[list[str]] = []
+
+    class Engine:
+        def __init__(self) -> None:
+            self.cached: set[str] = set()
+
+        def reset_prefix_cache(self) -> bool:
+            self.cached = set()
+            return True
+
+        def generate(self, prompts: list[str], params: Any, use_tqdm: bool) -> list[Any]:
+            assert not self.cached & set(prompts)
+            self.cached |= set(prompts)
+            asked.append(prompts)
+            likely = [{7: SimpleNamespace(logprob=-1.0)}]
+            output = SimpleNamespace(token_ids=[7], logprobs=likely)
+            return [SimpleNamespace(prompt=prompt, outputs=[output]) for prompt in prompts]
+
+    engine = Engine()
+    job._greedy(engine, job.PROMPTS)  # as the steps before
+    asked.clear()
+    found = job.batch_of_four(engine)
+    assert [each["prompt"] for each in found] == job.PROMPTS * 4
+    assert asked == [(job.PROMPTS * 4)[rank::4] for rank in range(4)]
