@@ -91,8 +91,19 @@ def test_formats(quant: dict[str, Any] | None, experts: str, attention: str, mlp
         ({"quant_method": "gptq", "bits": 4, "group_size": -1}, 0),
         ({"num_bits": 4, "type": "int", "group_size": 32}, 2 / 32),
         ({"num_bits": 4, "type": "int", "group_size": 32, "symmetric": False}, 2.5 / 32),
-        ({"num_bits": 8, "type": "int", "group_size": None, "strategy": "channel"}, 0),
+        *(({"num_bits": bits, "type": "int", "group_size": None, "strategy": "channel"}, 0) for bits in (4, 8)),
         ({"num_bits": 4, "type": "float", "group_size": 16}, 1 / 16),
+        # Of several groups the one that names the format.
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {
+                    "a": {"weights": {"num_bits": 6, "type": "float", "group_size": 16}},
+                    "b": {"weights": {"num_bits": 4, "group_size": 32}},
+                },
+            },
+            2 / 32,
+        ),
     ],
 )
 def test_scales_are_those_of_the_groups_of_a_checkpoint(quant: dict[str, Any], scales: float) -> None:
@@ -123,6 +134,13 @@ def test_known_bytes() -> None:
         (
             {"model_type": "deepseek_v3", "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 0}},
             "group_size of m is 0",
+        ),
+        (
+            {
+                "model_type": "deepseek_v3",
+                "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": True},
+            },
+            "group_size of m is True",
         ),
         ({"model_type": "qwen3_next", "num_experts": 8, "hidden_size": 8, "num_hidden_layers": 2}, ""),
         ({"model_type": "gpt_oss", "layer_types": ["linear_attention"] * 36}, "linear_attention"),

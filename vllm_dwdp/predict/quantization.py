@@ -101,10 +101,13 @@ def _compressed(quant: dict[str, Any], name: str) -> str:
 def _with_groups(form: WeightFormat, quant: dict[str, Any], name: str) -> WeightFormat:
     """`form` with scales for as many weights as `quant` says, where they are integers: a scale for each group, and a zero
     point. Without groups, one for each output, which counts as none."""
+    if not form.name.startswith("int"):
+        return form
     weights = [group.get("weights") or {} for group in (quant.get("config_groups") or {}).values()]
-    told = weights[0] if weights else quant
+    # The group whose format `form` is.
+    told = next((each for each in weights if each.get("type", "int") == "int"), quant)
     size = next((told[key] for key in ("group_size", "q_group_size") if key in told), None)
-    if not form.name.startswith("int") or (size is None and not weights):
+    if size is None and not weights:
         return form
     if size in (None, -1):
         return form._replace(scales=0.0)
