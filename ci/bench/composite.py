@@ -19,6 +19,7 @@ import torch
 
 from ci.bench.results import as_text
 from ci.bench.run import command, machine, versions
+from ci.bench.turns import bounds
 from ci.bench.words import check_numbers, check_places
 from vllm_dwdp.kernels.bench.shapes import MODELS, TINY_MODELS, Batch, ModelShape, Problem, free_memory
 from vllm_dwdp.kernels.bench.sides import vllm_experts
@@ -157,13 +158,8 @@ def rows(kind: str, model: ModelShape, args: argparse.Namespace) -> Iterator[Row
         calls = [captured([lambda b=b, k=k: k(b) for b in batches], device) for k in made]
         own = in_turns(calls[0], calls[2], device, args.turns, args.turn_s)
         again = in_turns(calls[0], calls[1], device, args.turns, args.turn_s)
-        ratios = sorted(own.ratios)
-        spread = round(0.98 * len(ratios) ** 0.5)  # ranks of the median's 95 % bounds, of a binomial count
-        middle = len(ratios) // 2
-        yield Row(
-            kind, tokens, statistics.median(own.own) * 1e6, statistics.median(ratios), ratios[max(0, middle - spread)],
-            ratios[min(len(ratios) - 1, middle + spread)], statistics.median(again.ratios), equal, alike,
-        )  # fmt: skip
+        us, twice = statistics.median(own.own) * 1e6, statistics.median(again.ratios)
+        yield Row(kind, tokens, us, *bounds(own.ratios), twice, equal, alike)
     made.clear()
     pages.close()
     free_memory(device)
