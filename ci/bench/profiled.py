@@ -111,7 +111,10 @@ def read(path: Path) -> Trace:
         raise ValueError(f"{path.name}: {error}") from None
     if not isinstance(found, dict) or not isinstance(found.get("traceEvents"), list):
         raise ValueError(f"{path.name}: it has no traceEvents: not written by torch's profiler")
-    return parse(found, path.name.partition(".pt.trace")[0].rpartition(".")[0] or path.name)
+    try:
+        return parse(found, path.name.partition(".pt.trace")[0].rpartition(".")[0] or path.name)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path.name}: not written by torch's profiler: {type(error).__name__} {error}") from None
 
 
 def parse(found: Mapping[str, Any], rank: str) -> Trace:

@@ -60,7 +60,7 @@ def arguments(words: Sequence[str] | None = None) -> tuple[argparse.Namespace, S
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="Qwen3-30B-A3B", help="of kernels/bench/shapes.py (%(default)s)")
     parser.add_argument("--held", type=int, help="experts of each side, from half of them on (half)")
-    parser.add_argument("--layers", type=int, help="at most 8, and 54 GB of weights on each GPU")
+    parser.add_argument("--layers", type=int, help="(as many as 54 GB on each GPU have room for, at most 8)")
     parser.add_argument("--limit-us", type=float, default=3000, help="a requester waits so long (%(default)s)")
     parser.add_argument(
         "--long-kernel",

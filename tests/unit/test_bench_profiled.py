@@ -186,7 +186,11 @@ def test_a_file_that_is_no_trace_is_told_in_one_line(
     cut.write_bytes(gzip.compress(json.dumps(trace([])).encode())[:-20])
     (other := tmp_path / "other.1.pt.trace.json").write_text("[1]")
     (endless := tmp_path / "endless.1.pt.trace.json").write_text('{"traceEvents": []}')
+    (torn := tmp_path / "torn.1.pt.trace.json").write_text('{"traceEvents": [{"ph": "X", "cat": "Trace", "ts": 0}]}')
+    (odd := tmp_path / "odd.1.pt.trace.json").write_text('{"traceEvents": [1]}')
     for path, why in (
+        (torn, "torn.1.pt.trace.json: not written by torch's profiler: KeyError 'dur'"),
+        (odd, "odd.1.pt.trace.json: not written by torch's profiler: AttributeError"),
         (cut, "cut.1.pt.trace.json.gz: "),
         (other, "no traceEvents"),
         (endless, "when it began and ended"),
@@ -197,12 +201,12 @@ def test_a_file_that_is_no_trace_is_told_in_one_line(
         assert why in said and said.count("\n") == 1
 
 
-def test_numbers_that_json_does_not_have_spoil_no_trace(tmp_path: Path) -> None:
+def test_what_json_does_not_have_spoils_no_trace(tmp_path: Path) -> None:
+    """Numbers as C++ prints them, and letters of names that are not escaped."""
     path = tmp_path / "r.1.pt.trace.json"
-    text = json.dumps(trace([ran("fused_moe_kernel", 60, 80) | {"args": {"blocks": -1, "warps": -1}}]))
-    path.write_bytes(
-        text.replace('"blocks": -1', '"blocks": inf').replace('"warps": -1', '"warps":-nan').encode() + b"\n"
-    )
+    text = json.dumps(trace([ran("fused_moe_kernel@", 60, 80) | {"args": {"blocks": -1, "warps": -1}}]))
+    text = text.replace("@", "\t").replace('"blocks": -1', '"blocks": inf').replace('"warps": -1', '"warps":-nan')
+    path.write_text(text + "\n")
     assert b"inf, " in path.read_bytes() and [event.end for event in profiled.read(path).events] == [80e3]
 
 

@@ -259,11 +259,14 @@ def test_cases_that_are_left_out_are_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = list(CASES)[:3]
-    monkeypatch.setattr(sys, "argv", ["gpu_e2e", "--cpu", "--only", ",".join(names), "--limit-s", "0.5"])
+    monkeypatch.setattr(sys, "argv", ["gpu_e2e", "--cpu", "--only", ",".join(names), "--limit-s", "50"])
     monkeypatch.setattr(gpu_e2e_check, "checkpoint", lambda case: None)
+    now = 0.0
+    monkeypatch.setattr(gpu_e2e_check, "InTime", lambda limit_s: InTime(limit_s, lambda: now))
 
     def attempt(name: str, *_: object) -> dict[str, object]:
-        time.sleep(0.3)
+        nonlocal now
+        now += 30
         return {"case": name, "wrong": []}
 
     monkeypatch.setattr(gpu_e2e_check, "attempt", attempt)
