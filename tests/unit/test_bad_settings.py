@@ -253,6 +253,8 @@ def test_a_kept_memory_profile_is_refused_on_gpus(tiny_moe: Path, monkeypatch: p
     ]
     check_message(refusal(lambda: options.check_settings(DwdpConfig(), CUDA)), words)
     options.check_settings(DwdpConfig(), CPU)
+    monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "2")  # vLLM takes any whole number but 0
+    check_message(refusal(lambda: options.check_settings(DwdpConfig(), CUDA)), ["VLLM_ENABLE_STARTUP_PLAN=2"])
     monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "0")
     options.check_settings(DwdpConfig(), CUDA)
     monkeypatch.undo()

@@ -117,8 +117,10 @@ def test_what_vllm_quantises_is_drawn_before(
     """What is drawn after that would be no weight: scales below zero, bytes that are NaN."""
     found = rows(checkpoint(**SIZES), form, kernels)
     monkeypatch.setattr("vllm_dwdp.engine.loader.draw_packed", lambda layers: None)
+    monkeypatch.setattr("vllm_dwdp.engine.loader.draw_firsts", lambda layers: pytest.fail("not vLLM's own numbers"))
     plain = rows(checkpoint(**SIZES), form, kernels)
     assert [name for name, data in found.items() if not torch.equal(data, plain[name])] == []
+    monkeypatch.undo()
     apart = BuildApart(None, 1, 1, lambda held: None, lambda files: None)
     drawn = rows(checkpoint(**SIZES), form, kernels, apart=apart)
     assert drawn.keys() == plain.keys()

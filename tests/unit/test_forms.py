@@ -94,6 +94,15 @@ def test_what_a_plain_checkpoint_would_be_taken_for_is_refused(
 
 
 @pytest.mark.usefixtures("hopper")
+def test_a_name_that_vllm_cannot_read_from_a_plain_checkpoint_is_refused_before_it_tries(
+    checkpoint: Callable[..., Path],
+) -> None:
+    model = EngineArgs(model=str(checkpoint(**SIZES)), quantization="compressed-tensors").create_model_config()
+    with pytest.raises(DwdpError, match="--quantization compressed-tensors with a checkpoint that is not quantised"):
+        check_form(DwdpConfig(), model, CUDA)
+
+
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
     ("form", "given"),
     [

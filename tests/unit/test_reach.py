@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tests.unit.helpers import LIMIT_S, LaunchOwner
 from tests.unit.leftovers import check_message, refusal
 from tests.unit.member import Members
 from tests.unit.test_other_machines import unshare
+from vllm_dwdp.engine import peers
 from vllm_dwdp.group import reach
 from vllm_dwdp.group.apart import SLABS, ApartRendezvous
 from vllm_dwdp.group.launch import Apart
@@ -79,6 +81,15 @@ def test_an_extra_rank_may_hand_memory_on_but_has_none(rank0: ApartRendezvous, t
     check_reach(rank0, "GPU-a", SEEN)
     extra.ask("put", "reach", ("net:[1]", "GPU-c"))
     check_message(refusal(lambda: check_reach(rank0, "GPU-a", SEEN)), ["rank 2 of the group in", "net:[1]"])
+
+
+def test_the_gpu_of_a_worker_is_the_one_that_it_computes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def device(index: int) -> Any:
+        return SimpleNamespace(index=index, devices=lambda: SEEN)
+
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
+    monkeypatch.setattr("vllm_dwdp.transport.cuda_cupy.CupyDevice", device)
+    assert peers._gpus() == ("GPU-b", SEEN)
 
 
 def test_a_container_with_a_network_of_its_own_tells_another_one() -> None:
