@@ -145,7 +145,8 @@ class _Client(NamedTuple):
 async def steady(
     targets: list[Target], load: Load, pool: list[Request], first: int, limit_s: float
 ) -> AsyncIterator[_Turn]:
-    """A load on a system, from when every client has had a token; its requests are given up at the end.
+    """A load on a system, from when every client has had a token; its requests are given up at the end, which
+    raises where one has failed by then.
 
     targets: an uneven load takes them by rank, any other one after the other. first: of `pool`, the first request.
     limit_s: of waiting for tokens. Raises LoadFailed.
@@ -168,6 +169,7 @@ async def steady(
                 _check(state.tasks, time.perf_counter() > deadline, load)
                 await asyncio.sleep(0.02)
             yield state
+            _check(state.tasks, False, load)
         finally:
             for task in state.tasks:
                 task.cancel()

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 CALL_S: Final = 120.0
 #: A load goes on for so long after ranks were asked to stop, unless they have written their traces.
 AFTER_S: Final = 1.0
+#: The most that --profile-s may be: every rank keeps what happens in that time, writes it, and all of it is read at once.
+MOST_S: Final = 10.0
 #: Of reading all traces of a turn.
 READ_S: Final = 120.0
 #: A turn is not begun where less is left.
@@ -73,7 +75,8 @@ def profile_load(
             continue
         try:
             begun = time.monotonic()
-            ranks = take(server, load, pool, args, min(CALL_S, left))
+            # Half for starting the profiler, half for stopping it.
+            ranks = take(server, load, pool, args, min(CALL_S, left / 2))
         except ProfileFailed as error:
             say(f"{load.name}: no profile of {name}: {error}")
             if error.on:
@@ -126,22 +129,29 @@ def read_apart(traces: Sequence[Path]) -> list[dict[str, Any]]:
 async def _under_load(
     server: Server, load: Load, pool: list[Request], args: argparse.Namespace, limit_s: float
 ) -> None:
+    stopping: list[asyncio.Task[list[str]]] = []
+    load_failed = ""
     names = [prefix(load.name, server.system.name, number) for number in range(len(server.urls))]
     timeout = aiohttp.ClientTimeout(total=limit_s)
     async with aiohttp.ClientSession(timeout=timeout) as http:
-        async with steady(server.targets(pinned=load.uneven), load, pool, 0, args.answer_s):
-            await asyncio.sleep(args.ramp_s)
-            bodies = [{"profile_prefix": name} for name in names]
-            started = await _ask(http, server.urls, "start_profile", bodies)
-            if not any(started):
-                await asyncio.sleep(load.window(args.profile_s))
-            # Also where it did not start everywhere, or did not say so in time.
-            stopping = [asyncio.create_task(_ask(http, server.urls, "stop_profile", [{} for _ in names]))]
-            await asyncio.wait(stopping, timeout=AFTER_S)
+        try:
+            async with steady(server.targets(pinned=load.uneven), load, pool, 0, args.answer_s):
+                await asyncio.sleep(args.ramp_s)
+                bodies = [{"profile_prefix": name} for name in names]
+                started = await _ask(http, server.urls, "start_profile", bodies)
+                if not any(started):
+                    await asyncio.sleep(load.window(args.profile_s))
+                # Also where it did not start everywhere, or did not say so in time.
+                stopping.append(asyncio.create_task(_ask(http, server.urls, "stop_profile", [{} for _ in names])))
+                await asyncio.wait(stopping, timeout=AFTER_S)
+        except LoadFailed as error:
+            if not stopping:
+                raise
+            load_failed = f"the load failed meanwhile: {error}"
         stopped = await stopping[0]
     # A status is an answer: that server's profiler is off.
     on = any(failed and not failed.startswith("status") for failed in stopped)
-    if why := next(filter(None, [*started, *stopped]), ""):
+    if why := next(filter(None, [*started, *stopped, load_failed]), ""):
         raise ProfileFailed(why, on)
 
 

@@ -23,6 +23,8 @@ from ci.bench import contention, layer_calls, loads, returns, starts
         (["--cpu", "--systems", "replicas", 'dwdp:a:{"experts_per_rnk": 4}'], "did you mean 'experts_per_rank'"),
         (["--cpu", "--layers", "0"], "--layers 0: write 1 or more"),
         (["--cpu", "--kv-gib", "-1"], "--kv-gib -1: write more than 0"),
+        (["--cpu", "--profile", "--profile-s", "0"], "--profile-s 0: write more than 0"),
+        (["--cpu", "--profile", "--profile-s", "11"], "--profile-s 11: write at most 10"),
         (["--cpu", "--limit-s", "nan"], "--limit-s nan: write more than 0"),
         (["--cpu", "--ramp-s", "-0.5"], "--ramp-s -0.5: write 0 or more"),
         (["--cpu", "--spread", "1"], "--spread 1: write less than 1"),

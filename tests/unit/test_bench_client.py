@@ -8,13 +8,17 @@ import random
 import statistics
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from aiohttp import web
 
 from ci.bench import client as bench_client
 from ci.bench.client import Event, First
-from ci.bench.load import Load, requests
+from ci.bench.load import Load, Request, requests
 from ci.bench.servers import Target
 
 pytestmark = pytest.mark.alone
@@ -85,22 +89,28 @@ class Service:
         return stream
 
 
+@asynccontextmanager
+async def reached(service: Service) -> AsyncIterator[str]:
+    """The URL at which it answers."""
+    app = web.Application(client_max_size=1 << 26)
+    app.router.add_post("/v1/completions", service.complete)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
 def play(service: Service, load: Load, ranks: int = 0) -> bench_client.Window:
     """A short turn on `service`, or on so many ranks of it."""
 
     async def go() -> bench_client.Window:
-        app = web.Application(client_max_size=1 << 26)
-        app.router.add_post("/v1/completions", service.complete)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        try:
+        async with reached(service) as url:
             targets = [Target(url, {"X-data-parallel-rank": str(rank)}) for rank in range(ranks)] or [Target(url, {})]
             return await bench_client.turn(targets, load, requests(load, 512, 0.0), 3, 0.1, 0.5, 10)
-        finally:
-            await runner.cleanup()
 
     return asyncio.run(go())
 
@@ -119,6 +129,46 @@ def test_a_first_token_is_seen_when_it_comes_though_counts_come_at_the_end() -> 
     # The second piece of ten comes 5 ms after the first.
     assert statistics.median(found.ttft_s) < 19 * statistics.median(found.itl_s)
     assert found.tokens_per_s / found.output_per_s == pytest.approx(70 / 20, rel=0.25)
+
+
+def test_a_load_that_fails_once_it_is_steady_is_told_at_its_end() -> None:
+    load, service = Load("small", 10, 4, 2), Service()
+
+    async def go() -> None:
+        async with (
+            reached(service) as url,
+            bench_client.steady([Target(url, {})], load, requests(load, 512, 0.0), 0, 10) as state,
+        ):
+            service.wrong = 1
+            await asyncio.wait(state.tasks, timeout=10)
+
+    with pytest.raises(bench_client.LoadFailed, match=r"small: LoadFailed: \d of \d tokens"):
+        asyncio.run(go())
+
+
+def test_pieces_of_text_are_counted_as_they_come() -> None:
+    """A piece may be cut anywhere, may have the word in its text, and the last one may be empty."""
+    parts = [
+        b'data: {"choices": [{"text": "a"}]}\n\ndata: {"choices": [{"te',
+        b'xt": "b"}]}\n\n',
+        b'data: {"choices": [{"text": " \\"text\\": text"}]}\n\n',
+        b'data: {"choices": [{"text": "", "finish_reason": "length"}]}\n\n',
+        b'data: {"choices": [], "usage": {"completion_tokens": 3}}\n\ndata: [DONE]\n\n',
+    ]
+
+    async def iter_any() -> AsyncIterator[bytes]:
+        for part in parts:
+            yield part
+
+    @asynccontextmanager
+    async def post(*_: Any, **__: Any) -> AsyncIterator[Any]:
+        yield SimpleNamespace(status=200, content=SimpleNamespace(iter_any=iter_any))
+
+    http: Any = SimpleNamespace(post=post)
+    state = bench_client._Turn(waiting={0})
+    client = bench_client._Client(http, Target("", {}), 0, "", iter(()), state)
+    asyncio.run(client.ask(Request(b"{", 5, 3), 3))
+    assert [(event.input, event.output) for event in state.events] == [(5, 1), (0, 1), (0, 1)]
 
 
 def test_a_request_with_other_tokens_than_asked_fails_the_turn() -> None:

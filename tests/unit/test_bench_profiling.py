@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import sys
 import threading
@@ -120,11 +121,14 @@ def turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Turns]:
         engine.server_close()
 
 
-def test_every_process_is_profiled_under_load_and_its_traces_go(turns: Turns) -> None:
+def test_every_process_is_profiled_under_load_and_its_traces_go(turns: Turns, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept, sleep = list[float](), asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: slept.append(seconds) or sleep(seconds))
+    turns.args.ramp_s = 0.01
     server = turns.server(engines=2)
     turns.folder.mkdir()
     (turns.folder / "decode.1.pt.trace.json.gz").touch()  # of a turn before
-    assert turns.take(server) == RANKS
+    assert turns.take(server) == RANKS and slept == [0.01, 0.05]
     assert turns.asked() == [["start_profile", "stop_profile"]] * 2
     assert all(loaded for engine in turns.engines for _, _, loaded in engine.asked)
     # Letters that vLLM takes, and the number of the process.
@@ -189,6 +193,24 @@ def test_a_load_that_fails_is_no_more_than_a_profile_that_is_not_there(
     assert not caught.value.on
 
 
+@pytest.mark.parametrize("stuck", ["", "stop_profile"])
+def test_a_load_that_fails_while_it_is_profiled_is_told_once_the_profiler_was_stopped(
+    stuck: str, turns: Turns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the traces would show ranks without requests, and nobody would know why."""
+
+    @asynccontextmanager
+    async def steady(*_: Any) -> AsyncIterator[None]:
+        yield
+        raise LoadFailed("status 500")
+
+    monkeypatch.setattr(profiling, "AFTER_S", 0.05)
+    monkeypatch.setattr(profiling, "steady", steady)
+    with pytest.raises(profiling.ProfileFailed, match="status 500" if not stuck else "/stop_profile") as caught:
+        turns.take(turns.server(stuck=stuck), limit_s=2.0 if stuck else 20.0)
+    assert turns.asked() == [["start_profile", "stop_profile"]] and caught.value.on == bool(stuck)
+
+
 def test_a_profiler_that_may_still_run_ends_the_system_and_no_other(
     turns: Turns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +231,17 @@ def test_a_profiler_that_may_still_run_ends_the_system_and_no_other(
     bench.deadline = time.monotonic() + profiling.LEAST_S - 1
     profiling.profile_load(bench, turns.args, LOAD, [], said.append)
     assert said[2:] == [f"{LOAD.name}: no profile of {name}: out of time" for name in ("slow", "fast")]
+
+
+def test_a_profiler_that_does_not_answer_takes_no_more_than_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr(profiling, "take", lambda *given: limits.append(given[-1]) or RANKS)
+    for left in (50.0, 1000.0):
+        found: dict[str, Any] = {"profile": {}}
+        bench: Any = SimpleNamespace(servers={"a": None}, found=found, write=lambda: None)
+        bench.deadline = time.monotonic() + left
+        profiling.profile_load(bench, argparse.Namespace(), LOAD, [], lambda _: None)
+    assert limits[0] <= 25 and limits[1] == profiling.CALL_S
 
 
 def test_a_profile_comes_after_the_turns_of_its_load_and_spoils_none(
