@@ -109,6 +109,7 @@ def test_three_ways_give_one_result(number: int, more: int) -> None:
         slabs[-1] = slabs[-1][-slabs[-1].data_ptr() % 256 :][: shape.nbytes]
         beside.append(shape.fill(slabs[-1], seed=3))
     assert torch.equal(*slabs) and slabs[0].any()
+    assert all((each.bias is not None) == model.bias for side in beside for each in side)
     where = [slab.data_ptr() for slab in slabs]
     local = shape.tables(where, [0] * model.experts, beside[0], CPU)
     mine, theirs = (shape.tables(where, shape.owners(rank), beside[rank], CPU) for rank in (0, 1))

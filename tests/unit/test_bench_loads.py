@@ -283,3 +283,16 @@ def test_a_bench_waits_for_its_turn_and_keeps_its_time(tmp_path: Path, monkeypat
     monkeypatch.setattr(bench_run, "GO_S", 20.0)
     with pytest.raises(bench_servers.ServerFailed, match=r"--go .*never: nobody made it for 20 s; make it"):
         made.hold(tmp_path / "never")
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_traces_lie_with_the_logs(kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: Any, __: Path, common: list[str], ___: list[str], logs: Path) -> None:
+        told = json.loads(common[common.index("--profiler-config") + 1])["torch_profiler_dir"]
+        assert told == str(logs / "traces") and (logs == tmp_path) is kept
+        raise bench_servers.ServerFailed("seen")
+
+    monkeypatch.setattr(bench_run.Bench, "start", start)
+    monkeypatch.setattr(sys, "argv", ["loads", "--cpu", "--profile", *(["--logs", str(tmp_path)] if kept else [])])
+    with pytest.raises(SystemExit, match="bench: seen"):
+        bench_loads.main()

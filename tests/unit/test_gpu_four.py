@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ci.checks import gpu_e2e
-from ci.checks.gpu_cases import CASES
+from ci.checks.gpu_cases import CASES, Case
 from tests.e2e import job
 
 ARGS = argparse.Namespace(cpu=True, gpus=0, job_s=1.0, parallel=1)
@@ -20,7 +20,9 @@ def row(logprob: float) -> dict[str, Any]:
     return {"first": 1, "logprob": logprob, "likely": [[1, logprob]]}
 
 
-def checked(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: float) -> dict[str, Any]:
+def checked(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: float, plain: gpu_e2e.Plain
+) -> dict[str, Any]:
     """The row of a case whose ranks say `found`; plain vLLM says -1 of a batch as a whole and -2 of its parts."""
     monkeypatch.setattr(gpu_e2e, "checkpoint", lambda case: (tmp_path, "m"))
     monkeypatch.setattr(gpu_e2e, "settings", lambda case, gpus: {})
@@ -34,7 +36,7 @@ def checked(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: f
         return {**mine, "left": [], "start_s": 0.0}
 
     monkeypatch.setattr(gpu_e2e, "run_job", run)
-    return gpu_e2e.check(CASES[name], tmp_path, gpu_e2e.Plain(), ARGS)
+    return gpu_e2e.check(case, tmp_path, plain, ARGS)
 
 
 @pytest.mark.parametrize(
@@ -50,8 +52,16 @@ def checked(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: f
 def test_four_ranks_may_have_a_prompt_in_the_cache_or_not(
     name: str, found: float, wrong: list[str], apart: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = checked(name, tmp_path, monkeypatch, found)
+    made = checked(CASES[name], tmp_path, monkeypatch, found, gpu_e2e.Plain())
     assert (made["wrong"], made["plain_apart"]) == (wrong, apart)
+
+
+def test_plain_vllm_is_asked_again_where_four_ranks_need_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though two ranks with the same model and options have asked before."""
+    four, plain = CASES["four-deepseek"], gpu_e2e.Plain()
+    for ranks, wrong in ((2, ["logprobs"]), (4, [])):
+        case = four._replace(ranks=ranks)
+        assert checked(case, tmp_path, monkeypatch, -2.0, plain)["wrong"] == wrong
 
 
 def test_a_batch_of_four_is_in_parts_without_what_the_parts_before_have_left() -> None:
