@@ -215,7 +215,7 @@ def _on_gpu(config: DwdpConfig) -> Iterator[str]:
         # Its key has neither the rank nor how many experts that holds, and what it keeps is applied unseen.
         yield (
             f"VLLM_ENABLE_STARTUP_PLAN={plan} has vLLM keep one size of the KV cache for all ranks and starts, whatever "
-            "each holds beside it: unset it, or give the size with --kv-cache-memory-bytes"
+            "each holds beside it: unset it; --kv-cache-memory-bytes gives a size instead"
         )
     if config.group is not None:
         if config.transport not in ("auto", "vmm"):
