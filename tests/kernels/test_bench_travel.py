@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from ci.bench import travel
 from ci.bench.travel_layers import Shape, shape_of
 from ci.bench.travel_rank import TOKENS, Rank
 from tests.kernels.travelling import Between
+from vllm_dwdp.kernels import configs
 from vllm_dwdp.kernels.bench.shapes import MODELS, TINY_MODELS, layer_ops
-from vllm_dwdp.kernels.configs import layer_shape
+from vllm_dwdp.kernels.configs import layer_shape, tiles_for
 from vllm_dwdp.kernels.direct_tiles import direct_tiles_for
 from vllm_dwdp.kernels.mail import MailLayout
 from vllm_dwdp.kernels.requester import Requester
@@ -168,7 +170,7 @@ def test_three_ways_give_one_result(number: int, more: int) -> None:
 
 
 @pytest.mark.parametrize("number", range(len(TINY_MODELS)), ids=[model.name for model in TINY_MODELS])
-def test_calls_of_a_side(number: int) -> None:
+def test_calls_of_a_side(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU captures for each way, called here; the other side is silent, so that a request is late."""
     side = Rank.__new__(Rank)
     shape = side.layer = Shape(TINY_MODELS[number], None, torch.float16)
@@ -195,12 +197,19 @@ def test_calls_of_a_side(number: int) -> None:
     limits = torch.full((len(TOKENS),), 1000, dtype=torch.int64)
     side.requester = Requester(0, 2, layout, TOKENS, state, flags, mail, bell, answers, limits)
     state[ENABLED.value, 0] = 1
+    sent, tiled = list[Any](), list[Any]()
+    ask = Requester.ask
+    monkeypatch.setattr(Requester, "ask", lambda *given: sent.append(given[9:]) or ask(*given))
+    monkeypatch.setattr(configs, "tiles_for", lambda *given: tiled.append(given[3]) or tiles_for(*given))
     side.call("echo", 1)()
+    assert sent and all((scale is not None) == (model.quant == "block") for (scale,) in sent)
+    monkeypatch.setattr(Requester, "ask", ask)
     assert memory[-7:].any() and memory[: layout.mail_bytes].any()
     found = []
     for way in ("local", "direct", "travel"):
         side.call(way, 8)()
         found.append(side.graphs["out", way, 8])
+    assert tiled and set(tiled) == {shape.block}
     assert torch.equal(found[1], found[2]) and found[1].isfinite().all() and found[1].any()
     assert torch.allclose(found[0].float(), found[1].float(), rtol=0.05, atol=0.05)
     assert int(state[LATE.value, 1]) == int(state[ASKED.value, 1]) == 1
