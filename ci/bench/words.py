@@ -19,7 +19,11 @@ def check_numbers(args: argparse.Namespace, zero: Collection[str] = ()) -> None:
 
 
 def check_places(args: argparse.Namespace, *names: str) -> None:
-    """Raise ValueError where a file of this name could not be written, since its folder is not there."""
+    """Raise ValueError where a file of this name could not be written, since its folder is not there; or, of --logs where
+    `args` has them, that folder not be made."""
+    logs: Path | None = getattr(args, "logs", None)
+    if logs is not None and (file := next((each for each in (logs, *logs.parents) if each.is_file()), None)):
+        raise ValueError(f"--logs {logs}: {file} is a file: name a folder")
     for name in names:
         path: Path | None = getattr(args, name)
         if path is not None and not path.parent.is_dir():

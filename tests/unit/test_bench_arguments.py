@@ -31,6 +31,8 @@ from ci.bench import contention, layer_calls, loads, returns, starts
         (["--cpu", "--go", "/not/there/go"], "--go /not/there/go: there is no folder /not/there: make it"),
         (["--cpu", "--json", "/not/there/a.json"], "--json /not/there/a.json: there is no folder /not/there"),
         (["--cpu", "--json", "/tmp"], "--json /tmp is a folder: name a file"),
+        (["--cpu", "--logs", __file__], f"--logs {__file__}: {__file__} is a file: name a folder"),
+        (["--cpu", "--logs", f"{__file__}/below"], f"--logs {__file__}/below: {__file__} is a file: name a folder"),
         (["--cpu", "--earlier", "/not/there.json"], "--earlier /not/there.json: there is no such file"),
         (["--cpu", "--prefill-devices", "1"], "--prefill-devices 1: on CPU both sides share the cores: leave it out"),
         (["--prefill-devices", "0"], "--prefill-devices 0: write 1 or more"),
