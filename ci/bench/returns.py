@@ -6,14 +6,17 @@ SIGKILL; after a while it is started again as it was. Measured for each rank, be
 and after: tokens/s, requests that failed, the slowest, and the longest time without an answer. Digests of all experts as the
 kernels of every rank see them are taken before the load and after it.
 
+With --extra an extra rank joins after that, on a GPU of its own, is asked too, and leaves in order: measured for the others
+while it starts, is there, and has left.
+
 With --plain vLLM's own data parallel launch of as many ranks with expert parallelism, which is up beside them and idle until
 they have ended, gets the same load; then the engine of its rank 1 gets SIGKILL, and what becomes of the other ones' requests
 is told.
 
 Exit status 1: a request failed at another rank than 1, or at rank 1 while it was there; one of the others gave no answer
 around the kill for a second longer than before; digests differ; rank 1 did not adopt its experts, or a GPU has more in use
-after than before, by half a share; a rank did not see it go or come; a server did not start; or something was left: a
-process, a segment, memory of a GPU.
+after than before, by half a share; a rank did not see it, or the extra one, go or come; a server did not start; or something
+was left: a process, a segment, memory of a GPU.
 
 With --cpu: a tiny model on two cores, to try the program; figures mean nothing, and vLLM has there no data parallel launch
 with expert parallelism to compare with.
@@ -49,6 +52,8 @@ from servers import Servers, run_with_servers  # isort: skip
 _SHM: Final = Path("/dev/shm")
 #: On GPUs, of everything but the first start: the parts, a second start, which finds what the first has compiled, and ends.
 _REST_S: Final = 270.0
+#: Of an extra rank: it finds what others have compiled, but not its experts in memory.
+_EXTRA_S: Final = 150.0
 
 
 def arguments() -> argparse.Namespace:
@@ -63,6 +68,7 @@ def arguments() -> argparse.Namespace:
     add("--settle-s", type=float, default=4.0, help="seconds of load before it is measured, also after the return")
     add("--kv-gib", type=float, default=4.0, help="KV cache of each rank")
     add("--batched-tokens", type=int, default=16384, help="tokens of a step")
+    add("--extra", action="store_true", help="then an extra rank joins, serves and leaves; on GPUs it takes one more")
     add("--eager", action="store_true", help="no torch.compile and no CUDA graphs")
     add("--plain", action="store_true", help="vLLM's own data parallel launch too (GPUs only)")
     add(
@@ -71,7 +77,7 @@ def arguments() -> argparse.Namespace:
         help="a server that takes longer has failed (default: 60 and 45 a rank; on CPU twice)",
     )
     add("--answer-s", type=float, default=60.0, help="a request that waits longer has failed")
-    add("--limit-s", type=float, help="of everything (default: --start-s and 270; on CPU 540)")
+    add("--limit-s", type=float, help="of everything (default: --start-s and 270, with --extra 420; on CPU twice)")
     add("--cpu", action="store_true", help="try this on two cores with a tiny model")
     add("--scratch", type=Path, help="where the checkpoint is written and removed (default: /dev/shm if it has room)")
     add("--logs", type=Path, help="keep the servers' logs here")
@@ -85,11 +91,11 @@ def arguments() -> argparse.Namespace:
         if args.ranks < 2:
             raise ValueError(f"--ranks {args.ranks}: nobody would be left to serve: write 2 or more")
         args.start_s = args.start_s or start_limit(args.ranks) * (2 if args.cpu else 1)
-        args.limit_s = args.limit_s or args.start_s + _REST_S * (2 if args.cpu else 1)
+        args.limit_s = args.limit_s or args.start_s + (_REST_S + _EXTRA_S * args.extra) * (2 if args.cpu else 1)
         check_places(args, "json", "go")
         if args.scratch is not None and not args.scratch.is_dir():
             raise ValueError(f"--scratch {args.scratch}: there is no such folder: make it, or leave it out")
-        if (least := 3 * args.part_s + 2 * args.settle_s) > args.limit_s:
+        if (least := (3 + 2 * args.extra) * args.part_s + 2 * args.settle_s) > args.limit_s:
             raise ValueError(
                 f"--limit-s {args.limit_s:g}: parts and settling alone take {least:g} s: write more, or shorten them"
             )
@@ -99,8 +105,8 @@ def arguments() -> argparse.Namespace:
             raise ValueError(f"--model {args.model}: write {', '.join(MODELS)}")
         if args.load.every or args.load.uneven:
             raise ValueError(f"load {args.load.name}: its clients ask one request after the other, all alike")
-        if not args.cpu and (gpus := visible_gpus()) < args.ranks:
-            raise ValueError(f"this takes {args.ranks} GPUs, and {gpus} can be seen: --cpu tries it on two cores")
+        if not args.cpu and (gpus := visible_gpus()) < (wanted := args.ranks + args.extra):
+            raise ValueError(f"this takes {wanted} GPUs, and {gpus} can be seen: --cpu tries it on two cores")
     except ValueError as error:
         parser.error(str(error))
     if args.cpu:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import ci.checks.chaos_positions as positions  # also where examples are found
+from ci.bench import returns_extra as extra
 from ci.bench.load import Request
 from ci.bench.models import MODELS
 from ci.bench.returns_servers import (
@@ -60,7 +61,7 @@ class Apart:
         self.wrong: list[str] = []
         self._began = time.monotonic()
         # No connection takes the port of one that is gone.
-        self._port = positions.quiet_ports(args.ranks)
+        self._port = positions.quiet_ports(args.ranks + args.extra)
         self._ranks = [self._start(rank, f"rank-{rank}") for rank in range(args.ranks)]
 
     def _start(self, rank: int, name: str) -> Server:
@@ -84,12 +85,12 @@ class Apart:
         self.found["start_s"] = round(time.monotonic() - self._began, 1)
         say(f"all {len(self._ranks)} ranks are up after {self.found['start_s']:.0f} s")
 
-    def digests(self) -> list[str]:
-        """Of all experts, as each rank's kernels see them."""
-        began = time.monotonic()
-        pool = ThreadPoolExecutor(len(self._ranks))
+    def digests(self, servers: Sequence[Server] = ()) -> list[str]:
+        """Of all experts, as the kernels of each rank see them, or of these servers."""
+        began, servers = time.monotonic(), servers or self._ranks
+        pool = ThreadPoolExecutor(len(servers))
         try:
-            states = list(pool.map(lambda server: ask_states(server.url, 1, digests=True)[0], self._ranks))
+            states = list(pool.map(lambda server: ask_states(server.url, 1, digests=True)[0], servers))
         finally:
             # After a signal nobody waits for an answer; servers are stopped, and it does not come.
             pool.shutdown(wait=False)
@@ -105,14 +106,18 @@ class Apart:
         with contextlib.ExitStack() as stack:
             loads = [stack.enter_context(Steady(target, pool, clients, limit_s)) for target in targets]
             marks = self._events()
+            if self._args.extra:
+                marks = [*marks[:-1], *self._extra(pool)]
         asked = [load.asked for load in loads]
         self.found |= figures(asked, marks)
         self.wrong += judge(asked, marks, self.found["parts"])
         self.found["trouble"] = [load.troubles()[:10] for load in loads]
         second = self.digests()
         self.found["digests"] = first + second
-        if len(set(first + second)) > 1:
-            self.wrong.append(f"experts changed, or differ between ranks: {' '.join(first + second)}")
+        if "extra" in self.found:
+            self.found["digests"].append(self.found["extra"]["digest"])
+        if len(set(self.found["digests"])) > 1:
+            self.wrong.append(f"experts changed, or differ between ranks: {' '.join(self.found['digests'])}")
         self.found["logs"] = {server.name: told(server) for server in self._ranks}
 
     def _events(self) -> list[Mark]:
@@ -152,6 +157,22 @@ class Apart:
             if (alive := series(server, "dwdp:peers_alive")) != peers:
                 self.wrong.append(f"rank {rank} sees {alive:.0f} peers at the end, and there are {peers}")
         return [*marks, Mark(time.monotonic(), "")]
+
+    def _extra(self, pool: Sequence[Request]) -> list[Mark]:
+        number, args = self._args.ranks, self._args
+        seen = extra.visit(
+            self._servers,
+            lambda: self._start(number, f"rank-{number}"),
+            self._ranks,
+            self.digests,
+            extra.Load(pool, args.load.concurrency, args.answer_s),
+            args.start_s,
+            args.part_s,
+        )
+        self.found["extra"] = seen.found
+        self.wrong += seen.wrong
+        parts = [Mark(seen.starts, extra.STARTS), Mark(seen.there, extra.THERE), Mark(seen.left, extra.LEFT)]
+        return [*parts, Mark(time.monotonic(), "")]
 
     def _notice(self, since: float) -> None:
         """How long each other rank takes to see that its peer is gone, and whether it says meanwhile that it is well."""
@@ -200,7 +221,7 @@ def judge(asked: Sequence[Sequence[Asked]], marks: Sequence[Mark], parts: dict[s
         if failed:
             lines.append(f"{len(failed)} requests failed at rank {rank}, the first: {failed[0].trouble}")
     for name, of_part in parts.items():
-        there = [rank for rank in range(len(of_part)) if rank != KILLED or name in (BEFORE, AFTER)]
+        there = [rank for rank in range(len(of_part)) if rank != KILLED or name not in (DEAD, STARTS)]
         lines += [f"{name}: rank {rank} answered nothing" for rank in there if not of_part[rank]["answers"]]
     for rank, before, dead in gaps(parts):
         if dead > before + GAP_S:
@@ -233,6 +254,7 @@ def table(found: dict[str, Any]) -> list[str]:
             f"was gone {'too late' if noticed is None else f'after {noticed} s'}"
         )
     lines.append(f"rank {KILLED} answered {found['return_s']} s after it was started again: {found['way']}")
+    lines += extra.table(found["extra"]) if "extra" in found else []
     for when, used in found["device_mib"].items():
         lines.append(f"MiB in use on the GPUs, {when}: {' '.join(map(str, used))}")
     return lines

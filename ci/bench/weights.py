@@ -7,13 +7,17 @@ its own, so that no two experts are alike.
 from __future__ import annotations
 
 import json
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ci.bench.models import MODELS
+from examples.checkpoints import CheckpointSpec
+from examples.checkpoints.fp8 import is_stored_in_fp8
+from examples.checkpoints.spec import FP8_BLOCK
 from examples.checkpoints.weights import as_on_disk, distribution
 
 if TYPE_CHECKING:
@@ -21,44 +25,73 @@ if TYPE_CHECKING:
 
 #: Numbers in the pool; a part is a quarter of it at most.
 _POOL: Final = 1 << 24
-_TYPES: Final = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_TYPES: Final = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float8_e4m3fn": "F8_E4M3"}
+#: Of matrices in FP8: four of these are the largest number that there is.
+_FP8_STD: Final = 112.0
+
+
+class _Stored(NamedTuple):
+    """A tensor on disk, and how its numbers are drawn; dtype: torch's name of it. Beyond four standard deviations there
+    are none."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    mean: float
+    std: float
 
 
 def write_weights(name: str, folder: Path) -> int:
     """Write model.safetensors of the model `name` of MODELS, whose config is in `folder`; returns its bytes.
 
-    Raises ValueError for a model whose weights are quantised, or whose experts are fused.
+    Raises ValueError for a model whose weights are quantised in another way than FP8 with scales per block, or whose experts
+    are fused.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     spec, _ = MODELS[name]
-    if spec.fp8 or spec.experts or spec.is_fused:
-        raise ValueError(f"model {name}: only weights of one type, expert by expert, are written here: take qwen3")
+    if spec.experts or spec.is_fused:
+        raise ValueError(
+            f"model {name}: only weights of one type or in FP8 blocks, expert by expert, are made: take qwen3"
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=getattr(torch, spec.dtype))
-    wanted = as_on_disk(model.state_dict(), spec)
+    wanted = _stored(as_on_disk(model.state_dict(), spec), spec)
     header, at = dict[str, object](), 0
-    for tensor_name, tensor in wanted.items():
-        end = at + tensor.nbytes
-        header[tensor_name] = {"dtype": _TYPES[spec.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+    for tensor_name, each in wanted.items():
+        end = at + math.prod(each.shape) * getattr(torch, each.dtype).itemsize
+        header[tensor_name] = {"dtype": _TYPES[each.dtype], "shape": list(each.shape), "data_offsets": [at, end]}
         at = end
     head = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     head += b" " * (-len(head) % 8)
-    numbers = torch.empty(_POOL).normal_(generator=torch.Generator().manual_seed(spec.seed))
+    numbers = torch.empty(_POOL).normal_(generator=torch.Generator().manual_seed(spec.seed)).clamp_(-4.0, 4.0)
 
     @cache
-    def pool(mean: float, std: float) -> torch.Tensor:
-        return (numbers * std + mean).to(getattr(torch, spec.dtype))
+    def pool(mean: float, std: float, dtype: str) -> torch.Tensor:
+        return (numbers * std + mean).to(getattr(torch, dtype))
 
     file = folder / "model.safetensors"
     with file.open("wb") as stream:
         stream.write(len(head).to_bytes(8, "little") + head)
-        for tensor_name, tensor in wanted.items():
-            values = pool(*distribution(tensor_name, tensor.dim(), spec))
-            for first, last in parts(tensor_name, tensor.numel(), len(values)):
+        for tensor_name, each in wanted.items():
+            values = pool(each.mean, each.std, each.dtype)
+            for first, last in parts(tensor_name, math.prod(each.shape), len(values)):
                 stream.write(values[first:last].view(torch.uint8).numpy().data)
     return file.stat().st_size
+
+
+def _stored(wanted: Mapping[str, torch.Tensor], spec: CheckpointSpec) -> dict[str, _Stored]:
+    found: dict[str, _Stored] = {}
+    for name, tensor in wanted.items():
+        mean, std = distribution(name, tensor.dim(), spec)
+        if spec.fp8 and is_stored_in_fp8(name, tensor.dim()):
+            found[name] = _Stored(tuple(tensor.shape), "float8_e4m3fn", 0.0, _FP8_STD)
+            blocks = tuple(-(-size // FP8_BLOCK) for size in tensor.shape)
+            # Scales differ, so that one of another block would be seen.
+            found[f"{name}_scale_inv"] = _Stored(blocks, "float32", std / _FP8_STD, 0.1 * std / _FP8_STD)
+        else:
+            found[name] = _Stored(tuple(tensor.shape), spec.dtype, mean, std)
+    return found
 
 
 def parts(name: str, count: int, pool: int) -> Iterator[tuple[int, int]]:

@@ -21,11 +21,16 @@ FP8_CONFIG = {
 _KEPT = ("embed_tokens.weight", "lm_head.weight", ".gate.weight", "shared_expert_gate.weight")
 
 
+def is_stored_in_fp8(name: str, dims: int) -> bool:
+    """Whether a tensor of that name in a checkpoint is a matrix of a linear layer."""
+    return dims == 2 and name.endswith(".weight") and not name.endswith(_KEPT)
+
+
 def as_fp8(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Every matrix of a linear layer as `NAME` in float8_e4m3fn and `NAME_scale_inv` [ceil(rows/128), ceil(cols/128)]."""
     out: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
-        if tensor.dim() == 2 and name.endswith(".weight") and not name.endswith(_KEPT):
+        if is_stored_in_fp8(name, tensor.dim()):
             out[name], out[f"{name}_scale_inv"] = _quantise(tensor)
         else:
             out[name] = tensor

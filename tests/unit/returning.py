@@ -7,7 +7,7 @@ it. FAULT is what goes wrong:
     other-bytes  it tells another digest                            read   a rank that has returned has read its experts
     falls-over   while a peer is gone, requests get HTTP 500        stalls they wait for 1.5 s
     blind        all peers are always there                         down   nothing is served, the process ends with 3
-    lonely       one peer is never there
+    lonely       one peer is never there                            late   requests get HTTP 500 from the start
 
 With `@NAME` behind it only that server has it.
 """
@@ -53,6 +53,8 @@ class Handler(BaseHTTPRequestHandler):
             (Path(body["args"][0]) / "rank-0.json").write_text(json.dumps({"digest": told}))
             return self._send(b"{}")
         time.sleep(SECONDS)
+        if FAULT == "late":
+            return self._send(b"not yet", 500)
         if FAULT in ("falls-over", "stalls") and "again" not in NAME and peers_gone():
             if FAULT == "falls-over":
                 return self._send(b"engine is dead", 500)

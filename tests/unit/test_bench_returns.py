@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import psutil
 import pytest
 
 pytest.importorskip("vllm")
-from ci.bench import returns, returns_apart, returns_plain, returns_servers
+from ci.bench import returns, returns_apart, returns_plain
 from ci.bench.load import Load
 from ci.bench.returns_apart import AFTER, BEFORE, DEAD, STARTS, Mark, figures, judge
 from ci.bench.returns_plain import fate
@@ -26,52 +25,13 @@ from ci.bench.returns_servers import more_in_use, words_of_all
 from ci.bench.steady import Asked
 from ci.report.returns_picture import by_second, title_of
 from ci.root import ROOT
+from tests.unit.returns_told import serve
 
-from servers import Server, Servers, free_ports  # isort: skip
-
-
-def serve(servers: Servers, name: str, model: Path, words: Sequence[str], port: int = 0, fault: str = "") -> Server:
-    """In place of the one that starts vLLM; ports of the group are in a row."""
-    peers = [0]
-    if "--additional-config" in words:
-        dwdp = json.loads(words[words.index("--additional-config") + 1])["dwdp"]
-        peers = [port - dwdp["rank"] + rank for rank in range(dwdp["ranks"]) if rank != dwdp["rank"]]
-    (servers.folder / f"{name}.json").write_text(json.dumps(list(words)))
-    port = port or free_ports(1)
-    command = [sys.executable, "-m", "tests.unit.returning", name, str(port), ",".join(map(str, peers)), fault]
-    return servers.start(name, port, command, {"PYTHONPATH": str(ROOT)})
+pytest_plugins = ("tests.unit.returns_told",)
 
 
-@pytest.fixture
-def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs it with a fault, and with more words; returns (exit status, results)."""
-
-    def run(fault: str = "", *words: str) -> tuple[int, dict[str, Any]]:
-        for module in (returns_apart, returns_plain):
-            monkeypatch.setattr(module, "serve", functools.partial(serve, fault=fault))
-        monkeypatch.setattr(returns_apart, "_NOTICE_LIMIT_S", 2.0)
-        monkeypatch.setattr(returns_servers, "_LEFT_LIMIT_S", 2.0)
-        monkeypatch.setattr(returns, "visible_gpus", lambda: 4)
-        monkeypatch.setattr(returns, "machine", lambda cpu: "a test")
-        monkeypatch.setattr(returns_servers, "segments", set)
-        result = tmp_path / "returns.json"
-        line = ["returns", "--model", "tiny", "--part-s", "1.5", "--settle-s", "0.3", "--json", str(result)]
-        line += ["--load", "small=96/1/2", "--scratch", str(tmp_path), *words]
-        monkeypatch.setattr(sys, "argv", line)
-        args = returns.arguments()
-        (folder := tmp_path / "servers").mkdir()
-        servers = Servers(folder)
-        try:
-            code = returns.run(servers, args)
-        finally:
-            assert servers.started == []
-        return code, json.loads(result.read_text())
-
-    return run
-
-
-def test_a_rank_dies_and_returns(told: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, found = told("", "--plain", "--logs", str(tmp_path / "logs"))
+def test_a_rank_dies_and_returns(returns_told: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = returns_told("", "--plain", "--logs", str(tmp_path / "logs"))
     assert (code, found["wrong"]) == (0, [])
     apart, plain = found["apart"], found["plain"]
     parts = apart["parts"]
@@ -98,8 +58,8 @@ def test_a_rank_dies_and_returns(told: Any, tmp_path: Path, capsys: pytest.Captu
     assert "around the kill" in printed and "plain vLLM, DP 2 with EP" in printed and "(exit 1)" in printed
 
 
-def test_one_of_four_dies_and_returns(told: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, found = told("", "--ranks", "4", "--plain", "--logs", str(tmp_path / "logs"))
+def test_one_of_four_dies_and_returns(returns_told: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = returns_told("", "--ranks", "4", "--plain", "--logs", str(tmp_path / "logs"))
     assert (code, found["wrong"], found["ranks"]) == (0, [], 4)
     apart, plain = found["apart"], found["plain"]
     for name, of_part in apart["parts"].items():
@@ -135,8 +95,8 @@ def test_one_of_four_dies_and_returns(told: Any, tmp_path: Path, capsys: pytest.
         ("lonely@rank-1-again", "rank 1 sees 1 peers at the end, and there are 2"),
     ],
 )
-def test_what_is_wrong_at_another_rank_is_told(told: Any, fault: str, why: str) -> None:
-    code, found = told(fault, "--ranks", "3")
+def test_what_is_wrong_at_another_rank_is_told(returns_told: Any, fault: str, why: str) -> None:
+    code, found = returns_told(fault, "--ranks", "3")
     assert code == 1 and any(why in line for line in found["wrong"]), found["wrong"]
 
 
@@ -152,12 +112,12 @@ def test_what_is_wrong_at_another_rank_is_told(told: Any, fault: str, why: str) 
         ("down", "NotUp: rank-0 ended with 3: ValueError: on purpose"),
     ],
 )
-def test_what_is_wrong_is_told(told: Any, fault: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_is_told(returns_told: Any, fault: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if fault == "twice":
         # A share of the model has 1.5 MiB.
         looks = iter([[9.0, 5.0], [9.0, 5.0], [9.0, 8.0]])
         monkeypatch.setattr(returns_apart, "device_mib", lambda: next(looks))
-    code, found = told(fault)
+    code, found = returns_told(fault)
     assert code == 1 and any(why in line for line in found["wrong"]), found["wrong"]
 
 
@@ -180,7 +140,7 @@ def test_a_signal_ends_it_and_all_servers(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
 
 
-def test_without_plain_vllm_the_rest_is_measured(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_plain_vllm_the_rest_is_measured(returns_told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real = returns_plain.Plain.__init__
 
     def broken(self: returns_plain.Plain, *words: Any) -> None:
@@ -188,7 +148,7 @@ def test_without_plain_vllm_the_rest_is_measured(told: Any, monkeypatch: pytest.
         real(self, *words)
 
     monkeypatch.setattr(returns_plain.Plain, "__init__", broken)
-    code, found = told("", "--plain")
+    code, found = returns_told("", "--plain")
     assert code == 1 and "plain ended with 3" in found["wrong"][0] and len(found["wrong"]) == 1
     assert found["apart"]["parts"]["after"][1]["answers"] > 10 and "plain" not in found
 
@@ -254,7 +214,7 @@ def test_its_limit_stands_still_while_it_waits_for_its_turn(tmp_path: Path) -> N
 
 def main() -> int:
     """As the program runs, with these servers."""
-    returns_apart.serve = serve  # type: ignore[assignment]
+    returns_apart.serve = serve
     returns.visible_gpus = lambda: 2
     returns.machine = lambda cpu: "a test"  # type: ignore[assignment]
     return returns.main()

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 pytest.importorskip("vllm")
-from ci.bench.models import write_model
+from ci.bench.models import MODELS, write_model
 from ci.bench.weights import parts, write_weights
 from examples.checkpoints import CheckpointSpec, write_checkpoint
 
@@ -46,6 +46,31 @@ def test_parts_cover_a_tensor_within_the_pool() -> None:
     assert len({first for first, _ in found}) > 10
 
 
-def test_quantised_weights_are_not_made(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="model qwen3-fp8: only weights of one type"):
-        write_weights("qwen3-fp8", tmp_path)
+def test_fp8_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = CheckpointSpec(hidden=256, intermediate=128, fp8=True)
+    monkeypatch.setitem(MODELS, "small-fp8", (spec, 512))
+    model = write_model("small-fp8", None, tmp_path / "fast")
+    write_weights("small-fp8", model)
+    found = tensors(model / "model.safetensors")
+    slow = tensors(write_checkpoint(spec, tmp_path / "slow") / "model.safetensors")
+    described = {name: (tensor.shape, tensor.dtype) for name, tensor in found.items()}
+    assert described == {name: (tensor.shape, tensor.dtype) for name, tensor in slow.items()}
+    scales = {name for name in found if name.endswith("_scale_inv")}
+    assert len(scales) > 3 * spec.num_experts
+
+    def whole(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+        values = tensors[name.removesuffix("_scale_inv")].float()
+        scale = tensors[name].repeat_interleave(128, 0).repeat_interleave(128, 1)
+        return values * scale[: values.shape[0], : values.shape[1]]
+
+    for name in scales:
+        values = whole(found, name)
+        assert torch.isfinite(values).all() and found[name].min() > 0, name
+        assert abs(values.std() / whole(slow, name).std() - 1) < 0.2, name
+    assert len({tuple(found[name].flatten().tolist()) for name in scales}) == len(scales)
+
+
+@pytest.mark.parametrize("name", ["qwen3-int4", "gpt-oss"])
+def test_other_forms_are_not_made(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"model {name}: only weights of one type or in FP8 blocks"):
+        write_weights(name, tmp_path)
