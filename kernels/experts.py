@@ -150,7 +150,8 @@ class SplitExperts(TritonExperts):
 
     def travels(self, num_tokens: int) -> bool:
         """Whether owners are asked to compute for a batch of this size."""
-        return self.direct and self.journey is not None and num_tokens <= self.journey.most_tokens
+        journey = self.journey if self.direct else None
+        return journey is not None and journey.least_tokens <= num_tokens <= journey.most_tokens
 
     def ops(self, activation: MoEActivation) -> MoeOps:
         """vLLM's own, for one activation."""

@@ -115,11 +115,13 @@ class Requester:
 
 @dataclass(frozen=True)
 class Journey:
-    """How the tokens of one layer travel. layer: its row in `Layers`. owners: int32 [E], see `Requester.experts`."""
+    """How the tokens of one layer travel. layer: its row in `Layers`. owners: int32 [E], see `Requester.experts`.
+    least_tokens: of a batch that travels."""
 
     requester: Requester
     layer: int
     owners: torch.Tensor
+    least_tokens: int = 1
 
     @property
     def most_tokens(self) -> int:

@@ -129,7 +129,8 @@ class _Journey:
 
     most_tokens = 4
 
-    def __init__(self) -> None:
+    def __init__(self, least_tokens: int = 1) -> None:
+        self.least_tokens = least_tokens
         self.tokens: list[int] = []
 
     def room(self, tokens: int) -> int:
@@ -144,8 +145,9 @@ class _Journey:
         out.fill_(5.0)
 
 
-def test_tokens_of_small_direct_forwards_travel(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the tiles of what owners compute, and routes that are sorted however few they are."""
+@pytest.mark.parametrize("least", [1, 2])
+def test_tokens_of_small_direct_forwards_travel(least: int, on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the tiles of what owners compute, and routes that are sorted however few they are; but of fewer than `least`."""
     layer = Layer(experts=16, hidden=32, width=32, tokens=7, top_k=2, dtype=torch.float16)
     asked: list[tuple[str, int]] = []
     for name in ("tiles_for", "direct_tiles_for"):
@@ -155,7 +157,7 @@ def test_tokens_of_small_direct_forwards_travel(on_cpu: None, monkeypatch: pytes
         )
     compiled: list[tuple[int, bool | None]] = []
     monkeypatch.setattr(module, "compile_layer", lambda *a: compiled.append((a[2], a[6])))
-    experts, journey = _made(layer), _Journey()
+    experts, journey = _made(layer), _Journey(least)
     tables = layer.tables[0], layer.tables[1]
     experts.attach_tables(tables, tables)
     experts.journey = journey  # type: ignore[assignment]
@@ -163,17 +165,19 @@ def test_tokens_of_small_direct_forwards_travel(on_cpu: None, monkeypatch: pytes
     for experts.direct in (False, True):
         for tokens in (1, 3, 4, 5):
             layer.x, layer.ids, layer.router = x[:tokens], ids[:tokens], router[:tokens]
-            travels = experts.direct and tokens <= 4
+            travels = experts.direct and least <= tokens <= 4
             assert experts.travels(tokens) == travels
             found = _apply(experts, layer)
             assert torch.equal(found, torch.full_like(found, 5.0)) == travels
             if not travels:
                 torch.testing.assert_close(found.float(), expected[:tokens], atol=2e-2, rtol=0)
             experts.compile(tokens, 2)
-    assert journey.tokens == [1, 3, 4]
-    assert compiled == [(1, None), (3, None), (4, None), (5, None), (1, False), (3, False), (4, False), (5, None)]
+    alone = least > 1
+    assert journey.tokens == [1, 3, 4][alone:]
+    first = (1, None if alone else False)
+    assert compiled == [(1, None), (3, None), (4, None), (5, None), first, (3, False), (4, False), (5, None)]
     rooms = [tokens for name, tokens in asked if name == "direct_tiles_for"]
-    assert rooms == [2, 4, 5]
+    assert rooms == [1 if alone else 2, 4, 5]
 
 
 def test_a_rank_that_computes_for_others_leaves_them_room(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

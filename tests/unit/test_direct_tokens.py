@@ -112,6 +112,19 @@ def layer(experts: int, top_k: int, row: int, held: int | None = None, ranks: in
     return SimpleNamespace(build=SimpleNamespace(placement=place(experts, ranks, held), module=module), fetched=tensors)
 
 
+def test_forwards_whose_tokens_travel_are_counted() -> None:
+    """Those of fewer than the least that travel are read."""
+    page = CounterPage.create()
+    counts = ForwardCounts(page, [layer(8, 2, 100)], 0, 8, (2, 4))
+    ways = []
+    for tokens in (1, 2, 4, 5, 8, 9):
+        before = page.fields.travel_forwards, page.fields.direct_forwards
+        counts.add(tokens)
+        ways.append((page.fields.travel_forwards - before[0], page.fields.direct_forwards - before[1]))
+    assert ways == [(0, 1), (1, 0), (1, 0), (0, 1), (0, 1), (0, 0)]
+    page.close()
+
+
 @pytest.mark.parametrize("most", [0, 8, None])
 def test_forwards_are_counted_by_the_way_they_go(most: int | None) -> None:
     """None: every forward reads in place. Bytes are those of missing experts, of every kind of layer."""

@@ -163,11 +163,31 @@ def test_every_layer_gives_way_where_its_rank_was_asked(monkeypatch: pytest.Monk
     transport.device = SimpleNamespace(index=0)
     meeting: Any = SimpleNamespace(gather=lambda name, mine, group: [mine, mine])
     page = CounterPage.create(rank=0)
-    made = Travel(SimpleNamespace(rank=0), layers, transport, meeting, [0, 1], None, 8, page)  # type: ignore[arg-type]
+    build: Any = SimpleNamespace(rank=0, config=DwdpConfig(decode="travel"))
+    made = Travel(build, layers, transport, meeting, [0, 1], None, 8, page)  # type: ignore[arg-type]
+    assert made.span == (1, 8) and made.told == "up to 8 tokens"
+    made._first = 2
+    assert made.told == "from 2 up to 8 tokens"
     for asked in (False, True, False):
         made.counts.asked_lately = asked
         assert [kernel.gives_way() for kernel in kernels] == [asked, asked]
     page.close()
+
+
+@pytest.mark.parametrize(("decode", "held", "others", "least"), [
+    ("auto", 64, 5, 1), ("auto", 112, 5, 2), ("auto", 112, 1, 1), ("travel", 112, 5, 1),
+])  # fmt: skip
+def test_one_token_is_read_where_nearly_all_experts_are_held(decode: Any, held: int, others: int, least: int) -> None:
+    """If all ranks of a group find so. Qwen3-30B-A3B's layer at the rates of an H100."""
+    row, missing = 9437184.0, 128 - held
+    costs = LayerCosts(128, missing, 8, row, missing * row / 394e9, 394e9, 2.99e12, 600e12, 8 * row)
+    made: Any = object.__new__(Travel)
+    made._ranks, made._layout, made.buckets = 2, SimpleNamespace(hidden=2048), (1, 2, 1024)
+    asked: list[int] = []
+    meeting: Any = SimpleNamespace(gather=lambda name, mine, group: [asked.append(mine) or mine, others])
+    build: Any = SimpleNamespace(config=DwdpConfig(decode=decode))
+    assert made._least(build, costs, torch.bfloat16, meeting, [0, 1]) == least
+    assert asked == [1 if decode == "travel" or held == 64 else 2]
 
 
 def test_a_rank_that_was_asked_lately_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,8 +79,8 @@ class ExpertSharing:
                 self._attach_ring()
                 if most := self._most_travelling():
                     self._set_out(most, rendezvous, group)
-            travels = self.travel.buckets[-1] if self.travel else 0
-            self.forwards = ForwardCounts(self.counters, self.layers, build.rank, self.direct_tokens, travels)
+            span = self.travel.span if self.travel else (1, 0)
+            self.forwards = ForwardCounts(self.counters, self.layers, build.rank, self.direct_tokens, span)
             device = self.layers[0].fetched[0].parameter.device
             self.hits = HitCounts(build.layers, build.rank, device) if build.config.hits else None
             self.counters.describe(self.view, self.experts_held, self.slab_bytes, sum(s.nbytes for s in self.slots))
@@ -282,8 +282,9 @@ class ExpertSharing:
         if self.direct_tokens == self._captured and told != self.direct_tokens:
             how = "as the sizes of CUDA graphs ask"
         said = f", one of at most {self.direct_tokens} tokens ({how}) reads missing experts where they are"
-        last = self.travel.buckets[-1] if self.travel else 0
-        return f"{said}, or has their owners compute, up to {last} tokens" if last else said
+        if self.travel is None:
+            return said
+        return f"{said}, or has their owners compute, {self.travel.told}"
 
     def close(self) -> None:
         """Wait for copies in flight, then let go of peers and slabs; idempotent. Peers' mappings outlive ours.

@@ -23,6 +23,7 @@ from vllm_dwdp.kernels.requester import Journey, Requester
 from vllm_dwdp.kernels.served import Layers
 from vllm_dwdp.kernels.travel import ENABLED
 from vllm_dwdp.layers.travel_counts import TravelCounts
+from vllm_dwdp.predict.travel import TravelLayer, first_to_travel
 from vllm_dwdp.transport.cuda_peers import CudaTransport
 from vllm_dwdp.travel.attendant import Attendant
 from vllm_dwdp.travel.exchange import Exchange, Places
@@ -124,6 +125,7 @@ class Travel:
             given = rendezvous.gather("travel", self.exchange.handles(), group)
             self.exchange.map({rank: handles for rank, handles in enumerate(given) if rank != self._rank})
             self._requester = self._make_requester(costs)
+            self._first = self._least(build, costs, w13.dtype, rendezvous, group)
             self._attach(layers)
             self.attendant = self._make_attendant(layers)
             self.counts = TravelCounts(self.state, self.attendant, counters)
@@ -136,6 +138,17 @@ class Travel:
             with contextlib.suppress(DwdpError):
                 self.close(_FAILED_S)
             raise
+
+    def _least(
+        self, build: ModelBuild, costs: LayerCosts, dtype: torch.dtype, rendezvous: Rendezvous, group: list[int]
+    ) -> int:
+        """Tokens of a forward from which on owners are asked: the least of the group, so that its ranks behave alike."""
+        mine = 1
+        if build.config.decode == "auto":
+            mine = first_to_travel(
+                TravelLayer(costs, self._ranks, self._layout.hidden, dtype.itemsize), self.buckets[-1]
+            )
+        return min(rendezvous.gather("least_travelling", mine, group))
 
     def _make_requester(self, costs: LayerCosts) -> Requester:
         exchange, places = self.exchange, self.exchange.places
@@ -163,7 +176,7 @@ class Travel:
             who = tuple(layer.build.placement.owners[self._rank])
             if who not in owners:
                 owners[who] = torch.tensor(who, dtype=torch.int32, device=self.state.device)
-            layer.build.module.dwdp_travel(Journey(self._requester, number, owners[who]))
+            layer.build.module.dwdp_travel(Journey(self._requester, number, owners[who], self._first))
         compile_ahead(partial(self._kernel.compile, tokens, self._layout.top_k) for tokens in self.buckets)
 
     def _make_attendant(self, layers: Sequence[LayerSlab]) -> Attendant:
@@ -210,6 +223,16 @@ class Travel:
         self._kept.append(graph)
         self._graphs.append(self._device.instantiate(graph.raw_cuda_graph(), stream.cuda_stream))
         return self._graphs[-1]
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The least and the most tokens of a forward whose tokens travel."""
+        return self._first, self.buckets[-1]
+
+    @property
+    def told(self) -> str:
+        """`span` in words."""
+        return f"{f'from {self._first} ' * (self._first > 1)}up to {self.buckets[-1]} tokens"
 
     def enable(self) -> None:
         """From here on owners are asked."""

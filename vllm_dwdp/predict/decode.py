@@ -92,8 +92,12 @@ def predicted_few(
 ) -> Few:
     """Steps of how many tokens travel, and read directly, on a rank that measures what the planner predicts."""
     held = balanced_share(model.experts, ranks) if share is None else share
-    direct = direct_tokens(layer_costs(model, hardware, ranks, held))
-    return few_tokens(model, view, decode, travel_tokens, direct)
+    costs = layer_costs(model, hardware, ranks, held)
+
+    def layer() -> TravelLayer:
+        return travel_layer(model, hardware, ranks, costs)
+
+    return few_tokens(model, view, decode, travel_tokens, direct_tokens(costs), layer)
 
 
 @dataclass(frozen=True)

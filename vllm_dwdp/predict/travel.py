@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
@@ -17,6 +18,9 @@ LAUNCHES_S: Final = 23.2e-6
 REQUEST_S: Final = 24.4e-6
 #: That a request waits for blocks of an owner which computes a prompt.
 PROMPT_S: Final = 426.5e-6
+#: Of what a direct read of few experts takes, what LayerCosts says of it: their blocks do not fill a link. 0.63 to 0.84 on
+#: two H100s that both read, with 112 of 128 experts held and 8 to 64 tokens.
+READ_PART: Final = 0.75
 #: Beyond what direct reads would take, a requester waits so long (layers/travel.py).
 _BESIDE_S: Final = 100e-6
 #: Experts that owners compute for others.
@@ -33,15 +37,19 @@ def why_not(model: MoeModel, view: str) -> str | None:
 
 
 class Few(NamedTuple):
-    """Most tokens of a step whose tokens travel, and of one that reads directly; larger ones pull. why: none travel."""
+    """Most tokens of a step whose tokens travel, and of one that reads directly; larger ones pull. why: none travel. first:
+    the least of a step whose tokens travel."""
 
     travel: int
     direct: int
     why: str | None = None
+    first: int = 1
 
     def way(self, tokens: int) -> Literal["travel", "direct", "pulled"]:
         """Of a step of `tokens`."""
-        return "travel" if tokens <= self.travel else "direct" if tokens <= self.direct else "pulled"
+        if self.first <= tokens <= self.travel:
+            return "travel"
+        return "direct" if tokens <= self.direct else "pulled"
 
     def lines(self, ranks: int) -> list[str]:
         """For the report of a plan with so many ranks."""
@@ -49,7 +57,9 @@ class Few(NamedTuple):
         if self.direct:
             does = f"reads directly in steps of at most {self.direct:,} tokens a rank"
             if self.travel:
-                does = f"has tokens travel in steps of at most {self.travel:,} tokens a rank"
+                span = f"{self.first:,} to {self.travel:,}" if self.first > 1 else f"at most {self.travel:,}"
+                does = f"has tokens travel in steps of {span} tokens a rank"
+                does += ", reads directly in smaller ones" if self.first > 1 else ""
                 does += f", reads directly up to {self.direct:,}" if self.direct > self.travel else ""
             does += ", and pulls in larger ones"
         said = [f"  DWDP {does}."]
@@ -60,8 +70,11 @@ class Few(NamedTuple):
         return said
 
 
-def few_tokens(model: MoeModel, view: str, decode: str, travel_tokens: int, direct: int) -> Few:
-    """As a launch decides by its settings; `direct`: up to how many tokens reads are faster than pulls.
+def few_tokens(
+    model: MoeModel, view: str, decode: str, travel_tokens: int, direct: int, layer: Callable[[], TravelLayer]
+) -> Few:
+    """As a launch decides by its settings; `direct`: up to how many tokens reads are faster than pulls. layer: one of its
+    MoE layers, asked where it matters.
 
     Raises DwdpError where tokens should travel and cannot.
     """
@@ -71,7 +84,10 @@ def few_tokens(model: MoeModel, view: str, decode: str, travel_tokens: int, dire
     direct = 0 if view == "contiguous" else direct
     if decode == "direct":
         return Few(0, direct, "as --decode direct asks")
-    return Few(0, direct, why) if why is not None else Few(travel_tokens, max(direct, travel_tokens))
+    if why is not None:
+        return Few(0, direct, why)
+    first = 1 if decode == "travel" else first_to_travel(layer(), travel_tokens)
+    return Few(travel_tokens, max(direct, travel_tokens), first=first)
 
 
 @dataclass(frozen=True)
@@ -110,3 +126,14 @@ class TravelLayer:
         direct = costs.direct_s(round(tokens)) + LAUNCHES_S
         late = 2 * direct - costs.other_s + _BESIDE_S
         return layer + prompts * (min(layer + PROMPT_S, max(late, layer)) - layer)
+
+
+def first_to_travel(layer: TravelLayer, most: int) -> int:
+    """Least tokens of a forward that has owners compute; fewer are surely faster read where they are. `most` at most.
+
+    So where nearly all experts are held and a forward of a token or two misses one at most. costs.other_s is 0.
+    """
+    for tokens in range(1, most):
+        if layer.costs.direct_s(tokens) + LAUNCHES_S > READ_PART * layer.seconds(tokens):
+            return tokens
+    return most

@@ -50,8 +50,8 @@ class DirectGate:
 class ForwardCounts:
     """Counts forwards of the model by the way they go; told by the worker, since replayed graphs run none of our code.
 
-    most_direct: the most tokens of a direct forward; None where every forward reads in place. most_travel: of those, the
-    most whose tokens travel.
+    most_direct: the most tokens of a direct forward; None where every forward reads in place. travels: of those, the least
+    and the most whose tokens travel.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class ForwardCounts:
         layers: Sequence[LayerSlab],
         rank: int,
         most_direct: int | None,
-        most_travel: int = 0,
+        travels: tuple[int, int] = (1, 0),
     ) -> None:
-        self._counters, self._most_direct, self._most_travel = counters, most_direct, most_travel
+        self._counters, self._most_direct, self._travels = counters, most_direct, travels
         # Layers are alike but for few; a forward costs one power for each kind.
         kinds: dict[tuple[int, int], int] = {}
         for layer in layers:
@@ -82,7 +82,8 @@ class ForwardCounts:
         whose tokens travel is counted among them."""
         page = self._counters.fields
         page.forwards += 1
-        if tokens <= self._most_travel:
+        least, most = self._travels
+        if least <= tokens <= most:
             page.travel_forwards += 1
         elif self._most_direct is None or tokens <= self._most_direct:
             page.direct_forwards += 1
