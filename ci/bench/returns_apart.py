@@ -106,9 +106,11 @@ class Apart:
         with contextlib.ExitStack() as stack:
             loads = [stack.enter_context(Steady(target, pool, clients, limit_s)) for target in targets]
             marks = self._events()
+            asked = [load.asked for load in loads]
+            # So far, should the rest be cut off.
+            self.found |= figures(asked, marks)
             if self._args.extra:
                 marks = [*marks[:-1], *self._extra(pool)]
-        asked = [load.asked for load in loads]
         self.found |= figures(asked, marks)
         self.wrong += judge(asked, marks, self.found["parts"])
         self.found["trouble"] = [load.troubles()[:10] for load in loads]

@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ci.checks.gpu_cases import CASES, QUANTISED, Case
 from ci.checks.in_time import InTime
@@ -72,11 +72,15 @@ def attention(family: str) -> str:
     return "TRITON_MLA" if family == "deepseek_v3" else "TRITON_ATTN"
 
 
+_WRITING: Final = threading.Lock()  # transformers sets torch's default type, which all threads share
+
+
 def checkpoint(case: Case) -> tuple[Path, str]:
-    """A case's model, written if it is not there, and what identifies it."""
+    """A case's model, written if it is not there, one at a time, and what identifies it."""
     spec = CheckpointSpec(**{"dtype": "bfloat16", **case.model})
     key = json.dumps(spec.as_json(), sort_keys=True)
-    return write_checkpoint(spec, CACHE / f"{spec.family}-{zlib.crc32(key.encode()):08x}"), key
+    with _WRITING:
+        return write_checkpoint(spec, CACHE / f"{spec.family}-{zlib.crc32(key.encode()):08x}"), key
 
 
 def settings(case: Case, gpus: int) -> dict[str, Any]:
@@ -270,12 +274,12 @@ def main() -> int:
     args.gpus = 0 if args.cpu else visible_gpus()
     cases = QUANTISED if args.quantised else CASES
     names = wanted(cases, args.only, args.skip)
-    for name in names:
-        checkpoint(cases[name])
     rows: dict[str, dict[str, Any]] = {}
     plain, writing = Plain(), threading.Lock()
 
     def one(name: str) -> None:
+        # Not all before the first case: beside other engines 28 took five minutes.
+        checkpoint(cases[name])
         with in_time.case(name) as begins:
             row = attempt(name, Path(folder), plain, args) if begins else {"case": name, "wrong": [NOT_BEGUN]}
         with writing:

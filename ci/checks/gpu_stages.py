@@ -61,8 +61,8 @@ TINY = ("--device", "cpu", "--tiny")
 BENCH = ("--both", "--alike", "--limit-s", "400")
 #: A shortened play of two ranks: under a memory checker everything takes fifty times as long.
 PAIR = ("--only", "pair", "--acquires", "60", "--limit", "140", "--json", "{out}/pair.json")
-#: Two GPUs hold two systems with all layers of that model.
-WHOLE = ("--layers", "48")
+#: Two H200s hold two systems with all layers of that model; of half of them two H100s do, with KV caches that are worth it.
+WHOLE, HALF_OF_LAYERS = ("--layers", "48"), ("--layers", "24")
 HALF = 'dwdp:dwdp64:{{"experts_per_rank": 64}}'
 PAGED = 'dwdp:composite:{{"experts_per_rank": 64, "weight_view": "composite"}}'
 MARLIN = ("--more", "--moe-backend", "marlin")
@@ -176,13 +176,13 @@ STAGES: dict[str, tuple[Step, ...]] = {
         ),
         Step(
             "soak",
-            _script("checks.soak", *SOAK, "--seconds", "300", "--limit-s", "360", "--json", "{out}/soak.json"),
+            _script("checks.soak", *SOAK, "--seconds", "300", "--within-s", "450", "--json", "{out}/soak.json"),
             460,
             _script("checks.soak", "--requests", "1000", "--json", "{out}/soak.json"),
             gpus=2,
         ),
         _loads("all layers", *WHOLE, "--systems", "dpep", HALF, "--loads", *STEADY),
-        _loads("at fixed times", *WHOLE, "--systems", "dpep", HALF, "--loads", *TIMED),
+        _loads("at fixed times", *HALF_OF_LAYERS, "--systems", "dpep", HALF, "--loads", *TIMED),
         _loads("beside tensor parallelism", *WHOLE, "--systems", "tp", HALF, "--loads", *STEADY),
         _loads("same tiles", "--tiles", "alike", "--profile", "--systems", "dpep", "tp", HALF, "--loads", STEADY[0]),
         _loads("FP8", "--model", "qwen3-fp8", "--systems", "dpep", "tp", HALF, "--loads", *STEADY),
@@ -191,7 +191,17 @@ STAGES: dict[str, tuple[Step, ...]] = {
         _loads("full replicas", "--systems", "dpep", "replicas", HALF, "--loads", *STEADY),
         _loads("gpt-oss", "--model", "gpt-oss", "--layers", "6", "--systems", "dpep", HALF, *LAYERS_AT_SIZE),
         _loads(
-            "DeepSeek-V3", "--model", "deepseek-v3", "--kv-gib", "2", "--systems", "dpep", HALF_OF_256, *LAYERS_AT_SIZE
+            "DeepSeek-V3",
+            "--model",
+            "deepseek-v3",
+            "--layers",
+            "3",
+            "--kv-gib",
+            "2",
+            "--systems",
+            "dpep",
+            HALF_OF_256,
+            *LAYERS_AT_SIZE,
         ),
         _loads("launchers", "--systems", "dpep", *LAUNCHERS, "--loads", "mixed=8192/128/16", "decode8=512/128/8"),
         Step("starts", _script("bench.starts", "--limit-s", "300", "--json", "{out}/starts.json"), 460, None, gpus=2),

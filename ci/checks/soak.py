@@ -33,8 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from ci.checks.sessions import session
-from ci.checks.soak_processes import COLUMNS, Sample, role, sample, segments
+from ci.checks.soak_processes import Sample, sample, segments
 from ci.checks.soak_requests import Outcome, asks, send
+from ci.checks.soak_results import MEMORY_MIB, growth, more_on_devices, table, too_much, write
 from ci.checks.soak_worker import WORDS, ask_states
 from ci.checks.visible import visible_gpus
 from ci.root import ROOT
@@ -45,14 +46,12 @@ SPEC = CheckpointSpec(num_layers=2, max_position=32768)
 MAX_MODEL_LEN = 256
 #: Most tokens of one of soak_requests's words.
 WORD_TOKENS = 4
-#: What a GPU may hold more after the first part: code of kernels is loaded when a shape first asks for it.
-DEVICE_MIB = 16.0
 #: Blocks of the KV cache, all of which the first 1,000 requests touch: before its first use a block takes no memory.
 KV_BLOCKS = 128
 START_LIMIT_S = 300
 STOP_LIMIT_S = 60
-#: Private memory a process may grow by per 1,000 requests. Heaps, and caches of requests that vLLM keeps, grow slowly.
-MEMORY_MIB = 2.0
+#: From the last request on: the last sample, digests and the server's end.
+END_S = 45.0
 #: Temporary files that vLLM and torch keep on purpose.
 CACHES = ("torchinductor", "torch_", "vllm_cache")
 
@@ -151,9 +150,18 @@ class Server:
         return left
 
 
+def fit(args: argparse.Namespace, started_s: float) -> None:
+    """With --within-s, send for as long as lets all end by then: the server took `started_s` seconds to start."""
+    if args.within_s:
+        args.limit_s = min(args.limit_s, max(1.0, args.within_s - started_s - END_S))
+        args.seconds = min(args.seconds, args.limit_s)
+
+
 def run(server: Server, args: argparse.Namespace, outcome: Outcome) -> tuple[list[Sample], float, list[str]]:
     """Samples at the start and after every part, the seconds that requests took, and digests before and after, by rank."""
+    began = time.monotonic()
     server.wait_for_health()
+    fit(args, time.monotonic() - began)
     digests = [state["digest"] for state in server.states(digests=True).values()]
     samples, took = [server.sample(0)], 0.0
     ranks, length = (1 if args.plain else args.ranks), longest(args)
@@ -163,70 +171,14 @@ def run(server: Server, args: argparse.Namespace, outcome: Outcome) -> tuple[lis
         sent = asyncio.run(send(server.url, part, ranks, args.concurrency, args.limit_s - took, outcome))
         took += time.monotonic() - started
         samples.append(server.sample(samples[-1].requests + sent))
+        if args.json:
+            write(args.json, samples, took, digests, outcome, unfinished=True)
         if not args.quiet:
             say(f"{samples[-1].requests} requests, {samples[-1].requests / took:.1f}/s, {len(outcome.wrong)} wrong")
         if server.process.poll() is not None:
             raise RuntimeError(f"the server ended with {server.process.poll()}")
     digests += [state["digest"] for state in server.states(digests=True).values()]
     return samples, took, digests
-
-
-def table(samples: list[Sample]) -> str:
-    """Per process and figure: at the start, after the first part, at the end, growth after the first part."""
-    start, first, last = samples[0], samples[min(1, len(samples) - 1)], samples[-1]
-    columns = (f"{start.requests}", f"{first.requests}", f"{last.requests}", "growth")
-    lines = [f"{'process':<34}{'':<14}" + "".join(f"{head:>10}" for head in columns)]
-    for name, end in last.processes.items():
-        for column in COLUMNS:
-            begin, middle = (part.processes.get(name, {}).get(column, 0.0) for part in (start, first))
-            digits = 0 if column in ("descriptors", "threads") else 1
-            values = (begin, middle, end[column], end[column] - middle)
-            unit = "" if digits == 0 else " MiB"
-            lines.append(f"{name:<34}{column + unit:<14}" + "".join(f"{value:>10.{digits}f}" for value in values))
-    for name, end in last.devices.items():
-        values = (start.devices[name], first.devices[name], end, end - first.devices[name])
-        lines.append(f"{name:<34}{'MiB':<14}" + "".join(f"{value:>10.1f}" for value in values))
-    for what in ("segments", "files"):
-        counts = [getattr(part, what) for part in (start, first, last)]
-        lines.append(f"{what:<48}" + "".join(f"{count:>10}" for count in (*counts, counts[2] - counts[1])))
-    return "\n".join(lines)
-
-
-def growth(samples: list[Sample]) -> dict[str, dict[str, float]]:
-    """By process, what its private memory (MiB per 1,000 requests), descriptors and threads grew by after the first part."""
-    first, last = samples[min(1, len(samples) - 1)], samples[-1]
-    parts = max(1.0, (last.requests - first.requests) / 1000)
-    found = {}
-    for name, end in last.processes.items():
-        before = first.processes.get(name, dict.fromkeys(COLUMNS, 0.0))
-        per = {"private": parts, "descriptors": 1, "threads": 1}
-        found[name] = {column: (end[column] - before[column]) / over for column, over in per.items()}
-    return found
-
-
-def too_much(
-    mine: dict[str, dict[str, float]], plain: dict[str, dict[str, float]], memory_mib: float = MEMORY_MIB
-) -> list[str]:
-    """One line per figure that grew beyond its bound; `plain`: `growth` of plain vLLM, empty where it was not run.
-
-    What plain vLLM has no process for (it needs no coordinator) is compared with nothing.
-    """
-    bounds = {"private": memory_mib, "descriptors": 0.0, "threads": 0.0}
-    lines = []
-    for name, grown in mine.items():
-        like = [grew for other, grew in plain.items() if role(other) == role(name)]
-        for column, bound in bounds.items():
-            allowed = bound + max([0.0, *(grew[column] for grew in like)])
-            if grown[column] > allowed:
-                lines.append(f"{name}: {column} grew by {grown[column]:.1f}, more than {allowed:.1f}")
-    return lines
-
-
-def more_on_devices(samples: list[Sample]) -> list[str]:
-    """One line per GPU that holds more at the end than after the first part."""
-    first, last = samples[min(1, len(samples) - 1)], samples[-1]
-    grown = {name: end - first.devices[name] for name, end in last.devices.items()}
-    return [f"{name}: grew by {mib:.1f} MiB, more than {DEVICE_MIB}" for name, mib in grown.items() if mib > DEVICE_MIB]
 
 
 def main() -> None:
@@ -242,6 +194,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--limit-s", type=float, default=3600, help="of sending requests")
+    parser.add_argument("--within-s", type=float, help="send for as long as lets all of it end within so many seconds")
     parser.add_argument("--memory-mib", type=float, default=MEMORY_MIB, help="private memory per process and 1,000")
     parser.add_argument("--against", type=Path, help="JSON of a run with --plain")
     parser.add_argument("--json", type=Path, help="write the samples here")
@@ -268,8 +221,7 @@ def main() -> None:
     grown = growth(samples)
     trouble += too_much(grown, plain, args.memory_mib)
     if args.json:
-        data = {"samples": [part._asdict() for part in samples], "growth": grown, "seconds": took, "digests": digests}
-        args.json.write_text(json.dumps({**data, "done": outcome.done, "wrong": outcome.wrong, "left": left}, indent=1))
+        write(args.json, samples, took, digests, outcome, left=left)
     print(table(samples))
     say(f"{'plain vLLM' if args.plain else f'{args.ranks} dwdp ranks'}: {samples[-1].requests / took:.1f} requests/s")
     say(", ".join(f"{count} {kind}" for kind, count in sorted(outcome.done.items())) + f", {len(outcome.wrong)} wrong")

@@ -260,13 +260,15 @@ def test_cases_that_are_left_out_are_named(
 ) -> None:
     names = list(CASES)[:3]
     monkeypatch.setattr(sys, "argv", ["gpu_e2e", "--cpu", "--only", ",".join(names), "--limit-s", "50"])
-    monkeypatch.setattr(gpu_e2e_check, "checkpoint", lambda case: None)
+    written: list[object] = []
+    monkeypatch.setattr(gpu_e2e_check, "checkpoint", written.append)
     now = 0.0
     monkeypatch.setattr(gpu_e2e_check, "InTime", lambda limit_s: InTime(limit_s, lambda: now))
 
     def attempt(name: str, *_: object) -> dict[str, object]:
         nonlocal now
         now += 30
+        assert written == [CASES[name]], "those of the others would take the time of this one"
         return {"case": name, "wrong": []}
 
     monkeypatch.setattr(gpu_e2e_check, "attempt", attempt)

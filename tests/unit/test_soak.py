@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
@@ -9,12 +10,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import psutil
 import pytest
 from aiohttp import web
 
-from ci.checks import soak
+from ci.checks import soak, soak_results
 from ci.checks.soak_processes import COLUMNS, Sample, measure, names_of, role
 from ci.checks.soak_requests import Ask, Outcome, asks, send
 
@@ -147,29 +149,47 @@ def samples(**grown: float) -> list[Sample]:
     ],
 )
 def test_growth_is_told(grown: dict[str, float], told: str | None) -> None:
-    lines = soak.too_much(soak.growth(samples(**grown)), {})
+    lines = soak_results.too_much(soak_results.growth(samples(**grown)), {})
     assert lines == ([] if told is None else [f"worker 0: {told}"])
 
 
 def test_what_plain_vllm_grows_by_is_allowed_for() -> None:
     plain = {"worker 0": {"private": 3.0, "descriptors": 1.0, "threads": 0.0}}
     mine = {f"worker {rank}": {"private": 4.9, "descriptors": 1.0, "threads": 0.0} for rank in range(2)}
-    assert soak.too_much(mine, plain) == []
+    assert soak_results.too_much(mine, plain) == []
     mine["worker 1"] = {"private": 5.1, "descriptors": 2.0, "threads": 0.0}
-    assert [line.split(" grew")[0] for line in soak.too_much(mine, plain)] == [
+    assert [line.split(" grew")[0] for line in soak_results.too_much(mine, plain)] == [
         "worker 1: private",
         "worker 1: descriptors",
     ]
-    assert len(soak.too_much({"coordinator": plain["worker 0"]}, plain)) == 2
+    assert len(soak_results.too_much({"coordinator": plain["worker 0"]}, plain)) == 2
 
 
 def test_a_gpu_that_fills_is_told() -> None:
-    assert soak.more_on_devices(samples(rss=15)) == []
-    assert soak.more_on_devices(samples(rss=17)) == ["GPU: grew by 17.0 MiB, more than 16.0"]
+    assert soak_results.more_on_devices(samples(rss=15)) == []
+    assert soak_results.more_on_devices(samples(rss=17)) == ["GPU: grew by 17.0 MiB, more than 16.0"]
+
+
+@pytest.mark.parametrize(
+    ("within", "limit", "seconds"), [(None, 400, 300), (450, 275, 275), (900, 400, 300), (60, 1, 1)]
+)
+def test_a_soak_ends_in_time_however_long_the_start_took(within: float | None, limit: float, seconds: float) -> None:
+    args = argparse.Namespace(limit_s=400.0, seconds=300.0, within_s=within)
+    soak.fit(args, 130.0)
+    assert (args.limit_s, args.seconds) == (limit, seconds)
+
+
+def test_what_was_found_so_far_is_on_disk(tmp_path: Path) -> None:
+    outcome = Outcome()
+    outcome.wrong.append("x")
+    soak_results.write(tmp_path / "soak.json", samples(threads=1), 2.0, ["a"], outcome, unfinished=True)
+    found = json.loads((tmp_path / "soak.json").read_text())
+    assert found["unfinished"] and found["growth"]["worker 0"]["threads"] == 1 and found["wrong"] == ["x"]
+    assert len(found["samples"]) == 3 and [path.name for path in tmp_path.iterdir()] == ["soak.json"]
 
 
 def test_the_table() -> None:
-    lines = soak.table(samples(private=8, threads=1)).splitlines()
+    lines = soak_results.table(samples(private=8, threads=1)).splitlines()
     rows = {tuple(line.split()[:-4]): line.split()[-4:] for line in lines[1:]}
     assert rows["worker", "0", "private", "MiB"] == ["100.0", "100.0", "108.0", "8.0"]
     assert rows["worker", "0", "threads"] == ["100", "100", "101", "1"]
