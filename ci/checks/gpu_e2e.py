@@ -141,10 +141,10 @@ def check(case: Case, folder: Path, plain: Plain, args: argparse.Namespace) -> d
         return run_job(folder, model, ["digests", "tokens", *asked], environ(folder / cache), args.job_s, **options)
 
     words = key + json.dumps([asked, options], sort_keys=True)
-    usual = plain.get(words, lambda: ask_plain("cache-plain"))
-    plains = [usual]
-    if compiles(options):
-        plains.append(plain.get(f"again {words}", lambda: ask_plain("cache-again")))
+    caches = {words: "cache-plain"} | ({f"again {words}": "cache-again"} if compiles(options) else {})
+    with ThreadPoolExecutor(len(caches)) as both:
+        plains = list(both.map(lambda key: plain.get(key, lambda: ask_plain(caches[key])), caches))
+    usual = plains[0]
     started = time.monotonic()
     job = run_job(
         folder,
