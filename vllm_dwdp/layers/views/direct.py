@@ -79,7 +79,7 @@ class ForwardCounts:
 
     def add(self, tokens: int) -> None:
         """A forward of `tokens` tokens begins. Graphs pad to sizes that are read directly; one that is padded beyond those
-        whose tokens travel is counted among them."""
+        whose tokens travel is counted among them, and one of fewer that is padded to them as read."""
         page = self._counters.fields
         page.forwards += 1
         least, most = self._travels
