@@ -115,7 +115,9 @@ def arguments() -> argparse.Namespace:
         help="after each load without times of its own: the same by vllm bench serve",
     )
     add("--profile", action="store_true", help="after each load, what a step's time is made of: a turn with a profiler")
-    add("--profile-s", type=float, default=0.5, help="of such a turn, at most 10 (%(default)s)")
+    add(
+        "--profile-s", type=float, help=f"of such a turn, at most {profiling.MOST_S:g} (default: {profiling.USUAL_S:g})"
+    )
     add(
         "--tiles",
         choices=("shipped", "alike"),
@@ -137,8 +139,7 @@ def arguments() -> argparse.Namespace:
         check_numbers(args, zero=("ramp_s", "temperature", "spread"))
         if args.spread >= 1:
             raise ValueError(f"--spread {args.spread:g}: write less than 1, since lengths are more than 0")
-        if args.profile_s > profiling.MOST_S:
-            raise ValueError(f"--profile-s {args.profile_s:g}: write at most {profiling.MOST_S:g}")
+        args.profile_s = profiling.seconds(args)
         check_places(args, "json", "go")
         if args.earlier is not None and not args.earlier.is_file():
             raise ValueError(f"--earlier {args.earlier}: there is no such file: name what --json has written")

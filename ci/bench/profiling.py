@@ -33,6 +33,7 @@ CALL_S: Final = 120.0
 AFTER_S: Final = 1.0
 #: The most that --profile-s may be: every rank keeps what happens in that time, writes it, and all of it is read at once.
 MOST_S: Final = 10.0
+USUAL_S: Final = 0.5
 #: Of reading all traces of a turn.
 READ_S: Final = 120.0
 #: A turn is not begun where less is left.
@@ -47,6 +48,18 @@ class ProfileFailed(Exception):
     def __init__(self, why: str, on: bool) -> None:
         super().__init__(why)
         self.on = on
+
+
+def seconds(args: argparse.Namespace) -> float:
+    """--profile-s of loads.py. Raises ValueError for words that do not go together."""
+    given: float | None = args.profile_s
+    if given is not None and not args.profile:
+        raise ValueError(f"--profile-s {given:g}: it is for --profile")
+    if given is not None and given > MOST_S:
+        raise ValueError(f"--profile-s {given:g}: write at most {MOST_S:g}")
+    if args.profile and any(word.startswith("--profiler-config") for word in args.more):
+        raise ValueError("--profile with --profiler-config behind --more: both choose vLLM's profiler: leave one out")
+    return USUAL_S if given is None else given
 
 
 def words(folder: Path) -> list[str]:

@@ -25,6 +25,8 @@ from ci.bench import contention, layer_calls, loads, returns, starts
         (["--cpu", "--kv-gib", "-1"], "--kv-gib -1: write more than 0"),
         (["--cpu", "--profile", "--profile-s", "0"], "--profile-s 0: write more than 0"),
         (["--cpu", "--profile", "--profile-s", "11"], "--profile-s 11: write at most 10"),
+        (["--cpu", "--profile-s", "1"], "--profile-s 1: it is for --profile"),
+        (["--cpu", "--profile", "--more", "--profiler-config", "{}"], "both choose vLLM's profiler"),
         (["--cpu", "--limit-s", "nan"], "--limit-s nan: write more than 0"),
         (["--cpu", "--ramp-s", "-0.5"], "--ramp-s -0.5: write 0 or more"),
         (["--cpu", "--spread", "1"], "--spread 1: write less than 1"),
