@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ci.bench.results import as_text
 from ci.bench.run import command, machine
-from ci.bench.travel_rank import TOKENS, Rank
+from ci.bench.travel_rank import TOKENS, USUAL, Rank
 from ci.bench.words import check_numbers, check_places
 from ci.checks.visible import visible_gpus
 from vllm_dwdp.kernels.tiles import KernelName
@@ -68,7 +68,7 @@ def arguments(words: Sequence[str] | None = None) -> tuple[argparse.Namespace, S
         help="of long steps, instead of the one of the tile table; a persistent kernel keeps its multiprocessors to its end",
     )
     parser.add_argument("--seconds", type=float, default=0.5)
-    parser.add_argument("--tokens", type=int, nargs="*", default=list(TOKENS), choices=TOKENS)
+    parser.add_argument("--tokens", type=int, nargs="*", default=list(USUAL), choices=TOKENS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(words)
     try:

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from ci.bench.travel_layers import Shape
     from vllm_dwdp.kernels.tiles import KernelName
 
-TOKENS = (1, 8, 32, 64)
+#: That a layer can be asked to have, and those that it has unless told.
+TOKENS = (1, 2, 4, 8, 32, 64)
+USUAL = (1, 8, 32, 64)
 
 
 class Rank:

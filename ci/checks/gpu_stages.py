@@ -184,7 +184,10 @@ STAGES: dict[str, tuple[Step, ...]] = {
         _loads("all layers", *WHOLE, "--systems", "dpep", HALF, "--loads", *STEADY),
         _loads("at fixed times", *HALF_OF_LAYERS, "--systems", "dpep", HALF, "--loads", *TIMED),
         _loads("beside tensor parallelism", *WHOLE, "--systems", "tp", HALF, "--loads", *STEADY),
-        _loads("same tiles", "--tiles", "alike", "--profile", "--systems", "dpep", "tp", HALF, "--loads", STEADY[0]),
+        # Replicas pull nothing: what is slower in DWDP's steps than in theirs, pulls make slower.
+        _loads(
+            "same tiles", "--tiles", "alike", "--profile", "--systems", "dpep", "replicas", HALF, "--loads", STEADY[0]
+        ),
         _loads("FP8", "--model", "qwen3-fp8", "--systems", "dpep", "tp", HALF, "--loads", *STEADY),
         _loads("INT4", "--model", "qwen3-int4", "--systems", "dpep", "tp", PAGED, "--loads", *STEADY, *MARLIN),
         _loads("MXFP4", "--model", "gpt-oss-mxfp4", "--layers", "8", "--systems", "dpep", "tp", PAGED, *MXFP4),
@@ -210,7 +213,7 @@ STAGES: dict[str, tuple[Step, ...]] = {
         _travel("tokens that travel"),
         _travel("tokens that travel, gpt-oss", "--model", "gpt-oss-120b", limit_s=300),
         _travel("tokens that travel, DeepSeek-V3", "--model", "DeepSeek-V3", limit_s=300),
-        _travel("tokens that travel, 112 held", "--held", "112"),
+        _travel("tokens that travel, 112 held", "--held", "112", "--tokens", "1", "2", "4", "8", "32"),
         Step("at once", _script("bench.contention", "--json", "{out}/contention.json"), 100, None, gpus=2),
         Step("calls of a layer", _script("bench.layer_calls"), 60, _script("bench.layer_calls", "--simulated"), gpus=2),
     ),
