@@ -60,10 +60,11 @@ def visit(
     way = ([line for line in told(server) if "of loading" in line] or ["its log says not how"])[-1]
     say(f"rank {number} answers after {there - began:.0f} s: {way}")
     wrong += _await_peers(ranks, number, f"there is an extra rank, number {number}")
+    asked_from = time.monotonic()
     with Steady(Target(server.url, {}), load.pool, load.clients, load.limit_s) as steady:
         time.sleep(part_s)
         asked_until = time.monotonic()
-    own = part(steady.asked, there, asked_until)
+    own = part(steady.asked, asked_from, asked_until)
     wrong += [f"a request failed at rank {number}: {trouble}" for trouble in steady.troubles()]
     if not own.answers:
         wrong.append(f"rank {number} answered nothing")

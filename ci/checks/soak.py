@@ -150,25 +150,27 @@ class Server:
         return left
 
 
-def fit(args: argparse.Namespace, started_s: float) -> None:
-    """With --within-s, send for as long as lets all end by then: the server took `started_s` seconds to start."""
-    if args.within_s:
-        args.limit_s = min(args.limit_s, max(1.0, args.within_s - started_s - END_S))
-        args.seconds = min(args.seconds, args.limit_s)
+def left_s(args: argparse.Namespace, took: float, since_s: float) -> float:
+    """Seconds for which requests may still be sent, none below 0; they were for `took`. since_s: since the server's start,
+    with all samples so far, by which --within-s goes. The first ones are sent in any case."""
+    if args.within_s is None:
+        return float(args.limit_s - took)
+    return float(min(args.limit_s - took, max(args.within_s - END_S - since_s, 0.0 if took else 1.0)))
 
 
 def run(server: Server, args: argparse.Namespace, outcome: Outcome) -> tuple[list[Sample], float, list[str]]:
     """Samples at the start and after every part, the seconds that requests took, and digests before and after, by rank."""
     began = time.monotonic()
     server.wait_for_health()
-    fit(args, time.monotonic() - began)
     digests = [state["digest"] for state in server.states(digests=True).values()]
     samples, took = [server.sample(0)], 0.0
     ranks, length = (1 if args.plain else args.ranks), longest(args)
-    while took < args.limit_s and (took < args.seconds or samples[-1].requests < args.requests):
+    while took < args.seconds or samples[-1].requests < args.requests:
+        if (left := left_s(args, took, time.monotonic() - began)) <= 0:
+            break
         part = asks(args.part, "soak", length, seed=len(samples), long=args.long)
         started = time.monotonic()
-        sent = asyncio.run(send(server.url, part, ranks, args.concurrency, args.limit_s - took, outcome))
+        sent = asyncio.run(send(server.url, part, ranks, args.concurrency, left, outcome))
         took += time.monotonic() - started
         samples.append(server.sample(samples[-1].requests + sent))
         if args.json:
@@ -213,7 +215,7 @@ def main() -> None:
     # Plain vLLM leaves the files of its sockets.
     trouble += [f"left behind: {name}" for name in left if not args.plain or name.startswith("process")]
     if samples[-1].requests < args.requests:
-        trouble.append(f"{samples[-1].requests} of {args.requests} requests within {args.limit_s:.0f} s")
+        trouble.append(f"{samples[-1].requests} of {args.requests} requests in {took:.0f} s")
     trouble += more_on_devices(samples)
     if len(set(digests)) > 1:
         trouble.append(f"experts changed, or differ between ranks: {' '.join(digests)}")

@@ -268,11 +268,11 @@ def test_cases_that_are_left_out_are_named(
     def attempt(name: str, *_: object) -> dict[str, object]:
         nonlocal now
         now += 30
-        assert written == [CASES[name]], "those of the others would take the time of this one"
         return {"case": name, "wrong": []}
 
     monkeypatch.setattr(gpu_e2e_check, "attempt", attempt)
     assert gpu_e2e_check.main() == 1
+    assert written == [], "a case writes its own model: those of the others would take its time"
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == f"not begun, 2 of 3 cases: {','.join(sorted(names[1:]))}"
     assert [line.split()[1] for line in said if line.split()[:1] == [names[0]]] == ["ok"]

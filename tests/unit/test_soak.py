@@ -171,12 +171,57 @@ def test_a_gpu_that_fills_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("within", "limit", "seconds"), [(None, 400, 300), (450, 275, 275), (900, 400, 300), (60, 1, 1)]
+    ("within", "took", "since", "left"),
+    [
+        (None, 100, 999, 300),
+        (450, 0, 130, 275),
+        (450, 100, 300, 105),
+        (900, 390, 400, 10),
+        (450, 100, 410, 0),
+        (60, 0, 130, 1),
+    ],
 )
-def test_a_soak_ends_in_time_however_long_the_start_took(within: float | None, limit: float, seconds: float) -> None:
-    args = argparse.Namespace(limit_s=400.0, seconds=300.0, within_s=within)
-    soak.fit(args, 130.0)
-    assert (args.limit_s, args.seconds) == (limit, seconds)
+def test_a_soak_ends_in_time_however_long_start_and_samples_took(
+    within: float | None, took: float, since: float, left: float
+) -> None:
+    args = argparse.Namespace(limit_s=400.0, within_s=within)
+    assert soak.left_s(args, took, since) == left
+
+
+class _Served:
+    """In place of soak.Server: it takes 100 s to start, and every sample 20 s."""
+
+    def __init__(self) -> None:
+        self.now, self.url, self.process = 0.0, "", argparse.Namespace(poll=lambda: None)
+
+    def wait_for_health(self) -> None:
+        self.now += 100
+
+    def states(self, digests: bool = False) -> dict[int, dict[str, str]]:
+        return {0: {"digest": "a"}}
+
+    def sample(self, requests: int) -> Sample:
+        self.now += 20
+        return samples()[0]._replace(requests=requests)
+
+
+def test_a_soak_sends_for_as_long_as_lets_it_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The time that samples take between parts counts; what was found before is on disk meanwhile."""
+    server, sent, file = _Served(), list[float](), tmp_path / "soak.json"
+
+    async def send(url: str, part: object, ranks: int, concurrency: int, limit_s: float, outcome: Outcome) -> int:
+        assert not sent or json.loads(file.read_text())["unfinished"]
+        sent.append(limit_s)
+        server.now += min(50.0, limit_s)
+        return 7
+
+    monkeypatch.setattr(soak, "send", send)
+    monkeypatch.setattr(soak, "time", argparse.Namespace(monotonic=lambda: server.now))
+    args = argparse.Namespace(plain=False, ranks=2, part=10, long=0, concurrency=2, requests=10, seconds=300.0)
+    vars(args).update(limit_s=400.0, within_s=350.0, json=file, quiet=True)
+    found, took, digests = soak.run(server, args, Outcome())  # type: ignore[arg-type]
+    assert sent == [185.0, 115.0, 45.0] and took == 145 and digests == ["a", "a"]
+    assert server.now <= 350 - soak.END_S + 20 and found[-1].requests == 21
 
 
 def test_what_was_found_so_far_is_on_disk(tmp_path: Path) -> None:
