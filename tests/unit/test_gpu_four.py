@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,6 +65,37 @@ def test_plain_vllm_is_asked_again_where_four_ranks_need_more(tmp_path: Path, mo
     for ranks, wrong in ((2, ["logprobs"]), (4, [])):
         case = four._replace(ranks=ranks)
         assert checked(case, tmp_path, monkeypatch, -2.0, plain)["wrong"] == wrong
+
+
+def test_plain_vllm_that_compiles_is_asked_twice_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one has compiled, the other does not find: both might round alike."""
+    both, caches, inside = threading.Barrier(2, timeout=20), list[str](), gpu_e2e.Plain()
+    real = gpu_e2e.Plain.get
+
+    def get(self: gpu_e2e.Plain, key: str, find: Any) -> Any:
+        both.wait()
+        return real(self, key, find)
+
+    monkeypatch.setattr(gpu_e2e.Plain, "get", get)
+    monkeypatch.setattr(gpu_e2e, "environ", lambda cache: caches.append(cache.name) or {})
+    case = CASES["qwen3-split"]._replace(options={"enforce_eager": False})
+    assert checked(case, tmp_path, monkeypatch, -1.0, inside)["wrong"] == []
+    assert sorted(caches[:2]) == ["cache-again", "cache-plain"] and caches[2:] == ["cache-dwdp"]
+
+
+def test_models_are_written_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writing: list[str] = []
+
+    def write(spec: Any, folder: Path) -> Path:
+        writing.append("begins")
+        time.sleep(0.05)
+        writing.append("ends")
+        return folder
+
+    monkeypatch.setattr(gpu_e2e, "write_checkpoint", write)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(gpu_e2e.checkpoint, list(CASES.values())[:3]))
+    assert writing == ["begins", "ends"] * 3
 
 
 def test_a_batch_of_four_is_in_parts_without_what_the_parts_before_have_left() -> None:

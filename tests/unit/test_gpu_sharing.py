@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from tests.unit.gpu_layers import EXPERTS, LAYERS, SHAPES, weights
 from tests.unit.gpu_sharing import MANY, share_on_gpus
 from vllm_dwdp.errors import DwdpTimeout
 from vllm_dwdp.layers.build import ModelBuild
+from vllm_dwdp.layers.sharing import ExpertSharing
 from vllm_dwdp.transport.cuda_copy import CudaCopyEngine
 from vllm_dwdp.transport.cupy_ipc import CupyIpcTransport
 from vllm_dwdp.transport.mirrored import MirroredTransport
@@ -64,6 +66,26 @@ def test_two_ranks_see_every_byte(view: str, transport: str, kind: type, monkeyp
         rank.sharing.close()
         rank.sharing.close()
         assert len(rank.device.streams) == 1, "a stream is left"
+
+
+@pytest.mark.parametrize(("span", "ways"), [((2, 4), [0, 1, 1, 0]), (None, [0, 0, 0, 0])])
+def test_forwards_are_counted_as_they_travel(span: Any, ways: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def set_out(self: Any, most: int, *_: Any) -> None:
+        self.travel = SimpleNamespace(span=span, told="from 2 up to 4 tokens", close=lambda timeout_s: None)
+
+    monkeypatch.setattr(ExpertSharing, "_most_travelling", lambda self: 4 if span else 0)
+    monkeypatch.setattr(ExpertSharing, "_set_out", set_out)
+    _, ranks = share_on_gpus(monkeypatch, "split", direct_tokens=8)
+    for rank in ranks:
+        found = []
+        for tokens in (1, 2, 4, 5):
+            before = rank.sharing.counters.fields.travel_forwards
+            rank.sharing.forwards.add(tokens)
+            found.append(rank.sharing.counters.fields.travel_forwards - before)
+        assert found == ways and rank.sharing.counters.fields.direct_forwards == 4 - sum(ways)
+        said = rank.sharing.describe("a test")
+        assert said.endswith(", or has their owners compute, from 2 up to 4 tokens") == (span is not None)
+        rank.sharing.close()
 
 
 @pytest.mark.parametrize("view", ["contiguous", "split", "composite"])

@@ -190,6 +190,19 @@ def test_one_token_is_read_where_nearly_all_experts_are_held(decode: Any, held: 
     assert asked == [1 if decode == "travel" or held == 64 else 2]
 
 
+def test_layers_are_told_from_how_many_tokens_on_they_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(travel, "compile_ahead", list)
+    made: Any = object.__new__(Travel)
+    made._rank, made._requester, made._first, made.buckets = 1, SimpleNamespace(buckets=(1, 2, 8)), 2, ()
+    made._kernel, made._layout, made.state = None, SimpleNamespace(top_k=2), torch.zeros(1)
+    told: list[Any] = []
+    placement = SimpleNamespace(owners=[[0, 0, 1, 1], [0, 1, 0, 1]])
+    module = SimpleNamespace(dwdp_travel=told.append)
+    made._attach([SimpleNamespace(build=SimpleNamespace(module=module, placement=placement))] * 2)
+    assert [(each.layer, each.least_tokens, each.most_tokens) for each in told] == [(0, 2, 8), (1, 2, 8)]
+    assert told[0].owners.tolist() == [0, 1, 0, 1] and told[0].owners is told[1].owners
+
+
 def test_a_rank_that_was_asked_lately_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     now, page = [50.0], CounterPage.create(rank=5)
     monkeypatch.setattr(travel_counts, "time", SimpleNamespace(monotonic=lambda: now[0]))

@@ -131,7 +131,7 @@ class TravelLayer:
 def first_to_travel(layer: TravelLayer, most: int) -> int:
     """Least tokens of a forward that has owners compute; fewer are surely faster read where they are. `most` at most.
 
-    So where nearly all experts are held and a forward of a token or two misses one at most. costs.other_s is 0.
+    So where nearly all experts are held and a forward of one token or a few misses hardly one. costs.other_s is 0.
     """
     for tokens in range(1, most):
         if layer.costs.direct_s(tokens) + LAUNCHES_S > READ_PART * layer.seconds(tokens):

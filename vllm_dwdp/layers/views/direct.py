@@ -78,8 +78,8 @@ class ForwardCounts:
         page.forwards = page.direct_forwards = page.direct_bytes = page.travel_forwards = 0
 
     def add(self, tokens: int) -> None:
-        """A forward of `tokens` tokens begins. Graphs pad to sizes that are read directly; one that is padded beyond those
-        whose tokens travel is counted among them, and one of fewer that is padded to them as read."""
+        """A forward of `tokens` tokens begins, counted by what it has, though its graph may have more and go another way:
+        one token in a graph of the least that travel travels, and counts as read. No graph pulls."""
         page = self._counters.fields
         page.forwards += 1
         least, most = self._travels
