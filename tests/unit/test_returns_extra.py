@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 from ci.bench import returns_extra
+from ci.bench.steady import Asked
 
 pytest_plugins = ("tests.unit.returns_told",)
 
@@ -50,3 +52,42 @@ def test_an_extra_rank_takes_a_gpu(returns_told: Any, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         returns_told("", "--ranks", "4", "--extra")
     assert "this takes 5 GPUs, and 4 can be seen" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("answers", "left"), [(3, []), (0, []), (3, [77])])
+def test_what_an_extra_rank_did(answers: int, left: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokens/s are of the time in which it is asked, however long its peers took to see it."""
+    now = [100.0]
+
+    class Asking:
+        def __init__(self, *_: Any) -> None:
+            self.asked = [Asked(now[0], now[0] + 0.1 * (1 + i), 50) for i in range(answers)]
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            now[0] += 1.0
+
+        def troubles(self) -> list[str]:
+            return []
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(returns_extra, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=passes))
+    monkeypatch.setattr(returns_extra, "Steady", Asking)
+    monkeypatch.setattr(returns_extra, "device_mib", lambda: [])
+    monkeypatch.setattr(returns_extra, "wait_up", lambda server, deadline: passes(30))
+    monkeypatch.setattr(returns_extra, "told", lambda server: [])
+    monkeypatch.setattr(returns_extra, "_await_peers", lambda ranks, peers, why: passes(8) or [])
+    monkeypatch.setattr(returns_extra.positions, "members", lambda pid: left)
+    server: Any = SimpleNamespace(url="http://127.0.0.1:1", process=SimpleNamespace(pid=5, returncode=0))
+    servers: Any = SimpleNamespace(stop=lambda server: passes(4))
+    load = returns_extra.Load([], 1, 1.0)
+    seen = returns_extra.visit(servers, lambda: server, [server] * 2, lambda asked: ["0a"], load, 60.0, 5.0)
+    own = seen.found["part"]
+    assert (own["seconds"], own["answers"], own["tokens_per_s"]) == (5.0, answers, 10.0 * answers)
+    assert seen.found["start_s"] == 30 and seen.found["stop_s"] == 4 and (seen.starts, seen.there) == (100, 130)
+    nothing = ["rank 2 answered nothing"] * (not answers)
+    assert seen.wrong == nothing + [f"rank 2 left process {pid}" for pid in left]
