@@ -107,12 +107,13 @@ class Apart:
             loads = [stack.enter_context(Steady(target, pool, clients, limit_s)) for target in targets]
             marks = self._events()
             asked = [load.asked for load in loads]
-            # So far, should the rest be cut off.
-            self.found |= figures(asked, marks)
             if self._args.extra:
+                # So far, should the rest be cut off.
+                self.found |= figures(asked, marks)
+                self.wrong += judge(asked, marks, self.found["parts"])
                 marks = [*marks[:-1], *self._extra(pool)]
         self.found |= figures(asked, marks)
-        self.wrong += judge(asked, marks, self.found["parts"])
+        self.wrong += [line for line in judge(asked, marks, self.found["parts"]) if line not in self.wrong]
         self.found["trouble"] = [load.troubles()[:10] for load in loads]
         second = self.digests()
         self.found["digests"] = first + second

@@ -100,6 +100,7 @@ def test_ranks_of_two_devices_need_as_many(
         (["--cpu", "--settle-s", "-1"], "--settle-s -1: write 0 or more"),
         (["--cpu", "--layers", "0"], "--layers 0: write 1 or more"),
         (["--cpu", "--part-s", "300"], "--limit-s 840: parts and settling alone take 908 s: write more"),
+        (["--cpu", "--part-s", "250", "--extra"], "--limit-s 1140: parts and settling alone take 1258 s"),
         (["--cpu", "--part-s", "200", "--limit-s", "420"], "--limit-s 420: parts and settling alone take 608 s"),
         (["--cpu", "--ranks", "1"], "--ranks 1: nobody would be left to serve: write 2 or more"),
         (["--ranks", "4", "--part-s", "200"], "--limit-s 510: parts and settling alone take 608 s"),
@@ -121,6 +122,7 @@ def test_returns(
     [
         ([], (150, 420)),
         (["--ranks", "4"], (240, 510)),
+        (["--ranks", "3", "--extra"], (195, 615)),
         (["--start-s", "200"], (200, 470)),
         (["--ranks", "4", "--limit-s", "580"], (240, 580)),
         (["--cpu"], (300, 840)),

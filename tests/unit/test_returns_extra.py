@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("vllm")
 from ci.bench import returns_extra
+from ci.bench.returns_servers import NotUp
 from ci.bench.steady import Asked
 
 pytest_plugins = ("tests.unit.returns_told",)
@@ -52,6 +53,17 @@ def test_an_extra_rank_takes_a_gpu(returns_told: Any, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         returns_told("", "--ranks", "4", "--extra")
     assert "this takes 5 GPUs, and 4 can be seen" in capsys.readouterr().err
+
+
+def test_what_was_found_before_stays(returns_told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def visit(*_: Any) -> None:
+        raise NotUp("rank-2 was not up in time")
+
+    monkeypatch.setattr(returns_extra, "visit", visit)
+    code, found = returns_told("falls-over", "--extra")
+    assert code == 1 and list(found["apart"]["parts"])[-1] == "after"
+    assert any("requests failed at rank 0" in line for line in found["wrong"]), found["wrong"]
+    assert any("rank-2 was not up in time" in line for line in found["wrong"])
 
 
 @pytest.mark.parametrize(("answers", "left"), [(3, []), (0, []), (3, [77])])
