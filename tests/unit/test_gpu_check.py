@@ -16,6 +16,7 @@ import pytest
 from ci.bench import returns as bench_returns
 from ci.bench import servers as bench_servers
 from ci.bench.load import parse_load
+from ci.bench.models import MODELS
 from ci.checks import gpu as gpu_check
 from ci.checks import gpu_e2e as gpu_e2e_check
 from ci.checks import gpu_stages
@@ -253,6 +254,20 @@ def test_a_case_that_fails_counts_as_one_that_ended() -> None:
         raise RuntimeError("x")
     with in_time.case("next") as begins:
         assert not begins
+
+
+def test_systems_under_load_have_more_moe_layers_than_slots() -> None:
+    """With as many, each would keep a slot of its own, and nothing would be pulled after the first forward."""
+    seen = 0
+    for step in itertools.chain(*gpu_check.STAGES.values()):
+        words = [str(word) for word in step.words]
+        if any("bench.loads" in word for word in words):
+            given = dict(itertools.pairwise(words))
+            spec = MODELS[given.get("--model", "qwen3")][0]
+            layers = int(given.get("--layers", spec.num_layers))
+            assert layers - spec.first_moe_layer > DwdpConfig().num_slots, step.name
+            seen += 1
+    assert seen > 10
 
 
 def test_cases_that_are_left_out_are_named(
