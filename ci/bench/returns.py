@@ -15,8 +15,8 @@ is told.
 
 Exit status 1: a request failed at another rank than 1, or at rank 1 while it was there; one of the others gave no answer
 around the kill for a second longer than before; digests differ; rank 1 did not adopt its experts, or a GPU has more in use
-after than before, by half a share; a rank did not see it, or the extra one, go or come; a server did not start; or something
-was left: a process, a segment, memory of a GPU.
+after than before, by half a share; the extra rank failed a request, or did not end in order; a rank did not see it, or rank
+1, go or come; a server did not start; or something was left: a process, a segment, memory of a GPU.
 
 With --cpu: a tiny model on two cores, to try the program; figures mean nothing, and vLLM has there no data parallel launch
 with expert parallelism to compare with.
