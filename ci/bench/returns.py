@@ -15,8 +15,8 @@ is told.
 
 Exit status 1: a request failed at another rank than 1, or at rank 1 while it was there; one of the others gave no answer
 around the kill for a second longer than before; digests differ; rank 1 did not adopt its experts, or a GPU has more in use
-after than before, by half a share; a rank did not see it, or the extra one, go or come; a server did not start; or something
-was left: a process, a segment, memory of a GPU.
+after than before, by half a share; the extra rank failed a request, or did not end in order; a rank did not see it, or rank
+1, go or come; a server did not start; or something was left: a process, a segment, memory of a GPU.
 
 With --cpu: a tiny model on two cores, to try the program; figures mean nothing, and vLLM has there no data parallel launch
 with expert parallelism to compare with.
@@ -43,7 +43,7 @@ from ci.bench.returns_plain import Plain
 from ci.bench.returns_plain import table as table_plain
 from ci.bench.returns_servers import Left, NotUp, say
 from ci.bench.run import await_go, command, machine, versions
-from ci.bench.weights import write_weights
+from ci.bench.weights import why_not, write_weights
 from ci.bench.words import check_numbers, check_places
 from ci.checks.visible import visible_gpus
 
@@ -103,6 +103,8 @@ def arguments() -> argparse.Namespace:
         args.load = parse_load(args.load or ("small=96/1/2" if args.cpu else "prefill8k=8192/1/8"))
         if args.model not in MODELS:
             raise ValueError(f"--model {args.model}: write {', '.join(MODELS)}")
+        if reason := why_not(args.model):
+            raise ValueError(reason)
         if args.load.every or args.load.uneven:
             raise ValueError(f"load {args.load.name}: its clients ask one request after the other, all alike")
         if not args.cpu and (gpus := visible_gpus()) < (wanted := args.ranks + args.extra):

@@ -18,6 +18,7 @@ from ci.bench.load import Request
 from ci.bench.models import MODELS
 from ci.bench.returns_servers import (
     Left,
+    NotUp,
     device_mib,
     more_in_use,
     others,
@@ -100,7 +101,7 @@ class Apart:
 
     def tell(self, pool: Sequence[Request]) -> None:
         """The story, and what came of it. Raises NotUp."""
-        first = self.digests()
+        first = self.found["digests"] = self.digests()
         targets = [Target(server.url, {}) for server in self._ranks]
         clients, limit_s = self._args.load.concurrency, self._args.answer_s
         with contextlib.ExitStack() as stack:
@@ -111,14 +112,14 @@ class Apart:
                 # So far, should the rest be cut off.
                 self.found |= figures(asked, marks)
                 self.wrong += judge(asked, marks, self.found["parts"])
+                self.found["wrong"] = self.wrong
                 marks = [*marks[:-1], *self._extra(pool)]
         self.found |= figures(asked, marks)
         self.wrong += [line for line in judge(asked, marks, self.found["parts"]) if line not in self.wrong]
         self.found["trouble"] = [load.troubles()[:10] for load in loads]
         second = self.digests()
         self.found["digests"] = first + second
-        if "extra" in self.found:
-            self.found["digests"].append(self.found["extra"]["digest"])
+        self.found["digests"] += [self.found["extra"]["digest"]] if "digest" in self.found.get("extra", {}) else []
         if len(set(self.found["digests"])) > 1:
             self.wrong.append(f"experts changed, or differ between ranks: {' '.join(self.found['digests'])}")
         self.found["logs"] = {server.name: told(server) for server in self._ranks}
@@ -163,7 +164,7 @@ class Apart:
 
     def _extra(self, pool: Sequence[Request]) -> list[Mark]:
         number, args = self._args.ranks, self._args
-        seen = extra.visit(
+        visit = extra.Visit(
             self._servers,
             lambda: self._start(number, f"rank-{number}"),
             self._ranks,
@@ -172,10 +173,14 @@ class Apart:
             args.start_s,
             args.part_s,
         )
-        self.found["extra"] = seen.found
-        self.wrong += seen.wrong
-        parts = [Mark(seen.starts, extra.STARTS), Mark(seen.there, extra.THERE), Mark(seen.left, extra.LEFT)]
-        return [*parts, Mark(time.monotonic(), "")]
+        self.found["extra"] = visit.found
+        try:
+            visit.run()
+        except (NotUp, OSError) as error:
+            # What the others noticed of it is judged all the same.
+            visit.wrong.append(f"{type(error).__name__}: {error}")
+        self.wrong += visit.wrong
+        return [*itertools.starmap(Mark, visit.marks), Mark(time.monotonic(), "")]
 
     def _notice(self, since: float) -> None:
         """How long each other rank takes to see that its peer is gone, and whether it says meanwhile that it is well."""
@@ -242,10 +247,13 @@ def gaps(parts: dict[str, list[Figures]]) -> list[tuple[int, float, float]]:
 
 def table(found: dict[str, Any]) -> list[str]:
     """Lines: for each part what each rank did."""
-    lines = [f"{'':<16}{'s':>6}  {'rank':>4}{'tokens/s':>11}{'answers':>9}{'failed':>8}{'slowest s':>11}{'gap s':>8}"]
+    width = max(map(len, found["parts"])) + 2
+    lines = [
+        f"{'':<{width}}{'s':>6}  {'rank':>4}{'tokens/s':>11}{'answers':>9}{'failed':>8}{'slowest s':>11}{'gap s':>8}"
+    ]
     for name, of_part in found["parts"].items():
         for rank, row in enumerate(of_part):
-            head = f"{name:<16}{row['seconds']:6.1f}" if rank == 0 else f"{'':<22}"
+            head = f"{name:<{width}}{row['seconds']:6.1f}" if rank == 0 else " " * (width + 6)
             lines.append(
                 f"{head}  {rank:>4}{row['tokens_per_s']:>11.0f}{row['answers']:>9}{row['failed']:>8}"
                 f"{row['slowest_s']:>11.2f}{row['gap_s']:>8.2f}"

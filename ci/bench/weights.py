@@ -43,17 +43,14 @@ class _Stored(NamedTuple):
 def write_weights(name: str, folder: Path) -> int:
     """Write model.safetensors of the model `name` of MODELS, whose config is in `folder`; returns its bytes.
 
-    Raises ValueError for a model whose weights are quantised in another way than FP8 with scales per block, or whose experts
-    are fused.
+    Raises ValueError where there is a reason `why_not`.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     spec, _ = MODELS[name]
-    if spec.experts or spec.is_fused:
-        raise ValueError(
-            f"model {name}: only weights of one type or in FP8 blocks, expert by expert, are made: take qwen3"
-        )
+    if reason := why_not(name):
+        raise ValueError(reason)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=getattr(torch, spec.dtype))
     wanted = _stored(as_on_disk(model.state_dict(), spec), spec)
@@ -80,6 +77,15 @@ def write_weights(name: str, folder: Path) -> int:
     return file.stat().st_size
 
 
+def why_not(name: str) -> str:
+    """Why no weights are made for the model `name` of MODELS, in one line; empty where they are."""
+    spec, _ = MODELS[name]
+    if not spec.experts and not spec.is_fused:
+        return ""
+    made = ", ".join(each for each, (spec, _) in MODELS.items() if not spec.experts and not spec.is_fused)
+    return f"model {name}: only weights of one type or in FP8 blocks, expert by expert, are made: take {made}"
+
+
 def _stored(wanted: Mapping[str, torch.Tensor], spec: CheckpointSpec) -> dict[str, _Stored]:
     found: dict[str, _Stored] = {}
     for name, tensor in wanted.items():
@@ -90,7 +96,9 @@ def _stored(wanted: Mapping[str, torch.Tensor], spec: CheckpointSpec) -> dict[st
             # Scales differ, so that one of another block would be seen.
             found[f"{name}_scale_inv"] = _Stored(blocks, "float32", std / _FP8_STD, 0.1 * std / _FP8_STD)
         else:
-            found[name] = _Stored(tuple(tensor.shape), spec.dtype, mean, std)
+            # Routers score with a correction in float32 whatever the model's type is.
+            dtype = "float32" if name.endswith("e_score_correction_bias") else spec.dtype
+            found[name] = _Stored(tuple(tensor.shape), dtype, mean, std)
     return found
 
 

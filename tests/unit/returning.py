@@ -8,6 +8,8 @@ it. FAULT is what goes wrong:
     falls-over   while a peer is gone, requests get HTTP 500        stalls they wait for 1.5 s
     blind        all peers are always there                         down   nothing is served, the process ends with 3
     lonely       one peer is never there                            late   requests get HTTP 500 from the start
+    deaf         SIGTERM does not end it                            leaves a child of its own outlives it
+    slow         requests take longer than any part                 falls  SIGTERM ends it with 4
 
 With `@NAME` behind it only that server has it.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -52,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
             told = "0b" if FAULT == "other-bytes" else "0a"
             (Path(body["args"][0]) / "rank-0.json").write_text(json.dumps({"digest": told}))
             return self._send(b"{}")
-        time.sleep(SECONDS)
+        time.sleep(3.0 if FAULT == "slow" else SECONDS)
         if FAULT == "late":
             return self._send(b"not yet", 500)
         if FAULT in ("falls-over", "stalls") and "again" not in NAME and peers_gone():
@@ -83,6 +86,10 @@ if __name__ == "__main__":
     if FAULT == "down":
         print("ValueError: on purpose", flush=True)
         sys.exit(3)
+    code = 4 if FAULT == "falls" else 0
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if FAULT == "deaf" else lambda *_: os._exit(code))
+    if FAULT == "leaves":
+        child = subprocess.Popen(["sleep", "60"])
     if NAME == "plain":
         threading.Thread(target=end_with_engine, daemon=True).start()
     way = "adopted" if "again" in NAME and FAULT != "read" else "read from the checkpoint"

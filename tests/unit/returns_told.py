@@ -14,6 +14,7 @@ import pytest
 from ci.bench import returns, returns_apart, returns_extra, returns_plain, returns_servers
 from ci.root import ROOT
 
+import servers as servers_module  # isort: skip
 from servers import Server, Servers, free_ports  # isort: skip
 
 
@@ -41,6 +42,10 @@ def returns_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         for module in (returns_apart, returns_extra):
             monkeypatch.setattr(module, "_NOTICE_LIMIT_S", 2.0)
         monkeypatch.setattr(returns_servers, "_LEFT_LIMIT_S", 2.0)
+        monkeypatch.setattr(returns_extra, "_END_LIMIT_S", 1.0)
+        monkeypatch.setattr(returns_extra, "_TIDY_LIMIT_S", 1.0)
+        for limit in ("STOP_LIMIT_S", "TIDY_LIMIT_S"):
+            monkeypatch.setattr(servers_module, limit, 1.0)
         monkeypatch.setattr(returns, "visible_gpus", lambda: 4)
         monkeypatch.setattr(returns, "machine", lambda cpu: "a test")
         monkeypatch.setattr(returns_servers, "segments", set)

@@ -100,11 +100,12 @@ def test_ranks_of_two_devices_need_as_many(
         (["--cpu", "--settle-s", "-1"], "--settle-s -1: write 0 or more"),
         (["--cpu", "--layers", "0"], "--layers 0: write 1 or more"),
         (["--cpu", "--part-s", "300"], "--limit-s 840: parts and settling alone take 908 s: write more"),
-        (["--cpu", "--part-s", "250", "--extra"], "--limit-s 1140: parts and settling alone take 1258 s"),
+        (["--cpu", "--extra", "--part-s", "300"], "--limit-s 1140: parts and settling alone take 1508 s"),
         (["--cpu", "--part-s", "200", "--limit-s", "420"], "--limit-s 420: parts and settling alone take 608 s"),
         (["--cpu", "--ranks", "1"], "--ranks 1: nobody would be left to serve: write 2 or more"),
         (["--ranks", "4", "--part-s", "200"], "--limit-s 510: parts and settling alone take 608 s"),
         (["--ranks", "3"], "this takes 3 GPUs, and 1 can be seen"),
+        (["--cpu", "--model", "qwen3-int4"], "model qwen3-int4: only weights of one type or in FP8 blocks"),
         (["--cpu", "--json", "/not/there/a.json"], "--json /not/there/a.json: there is no folder /not/there"),
         (["--cpu", "--scratch", "/not/there"], "--scratch /not/there: there is no such folder: make it"),
         ([], "this takes 2 GPUs, and 1 can be seen: --cpu tries it on two cores"),
@@ -127,6 +128,8 @@ def test_returns(
         (["--ranks", "4", "--limit-s", "580"], (240, 580)),
         (["--cpu"], (300, 840)),
         (["--cpu", "--ranks", "3", "--start-s", "500", "--limit-s", "1500"], (500, 1500)),
+        (["--ranks", "3", "--extra"], (195, 615)),
+        (["--cpu", "--extra"], (300, 1140)),
     ],
 )
 def test_limits_of_returns_grow_with_its_ranks(

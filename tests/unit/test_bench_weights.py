@@ -46,8 +46,9 @@ def test_parts_cover_a_tensor_within_the_pool() -> None:
     assert len({first for first, _ in found}) > 10
 
 
-def test_fp8_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = CheckpointSpec(hidden=256, intermediate=128, fp8=True)
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_fp8_blocks(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = CheckpointSpec(family=family, hidden=256, intermediate=128, fp8=True)
     monkeypatch.setitem(MODELS, "small-fp8", (spec, 512))
     model = write_model("small-fp8", None, tmp_path / "fast")
     write_weights("small-fp8", model)
