@@ -68,7 +68,7 @@ class DwdpConfig:
         rates measured at start.
     decode: how such a forward, of few tokens, gets at missing experts: "travel" has their owners compute for its tokens, and
         reads directly where one does not answer in time; "direct" reads always; "auto" travels where that is
-        possible, but for so few tokens that they are surely faster read, where nearly all experts are held.
+        possible, but for one token or two that are faster read, where nearly all experts are held.
     travel_tokens: most tokens of a forward whose tokens travel.
     hits: file into which ranks write how often each expert was hit. popularity: such a file, by which experts beyond
         E/N are chosen.

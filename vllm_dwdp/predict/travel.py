@@ -21,6 +21,9 @@ PROMPT_S: Final = 426.5e-6
 #: Of what a direct read of few experts takes, what LayerCosts says of it: their blocks do not fill a link. 0.63 to 0.84 on
 #: two H100s that both read, with 112 of 128 experts held and 8 to 64 tokens.
 READ_PART: Final = 0.75
+#: Tokens of the largest forward that reads though owners could compute: one was measured, and at eight reads are slower than
+#: READ_PART allows for.
+MOST_READ: Final = 2
 #: Beyond what direct reads would take, a requester waits so long (layers/travel.py).
 _BESIDE_S: Final = 100e-6
 #: Experts that owners compute for others.
@@ -129,11 +132,12 @@ class TravelLayer:
 
 
 def first_to_travel(layer: TravelLayer, most: int) -> int:
-    """Least tokens of a forward that has owners compute; fewer are surely faster read where they are. `most` at most.
+    """Least tokens of a forward that has owners compute; fewer are faster read where they are. `most` at most.
 
-    So where nearly all experts are held and a forward of one token or a few misses hardly one. costs.other_s is 0.
+    So where nearly all experts are held and a forward of one token or two misses hardly one. costs.other_s is 0.
     """
-    for tokens in range(1, most):
+    end = min(most, MOST_READ + 1)
+    for tokens in range(1, end):
         if layer.costs.direct_s(tokens) + LAUNCHES_S > READ_PART * layer.seconds(tokens):
             return tokens
-    return most
+    return end
