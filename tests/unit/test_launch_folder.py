@@ -9,6 +9,7 @@ import pickle
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -270,3 +271,23 @@ def test_nothing_heavy_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=LIMIT_S, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+#: What was there before the folder was opened ends after it.
+_READS_AT_THE_END = """
+import sys, weakref
+from vllm_dwdp.group.launch_folder import PrivateFolder
+class Owner: pass
+owner = Owner()
+weakref.finalize(owner, lambda: print(folder.read("a.json")))
+folder = PrivateFolder(sys.argv[1])
+folder.write("a.json", 7)
+"""
+
+
+def test_a_folder_can_be_read_until_the_program_has_ended() -> None:
+    """Its descriptor is not closed under a thread that another finalizer stops."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", _READS_AT_THE_END, folder]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "7\n", "")

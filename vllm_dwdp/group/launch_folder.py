@@ -56,7 +56,8 @@ class PrivateFolder:
     def __init__(self, path: str) -> None:
         self.path = path
         self.fd = _open_private(path, self.called, self.remedy)
-        weakref.finalize(self, os.close, self.fd)
+        # Not at the end of the program, where other finalizers, and threads that they end, still read in it.
+        weakref.finalize(self, os.close, self.fd).atexit = False
 
     def write(self, name: str, value: Any) -> None:
         """Put a JSON-able value, not None, into the file `name` as a whole; raises DwdpError where that fails."""
