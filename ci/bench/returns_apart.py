@@ -111,11 +111,11 @@ class Apart:
             if self._args.extra:
                 # So far, should the rest be cut off.
                 self.found |= figures(asked, marks)
-                self.wrong += judge(asked, marks, self.found["parts"])
-                self.found["wrong"] = self.wrong
+                self.found["wrong"] = [*self.wrong, *judge(asked, marks, self.found["parts"])]
                 marks = [*marks[:-1], *self._extra(pool)]
+                del self.found["wrong"]
         self.found |= figures(asked, marks)
-        self.wrong += [line for line in judge(asked, marks, self.found["parts"]) if line not in self.wrong]
+        self.wrong += judge(asked, marks, self.found["parts"])
         self.found["trouble"] = [load.troubles()[:10] for load in loads]
         second = self.digests()
         self.found["digests"] = first + second

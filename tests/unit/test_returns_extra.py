@@ -56,7 +56,7 @@ def test_what_is_wrong_with_an_extra_rank_is_told(
     if fault == "kept":
         looks = iter([[9.0, 5.0], [9.0, 75.0]])
         monkeypatch.setattr(returns_extra, "device_mib", lambda: next(looks))
-    code, found = returns_told(fault, "--extra")
+    code, found = returns_told(fault, "--extra", "--part-s", "0.5")
     assert code == 1 and any(why in line for line in found["wrong"]), found["wrong"]
 
 
