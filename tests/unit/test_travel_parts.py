@@ -167,7 +167,7 @@ def test_every_layer_gives_way_where_its_rank_was_asked(monkeypatch: pytest.Monk
     made = Travel(build, layers, transport, meeting, [0, 1], None, 8, page)  # type: ignore[arg-type]
     assert made.span == (1, 8) and made.told == "up to 8 tokens"
     made._first = 2
-    assert made.told == "from 2 up to 8 tokens"
+    assert made.span == (2, 8) and made.told == "from 2 up to 8 tokens"
     for asked in (False, True, False):
         made.counts.asked_lately = asked
         assert [kernel.gives_way() for kernel in kernels] == [asked, asked]
