@@ -61,8 +61,8 @@ TINY = ("--device", "cpu", "--tiny")
 BENCH = ("--both", "--alike", "--limit-s", "400")
 #: A shortened play of two ranks: under a memory checker everything takes fifty times as long.
 PAIR = ("--only", "pair", "--acquires", "60", "--limit", "140", "--json", "{out}/pair.json")
-#: Two H200s hold two systems with all layers of that model; of half of them two H100s do, with KV caches that are worth it.
-WHOLE, HALF_OF_LAYERS = ("--layers", "48"), ("--layers", "24")
+#: Two H200s hold two systems with all layers of that model.
+WHOLE = ("--layers", "48")
 HALF = 'dwdp:dwdp64:{{"experts_per_rank": 64}}'
 PAGED = 'dwdp:composite:{{"experts_per_rank": 64, "weight_view": "composite"}}'
 MARLIN = ("--more", "--moe-backend", "marlin")
@@ -70,6 +70,8 @@ STEADY = ("prefill8k=8192/1/16", "apart8k=8192/1/16,spread=0.8", "mixed=8192/128
 MXFP4 = ("--loads", *STEADY, *MARLIN)
 #: Layers of large models: two systems, as many layers as fit beside each other in 80 GB, and what their steps are made of.
 LAYERS_AT_SIZE = ("--loads", STEADY[0], "decode64=512/128/64", "--profile")
+#: Those of all sizes take 4 GiB of each of the two, which is what a fourth layer lacks.
+FEW_GRAPHS = ("--more", "--max-cudagraph-capture-size", "64")
 HALF_OF_256 = 'dwdp:dwdp128:{{"experts_per_rank": 128}}'
 HELD_112 = (
     'dwdp:auto112:{{"experts_per_rank": 112}}',
@@ -183,7 +185,7 @@ STAGES: dict[str, tuple[Step, ...]] = {
             gpus=2,
         ),
         _loads("all layers", *WHOLE, "--systems", "dpep", HALF, "--loads", *STEADY),
-        _loads("at fixed times", *HALF_OF_LAYERS, "--systems", "dpep", HALF, "--loads", *TIMED),
+        _loads("at fixed times", "--systems", "dpep", "replicas", HALF, "--loads", *TIMED),
         _loads("beside tensor parallelism", *WHOLE, "--systems", "tp", HALF, "--loads", *STEADY),
         # Replicas pull nothing: what is slower in DWDP's steps than in theirs, pulls make slower.
         _loads(
@@ -208,6 +210,7 @@ STAGES: dict[str, tuple[Step, ...]] = {
             "dpep",
             HALF_OF_256,
             *LAYERS_AT_SIZE,
+            *FEW_GRAPHS,
         ),
         _loads("launchers", "--systems", "dpep", *LAUNCHERS, "--loads", "mixed=8192/128/16", "decode8=512/128/8"),
         Step("starts", _script("bench.starts", "--limit-s", "300", "--json", "{out}/starts.json"), 460, None, gpus=2),
