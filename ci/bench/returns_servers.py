@@ -12,7 +12,7 @@ from typing import Final
 import ci.checks.chaos_positions as positions  # also where examples are found
 from ci.bench.servers import SERVED, environment, healthy, read_log, trouble
 from ci.bench.steady import KILLED
-from ci.checks.soak_processes import segments
+from ci.checks.soak_processes import segments, unused
 from vllm_dwdp.doctor.smi import ask_smi
 
 from servers import Server, Servers, free_ports  # isort: skip
@@ -88,7 +88,7 @@ class Left:
         deadline = time.monotonic() + _LEFT_LIMIT_S
         while True:
             found = [f"process {pid}" for group in self.groups for pid in positions.members(group)]
-            found += [f"segment {name}" for name in sorted(segments() - self.segments)]
+            found += [f"segment {name}" for name in unused(segments() - self.segments)]
             found += more_in_use(self.devices, device_mib())
             if not found or time.monotonic() > deadline:
                 return found

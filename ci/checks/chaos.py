@@ -36,7 +36,7 @@ from steady_load import Asked, Load, complete  # isort: skip
 from ci.checks.chaos_events import GRACE_S, Chaos, Disturbance
 from ci.checks.chaos_load import TOLERANCE, Drawn, Truth, differing, lag, prompts, truth
 from ci.checks.chaos_positions import Group, Position, serve
-from ci.checks.soak_processes import segments
+from ci.checks.soak_processes import segments, unused
 from ci.root import ROOT
 from examples.checkpoints import CheckpointSpec, write_checkpoint
 from vllm_dwdp.engine.cores import physical_cores, split_cores
@@ -159,7 +159,7 @@ def left(groups: Sequence[int], segments_before: set[str], folder: Path) -> list
     deadline = time.monotonic() + LEFT_LIMIT_S
     while True:
         found = [f"process {pid}" for group in groups for pid in positions.members(group)]
-        found += [f"segment {name}" for name in segments() - segments_before]
+        found += [f"segment {name}" for name in unused(segments() - segments_before)]
         found += [f"folder {path.name}" for path in folder.glob("dwdp-*") if path.is_dir() and _is_of_nobody(path)]
         if not found or time.monotonic() > deadline:
             return found

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from ci.checks.sessions import session
-from ci.checks.soak_processes import Sample, sample, segments
+from ci.checks.soak_processes import Sample, sample, segments, unused
 from ci.checks.soak_requests import Outcome, asks, send
 from ci.checks.soak_results import MEMORY_MIB, growth, more_on_devices, table, too_much, write
 from ci.checks.soak_worker import WORDS, ask_states
@@ -144,7 +144,7 @@ class Server:
         left = [f"process {pid}" for pid in session(self.process.pid)]
         for pid in session(self.process.pid):
             os.kill(pid, signal.SIGKILL)
-        left += sorted(segments() - self.shm_before)
+        left += unused(segments() - self.shm_before)
         left += sorted(name for name in os.listdir(self.temporary) if not name.startswith(CACHES))
         shutil.rmtree(self.temporary, ignore_errors=True)
         return left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -78,6 +79,23 @@ def measure(pid: int) -> dict[str, float]:
 def segments() -> set[str]:
     """Names in /dev/shm."""
     return set(os.listdir("/dev/shm"))
+
+
+def unused(names: set[str]) -> list[str]:
+    """Those of `names` under /dev/shm that no process maps: a name in use belongs to somebody else's engine."""
+    if not names:
+        return []
+    # By inode: glibc makes semaphores under another name and renames them.
+    mapped: set[int] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            mapped.update(int(line.split()[4]) for line in maps.read_text().splitlines() if "/dev/shm/" in line)
+    free = []
+    for name in sorted(names):
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(f"/dev/shm/{name}").st_ino not in mapped:
+                free.append(name)
+    return free
 
 
 def sample(pid: int, requests: int, shm_before: set[str], temporary: Path, devices: dict[str, float]) -> Sample:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ci.checks.soak_processes import unused
 from vllm_dwdp.engine.cores import physical_cores, split_cores
 
 REPO = Path(__file__).resolve().parents[2]
@@ -57,23 +57,6 @@ def processes(session: int) -> list[str]:
         except OSError:
             continue
     return found
-
-
-def unused(names: set[str]) -> list[str]:
-    """Those of `names` under /dev/shm that no process maps: a name in use belongs to somebody else's engine."""
-    if not names:
-        return []
-    # By inode: glibc makes semaphores under another name and renames them.
-    mapped: set[int] = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            mapped.update(int(line.split()[4]) for line in maps.read_text().splitlines() if "/dev/shm/" in line)
-    free = []
-    for name in sorted(names):
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(f"/dev/shm/{name}").st_ino not in mapped:
-                free.append(name)
-    return free
 
 
 @dataclass

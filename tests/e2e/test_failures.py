@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.engines import REPO, Leftovers, dwdp, environment, free_port, processes, run_job, unused
+from ci.checks.soak_processes import unused
+from tests.e2e.engines import REPO, Leftovers, dwdp, environment, free_port, processes, run_job
 from tests.e2e.server import VLLM, dwdp_arguments, start_server
 
 pytestmark = pytest.mark.e2e
