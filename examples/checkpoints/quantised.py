@@ -38,8 +38,9 @@ class Form(NamedTuple):
     fused: bool = False
 
 
-def fp8(matrix: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(float8_e4m3fn, float32 scales): one for a `tensor` [], a `channel` [outputs, 1] or a `block` [outputs / 128, ...]."""
+def fp8(matrix: torch.Tensor, kind: str, scales: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(float8_e4m3fn, scales of type `scales`): one for a `tensor` [], a `channel` [outputs, 1] or a `block`
+    [outputs / 128, ...]."""
     import torch
 
     values = matrix.float()
@@ -48,8 +49,11 @@ def fp8(matrix: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
         "channel": lambda: values.view(values.shape[0], 1, 1, -1),
         "block": lambda: values.view(values.shape[0] // BLOCK, BLOCK, -1, BLOCK),
     }[kind]()
-    scale = blocks.abs().amax(dim=(1, 3)).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
-    stored = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn).view(values.shape)
+    most = torch.finfo(torch.float8_e4m3fn).max
+    scale = (blocks.abs().amax(dim=(1, 3)).clamp(min=1e-12) / most).to(scales)
+    # A scale that was rounded down makes the largest value larger than there is.
+    scaled = (blocks / scale.float()[:, None, :, None]).clamp(-most, most)
+    stored = scaled.to(torch.float8_e4m3fn).view(values.shape)
     return stored, scale.reshape(()) if kind == "tensor" else scale
 
 
@@ -86,9 +90,23 @@ def _fp8(kind: str, name: str, static: bool = False) -> Callable[[torch.Tensor, 
     def pack(matrix: torch.Tensor, expert: int) -> Tensors:
         import torch
 
-        stored, scale = fp8(matrix, kind)
+        stored, scale = fp8(matrix, kind, torch.float32)
         given = {"input_scale": torch.tensor(INPUT_SCALE * (1 + expert))} if static else {}
         return {"weight": stored, name: scale, **given}
+
+    return pack
+
+
+def _ct_fp8(kind: str, static: bool = False) -> Callable[[torch.Tensor, int], Tensors]:
+    """Scales have the model's type there, and one of a tensor is [1]."""
+
+    def pack(matrix: torch.Tensor, expert: int) -> Tensors:
+        import torch
+
+        stored, scale = fp8(matrix, kind, matrix.dtype)
+        given = torch.tensor([INPUT_SCALE * (1 + expert)], dtype=matrix.dtype)
+        scale = scale.reshape(1) if kind == "tensor" else scale
+        return {"weight": stored, "weight_scale": scale, **({"input_scale": given} if static else {})}
 
     return pack
 
@@ -131,10 +149,10 @@ def _wna16(bits: int, zeros: bool = False) -> Callable[[torch.Tensor, int], Tens
 
 
 def _w8a8(matrix: torch.Tensor, expert: int) -> Tensors:
-    stored, scale, _ = integers(matrix, 8, matrix.shape[1], zeros=False)
     import torch
 
-    return {"weight": (stored - 128).to(torch.int8), "weight_scale": scale.float()}
+    stored, scale, _ = integers(matrix, 8, matrix.shape[1], zeros=False)
+    return {"weight": (stored - 128).to(torch.int8), "weight_scale": scale}
 
 
 def _own(method: str, **more: Any) -> dict[str, Any]:
@@ -186,12 +204,12 @@ FORMS: Final[dict[str, Form]] = {
         _fp8("tensor", "weight_scale", static=True), _own("fp8", activation_scheme="static", **{IGNORED: []}), 16
     ),
     "ct-fp8-channel": Form(
-        _fp8("channel", "weight_scale"),
+        _ct_fp8("channel"),
         _compressed("float-quantized", {**_FLOAT8, "strategy": "channel"}, _ACTIVATIONS),
         16,
     ),
     "ct-fp8-block": Form(
-        _fp8("block", "weight_scale"),
+        _ct_fp8("block"),
         _compressed(
             "float-quantized",
             {**_FLOAT8, "strategy": "block", "block_structure": [BLOCK, BLOCK]},
@@ -200,7 +218,7 @@ FORMS: Final[dict[str, Form]] = {
         BLOCK,
     ),
     "ct-fp8-tensor-static": Form(
-        _fp8("tensor", "weight_scale", static=True),
+        _ct_fp8("tensor", static=True),
         _compressed("float-quantized", {**_FLOAT8, "strategy": "tensor"}, {**_FLOAT8, "strategy": "tensor"}),
         16,
     ),

@@ -11,7 +11,7 @@ from vllm_dwdp.errors import DwdpError
 from .quantised import FORMS
 
 # Goes up when the same spec gives other bytes than before, so that kept checkpoints are written anew.
-FORMAT = 2
+FORMAT = 3
 VOCAB_SIZE = 512
 ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # vLLM's CPU expert kernel works on blocks of 32.
