@@ -121,7 +121,7 @@ def test_descriptors_of_a_model_are_counted_before_its_weights_are_read(monkeypa
 def test_what_cannot_be_read_for_want_of_descriptors_is_not_called_missing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def full(*_: object) -> str:
+    def full(*_: object, **__: object) -> str:
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(Path, "read_text", full)

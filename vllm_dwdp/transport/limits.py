@@ -111,7 +111,8 @@ def _meminfo(proc: Path) -> int:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text().splitlines()
+        # Names in them, of cgroups and of mapped files, may be of any bytes.
+        return path.read_text(errors="surrogateescape").splitlines()
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise DwdpError(f"{path} cannot be read ({error.strerror}): raise that limit") from error

@@ -46,7 +46,8 @@ def is_gone(process: ProcessId) -> bool:
 def _started(pid: int) -> int | None:
     """Field 22 of /proc/PID/stat; None where the process is gone or a zombie. Raises OSError where that is unknown."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        # The name is what the process, or its file, is called, cut off after 15 bytes: within a character too.
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = text.rpartition(")")[2].split()  # behind the name, which may hold spaces
