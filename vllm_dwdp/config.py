@@ -1,7 +1,6 @@
 """DwdpConfig: everything a user can set under `--additional-config '{"dwdp": {...}}'`."""
 
 import difflib
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -37,6 +36,8 @@ _LEAST: Final[dict[str, int]] = {
     "ranks": 2,
 }
 _OPTIONAL: Final = frozenset({"group_size", "experts_per_rank", "slice_bytes", "rank", "ranks"})
+#: More than anybody waits; locks and sockets take no more than 9e9 seconds.
+MAX_TIMEOUT_S: Final = 1e9
 #: What only a server has that is one rank of a group.
 _OF_A_RANK: Final = ("rank", "ranks", "meet")
 #: A rank beyond `ranks` is an extra one; a number far beyond is a mistake, a port say.
@@ -108,8 +109,11 @@ class DwdpConfig:
                 f"{self.slice_bytes // SLICE_MULTIPLE * SLICE_MULTIPLE} is the nearest below"
             )
         limit: object = self.timeout_s
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or not (0 < limit < math.inf):
-            raise DwdpError(f"dwdp.timeout_s is {limit!r}: it must be a finite number of seconds above 0, such as 300")
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not (0 < limit <= MAX_TIMEOUT_S):
+            raise DwdpError(
+                f"dwdp.timeout_s is {limit!r}: it must be a finite number of seconds above 0, at most {MAX_TIMEOUT_S:g}, "
+                "such as 300"
+            )
         for key in ("trace", "require_win"):
             if not isinstance(getattr(self, key), bool):
                 raise DwdpError(f"dwdp.{key} is {getattr(self, key)!r}: it must be true or false")

@@ -1,6 +1,9 @@
 """DwdpConfig: what is accepted, what is refused, and how."""
 
+import ctypes
 import json
+import os
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +13,9 @@ from hypothesis import strategies as st
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.platform import CPU, CUDA
+from vllm_dwdp.transport.base import Copy
+from vllm_dwdp.transport.shm_copy import ShmCopyEngine
+from vllm_dwdp.transport.vmm_socket import DescriptorServer, fetch
 
 
 def test_missing_and_empty_give_the_defaults() -> None:
@@ -79,6 +85,7 @@ def test_round_trip_through_json(raw: dict[str, Any]) -> None:
         ({"timeout_s": 0}, ["timeout_s is 0", "above 0"]),
         ({"timeout_s": float("inf")}, ["inf", "finite"]),
         ({"timeout_s": float("nan")}, ["nan", "finite"]),
+        ({"timeout_s": 1e12}, ["timeout_s is 1000000000000.0", "at most 1e+09"]),
         ({"timeout_s": True}, ["True", "seconds"]),
         ({"timeout_s": "5"}, ["'5'", "seconds"]),
         ({"trace": 1}, ["trace is 1", "true or false"]),
@@ -99,6 +106,22 @@ def test_refusals_are_one_line_with_value_range_and_remedy(raw: object, words: l
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_waits_take_the_longest_limit() -> None:
+    """Beyond it Python's locks and sockets raise OverflowError: in a forward, at its first wait for a copy."""
+    limit = DwdpConfig.parse({"timeout_s": 10**9}).timeout_s
+    target, source = ctypes.create_string_buffer(8), ctypes.create_string_buffer(b"7654321")
+    engine = ShmCopyEngine(before_copy=lambda copy: time.sleep(0.01))
+    program = engine.bind([Copy(ctypes.addressof(target), ctypes.addressof(source), 8)])
+    engine.finish(engine.submit(program), limit)
+    engine.close(limit)
+    assert target.raw == source.raw
+    server = DescriptorServer()
+    with open(os.devnull) as given:
+        token = server.offer([os.dup(given.fileno())])
+    assert len(list(fetch(server.name, token, 1, limit))) == 1
+    server.close()
 
 
 def test_construction_checks_as_well() -> None:
