@@ -1,13 +1,14 @@
 """Calibration: known efficiencies are found again from the times that they give."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vllm_dwdp.predict.cli import main
-from vllm_dwdp.predict.hardware_file import load_hardware
+from vllm_dwdp.predict.hardware_file import FOLDER, load_hardware
 from vllm_dwdp.predict.read_config import load_model
 from vllm_dwdp.predict.verdict import Case
 from vllm_dwdp.predict.work import Lengths
@@ -34,6 +35,38 @@ def test_efficiencies_are_found_again(tmp_path: Path, capsys: pytest.CaptureFixt
         assert getattr(found, key) == pytest.approx(value, rel=0.01)
     assert main(["calibrate", str(measured), "--hardware", str(out), "--output", str(out)]) == 0
     assert out.read_text().count("[efficiency]") == 1
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "\n[efficiency]\nmemory = 0.5\n",
+        "\n[efficiency]  # of last year\nmemory = 0.5\n# all of it\n",
+        '\n[efficiency]\n\n  memory = 0.5\n\n  [sources]\n  mine = "of the tests"\n',
+        "\n[ efficiency ]\nmatmul = 0.8\nmemory = 0.5",
+    ],
+)
+def test_a_files_own_table_is_replaced_however_it_is_written(written: str, tmp_path: Path) -> None:
+    text = (FOLDER / "h200.toml").read_text()
+    if "[sources]" in written:
+        text = text[: text.index("[sources]")]
+    mine, measured, out = (tmp_path / name for name in ("mine.toml", "m.json", "out.toml"))
+    mine.write_text(text.rstrip() + "\n" + written)
+    measured.write_text(json.dumps([entry("DP", ("grouped",))]))
+    assert main(["calibrate", str(measured), "--hardware", str(mine), "--output", str(out)]) == 0
+    before, after = load_hardware(str(mine)), load_hardware(str(out))
+    assert after.efficiency.memory == 0.5 and after.efficiency.matmul == before.efficiency.matmul
+    assert after.efficiency.grouped == pytest.approx(0.5, rel=0.01) and after.sources == before.sources
+    assert replace(after, efficiency=before.efficiency) == before
+
+
+def test_efficiencies_that_are_no_table_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine, measured = tmp_path / "mine.toml", tmp_path / "m.json"
+    mine.write_text("efficiency = {memory = 0.5}\n" + (FOLDER / "h200.toml").read_text())
+    measured.write_text(json.dumps([entry("DP", ("grouped",))]))
+    assert main(["calibrate", str(measured), "--hardware", str(mine)]) == 2
+    error = capsys.readouterr().err
+    assert "no table [efficiency]" in error and str(mine) in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.model import Attention
-from vllm_dwdp.predict.read_config import load_model, parse_model
+from vllm_dwdp.predict.read_config import MODELS, load_model, parse_model
 
 # Billions. Model cards and reports; GLM-4.5's report counts its MTP layer and leaves out embeddings.
 PUBLISHED = {
@@ -169,6 +169,38 @@ def test_where_configs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     config.write_text("{")
     with pytest.raises(DwdpError, match="no readable JSON"):
         load_model(str(config))
+
+
+def test_a_model_of_the_cache_is_the_newest_and_has_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the cache lies on disk: a snapshot for each revision, of links to files that are named by their hashes."""
+    folder = tmp_path / "models--some--moe"
+    for revision, experts in (("aaa", 8), ("bbb", 16), ("fff", 32)):
+        snapshot, blob = folder / "snapshots" / revision, folder / "blobs" / f"of-{revision}"
+        snapshot.mkdir(parents=True)
+        blob.parent.mkdir(exist_ok=True)
+        blob.write_text(json.dumps({"model_type": "mixtral", "num_local_experts": experts}))
+        (snapshot / "config.json").symlink_to(f"../../blobs/{blob.name}")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert (load_model("some/moe").name, load_model("some/moe").experts) == ("some/moe", 32)
+    branch = folder / "refs" / "main"
+    branch.parent.mkdir()
+    branch.write_text("bbb")
+    assert (load_model("some/moe").name, load_model("some/moe").experts) == ("some/moe", 16)
+    branch.write_text("of which there is no config")
+    assert load_model("some/moe").experts == 32
+    assert load_model(str(folder / "snapshots" / "aaa")).name == "aaa", "not that of the folder with what is linked to"
+
+
+def test_configs_are_read_as_transformers_writes_them() -> None:
+    """A launch has what the config's class made of the file: Qwen2MoeConfig makes a span that is not used 0."""
+    transformers = pytest.importorskip("transformers")
+    for path in sorted(MODELS.glob("Qwen*.json")):
+        raw = json.loads(path.read_text())
+        written = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw).to_dict()
+        assert parse_model(written, path.stem) == parse_model(raw, path.stem), path.stem
+    assert parse_model({"model_type": "qwen2_moe", "sliding_window": 0}, "m").groups[0].attention.window is None
+    with pytest.raises(DwdpError, match="no sliding_window"):
+        parse_model({"model_type": "gpt_oss", "sliding_window": 0}, "m")
 
 
 @given(st.integers(1, 200), st.integers(0, 200), st.none() | st.integers(1, 150))

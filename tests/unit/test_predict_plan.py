@@ -187,6 +187,18 @@ def test_decode_on_demand_and_cache_pull_less() -> None:
         decode_steps(model, hardware, 4, 4, 4096, cached=193)
 
 
+@pytest.mark.parametrize("held", [32, 64, 65, 70, 85, 96, 112])
+def test_decode_misses_what_is_not_held(held: int) -> None:
+    """Also where the experts are no multiple of those held: 85 of 128 miss 43."""
+    model, hardware = load_model("Qwen3-30B-A3B"), load_hardware("h100")
+    ranks = max(2, 128 // held)
+    everything, direct, demand, *_ = decode_steps(model, hardware, ranks, 1 << 16, 4096, share=held)
+    missing = (128 - held) * model.expert_bytes * model.moe_layers
+    assert everything.pulled == direct.pulled == demand.pulled == pytest.approx(missing, rel=1e-6)
+    hit = decode_steps(model, hardware, ranks, 1, 4096, share=held, skew=1.0)[1].pulled / missing * (128 - held)
+    assert 0.8 * 8 * (128 - held) / 128 < hit < 8 * (128 - held) / 128, "neither the most popular ones nor the least"
+
+
 def test_expected_maximum() -> None:
     assert expected_maximum(2) == pytest.approx(0.5642, abs=1e-3)
     assert expected_maximum(4) == pytest.approx(1.0294, abs=1e-3)

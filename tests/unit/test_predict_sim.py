@@ -204,6 +204,7 @@ def test_a_timeline_has_no_overlapping_compute() -> None:
         ({"faults": [{"rank": 9}]}, "ranks 0..7"),
         ({"faults": [{"rank": 1, "stall_at": "5 s"}]}, "stall_for"),
         ({"faults": [{"rank": 1, "slow": 0.5}]}, "at least 1"),
+        ({"faults": [{"rank": 1, "slow": 2}, {"rank": 1, "dead_at": "9 s"}]}, "names rank 1 twice"),
         ({"weight_view": "both"}, "split or contiguous"),
     ],
 )

@@ -136,6 +136,19 @@ def _with_table(hardware: str, values: dict[str, float]) -> str:
     import tomllib
 
     merged = {**tomllib.loads(text).get("efficiency", {}), **values}
-    text = re.sub(r"\n\[efficiency\]\n(?:[^\[\n].*\n|\n)*", "\n", text)
+    kept, inside = [], False
+    for line in text.splitlines():
+        if head := re.match(r"\s*\[\s*([^\]]*?)\s*\]", line):
+            inside = head[1] == "efficiency"
+        if not inside:
+            kept.append(line)
+    text = "\n".join(kept).rstrip()
     lines = "".join(f"{key} = {value:.4f}\n" for key, value in sorted(merged.items()))
-    return f"{text.rstrip()}\n\n[efficiency]\n# Fitted by vllm-dwdp calibrate.\n{lines}"
+    made = f"{text}\n\n[efficiency]\n# Fitted by vllm-dwdp calibrate.\n{lines}"
+    try:
+        tomllib.loads(made)
+    except ValueError:
+        raise DwdpError(
+            f"{hardware} has efficiencies that are no table [efficiency] of their own: write them so"
+        ) from None
+    return made

@@ -140,8 +140,9 @@ def decode_steps(
     launches = layers * LAUNCHES_S
     compute = float(local.total.mean()) + launches
     chance = popularity(model.experts, model.top_k, skew)
-    # Owners hold every `ranks`-th expert by popularity: the missing ones are as popular as all.
-    missing = np.sort(np.delete(chance, np.arange(0, model.experts, max(1, round(model.experts / held)))[:held]))[::-1]
+    # What is missing is spread evenly over the experts by popularity, and so as popular as all.
+    count = model.experts - held
+    missing = chance[(2 * np.arange(count) + 1) * model.experts // (2 * max(1, count))]
 
     def pulled_step(way: str, experts: float, hidden: bool) -> Decode:
         moved = experts * model.expert_bytes

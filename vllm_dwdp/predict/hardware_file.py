@@ -62,7 +62,7 @@ class Hardware:
     at_once: dict[int, float] = field(default_factory=dict)
 
     def rate(self, compute: str) -> float:
-        """Peak FLOP/s of a type; a type that the chip lacks is computed in the next wider one."""
+        """Peak FLOP/s of a type; a type that the chip lacks is computed in BF16."""
         for name in {"fp4": ("fp4", "bf16"), "fp8": ("fp8", "bf16")}.get(compute, ("bf16",)):
             if name in self.peak:
                 return self.peak[name]

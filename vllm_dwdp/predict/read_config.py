@@ -101,8 +101,9 @@ def load_model(source: str, expert_format: str | None = None, linear_format: str
     raw = read_json(path, "give a model's config.json")
     if not isinstance(raw, dict):
         raise DwdpError(f"{path} holds a {type(raw).__name__}: a model's config.json is a mapping")
-    by_file = path.resolve().parent.name if path.name == "config.json" else path.stem
-    name = source.rstrip("/") if path.parent == MODELS else str(raw.get("_name_or_path") or by_file)
+    by_file = Path(os.path.abspath(path)).parent.name if path.name == "config.json" else path.stem
+    named = path.parent == MODELS or not Path(source).expanduser().exists()
+    name = source.rstrip("/") if named else str(raw.get("_name_or_path") or by_file)
     return parse_model(raw, name, expert_format, linear_format)
 
 
@@ -118,9 +119,13 @@ def find_config(source: str) -> Path:
         return found
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    snapshots = sorted(cache.glob(f"models--{source.replace('/', '--')}/snapshots/*/config.json"))
+    folder = cache / f"models--{source.replace('/', '--')}"
+    snapshots = sorted(folder.glob("snapshots/*/config.json"))
     if snapshots:
-        return snapshots[-1]
+        # Their names are hashes: which is the newest, the branch says.
+        branch = folder / "refs" / "main"
+        newest = folder / "snapshots" / (branch.read_text().strip() if branch.is_file() else "") / "config.json"
+        return newest if newest in snapshots else snapshots[-1]
     known = ", ".join(sorted(p.stem for p in MODELS.glob("*.json")))
     raise DwdpError(
         f"no config of {source!r}: it is no file or folder, not in the Hugging Face cache ({cache}), and not shipped "
@@ -211,7 +216,9 @@ def _moe_layers(f: Fields, layers: int) -> list[bool]:
 def _windows(f: Fields, layers: int) -> list[int | None]:
     """Per layer, how far attention looks back; None: everything."""
     types = f.get("layer_types")
-    span = f.count("attention_chunk_size" if f.kind.startswith("llama4") else "sliding_window", default=0) or None
+    # Where a class has `use_sliding_window` false, transformers writes a span of 0.
+    field = "attention_chunk_size" if f.kind.startswith("llama4") else "sliding_window"
+    span = f.count(field, default=0, least=0) or None
     if types is None and f.kind == "gpt_oss":
         types = ["sliding_attention" if (i + 1) % 2 else "full_attention" for i in range(layers)]
     if types is None and f.kind.startswith("llama4"):

@@ -255,6 +255,8 @@ def _faults(raw: Any, ranks: int, where: str) -> dict[int, Fault]:
         rank = parse_count(entry.get("rank"), f"{where}: faults.rank", 0)
         if rank >= ranks:
             raise DwdpError(f"{where}: faults.rank is {rank}: there are ranks 0..{ranks - 1}")
+        if rank in faults:
+            raise DwdpError(f"{where}: faults names rank {rank} twice: write all that is wrong with it into one table")
         values: dict[str, float] = {}
         for key in ("stall_at", "stall_for", "dead_at"):
             if key in entry:
