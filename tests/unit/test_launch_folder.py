@@ -20,6 +20,7 @@ from tests.unit.helpers import LIMIT_S, LaunchOwner
 from tests.unit.leftovers import check_message, refusal
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpTimeout, PeerLost
+from vllm_dwdp.group import launch_folder
 from vllm_dwdp.group.launch import DwdpLaunch
 from vllm_dwdp.group.launch_folder import make_folder, remove_orphaned
 from vllm_dwdp.group.rendezvous import Rendezvous
@@ -203,10 +204,15 @@ def test_the_folder_of_a_killed_front_end(front_end: tuple[subprocess.Popen[str]
     remove_orphaned("")
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
 def test_the_next_launch_removes_folders_that_nobody_was_left_to_remove(
-    front_end: tuple[subprocess.Popen[str], str], public: Path
+    elsewhere: bool, front_end: tuple[subprocess.Popen[str], str], public: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process, path = front_end
+    if elsewhere:  # where its own did not do
+        (mine := public / "mine").mkdir()
+        monkeypatch.setattr(launch_folder, "_OTHER_PLACES", (str(public),))
+        monkeypatch.setattr(tempfile, "tempdir", str(mine))
     owner, other = LaunchOwner(), LaunchOwner()
     alive = make_folder(owner)
     assert os.path.isdir(path)

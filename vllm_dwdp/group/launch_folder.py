@@ -133,10 +133,11 @@ def make_folder(owner: object) -> str:
 
     Raises DwdpError where no place has space, owners and permissions.
     """
-    usual = tempfile.gettempdir()
-    for path in glob.glob(os.path.join(glob.escape(usual), FOLDER_PREFIX + "*")):
-        remove_orphaned(path)  # of launches of which every process was killed
-    places = sorted(dict.fromkeys([usual, *_OTHER_PLACES]), key=lambda place: not fits_sockets(_longest(place)))
+    all_places = dict.fromkeys([tempfile.gettempdir(), *_OTHER_PLACES])
+    for place in all_places:
+        for path in glob.glob(os.path.join(glob.escape(place), FOLDER_PREFIX + "*")):
+            remove_orphaned(path)  # of launches of which every process was killed
+    places = sorted(all_places, key=lambda place: not fits_sockets(_longest(place)))
     first: DwdpError | None = None
     for place in places:
         try:
