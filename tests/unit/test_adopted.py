@@ -216,6 +216,14 @@ def test_fine_tunes_are_told_apart(model: Path, tmp_path: Path) -> None:
     assert fingerprint([file, str(pickle)])["checkpoint files"].startswith("2 of")
 
 
+@pytest.mark.parametrize("header", [b"[]", b'{"a": 5}', b'{"a": {"data_offsets": "no"}}', b"{", b"\xff\xff"])
+def test_a_file_that_lost_its_header_is_told(header: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(DwdpError, match=r"model.safetensors cannot be read as a checkpoint .* fetch it again"):
+        fingerprint([str(path)])
+
+
 def test_random_weights_are_compared_too(model: Path) -> None:
     """With none, so that they do not mix with a checkpoint."""
     files: list[list[str]] = []

@@ -131,7 +131,7 @@ def test_what_a_rank_has_open_is_told_before_it_waits_and_after() -> None:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_rank_with_other_layers_is_refused(count: int) -> None:
-    with pytest.raises(DwdpError, match=rf"^rank 1 has {count} MoE layers, rank 0 2$"):
+    with pytest.raises(DwdpError, match=rf"^rank 1 has {count} MoE layers, rank 0 2: start all ranks with the same"):
         mapping(lambda rank, name, limit_s: iter([[HANDLE] * count]))
 
 

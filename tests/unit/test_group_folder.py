@@ -158,6 +158,34 @@ def test_a_folder_without_descriptors_left(group_path: str, monkeypatch: pytest.
         check_message(refusal(ask), [f".lock in {group_path} failed", "Too many open files", "raise ulimit -n"])
 
 
+@pytest.mark.parametrize(
+    ("call", "first", "told"),
+    [
+        ("lockf", 0, "locking door.lock"),
+        ("lockf", 1, "locking 0.lock"),
+        ("fcntl", 0, "asking who has locked 0.lock"),
+    ],
+)
+def test_a_file_system_without_locks_is_told(
+    call: str, first: int, told: str, group_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as NFS whose server has no lock daemon: one line, and no descriptor stays."""
+    meeting, lock, calls = Meeting(group_path), getattr(fcntl, call), iter(range(9))
+    Path(group_path, "0.lock").touch()
+
+    def no_locks(*arguments: Any) -> Any:
+        if next(calls) < first:
+            return lock(*arguments)
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(fcntl, call, no_locks)
+    check_message(
+        refusal(lambda: meeting.join(0, LIMIT_S)), [f"{told} in {group_path} failed", "No locks", "set dwdp.meet"]
+    )
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_a_folder_that_is_not_this_users_alone_is_refused(public: Path, group_path: str) -> None:
     os.mkdir(group_path)
     os.chmod(group_path, 0o755)

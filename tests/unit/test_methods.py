@@ -220,7 +220,10 @@ def test_static_scales_that_one_rank_alone_has() -> None:
     """Every rank says so at once, also to those that have some; a rank asks nobody where no method has any."""
     some, none = layer_of("Fp8MoEMethod", 0.5, 0.25), layer_of("Fp8MoEMethod")
     for ranks, counts in (((some, none), "2 and 0"), ((none, some), "0 and 2")):
-        assert shared_largest(*ranks) == [f"ranks have {counts} static scales of activations"] * 2
+        assert (
+            shared_largest(*ranks)
+            == [f"ranks have {counts} static scales of activations: start all ranks with the same checkpoint"] * 2
+        )
     assert shared_largest(none, none) == [0, 0]
     assert shared_largest(some, layer_of("Fp8MoEMethod", 0.125, 4.0)) == [2, 2]
     assert [float(scale) for scale in some.parameters()] == [0.5, 4.0]

@@ -33,7 +33,7 @@ def fingerprint(files: Sequence[str]) -> dict[str, str]:
                 for offset in _offsets(header, size):
                     file.seek(offset)
                     samples.update(file.read(_SAMPLE_BYTES))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise DwdpError(f"{path} cannot be read as a checkpoint ({error}): fetch it again") from error
     listed = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:12]
     return {

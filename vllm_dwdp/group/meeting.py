@@ -54,7 +54,8 @@ def meeting_place(group: str, meet: str | None) -> str:
 class Meeting(PrivateFolder):
     """The open folder of a group; made where there is none.
 
-    Raises DwdpError where it cannot be made, or is not this user's alone; everything here, where a file cannot be opened.
+    Raises DwdpError where it cannot be made, or is not this user's alone; everything here, where a file cannot be
+    opened or locked.
     """
 
     called = "the group's folder"
@@ -84,7 +85,11 @@ class Meeting(PrivateFolder):
             life = int(self.read(_life_file(rank)) or 0) + 1
             self.write(_life_file(rank), life)
             fd = self._create(_lock_file(rank))
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, life)
+            try:
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, life)
+            except OSError as error:
+                os.close(fd)
+                raise self.failed(f"locking {_lock_file(rank)}", error) from error
             self._held[rank] = fd, Holder(os.getpid(), life)
             for name in os.listdir(self.fd):
                 if name.startswith(f"{rank}.") and name != _lock_file(rank):
@@ -124,6 +129,8 @@ class Meeting(PrivateFolder):
             return None
         try:
             return _locked_by(fd)
+        except OSError as error:
+            raise self.failed(f"asking who has locked {_lock_file(rank)}", error) from error
         finally:
             os.close(fd)
 
@@ -206,7 +213,7 @@ class Meeting(PrivateFolder):
                     break
                 except OSError as error:
                     if error.errno not in (errno.EACCES, errno.EAGAIN):
-                        raise
+                        raise self.failed(f"locking {_DOOR}", error) from error
                 if time.monotonic() > deadline:
                     who = f"process {holder.pid}" if (holder := _locked_by(fd)) else "another process"
                     raise DwdpTimeout(f"{who} has kept {_DOOR} in {self.path} for {timeout_s:g} s: end it")

@@ -34,14 +34,18 @@ def check_coverage(model: nn.Module, build: ModelBuild) -> None:
     """
     name = type(model).__name__
     if not build.layers:
-        raise DwdpError(f"{name} builds no MoE layer on vLLM's RoutedExperts: dwdp does not support it")
+        raise DwdpError(
+            f"{name} builds no MoE layer on vLLM's RoutedExperts, which dwdp does not support: serve it without"
+        )
     experts = {layer.placement.num_experts for layer in build.layers}
     inside: set[int] = set()
     for path, module in model.named_modules():
         if not isinstance(module, RoutedExperts):
             continue
         if not isinstance(module, DwdpExpertsMixin):
-            raise DwdpError(f"{name}: MoE layer {path} ({type(module).__name__}) is not covered by dwdp")
+            raise DwdpError(
+                f"{name}: MoE layer {path} ({type(module).__name__}) is not covered by dwdp: serve it without"
+            )
         if why := methods.why_not(module.quant_method, build.platform.on_cpu):
             raise DwdpError(f"{name}: experts of {path} {why}")
         if build.config.weight_view == "split" and (why := methods.why_not_split(module.quant_method)):
@@ -52,7 +56,8 @@ def check_coverage(model: nn.Module, build: ModelBuild) -> None:
     for path, parameter in model.named_parameters():
         if id(parameter) not in inside and parameter.ndim >= 3 and parameter.shape[0] in experts and ".experts" in path:
             raise DwdpError(
-                f"{name}: {path} holds {parameter.shape[0]} experts outside of RoutedExperts: not supported"
+                f"{name}: {path} holds {parameter.shape[0]} experts outside of RoutedExperts, which is not supported: "
+                "serve it without dwdp"
             )
     for layer in build.layers:
         for tensor, parameter in layer.module.named_parameters():

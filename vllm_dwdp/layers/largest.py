@@ -40,7 +40,8 @@ def share_largest(build: ModelBuild, rendezvous: Rendezvous, group: Sequence[int
         return 0
     said = rendezvous.gather("largest", [float(parameter) for parameter in own], list(group))
     if len(set(map(len, said))) > 1:
-        raise DwdpError(f"ranks have {' and '.join(str(len(values)) for values in said)} static scales of activations")
+        counts = " and ".join(str(len(values)) for values in said)
+        raise DwdpError(f"ranks have {counts} static scales of activations: start all ranks with the same checkpoint")
     for parameter, values in zip(own, zip(*said, strict=True), strict=True):
         parameter.data.fill_(max(values))
     return len(own)

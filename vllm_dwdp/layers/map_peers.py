@@ -58,7 +58,10 @@ def _map_peer(rank: int, count: int, build: ModelBuild, transport: Transport, re
         failure: PeerLost | DwdpTimeout | None = None
         for handles in rendezvous.offers(rank, "slabs", left_s):
             if len(handles) != count:
-                raise DwdpError(f"rank {rank} has {len(handles)} MoE layers, rank {rendezvous.rank} {count}")
+                raise DwdpError(
+                    f"rank {rank} has {len(handles)} MoE layers, rank {rendezvous.rank} {count}: start all ranks with the "
+                    "same checkpoint"
+                )
             try:
                 return _map_all(handles, transport)
             except (PeerLost, DwdpTimeout) as error:

@@ -203,6 +203,9 @@ def cover_subclasses() -> None:
             replacement = type(f"Dwdp{cls.__name__}", (DwdpExpertsMixin, cls), {"__module__": __name__})
             PluggableLayer.register_oot(name=cls.__name__)(replacement)
         elif not issubclass(known, (DwdpExpertsMixin, cls)):
-            raise DwdpError(f"another plugin replaces {cls.__name__} by {known.__module__}.{known.__qualname__}")
+            raise DwdpError(
+                f"another plugin replaces {cls.__name__} by {known.__module__}.{known.__qualname__}: name the plugins that "
+                "this launch needs in VLLM_PLUGINS"
+            )
         elif issubclass(known, DwdpExpertsMixin) and not issubclass(known, cls):
-            raise DwdpError(f"two classes are called {cls.__name__}; dwdp can only replace one of them")
+            raise DwdpError(f"two classes are called {cls.__name__}, of which dwdp can only replace one: rename yours")

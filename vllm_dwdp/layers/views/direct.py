@@ -26,7 +26,7 @@ _MEMORY_BYTES = 1 << 26
 
 
 class DirectGate:
-    """Acquire and release of one layer of a split view: forwards of at most `tokens` tokens read directly."""
+    """Acquire and release of one layer of a split or composite view: forwards of at most `tokens` tokens read directly."""
 
     def __init__(self, prefetcher: Prefetcher, module: Any, tokens: int) -> None:
         self._prefetcher, self._module, self._tokens = prefetcher, module, tokens
