@@ -110,6 +110,20 @@ def test_a_rank_that_returns_is_compared_with_an_extra_one(two_members: Members)
     check_message(message, ["ranks 0 and 2 cannot share experts (sampled bytes: 2b here, 1a there): use one"])
 
 
+def test_an_extra_rank_that_is_not_there_is_not_waited_for(two_members: Members) -> None:
+    """Not by another one either, which asks whoever is before it on its GPU; one that is there may be."""
+    two_members.start_all()
+    third = two_members.start(3)
+    assert third.ask("join") == 1
+    started = time.monotonic()
+    assert third.ask("get", 2, "profiled") is None and time.monotonic() - started < LIMIT_S / 2
+    second = two_members.start(2)
+    assert second.ask("join") == 1
+    third.send("get", 2, "profiled")
+    second.ask("put", "profiled", True)
+    assert third.answer() is True
+
+
 def test_a_position_of_an_extra_rank_has_one_holder(two_members: Members) -> None:
     two_members.start_all()
     joined(two_members, 2)

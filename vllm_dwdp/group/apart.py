@@ -131,7 +131,8 @@ class ApartRendezvous(Rendezvous):
     def get(self, rank: int, name: str, timeout_s: float | None = None) -> Any:
         """Wait for what the holder of `rank` says under `name`, however often it is replaced meanwhile.
 
-        For a rank that is dead and whose slabs can be had: these, where `name` is "slabs", else None.
+        For a rank that is dead and whose slabs can be had: these, where `name` is "slabs", else None. Of an extra rank that
+        is not there, None.
 
         Raises:
             DwdpTimeout: nobody held the position, or its holder did not say `name`, in time.
@@ -141,6 +142,8 @@ class ApartRendezvous(Rendezvous):
         deadline = time.monotonic() + limit
         while True:
             if (holder := self.meeting.holder(rank)) is None:
+                if rank not in self.ranks:
+                    return None
                 if (slabs := self.held(rank)) is not None:
                     return slabs if name == SLABS else None
             elif (found := self.meeting.said(rank, name)) is not None:
