@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.unit.fake_cuda import Machine
 from tests.unit.gpu_layers import EXPERTS, LAYERS, SHAPES, weights
-from tests.unit.gpu_sharing import MANY, share_on_gpus
+from tests.unit.gpu_sharing import MANY, Group, Meeting, share_on_gpus
 from vllm_dwdp.errors import DwdpTimeout
+from vllm_dwdp.layers import sharing
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.sharing import ExpertSharing
 from vllm_dwdp.transport.cuda_copy import CudaCopyEngine
@@ -133,3 +135,18 @@ def test_slots_are_not_freed_under_a_copy(monkeypatch: pytest.MonkeyPatch) -> No
     for rank in ranks:
         rank.sharing.close()
     assert device.calls["free"] > 0
+
+
+def test_a_copy_that_does_not_end_at_start_is_told_and_nothing_freed_under_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    group, measured, devices = Group(Machine(0), Meeting(2), []), sharing.copy_rate, []
+
+    def never_ends(engine: Any, *arguments: Any) -> float:
+        group.machine.frozen = True
+        devices.append(engine._device)
+        return measured(engine, *arguments)
+
+    monkeypatch.setattr(sharing, "copy_rate", never_ends)
+    monkeypatch.setattr(sharing, "_CLOSE_TIMEOUT_S", 0.02)
+    with pytest.raises(DwdpTimeout, match=r"a copy is not done after 0\.05 s"):
+        share_on_gpus(monkeypatch, "split", group=group, timeout_s=0.05)
+    assert {(device.calls["free"], device.calls["ipc_close"]) for device in devices} == {(0, 0)}

@@ -88,7 +88,8 @@ class ExpertSharing:
             # In-place ranges open the owners' files once more: no owner may leave before all are mapped.
             rendezvous.gather("mapped", True, group)
         except BaseException:
-            self.close()
+            with contextlib.suppress(DwdpError):  # what failed is the one to tell
+                self.close()
             raise
 
     def _attach_pages(self) -> None:
@@ -117,9 +118,7 @@ class ExpertSharing:
         else:
             self.slots = [self.transport.allocate_slot(nbytes) for _ in range(ring.used_slots)]
             attach = view.attach
-        engine = self.transport.copy_engine()
-        self._closing.callback(engine.close, _CLOSE_TIMEOUT_S)
-        self.engine = engine
+        self.engine = engine = self.transport.copy_engine()
         slice_bytes = config.resolve_slice_bytes(self.build.platform)
         self.programs = [
             attach(layer, rank, self.slots[ring.slot_of(i)], engine, slice_bytes) for i, layer in enumerate(self.layers)
@@ -295,6 +294,7 @@ class ExpertSharing:
             self.travel.close(_CLOSE_TIMEOUT_S)
         if self.prefetcher is not None:
             self.prefetcher.close(_CLOSE_TIMEOUT_S)
+        if hasattr(self, "engine"):
             # Before anything is let go: memory is not freed under a copy, for which CUDA would wait without a limit.
             self.engine.close(_CLOSE_TIMEOUT_S)
         self._closing.close()
