@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.unit.helpers import LIMIT_S
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.predict.cli import main
 from vllm_dwdp.predict.hardware_file import FOLDER, load_hardware
@@ -57,6 +60,18 @@ def test_odd_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "give one" in error(capsys, "plan", MODEL, "--isl-std", "5", "--length-ratio", "0.5")
     (tmp_path / "h.toml").write_bytes(b"\xff\xfe")
     assert "TOML" in error(capsys, "plan", MODEL, "--hardware", str(tmp_path / "h.toml"))
+
+
+def test_what_the_system_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (("plan", 5000 * "x"), ("plan", MODEL, "--hardware", 5000 * "x")):
+        line = error(capsys, *argv)
+        assert "File name too long" in line and "check the path" in line and len(line) < 1200
+    for argv in (("plan", MODEL, "--json"), ("hardware",)):  # more than a buffer holds, and less
+        with open("/dev/full", "w") as full:
+            command = [sys.executable, "-m", "vllm_dwdp.cli", *argv]
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=LIMIT_S)
+        assert "the output cannot be used (No space left on device): check" in done.stderr
+        assert done.stderr.count("\n") == 1 and done.returncode == 2
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ def main(argv: list[str] | None = None, more: Iterable[Callable[[Any], None]] = 
     """Returns the exit status: 0, 1 (a promise missed), 2 (bad input). more: as in `build`; each sets `run`."""
     args = build(more).parse_args(argv)
     try:
-        return int(args.run(args) if "run" in args else globals()[f"_{args.command}"](args))
+        status = int(args.run(args) if "run" in args else globals()[f"_{args.command}"](args))
+        sys.stdout.flush()
+        return status
     except DwdpError as e:
         print(f"vllm-dwdp {args.command}: error: {one_line(str(e))}", file=sys.stderr)
         return 2
@@ -32,10 +34,15 @@ def main(argv: list[str] | None = None, more: Iterable[Callable[[Any], None]] = 
             f"vllm-dwdp {args.command}: error: the input is not understood ({what}): check its types", file=sys.stderr
         )
         return 2
-    except BrokenPipeError:
-        # Such as `| head`. Without this, Python complains once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as e:
+        if e.filename is None:
+            # Of the output, such as `| head`. Without this, Python complains once more when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(e, BrokenPipeError):
+            return 0
+        line = f"{e.filename or 'the output'} cannot be used ({e.strerror}): check the path, permissions and free space"
+        print(f"vllm-dwdp {args.command}: error: {one_line(line)}", file=sys.stderr)
+        return 2
 
 
 def one_line(text: str) -> str:
