@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.helpers import LIMIT_S
+from tests.unit.helpers import LIMIT_S, LaunchOwner
+from vllm_dwdp.group.launch_folder import LaunchFolder, make_folder
 from vllm_dwdp.transport import limits
 
 _NAMED = """
@@ -43,3 +44,32 @@ def test_limits_are_read_beside_names_of_any_bytes(tmp_path: Path) -> None:
     (group / "memory.max").write_text("2000\n")
     (group / "memory.current").write_text("500\n")
     assert limits.available_memory(tmp_path, tmp_path).nbytes == 1500
+
+
+#: Makes the folder of a launch, and is killed: on this machine, or on one with another boot whose namespaces have the same
+#: names.
+_MAKES = """
+import os, signal, sys
+from pathlib import Path
+read = Path.read_text
+def elsewhere(path, *how, **more):
+    return "of another machine" if path.name == "boot_id" else read(path, *how, **more)
+if sys.argv[1] == "elsewhere":
+    Path.read_text = elsewhere
+from vllm_dwdp.group.launch_folder import make_folder
+class Owner: pass
+owner = Owner()
+print(make_folder(owner), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_the_folder_of_another_machines_launch_is_left_alone(where: str, public: Path) -> None:
+    """Temporary folders may be shared: whose process of that id is none here may be alive there."""
+    command, environment = [sys.executable, "-c", _MAKES, where], {**os.environ, "TMPDIR": str(public)}
+    path = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment).stdout.strip()
+    assert LaunchFolder(path).is_abandoned() == (where == "here")
+    owner = LaunchOwner()
+    make_folder(owner)
+    assert os.path.isdir(path) == (where == "elsewhere")

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 
 class ProcessId(NamedTuple):
-    """pid: within `namespace`. started: clock ticks since boot, since a pid can be reused."""
+    """pid: within `namespace`, which is one of one boot of one machine: a folder may be shared with others. started: clock
+    ticks since boot, since a pid can be reused."""
 
     pid: int
     started: int
@@ -22,7 +23,8 @@ def this_process() -> ProcessId:
 @cache
 def _this_process(pid: int) -> ProcessId:
     try:
-        return ProcessId(pid, _started(pid) or 0, os.readlink("/proc/self/ns/pid"))
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return ProcessId(pid, _started(pid) or 0, f"{os.readlink('/proc/self/ns/pid')} of boot {boot}")
     except OSError:
         return ProcessId(pid, 0, "")
 
@@ -33,7 +35,8 @@ def process_with(pid: int) -> ProcessId:
 
 
 def is_gone(process: ProcessId) -> bool:
-    """Whether `process` has certainly ended; False where it cannot be known, as from another PID namespace."""
+    """Whether `process` has certainly ended; False where it cannot be known, as from another PID namespace or
+    machine."""
     here = this_process()
     if not here.namespace or process.namespace != here.namespace:
         return False
