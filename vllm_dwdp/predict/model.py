@@ -87,7 +87,6 @@ class MoeModel:
     """
 
     name: str
-    model_type: str
     hidden: int
     vocab: int
     tied: bool
@@ -103,7 +102,6 @@ class MoeModel:
     attention_format: WeightFormat
     mlp_format: WeightFormat
     context_limit: int | None = None
-    notes: tuple[str, ...] = ()
 
     @property
     def layers(self) -> int:

@@ -168,7 +168,6 @@ def _model(raw: dict[str, Any], name: str, expert_format: str | None, linear_for
     shared = _shared_params(f, hidden, width)
     return MoeModel(
         name=name,
-        model_type=f.kind,
         hidden=hidden,
         vocab=f.count("vocab_size"),
         tied=bool(f.get("tie_word_embeddings")),

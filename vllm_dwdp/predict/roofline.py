@@ -17,14 +17,13 @@ from vllm_dwdp.predict.work import Work
 class Local:
     """Seconds of one step's local work, over all layers; [samples]. The rows of the paper's T1.
 
-    `embedding_and_head` is part of dense. `memory_bound_grouped`: whether experts wait for their weights.
+    Embedding and head are part of dense.
     """
 
     attention: Any
     grouped: Any
     dense: Any
     others: Any
-    memory_bound_grouped: bool
 
     @property
     def total(self) -> Any:
@@ -67,16 +66,6 @@ def local_time(
     attention: Any = 0.0
     dense: Any = 0.0
     grouped: Any = 0.0
-    heavy = bool(
-        np.mean(hit) * model.expert_bytes / bandwidth
-        > np.mean(
-            2.0
-            * tokens
-            * model.top_k
-            * model.expert_params
-            / (hardware.rate(model.expert_format.compute) * eff.grouped)
-        )
-    )
     for group in model.groups:
         core = group.attention
         pairs = core.pairs(work.new, work.context).sum(axis=1)
@@ -102,4 +91,4 @@ def local_time(
     dense = dense + product(model.vocab * model.hidden, work.sequences, 2.0, "bf16", eff.matmul)
     # Norms, residuals, activations, quantisation: not split by tensor parallelism.
     others = tokens * model.hidden * 2.0 * eff.elementwise_passes * model.layers / bandwidth
-    return Local(attention, grouped, dense, others, heavy)
+    return Local(attention, grouped, dense, others)
