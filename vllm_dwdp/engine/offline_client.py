@@ -112,7 +112,7 @@ class DwdpSyncClient(SyncMPClient):
 
         Without `timeout_s` it waits as long as the ranks live, as plain vLLM does. Raises DwdpTimeout.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        deadline = time.monotonic() + (timeout_s or 0.0)
         futures: list[Future[Any]] = []
         for engine in range(len(self.core_engines)):
             call_id = uuid.uuid1().int >> 64
@@ -120,14 +120,17 @@ class DwdpSyncClient(SyncMPClient):
             self.utility_results[call_id] = future
             futures.append(future)
             self._send_to(engine, EngineCoreRequestType.UTILITY, (0, call_id, method, args))
-        return [self._result(future, f"rank {rank} ({method})", deadline) for rank, future in enumerate(futures)]
+        return [
+            self._result(future, f"rank {rank} ({method})", timeout_s, deadline) for rank, future in enumerate(futures)
+        ]
 
-    def _result(self, future: Future[Any], what: str, deadline: float | None) -> Any:
+    def _result(self, future: Future[Any], what: str, timeout_s: float | None, deadline: float) -> Any:
         while not wait([future], _PERIOD_S).done:
             self.ensure_alive()
-            if deadline is not None and time.monotonic() > deadline:
+            if timeout_s is not None and time.monotonic() > deadline:
                 raise DwdpTimeout(
-                    f"{what} does not answer within dwdp.timeout_s: it computes for longer, or stands still"
+                    f"{what} does not answer within {timeout_s:g} s: it computes for longer, or stands still; look at its "
+                    "log, or raise dwdp.timeout_s"
                 )
         return future.result()
 

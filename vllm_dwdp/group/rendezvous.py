@@ -78,7 +78,7 @@ class Rendezvous:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise DwdpTimeout(
-                    f"rank {self.rank} waited {limit:.0f} s for rank {rank} ({name}): it never arrived; look at its "
+                    f"rank {self.rank} waited {limit:g} s for rank {rank} ({name}): it never arrived; look at its "
                     'log, or raise additional_config {"dwdp": {"timeout_s": ...}} if it is only slow'
                 )
             time.sleep(min(pause, left))
