@@ -95,12 +95,13 @@ def run_dwdp(
 
     streams = [list(s) for s in streams]
     order = sorted(range(len(streams)), key=lambda r: faults.get(r, HEALTHY).dead_at)
-    alive = [r for r in order if faults.get(r, HEALTHY).dead_at == inf]
+    # Whoever dies behind the end of the run has not.
+    alive = [r for r in order if faults.get(r, HEALTHY).dead_at >= limits.seconds]
     total = Log()
     for rank in order:
         fault = faults.get(rank, HEALTHY)
         engine = run_alone(streams[rank], times, cost.windows, limits, fault)
-        if fault.dead_at < inf:
+        if fault.dead_at < limits.seconds:
             left = engine.unfinished(fault.dead_at)
             # Those that come to the others are counted as arrivals there.
             engine.log.arrived -= len(engine.waiting) + len(engine.running)
