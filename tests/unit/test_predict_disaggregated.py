@@ -151,6 +151,7 @@ def test_a_dead_rank_of_dwdp_hands_its_prompts_on() -> None:
     faults = [{"rank": 1, "dead_at": "20 s"}]
     dead = results(scenario(faults=faults, requests={**BASE["requests"], "rate": 1.0}))
     assert dead["DWDP"].lost == 0 < dead["DEP"].lost
+    assert dead["DWDP"].requests == dead["DEP"].requests >= dead["DEP"].finished + dead["DEP"].lost
 
 
 def test_planned_pools_do_in_the_simulator_what_was_planned() -> None:
@@ -201,7 +202,7 @@ def test_scenarios(raw: dict[str, Any]) -> None:
             assert "\n" not in str(caught)
             return
     for r in found:
-        assert 0 <= r.output_per_gpu < math.inf and 0 <= r.finished <= r.requests + r.lost
+        assert 0 <= r.output_per_gpu < math.inf and 0 <= r.finished + r.lost <= r.requests
 
 
 @pytest.mark.parametrize(

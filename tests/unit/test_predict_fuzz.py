@@ -100,7 +100,7 @@ def test_scenarios(raw: dict[str, Any]) -> None:
             check(caught)
             return
     for result in results:
-        assert 0 <= result.prompt_per_gpu < math.inf and 0 <= result.finished <= result.requests + result.lost
+        assert 0 <= result.prompt_per_gpu < math.inf and 0 <= result.finished + result.lost <= result.requests
 
 
 def plan(case: Case) -> None:

@@ -17,8 +17,8 @@ class PoolsResult:
     """One way of prefill. Seconds, as 50th, 90th and 99th percentile; tokens/s per accelerator of both pools; shares of the
     time of the accelerators of one.
 
-    computed: requests whose prompt was. ttft: to the first token, which decode computes. transfer: from the last of a KV
-    cache sent to the step that takes it. exposed, waiting: of prefill, as in `Result`.
+    requests: all that came. computed: those whose prompt was. ttft: to the first token, which decode computes. transfer:
+    from the last of a KV cache sent to the step that takes it. exposed, waiting: of prefill, as in `Result`.
     """
 
     way: str
@@ -47,9 +47,11 @@ def run_disaggregated(scenario: Scenario, progress: bool = False) -> list[PoolsR
     bar = Bar((groups + engines) * len(s.ways), progress)
     results = []
     for way in s.ways:
-        prefill, decode, handed = Log(), DecodeLog(), []
+        prefill, decode, handed, came_in = Log(), DecodeLog(), [], 0
         for group in range(groups):
-            log = fleet.run(way, group, streams_of(s, group))
+            streams = streams_of(s, group)
+            came_in += sum(map(len, streams))
+            log = fleet.run(way, group, streams)
             handed.append(np.array(log.handed).reshape(-1, 3))
             del log.handed[:]
             prefill.add(log)
@@ -61,17 +63,17 @@ def run_disaggregated(scenario: Scenario, progress: bool = False) -> list[PoolsR
             came, sent, tokens = requests[engine::engines].T
             decode.add(run_decode(costs, came, sent, tokens, s.stream.osl, transfer_s, s.seconds))
             bar.step()
-        results.append(_result(way, prefill, len(requests), decode, s))
+        results.append(_result(way, came_in, prefill, len(requests), decode, s))
     bar.close()
     return results
 
 
-def _result(way: str, prefill: Log, computed: int, decode: DecodeLog, s: Scenario) -> PoolsResult:
+def _result(way: str, came_in: int, prefill: Log, computed: int, decode: DecodeLog, s: Scenario) -> PoolsResult:
     assert s.pool is not None
     time = s.ranks * s.seconds
     return PoolsResult(
         way=way,
-        requests=prefill.arrived,
+        requests=came_in,
         computed=computed,
         finished=decode.finished,
         lost=prefill.lost,

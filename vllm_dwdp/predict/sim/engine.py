@@ -23,7 +23,6 @@ class Log:
     prompt_tokens: int = 0
     output_tokens: int = 0
     finished: int = 0
-    arrived: int = 0
     lost: int = 0
     busy: float = 0.0
     exposed: float = 0.0
@@ -40,7 +39,6 @@ class Log:
             "prompt_tokens",
             "output_tokens",
             "finished",
-            "arrived",
             "lost",
             "busy",
             "exposed",
@@ -95,7 +93,6 @@ class Engine:
         while self._next < len(self._stream) and self._stream[self._next].arrival <= now:
             self.waiting.append(Live(self._stream[self._next]))
             self._next += 1
-            self.log.arrived += 1
 
     @property
     def has_work(self) -> bool:

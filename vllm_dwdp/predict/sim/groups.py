@@ -103,8 +103,6 @@ def run_dwdp(
         engine = run_alone(streams[rank], times, cost.windows, limits, fault)
         if fault.dead_at < limits.seconds:
             left = engine.unfinished(fault.dead_at)
-            # Those that come to the others are counted as arrivals there.
-            engine.log.arrived -= len(engine.waiting) + len(engine.running)
             for i, request in enumerate(left):
                 if alive:
                     streams[alive[i % len(alive)]].append(request)

@@ -20,7 +20,7 @@ _ARRIVALS, _IMBALANCE = 0, 1
 
 @dataclass(frozen=True)
 class Result:
-    """One way's figures. Seconds; tokens/s per accelerator; shares of the accelerators' time."""
+    """One way's figures. Seconds; tokens/s per accelerator; shares of the accelerators' time. requests: all that came."""
 
     way: str
     requests: int
@@ -50,14 +50,15 @@ def run_scenario(scenario: Scenario, progress: bool = False) -> list[Result]:
     s, fleet = scenario, Fleet(scenario)
     groups = s.ranks // s.group_size
     logs = {way: Log() for way in s.ways}
-    bar = Bar(groups * len(s.ways), progress)
+    requests, bar = 0, Bar(groups * len(s.ways), progress)
     for group in range(groups):
         streams = streams_of(s, group)
+        requests += sum(map(len, streams))
         for way in s.ways:
             logs[way].add(fleet.run(way, group, streams))
             bar.step()
     bar.close()
-    return [result_of(way, log, s) for way, log in logs.items()]
+    return [result_of(way, requests, log, s) for way, log in logs.items()]
 
 
 class Fleet:
@@ -92,12 +93,12 @@ class Fleet:
         return run_tp(streams, self._split, tp_collectives(s.model, s.hardware, s.group_size), wide, faults)
 
 
-def result_of(way: str, log: Log, s: Scenario) -> Result:
+def result_of(way: str, requests: int, log: Log, s: Scenario) -> Result:
     """Sum up a log."""
     time = s.ranks * s.seconds
     return Result(
         way=way,
-        requests=log.arrived,
+        requests=requests,
         finished=log.finished,
         lost=log.lost,
         prompt_per_gpu=log.prompt_tokens / time,
