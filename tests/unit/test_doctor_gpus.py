@@ -265,6 +265,9 @@ def test_a_child_that_crashes_is_told() -> None:
     code = "import os; os.kill(os.getpid(), 11)"
     with Child([sys.executable, "-c", code]) as child, pytest.raises(ChildFailed, match=r"ended with SIGSEGV"):
         child.ask(20.0)
+    code = "import os; os.kill(os.getpid(), 40)"
+    with Child([sys.executable, "-c", code]) as child, pytest.raises(ChildFailed, match=r"ended with signal 40$"):
+        child.ask(20.0)
     with Child([sys.executable, "-c", ""]) as child, pytest.raises(ChildFailed, match="ended with status 0"):
         child.ask(20.0)
     with pytest.raises(ChildFailed, match="nowhere cannot be started"):

@@ -1,6 +1,7 @@
 """Memory files that a rank does not map: of another user, or such that somebody could cut or change them."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.helpers import PAGE
-from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.errors import DwdpError, PeerLost
 from vllm_dwdp.transport import memfd
 from vllm_dwdp.transport.base import Handle
 from vllm_dwdp.transport.memfd import this_host
@@ -89,6 +90,23 @@ def test_what_is_no_memory_file_is_refused(transport: ShmTransport, tmp_path: Pa
             transport.map_peer(changed(handle, inode=path.stat().st_ino))
     finally:
         os.close(fd)
+
+
+@pytest.mark.parametrize(("number", "remedy"), [(errno.ENFILE, "raise fs.file-max"), (errno.EMFILE, "raise ulimit -n")])
+def test_an_owner_is_not_blamed_for_what_this_machine_lacks(
+    transport: ShmTransport, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    handle = transport.export_handle(transport.allocate_slab(PAGE))
+
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(
+        DwdpError, match=rf"opening the memory of process \d+.*{os.strerror(number)}.*: {remedy}"
+    ) as caught:
+        memfd.open_file(handle)
+    assert not isinstance(caught.value, PeerLost), "which would be waited for"
 
 
 def test_memory_of_another_user_is_refused(transport: ShmTransport, monkeypatch: pytest.MonkeyPatch) -> None:

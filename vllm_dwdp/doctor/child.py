@@ -86,7 +86,9 @@ class Child:
     def _ended(self) -> str:
         with suppress(subprocess.TimeoutExpired):
             status = self._process.wait(_END_S)
-            return f"its process ended with {signal.Signals(-status).name if status < 0 else f'status {status}'}"
+            if -status in set(signal.Signals):
+                return f"its process ended with {signal.Signals(-status).name}"
+            return f"its process ended with {f'status {status}' if status >= 0 else f'signal {-status}'}"
         return "its process closed its pipes"
 
     def __enter__(self) -> Child:

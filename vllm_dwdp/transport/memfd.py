@@ -28,10 +28,11 @@ _F_SEAL_FUTURE_WRITE: Final = 0x0010  # Linux 5.1; not in Python's fcntl
 _MFD_NOEXEC_SEAL: Final = 0x0008  # Linux 6.3; not in Python's os. With vm.memfd_noexec=2 a file without it is refused
 #: Descriptors that must be left when a file is made: the file, and what is read under /proc and /sys meanwhile.
 _FILE_DESCRIPTORS: Final = 4
+#: What refuses a descriptor whoever owns the file, and what helps.
+_OWN_LIMITS: Final = {errno.EMFILE: "raise ulimit -n", errno.ENFILE: "raise fs.file-max"}
 #: What helps where a file cannot be made.
 _REMEDIES: Final = {
-    errno.EMFILE: "raise ulimit -n",
-    errno.ENFILE: "raise fs.file-max",
+    **_OWN_LIMITS,
     errno.EFBIG: "raise ulimit -f",
     errno.ENOSYS: "dwdp's shm transport needs memfd_create, which this kernel or sandbox lacks",
     errno.EPERM: "let this process use memfd_create and seals (seccomp, security modules)",
@@ -133,8 +134,8 @@ def _new_file(name: str) -> int:
 def open_file(handle: Handle, writable: bool = False) -> int:
     """Open a peer's memory file, read-only unless `writable`; returns a descriptor, which the caller closes.
 
-    Raises PeerLost where the owner is gone or no longer offers it, DwdpError for another host, missing permission, a file
-    of another user or one without seals.
+    Raises PeerLost where the owner is gone or no longer offers it, DwdpError for another host, missing permission, too many
+    open files, a file of another user or one without seals.
     """
     require_descriptors(1, "a peer's memory file")
     _check_host(handle)
@@ -151,6 +152,8 @@ def open_file(handle: Handle, writable: bool = False) -> int:
             f"setuid{DOCTOR}"
         ) from error
     except OSError as error:
+        if error.errno in _OWN_LIMITS:
+            raise DwdpError(f"opening the memory of {owner} failed ({error}): {_OWN_LIMITS[error.errno]}") from error
         alive = os.path.exists(f"/proc/{pid}")
         reason = "has freed it or is ending" if alive else "is gone"
         raise PeerLost(f"the owner of a slab ({owner}) {reason} ({error.strerror}): look at that rank's log") from error
