@@ -119,6 +119,29 @@ def test_a_rank_that_is_gone_at_once_is_no_error(group: Group, published: Publis
     pages.join(LIMIT_S)
 
 
+def test_a_page_that_cannot_be_read_is_told_once_and_harms_no_other(
+    group: Group, published: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(rank_pages.logger, "warning", lambda text, *values: warned.append(text % values))
+    page = group.come_up(0)
+    page.fields.version += 1
+    pages = RankPages(group.launch, publishing=True)
+    pages.start()
+    group.come_up(1).fields.forwards = 3
+    until(lambda: grown(published, 1) == 3)
+    told = len(published)
+    until(lambda: len(published) > told + 2)
+    assert len(warned) == 1 and warned[0].startswith(
+        "dwdp: the counters of rank 0 are not read: a counter page has magic"
+    )
+    # What may pass is tried again.
+    page.fields.version -= 1
+    page.fields.forwards = 5
+    until(lambda: grown(published, 0) == 5)
+    pages.stop(summarise=False)
+
+
 def test_a_server_of_its_own_publishes_its_rank_only(group: Group, published: Published) -> None:
     group.come_up(0).fields.forwards = 5  # not of this launch
     group.come_up(1).fields.forwards = 7

@@ -5,7 +5,6 @@ vLLM may kill its engines at shutdown without giving them a word, so the line th
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 
 from vllm_dwdp.engine.metrics import publish
-from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.errors import DwdpError, PeerLost
 from vllm_dwdp.group.launch import DwdpLaunch
 from vllm_dwdp.group.rendezvous import Rendezvous
 from vllm_dwdp.prefetch.counters import CounterPage, CounterReader, Counters
@@ -38,6 +37,7 @@ class RankPages(threading.Thread):
         self._publishing = publishing
         self._readers: dict[int, CounterReader] = {}
         self._published: dict[int, Counters] = {}
+        self._told: set[int] = set()
         self._stopping = threading.Event()
 
     def run(self) -> None:
@@ -58,9 +58,14 @@ class RankPages(threading.Thread):
     def _open_pages(self, rendezvous: Rendezvous) -> None:
         for rank in self._launch.ranks_here:
             if rank not in self._readers and (raw := rendezvous.peek(rank, "counters")) is not None:
-                # A rank may end between publishing its page and our opening it.
-                with contextlib.suppress(DwdpError):
+                try:
                     self._readers[rank] = CounterPage.open(Handle.from_dict(raw))
+                except PeerLost:
+                    pass  # a rank may end between publishing its page and our opening it
+                except DwdpError as error:
+                    if rank not in self._told:
+                        self._told.add(rank)
+                        logger.warning("dwdp: the counters of rank %d are not read: %s", rank, error)
 
     def _publish(self) -> None:
         for rank, reader in self._readers.items():
