@@ -19,6 +19,9 @@ from vllm_dwdp.transport.shm import ShmTransport
 
 HERE = Path(__file__).parent
 
+# GiB, as the Makefile has it: launches on CPU without a size are refused where the machine is too small for them.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """On GPUs, leave out tests that build launches and look for the words of vLLM's CPU platform."""

@@ -18,6 +18,7 @@ from vllm_dwdp.engine import options
 from vllm_dwdp.engine.cores import bind_ranks
 from vllm_dwdp.engine.devices import set_devices
 from vllm_dwdp.engine.forms import check_form
+from vllm_dwdp.engine.kv_caches import check_kv_caches
 from vllm_dwdp.engine.model_config import hide_moe
 from vllm_dwdp.engine.orphans import value_of_parent, watch_forked
 from vllm_dwdp.engine.planner import ask_planner
@@ -180,6 +181,8 @@ def create_engine_config(
 
         fit_graphs(vllm_config.compilation_config, config)
     if not _is_api_server_of_many(args):
+        if platform.on_cpu:
+            check_kv_caches(vllm_config.cache_config, num_ranks, args.data_parallel_size)
         check_ports(vllm_config, range(args.data_parallel_size))
         ask_planner(vllm_config, config, group_size, platform)
     launch = dataclasses.replace(
