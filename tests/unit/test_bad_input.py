@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.unit.leftovers import build, check_message, refusal
+from vllm_dwdp.engine import options
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -112,10 +113,24 @@ WHOLE = ["reads the whole checkpoint on every rank", "leave it out"]
         pytest.param(
             {"additional_config": {"num_slots": 3}}, ["'num_slots'", '{"dwdp": {"num_slots": ...}}'], id="outside"
         ),
+        pytest.param(
+            {"additional_config": {"dwdp": {}, "group_size": 2}}, ["'group_size'", '{"dwdp": {"gr'], id="beside"
+        ),
     ],
 )
 def test_options(tiny_moe: Path, arguments: dict[str, Any], words: list[str]) -> None:
     check_message(refusal(lambda: build(tiny_moe, **arguments)), words)
+
+
+def test_a_setting_whose_name_others_may_have(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside `dwdp` it may be another plugin's: ours does not read it, and says so."""
+    told: list[str] = []
+    monkeypatch.setattr(options.logger, "warning", lambda text, *values: told.append(text % values))
+    build(tiny_moe, additional_config={"dwdp": {"decode": "auto"}, "other": 1})
+    assert not told
+    build(tiny_moe, additional_config={"decode": "direct", "other": 1})
+    check_message(told.pop(), ["'decode' beside \"dwdp\"", "has to be inside"])
+    assert not told
 
 
 def test_an_option_of_a_later_vllm(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib.util
 import json
+import logging
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
@@ -19,14 +21,18 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
+logger = logging.getLogger("vllm.dwdp")
+
 #: Load formats read through vLLM's default loader, which can be asked for single experts, and random weights. With `auto`
 #: and `hf` it also takes files of torch.save where a checkpoint has nothing else, and every rank reads them whole.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
 
-#: Settings whose names no other plugin will have.
-_SETTINGS: Final = frozenset(
-    {"experts_per_rank", "weight_view", "num_slots", "direct_tokens", "ranks_per_device", "require_win"}
-)
+#: All settings, and those of them whose names no other plugin will have.
+_ALL_SETTINGS: Final = frozenset(field.name for field in dataclasses.fields(DwdpConfig))
+_SETTINGS: Final = _ALL_SETTINGS & {
+    "group_size", "experts_per_rank", "weight_view", "num_slots", "slice_bytes", "direct_tokens", "travel_tokens",
+    "ranks_per_device", "require_win",
+}  # fmt: skip
 
 
 def _parallel(args: EngineArgs, group: str | None) -> Iterator[str]:
@@ -176,6 +182,8 @@ def settings_of(args: EngineArgs) -> DwdpConfig:
         if str(key) in _SETTINGS or difflib.get_close_matches(str(key).lower(), [BACKEND], n=1, cutoff=0.75):
             meant = f'{{"{BACKEND}": {{"{key}": ...}}}}' if str(key) in _SETTINGS else f'"{BACKEND}"'
             raise DwdpError(f"--additional-config has the key {key!r}, which nothing reads: did you mean {meant}?")
+        if str(key) in _ALL_SETTINGS:
+            logger.warning('dwdp: --additional-config has %r beside "dwdp": a setting of dwdp has to be inside', key)
     return DwdpConfig.parse((args.additional_config or {}).get(BACKEND))
 
 
