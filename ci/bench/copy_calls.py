@@ -15,6 +15,8 @@ import statistics
 import time
 from typing import Any
 
+from ci.checks.visible import gpus_for
+
 MIB = 1 << 20
 SIZES_MIB = (0.25, 1, 4, 16, 64, 256)
 ROUNDS = 4
@@ -138,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=int, default=2)
     options = parser.parse_args()
+    gpus_for(parser, without=False, tries="it times copies between two of them")
     nbytes, runtime = options.gib << 30, Runtime()
     source, target = runtime.malloc(1, nbytes), runtime.malloc(0, nbytes)
     print(f"{'way':6} {'MiB':>8} {'copies':>7} {'host us':>9} {'behind a kernel':>16} {'GB/s':>7}")

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from ci.bench.direct_layer import Layer, Link, open_peer, us
+from ci.checks.visible import gpus_for
 from vllm_dwdp.kernels import tables
 from vllm_dwdp.kernels.bench.candidates import SHARED
 from vllm_dwdp.kernels.bench.shapes import MODELS, TINY_MODELS, Batch, Problem
@@ -161,6 +162,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=28, help="threads that compile")
     parser.add_argument("--trial", action="store_true", help="on a CPU, a tiny layer, one routing")
     options = parser.parse_args()
+    gpus_for(parser, options.trial, "--trial tries this without one")
     begun, options.searches, options.searched = time.monotonic(), [], SEARCHED
     ends, rows = begun + options.limit_s, []
     device = torch.device("cpu") if options.trial else torch.device("cuda", 0)

@@ -22,6 +22,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from ci.checks.visible import gpus_for
 from vllm_dwdp.layers.views.direct import DirectGate
 from vllm_dwdp.prefetch.counters import CounterPage
 from vllm_dwdp.prefetch.prefetcher import Prefetcher
@@ -153,10 +154,7 @@ def main() -> None:
     parser.add_argument("--simulated", action="store_true", help="count calls, without a GPU and without times")
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
-    from ci.checks.visible import visible_gpus
-
-    if not (options.simulated or visible_gpus()):
-        parser.error("there is no GPU here: --simulated counts without one")
+    gpus_for(parser, options.simulated, "--simulated counts without one")
     make: Callable[[], Simulated | Gpu] = Simulated if options.simulated else Gpu
     rows = []
     print(f"{'case':9} {'CUDA calls':>10} {'of torch':>8} {'host us':>8}  by name")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ci.bench.turns import PLAIN, Group, Job, bounds, ratios
-from ci.checks.visible import visible_gpus, wanted
+from ci.checks.visible import gpus_for, visible_gpus, wanted
 from ci.root import ROOT
 
 ENV = {"VLLM_USE_DEEP_GEMM": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_HOST_IP": "127.0.0.1"}
@@ -148,7 +148,7 @@ def main() -> int:
     parser.add_argument("--job-s", type=float, default=150, help="an engine that takes longer for anything is ended")
     parser.add_argument("--limit-s", type=float, default=400, help="begin no group after this many seconds")
     args = parser.parse_args()
-    chosen = [] if args.write_only else choose(parser, args, 0 if args.cpu else visible_gpus())
+    chosen = [] if args.write_only else choose(parser, args, gpus_for(parser, args.cpu))
     from examples.checkpoints import CheckpointSpec, write_checkpoint
 
     begun = time.monotonic()

@@ -26,7 +26,7 @@ from typing import Any, Final
 
 from ci.checks.gpu_cases import CASES, QUANTISED, Case
 from ci.checks.in_time import InTime
-from ci.checks.visible import visible_gpus, wanted
+from ci.checks.visible import gpus_for, wanted
 from examples.checkpoints import CheckpointSpec, write_checkpoint
 from tests.e2e.engines import REPO, run_job
 from tests.e2e.server import start_server
@@ -271,7 +271,7 @@ def main() -> int:
     parser.add_argument("--limit-s", type=float, default=450, help="begin no case that would probably not end by then")
     args = parser.parse_args()
     in_time = InTime(args.limit_s)
-    args.gpus = 0 if args.cpu else visible_gpus()
+    args.gpus = gpus_for(parser, args.cpu)
     cases = QUANTISED if args.quantised else CASES
     names = wanted(cases, args.only, args.skip)
     rows: dict[str, dict[str, Any]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
 
 
@@ -10,6 +11,15 @@ def visible_gpus() -> int:
     import torch
 
     return int(torch.cuda.device_count())
+
+
+def gpus_for(parser: argparse.ArgumentParser, without: bool, tries: str = "--cpu tries this without one") -> int:
+    """How many can be seen, 0 where the script runs `without`. Where it needs one and there is none, the program ends;
+    `tries`: what to do then."""
+    gpus = 0 if without else visible_gpus()
+    if not (gpus or without):
+        parser.error(f"there is no GPU here: {tries}")
+    return gpus
 
 
 def wanted(names: Iterable[str], only: str, skip: str = "") -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ci.bench import contention, layer_calls, loads, returns, starts
+from ci.bench import contention, loads, returns, starts
 
 
 @pytest.mark.parametrize(
@@ -160,9 +161,22 @@ def test_contention(
     refused(monkeypatch, capsys, contention.main, words, why)
 
 
-def test_layer_calls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("bench.layer_calls", "--simulated counts without one"),
+        ("bench.direct", "--trial tries this without one"),
+        ("bench.copy_calls", "it times copies between two of them"),
+        ("bench.prefill", "--cpu tries this without one"),
+        ("checks.gpu_e2e", "--cpu tries this without one"),
+    ],
+)
+def test_scripts_for_gpus(
+    script: str, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On CPU some started engines, one after the other, and one wrote gigabytes of weights first."""
     monkeypatch.setattr("ci.checks.visible.visible_gpus", lambda: 0)
-    refused(monkeypatch, capsys, layer_calls.main, [], "no GPU here: --simulated counts without one")
+    refused(monkeypatch, capsys, importlib.import_module(f"ci.{script}").main, [], f"there is no GPU here: {why}")
 
 
 def refused(
