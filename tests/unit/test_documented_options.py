@@ -61,11 +61,15 @@ def options_told(command: str) -> frozenset[str]:
     return frozenset(OPTION.findall(subprocess.run(call, capture_output=True, text=True, check=True, cwd=ROOT).stdout))
 
 
-def calls(text: str) -> Iterator[tuple[str, str]]:
-    """(command, words behind it) of blocks of code, with lines that go on, and of code within lines."""
+def calls(text: str) -> Iterator[str]:
+    """Lines of blocks of code, joined where they go on, and code within lines."""
     text = text.replace("\\\n", " ")
-    yield from ((line, line) for line in re.findall(r"^    \S.*$", text, re.MULTILINE))
-    yield from ((code, " ".join(code.split())) for code in re.findall(r"`([^`]+)`", text))
+    fence = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    for block in fence.findall(text):
+        yield from block.splitlines()
+    text = fence.sub("", text)
+    yield from re.findall(r"^    \S.*$", text, re.MULTILINE)
+    yield from (" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text))
 
 
 def test_commands_have_the_options_that_documents_name() -> None:
@@ -73,7 +77,7 @@ def test_commands_have_the_options_that_documents_name() -> None:
     for document in DOCUMENTS:
         if document.suffix != ".md":
             continue
-        for _, words in calls(document.read_text()):
+        for words in calls(document.read_text()):
             if (call := COMMAND.search(words.split("  #")[0])) is None:
                 continue
             module, example, command, rest = call.groups()
