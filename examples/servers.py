@@ -182,4 +182,5 @@ def run_with_servers(name: str, run: Callable[[Servers], int]) -> int:
         finally:
             count = len(servers.started)
             servers.stop()
-            print(f"{name}: {count} servers stopped", flush=True)
+            if count:  # else `run` has stopped them itself
+                print(f"{name}: {count} servers stopped", flush=True)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import behind_router
 import ranks_apart
 import ranks_apart_picture
 from ranks_apart import Mark
-from servers import BIN, Server, Servers, free_ports, series
+from servers import BIN, Server, Servers, free_ports, run_with_servers, series
 from steady_load import TOKENS, Asked, Load, complete, over, rates
 
 REPO = Path(__file__).resolve().parents[2]
@@ -45,6 +46,22 @@ def answering(servers: Servers) -> Callable[..., Server]:
         return servers.start(name, port, words, {"PYTHONPATH": str(REPO)})
 
     return start
+
+
+def test_only_servers_that_were_left_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def run(servers: Servers, stops: bool) -> int:
+        servers.start("one", 1, [sys.executable, "-c", "import time; time.sleep(60)"], {})
+        if stops:
+            servers.stop()
+        return 3
+
+    assert run_with_servers("some", partial(run, stops=True)) == 3 and capsys.readouterr().out == ""
+    assert run_with_servers("some", partial(run, stops=False)) == 3
+    assert capsys.readouterr().out == "some: 1 servers stopped\n"
 
 
 def test_what_came_of_a_request(servers: Servers, answering: Callable[..., Server]) -> None:
