@@ -70,8 +70,9 @@ def start_rank(servers: Servers, group: Group, rank: int, port: int = 0) -> Serv
     options = {"max_model_len": 512, "served_model_name": "demo", "api_server_count": 1}
     options |= {"distributed_executor_backend": "dwdp", "additional_config": {"dwdp": settings}}
     command = [str(BIN / "vllm"), "serve", group.model, "--port", str(port), "--enforce-eager", *as_arguments(options)]
-    # A server that is killed leaves its sockets where they are.
-    return servers.start(f"{group.name}-{rank}", port, command, {"TMPDIR": str(servers.folder)})
+    # A server that is killed leaves its sockets where they are. How a rank came by its experts is read in its log.
+    environ = {"TMPDIR": str(servers.folder), "VLLM_LOGGING_LEVEL": "INFO"}
+    return servers.start(f"{group.name}-{rank}", port, command, environ)
 
 
 def last_way(server: Server) -> str:
@@ -135,6 +136,8 @@ def run(servers: Servers, args: argparse.Namespace, draw: Callable[..., None] | 
     """The story; 0 where no request failed that does not stream."""
     if args.ranks < 2:
         raise SystemExit(f"--ranks {args.ranks}: DWDP takes 2 or more")
+    if args.clients < 1:
+        raise SystemExit(f"--clients {args.clients}: without one there is no load; write 1 or more")
     (meet := servers.folder / "meet").mkdir()
     group = Group(args.model or small_checkpoint(), args.ranks, meet)
     say(f"starting {group.ranks} servers, a rank each; logs in {servers.folder}")

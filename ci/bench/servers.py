@@ -151,7 +151,8 @@ def places_of(system: System, devices: list[str], cpu: bool) -> list[dict[str, s
 
 def environment(place: dict[str, str]) -> dict[str, str]:
     """Of one server process. vLLM opens the NCCL that torch brought, see site/sitecustomize.py."""
-    env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **place}
+    # What the logs say is read.
+    env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "INFO", **place}
     env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB only, and stronger than --kv-cache-memory-bytes
     ours = [str(ROOT / "ci" / "bench" / "site"), str(ROOT)]
     env["PYTHONPATH"] = os.pathsep.join([*ours, *filter(None, [env.get("PYTHONPATH")])])

@@ -64,6 +64,18 @@ def test_only_servers_that_were_left_are_told(
     assert capsys.readouterr().out == "some: 1 servers stopped\n"
 
 
+def test_a_rank_says_how_it_came_by_its_experts_however_quiet_the_shell(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    monkeypatch.setattr(ranks_apart, "BIN", servers.folder)
+    vllm = servers.folder / "vllm"
+    vllm.write_text("#!/bin/sh\necho $VLLM_LOGGING_LEVEL\n")
+    vllm.chmod(0o700)
+    started = ranks_apart.start_rank(servers, ranks_apart.Group("model", 2, servers.folder), 0)
+    assert started.process.wait(20) == 0 and started.log.read_text() == "INFO\n"
+
+
 def test_what_came_of_a_request(servers: Servers, answering: Callable[..., Server]) -> None:
     """Whole, cut off, or failed; a stream that ends in silence is no answer."""
     server = answering("one")
@@ -191,6 +203,7 @@ def test_the_router_loses_no_request_when_a_server_dies_and_returns(
     ("words", "told"),
     [
         (["--ranks", "1"], "ranks_apart: --ranks 1: DWDP takes 2 or more"),
+        (["--clients", "0"], "ranks_apart: --clients 0: without one there is no load"),
         (["--picture", "no/such/folder.svg"], "name an .svg or .png"),
     ],
 )

@@ -187,3 +187,8 @@ def test_a_library_that_has_both_functions_lacks_nothing(tmp_path: Path) -> None
     spec.loader.exec_module(site)
     new = library(tmp_path, "void ncclCommSuspend(void) {}\nvoid ncclCommResume(void) {}\n")
     assert site.lacking(str(new)) == ()
+
+
+def test_logs_that_are_read_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    assert bench_servers.environment({})["VLLM_LOGGING_LEVEL"] == "INFO"
