@@ -20,7 +20,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 .PHONY: help setup setup-031 demo test test-full test-031 test-031-short lint format bench clean
 
 help: ## show this list
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: ## make .venv with vLLM (for CUDA where there are GPUs), the tools and this project (3 minutes once)
 	@ci/setup.sh --venv $(VENV)
