@@ -70,9 +70,8 @@ def start_rank(servers: Servers, group: Group, rank: int, port: int = 0) -> Serv
     options = {"max_model_len": 512, "served_model_name": "demo", "api_server_count": 1}
     options |= {"distributed_executor_backend": "dwdp", "additional_config": {"dwdp": settings}}
     command = [str(BIN / "vllm"), "serve", group.model, "--port", str(port), "--enforce-eager", *as_arguments(options)]
-    # A server that is killed leaves its sockets where they are. How a rank came by its experts is read in its log.
-    environ = {"TMPDIR": str(servers.folder), "VLLM_LOGGING_LEVEL": "INFO"}
-    return servers.start(f"{group.name}-{rank}", port, command, environ)
+    # A server that is killed leaves its sockets where they are.
+    return servers.start(f"{group.name}-{rank}", port, command, {"TMPDIR": str(servers.folder)})
 
 
 def last_way(server: Server) -> str:

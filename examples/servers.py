@@ -56,6 +56,7 @@ class Servers:
         """Start a command that will answer at `port`.
 
         Not in a session of its own: Linux shares the cores out between sessions, and servers that poll starve the others.
+        It logs what vLLM does by default, however quiet the shell: programs read how a rank came by its experts.
         """
         log = self.folder / f"{name}.log"
         # A signal between the start and the note of it would leave the process behind.
@@ -64,7 +65,7 @@ class Servers:
             with log.open("a") as stream:
                 process = subprocess.Popen(
                     command,
-                    env={**os.environ, **environ},
+                    env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **environ},
                     stdin=subprocess.DEVNULL,
                     stdout=stream,
                     stderr=subprocess.STDOUT,
