@@ -51,7 +51,14 @@ Found = Callable[[str], dict[str, Any]]
 
 def probe(name: str, model: Path) -> dict[str, Any]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("VLLM_", "DWDP_", "RAY_"))}
-    more = {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO), **SCENARIOS[name]}
+    # A launch whose KV caches have no size may be refused for want of memory.
+    more = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(REPO),
+    }
+    more |= SCENARIOS[name]
     command = [sys.executable, "-m", "tests.unit.plugin_probe", name.split()[0], str(model)]
     done = subprocess.run(command, cwd=REPO, env={**kept, **more}, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr[-4000:]
