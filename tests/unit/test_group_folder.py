@@ -153,9 +153,11 @@ def test_a_folder_without_descriptors_left(group_path: str, monkeypatch: pytest.
     def full(*_: object, **__: object) -> int:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(os, "open", full)
-    for ask in (lambda: meeting.holder(1), lambda: meeting.join(0, LIMIT_S)):
-        check_message(refusal(ask), [f".lock in {group_path} failed", "Too many open files", "raise ulimit -n"])
+    # Not until the end of the test: the folder would not be removed.
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", full)
+        for ask in (lambda: meeting.holder(1), lambda: meeting.join(0, LIMIT_S)):
+            check_message(refusal(ask), [f".lock in {group_path} failed", "Too many open files", "raise ulimit -n"])
 
 
 @pytest.mark.parametrize(
