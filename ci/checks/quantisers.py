@@ -1,7 +1,7 @@
 """Checkpoints that quantisers themselves write: `PYTHON -m ci.checks.quantisers FOLDER`, then the tests of their bytes.
 
-PYTHON is of an environment of its own, with llmcompressor and auto-round, which want another transformers than vLLM's; this
-repository is the working folder. Then, in vLLM's environment:
+PYTHON is of an environment of its own, since these want another transformers than vLLM does: `pip install
+llmcompressor==0.14.0.1 auto-round==0.15.1`. This repository is the working folder. Then, in vLLM's environment:
 
     DWDP_WRITTEN=FOLDER python -m pytest tests/unit/written_elsewhere.py
 
@@ -12,6 +12,7 @@ activations come from random tokens.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shutil
 import sys
 import tempfile
@@ -46,6 +47,7 @@ SPEC: Final = CheckpointSpec(num_experts=5, num_layers=2, hidden=256, intermedia
 #: Those whose activations have scales that are told by the checkpoint.
 _STATIC: Final = ("FP8", "NVFP4")
 _SAMPLES, _TOKENS = 16, 64
+_NEEDED: Final = ("llmcompressor", "auto_round", "datasets", "transformers")
 
 
 def _compress(source: Path, way: str | tuple[int, bool], folder: Path) -> None:
@@ -83,22 +85,32 @@ def _round(source: Path, bits: int, symmetric: bool, form: str, folder: Path) ->
         shutil.copytree(next(Path(scratch).rglob("config.json")).parent, folder)
 
 
+def _write(name: str, source: Path, folder: Path) -> None:
+    if name in SCHEMES:
+        _compress(source, SCHEMES[name][1], folder)
+    else:
+        _round(source, *ROUNDED[name][1:], folder)
+    for file in source.glob("tokenizer*"):
+        shutil.copy(file, folder)
+
+
 def main() -> int:
     """Write those that are not there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
+    if lacking := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+        parser.error(
+            f"{sys.executable} lacks {', '.join(lacking)}: use an environment with llmcompressor and auto-round"
+        )
     source = write_checkpoint(SPEC, args.folder / "bf16")
     for name in FORMS:
-        if (place := args.folder / name).exists():
-            continue
-        if name in SCHEMES:
-            _compress(source, SCHEMES[name][1], place)
-        else:
-            _round(source, *ROUNDED[name][1:], place)
-        for file in source.glob("tokenizer*"):
-            shutil.copy(file, place)
-        print(f"quantisers: {place}", flush=True)
+        if not (place := args.folder / name).exists():
+            # Whole or not at all: what is there is not written again.
+            with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+                _write(name, source, made := Path(scratch) / name)
+                made.rename(place)
+            print(f"quantisers: {place}", flush=True)
     return 0
 
 

@@ -3,7 +3,9 @@ reads."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from compressed_tensors.compressors.base import BaseCompressor, compress_module
 from compressed_tensors.quantization import QuantizationScheme, initialize_module_for_quantization
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
+from ci.checks import quantisers
 from examples.checkpoints.quantised import FORMS
 
 LIBRARY = [form for form in FORMS if form.startswith("ct-")]
@@ -76,3 +79,39 @@ def test_the_library_writes_the_same_and_reads_it(form: str, dtype: torch.dtype)
     read = library.decompress(dict(mine), scheme)["weight"].float()
     apart = float((read - matrix.float()).abs().max() / matrix.float().abs().max())
     assert 0 < apart < next(error for word, error in ERRORS.items() if word in form)
+
+
+def test_quantisers_are_asked_for_all_forms_that_they_write() -> None:
+    """Else their checkpoints would be compared with nothing."""
+    assert {form for form in quantisers.FORMS.values() if form.startswith("ct-")} == set(LIBRARY)
+    assert set(quantisers.FORMS.values()) - set(LIBRARY) == {"gptq-int4", "gptq-int8", "awq-int4"} <= set(FORMS)
+
+
+def test_an_environment_without_quantisers_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quantisers, "_NEEDED", ("transformers", "no_such_quantiser"))
+    monkeypatch.setattr(sys, "argv", ["quantisers", str(tmp_path / "made")])
+    with pytest.raises(SystemExit, match="2"):
+        quantisers.main()
+    assert "lacks no_such_quantiser: use an environment with" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_checkpoint_that_was_cut_off_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+
+    def write(name: str, source: Path, folder: Path) -> None:
+        folder.mkdir()
+        written.append(name)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantisers, "_NEEDED", ())
+    monkeypatch.setattr(quantisers, "_write", write)
+    monkeypatch.setattr(sys, "argv", ["quantisers", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        quantisers.main()
+    assert quantisers.main() == 0
+    assert written == [*list(quantisers.FORMS)[:2], *list(quantisers.FORMS)[1:]]
+    assert {path.name for path in tmp_path.iterdir()} == {"bf16", *quantisers.FORMS}

@@ -15,6 +15,9 @@ from ci.checks.quantisers import FORMS
 from tests.unit import test_methods
 from tests.unit.quantised import TAKEN
 
+if "DWDP_WRITTEN" not in os.environ:
+    pytest.exit("DWDP_WRITTEN is not set: name the folder that ci.checks.quantisers has filled", returncode=2)
+
 pytestmark = pytest.mark.usefixtures("hopper", "no_build_stays")
 CASES = [(name, form, kernels) for name, form in FORMS.items() for taken, kernels in TAKEN if taken == form]
 
