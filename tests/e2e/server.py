@@ -93,11 +93,11 @@ class Server:
         """What stayed after the end."""
         return self.before.check(self.process.pid)
 
-    def kill(self) -> None:
+    def kill(self, sign: int = signal.SIGKILL) -> None:
         """End whatever is left of the session."""
         for line in processes(self.process.pid):
             try:
-                os.kill(int(line.split()[0]), signal.SIGKILL)
+                os.kill(int(line.split()[0]), sign)
             except ProcessLookupError:
                 continue
 
@@ -115,7 +115,10 @@ def dwdp_arguments(ranks: int = 2, **config: Any) -> list[str]:
 
 
 def start_server(folder: Path, model: Path | str, *arguments: str, env: dict[str, str] | None = None) -> Server:
-    """Start a server and wait until it answers /health; raises AssertionError with its log."""
+    """Start a server and wait until it answers /health; raises AssertionError with its log.
+
+    After 300 s every process of it is aborted, which has Python print where it stood.
+    """
     port, log = free_port(), folder / f"serve-{time.monotonic_ns()}.log"
     before = Leftovers()
     command = [
@@ -146,7 +149,10 @@ def start_server(folder: Path, model: Path | str, *arguments: str, env: dict[str
             server.get("/health")
             return server
         except (urllib.error.URLError, OSError):
-            if process.poll() is not None or time.monotonic() > deadline:
+            if (code := process.poll()) is not None or time.monotonic() > deadline:
+                if code is None:
+                    server.kill(signal.SIGABRT)
+                    time.sleep(1)
                 server.kill()
-                raise AssertionError(f"no server (exit {process.poll()}):\n{log.read_text()[-6000:]}") from None
+                raise AssertionError(f"no server (exit {code}):\n{log.read_text()[-20000:]}") from None
             time.sleep(0.5)
