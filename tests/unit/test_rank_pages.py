@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -140,6 +141,51 @@ def test_a_page_that_cannot_be_read_is_told_once_and_harms_no_other(
     page.fields.forwards = 5
     until(lambda: grown(published, 0) == 5)
     pages.stop(summarise=False)
+
+
+def test_a_rank_that_is_not_heard_of_in_time_is_named_once_with_the_processes_to_look_at(
+    group: Group, published: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(rank_pages.logger, "warning", lambda text, *values: warned.append(text % values))
+    launch = replace(group.launch, config=DwdpConfig(timeout_s=0.3))
+    Rendezvous(launch.folder, 0, LIMIT_S).put("identity", {"model": "made up"})
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), name="EngineCore_DP1")
+    child.start()
+    before = time.monotonic()
+    # An API server of several starts no engine, and has none to look at.
+    quiet, pages = RankPages(launch, publishing=True), RankPages(launch, publishing=True, starting=True)
+    try:
+        quiet.start()
+        pages.start()
+        until(lambda: warned)
+        assert time.monotonic() - before > 0.3
+        time.sleep(0.5)
+    finally:
+        child.kill()
+        child.join()
+        quiet.stop(summarise=False)
+        pages.stop(summarise=False)
+    [line] = warned
+    assert line.startswith("dwdp: nothing heard of rank 1 for 0.3 s (dwdp.timeout_s): see where ")
+    assert f"EngineCore_DP1 {child.pid}" in line.split(" stands (py-spy dump --pid), or start again")[0]
+
+
+def test_ranks_that_load_are_not_told_silent(
+    group: Group, published: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading takes as long as it takes."""
+    warned: list[str] = []
+    monkeypatch.setattr(rank_pages.logger, "warning", lambda text, *values: warned.append(text % values))
+    launch = replace(group.launch, config=DwdpConfig(timeout_s=0.1))
+    for rank in range(RANKS):
+        Rendezvous(launch.folder, rank, LIMIT_S).put("identity", {"model": "made up"})
+    pages = RankPages(launch, publishing=False, starting=True)
+    pages.start()
+    time.sleep(0.5)
+    assert pages.is_alive()
+    pages.stop(summarise=False)
+    assert warned == []
 
 
 def test_a_server_of_its_own_publishes_its_rank_only(group: Group, published: Published) -> None:

@@ -5,7 +5,9 @@ vLLM may kill its engines at shutdown without giving them a word, so the line th
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
+import time
 import weakref
 from typing import TYPE_CHECKING
 
@@ -29,12 +31,16 @@ STOP_TIMEOUT_S = 5.0
 
 
 class RankPages(threading.Thread):
-    """Maps the pages of all ranks of `launch`; publishes their growth once a second if told to."""
+    """Maps the pages of all ranks of `launch`; publishes their growth once a second if told to.
 
-    def __init__(self, launch: DwdpLaunch, publishing: bool) -> None:
+    starting: this process starts the engines, and says so where one does not begin to load within `timeout_s`.
+    """
+
+    def __init__(self, launch: DwdpLaunch, publishing: bool, starting: bool = False) -> None:
         super().__init__(name="dwdp-pages", daemon=True)
         self._launch = launch
         self._publishing = publishing
+        self._starting = starting
         self._readers: dict[int, CounterReader] = {}
         self._published: dict[int, Counters] = {}
         self._told: set[int] = set()
@@ -44,7 +50,11 @@ class RankPages(threading.Thread):
         """Until stopped, or until all pages are mapped and nothing is to be published."""
         try:
             rendezvous = Rendezvous(self._launch.folder, -1, self._launch.config.timeout_s)
+            deadline = time.monotonic() + rendezvous.timeout_s
             while not self._stopping.wait(PERIOD_S):
+                if self._starting and time.monotonic() > deadline:
+                    self._starting = False
+                    self._tell_silent(rendezvous)
                 if len(self._readers) < len(self._launch.ranks_here):
                     self._open_pages(rendezvous)
                 elif not self._publishing:
@@ -66,6 +76,17 @@ class RankPages(threading.Thread):
                     if rank not in self._told:
                         self._told.add(rank)
                         logger.warning("dwdp: the counters of rank %d are not read: %s", rank, error)
+
+    def _tell_silent(self, rendezvous: Rendezvous) -> None:
+        # vLLM waits for the first word of an engine without a limit, and without one of its own.
+        silent = [f"rank {rank}" for rank in self._launch.ranks_here if rendezvous.peek(rank, "identity") is None]
+        if silent:
+            engines = [f"{child.name} {child.pid}" for child in multiprocessing.active_children()]
+            logger.warning(
+                "dwdp: nothing heard of %s for %g s (dwdp.timeout_s): see where %s stands (py-spy dump --pid), or start "
+                "again; raise the limit if this machine is only slow",
+                *(", ".join(silent), rendezvous.timeout_s, ", ".join(engines) or "its engine"),
+            )
 
     def _publish(self) -> None:
         for rank, reader in self._readers.items():
@@ -97,6 +118,6 @@ def summary(counters: Counters) -> str:
 
 def watch_ranks(vllm_config: VllmConfig, launch: DwdpLaunch, publishing: bool, summarise: bool) -> None:
     """Watch the ranks of `launch` as long as `vllm_config` lives."""
-    pages = RankPages(launch, publishing)
+    pages = RankPages(launch, publishing, starting=summarise)
     pages.start()
     weakref.finalize(vllm_config, pages.stop, summarise)
