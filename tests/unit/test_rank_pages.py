@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -169,6 +171,43 @@ def test_a_rank_that_is_not_heard_of_in_time_is_named_once_with_the_processes_to
     [line] = warned
     assert line.startswith("dwdp: nothing heard of rank 1 for 0.3 s (dwdp.timeout_s): see where ")
     assert f"EngineCore_DP1 {child.pid}" in line.split(" stands (py-spy dump --pid), or start again")[0]
+
+
+@pytest.mark.parametrize(
+    ("limit_s", "starting", "children", "told"),
+    [
+        (0.1, True, ["ApiServer_0", "EngineCore_DP0", "EngineCore_DP1", "mine"], "see where EngineCore_DP1 102 stands"),
+        (0.1, True, ["EngineCore", "VLLM_DP_Coordinator"], "see where EngineCore 100 stands"),
+        (0.1, True, ["mine"], None),  # of a config alone, or one whose engines are gone
+        (0.1, False, ["EngineCore_DP1"], None),
+        (LIMIT_S, True, ["EngineCore_DP1"], None),
+    ],
+)
+def test_of_all_children_only_engines_that_are_silent_are_told(
+    limit_s: float,
+    starting: bool,
+    children: list[str],
+    told: str | None,
+    group: Group,
+    published: Published,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(rank_pages.logger, "warning", lambda text, *values: warned.append(text % values))
+    there = [SimpleNamespace(name=name, pid=100 + i) for i, name in enumerate(children)]
+    monkeypatch.setattr(multiprocessing, "active_children", lambda: there)
+    Rendezvous(group.launch.folder, 0, LIMIT_S).put("identity", {"model": "made up"})
+    config: Any = LaunchOwner()
+    launch = replace(group.launch, config=DwdpConfig(timeout_s=limit_s))
+    rank_pages.watch_ranks(config, launch, publishing=True, summarise=starting)
+    if told is None:
+        time.sleep(0.5)
+    else:
+        until(lambda: warned)
+    del config  # which ends the thread
+    assert len(warned) == (told is not None) and all(
+        f" rank 1 for 0.1 s (dwdp.timeout_s): {told} (" in w for w in warned
+    )
 
 
 def test_ranks_that_load_are_not_told_silent(

@@ -79,13 +79,17 @@ class RankPages(threading.Thread):
 
     def _tell_silent(self, rendezvous: Rendezvous) -> None:
         # vLLM waits for the first word of an engine without a limit, and without one of its own.
-        silent = [f"rank {rank}" for rank in self._launch.ranks_here if rendezvous.peek(rank, "identity") is None]
-        if silent:
-            engines = [f"{child.name} {child.pid}" for child in multiprocessing.active_children()]
+        silent = [rank for rank in self._launch.ranks_here if rendezvous.peek(rank, "identity") is None]
+        # As vLLM calls them. Other children are its API servers, its coordinator, and the program's own. A config of which
+        # no engine was started, or none is left, waits for nobody.
+        names = {"EngineCore", *(f"EngineCore_DP{rank}" for rank in silent)}
+        children = multiprocessing.active_children()
+        engines = sorted(f"{child.name} {child.pid}" for child in children if child.name in names)
+        if silent and engines:
             logger.warning(
                 "dwdp: nothing heard of %s for %g s (dwdp.timeout_s): see where %s stands (py-spy dump --pid), or start "
                 "again; raise the limit if this machine is only slow",
-                *(", ".join(silent), rendezvous.timeout_s, ", ".join(engines) or "its engine"),
+                *(", ".join(f"rank {rank}" for rank in silent), rendezvous.timeout_s, ", ".join(engines)),
             )
 
     def _publish(self) -> None:
