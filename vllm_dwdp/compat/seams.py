@@ -105,6 +105,7 @@ SEAMS: Final = (
     Seam("vllm.v1.engine.core_client.SyncMPClient.call_utility", "method", _E + "offline_client.py", ("self", "method")),
     # Workers and the model runner.
     Seam("vllm.v1.worker.cpu_worker.CPUWorker", "class", _E + "cpu_worker.py", attributes=("requested_cpu_memory",)),
+    Seam("vllm.utils.cpu_resource_utils.get_cgroup_memory_limit", "function", _E + "kv_caches.py", returns="int | None"),
     Seam("vllm.utils.cpu_resource_utils.get_memory_node_info", "function", _E + "kv_caches.py", ("node_id",),
          returns="MemoryNodeInfo"),
     Seam("vllm.utils.cpu_resource_utils.get_visible_memory_node", "function", _E + "kv_caches.py", returns="list[int]"),

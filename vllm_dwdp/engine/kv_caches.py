@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Final
 
 from vllm_dwdp.errors import DwdpError
@@ -21,11 +22,21 @@ def check_kv_caches(cache: CacheConfig, num_ranks: int, num_here: int) -> None:
     """
     if cache.kv_cache_memory_bytes is not None:
         return
-    from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
+    from vllm.utils.cpu_resource_utils import get_cgroup_memory_limit, get_memory_node_info, get_visible_memory_node
 
     nodes = [get_memory_node_info(node) for node in get_visible_memory_node()]
+    if not nodes:
+        raise DwdpError(
+            f"CPU_VISIBLE_MEMORY_NODES is {os.environ.get('CPU_VISIBLE_MEMORY_NODES')!r}, which leaves no memory node: "
+            "unset it, or name some of Mems_allowed_list in /proc/self/status"
+        )
     total, free = sum(node.total_memory for node in nodes), sum(node.available_memory for node in nodes)
     each = cache.gpu_memory_utilization * total / len(nodes)
+    if (limit := get_cgroup_memory_limit()) is not None:
+        total = min(total, limit)  # which each node has as its own, and all have together
+    if cache.num_gpu_blocks_override is not None:
+        # Caches have that many blocks, whatever there is. vLLM still asks of each rank alone that it could fill its part.
+        num_ranks = num_here = 1
     for count, memory, what in ((num_ranks, total, "the machine has"), (num_here, free, "what is free is")):
         if count * each > memory:
             ranks = f"each of {count} ranks" if count > 1 else "this rank"
