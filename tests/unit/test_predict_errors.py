@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -66,12 +67,26 @@ def test_what_the_system_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     for argv in (("plan", 5000 * "x"), ("plan", MODEL, "--hardware", 5000 * "x")):
         line = error(capsys, *argv)
         assert "File name too long" in line and "check the path" in line and len(line) < 1200
-    for argv in (("plan", MODEL, "--json"), ("hardware",)):  # more than a buffer holds, and less
+    # Else what is printed last fails where it is printed, not where it is flushed.
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    for argv in (("plan", MODEL, "--json"), ("hardware",)):
         with open("/dev/full", "w") as full:
             command = [sys.executable, "-m", "vllm_dwdp.cli", *argv]
-            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=LIMIT_S)
+            done = subprocess.run(
+                command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=LIMIT_S, env=buffered
+            )
         assert "the output cannot be used (No space left on device): check" in done.stderr
         assert done.stderr.count("\n") == 1 and done.returncode == 2
+    # Nobody reads, as `head` that has seen enough; and nobody wants to.
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "vllm_dwdp.cli", "hardware"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=LIMIT_S, env=buffered)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    closed = [*("sh", "-c", 'exec "$@" >&-', "sh"), *command]
+    done = subprocess.run(closed, stderr=subprocess.PIPE, text=True, timeout=LIMIT_S)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

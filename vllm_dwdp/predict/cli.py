@@ -21,7 +21,8 @@ def main(argv: list[str] | None = None, more: Iterable[Callable[[Any], None]] = 
     args = build(more).parse_args(argv)
     try:
         status = int(args.run(args) if "run" in args else globals()[f"_{args.command}"](args))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # `>&-`: nobody wants it
+            sys.stdout.flush()
         return status
     except DwdpError as e:
         print(f"vllm-dwdp {args.command}: error: {one_line(str(e))}", file=sys.stderr)
