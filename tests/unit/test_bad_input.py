@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ pytest.importorskip("vllm")
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.unit.leftovers import build, check_message, refusal
+from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.engine import options
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -120,6 +123,18 @@ WHOLE = ["reads the whole checkpoint on every rank", "leave it out"]
 )
 def test_options(tiny_moe: Path, arguments: dict[str, Any], words: list[str]) -> None:
     check_message(refusal(lambda: build(tiny_moe, **arguments)), words)
+
+
+@pytest.mark.parametrize("key", sorted({field.name for field in fields(DwdpConfig)}))
+def test_no_setting_outside_is_passed_over(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(options.logger, "warning", lambda text, *values: told.append(text % values))
+    args: Any = SimpleNamespace(additional_config={"dwdp": {}, key: 2})
+    # Refused where no other plugin can mean it, which most names of two words tell.
+    if "_" in key and key != "timeout_s":
+        check_message(refusal(lambda: options.settings_of(args)), [repr(key), f'{{"dwdp": {{"{key}": ...}}}}'])
+    else:
+        assert options.settings_of(args) == DwdpConfig() and len(told) == 1 and repr(key) in told[0]
 
 
 def test_a_setting_whose_name_others_may_have(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from tests.unit.fake_cuda import Machine
 from tests.unit.gpu_layers import EXPERTS, LAYERS, SHAPES, weights
 from tests.unit.gpu_sharing import MANY, Group, Meeting, share_on_gpus
-from vllm_dwdp.errors import DwdpTimeout
+from vllm_dwdp.errors import DwdpError, DwdpTimeout
 from vllm_dwdp.layers import sharing
 from vllm_dwdp.layers.build import ModelBuild
 from vllm_dwdp.layers.sharing import ExpertSharing
@@ -135,6 +135,19 @@ def test_slots_are_not_freed_under_a_copy(monkeypatch: pytest.MonkeyPatch) -> No
     for rank in ranks:
         rank.sharing.close()
     assert device.calls["free"] > 0
+
+
+def test_a_start_that_fails_lets_go_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+
+    def fails(engine: Any, *arguments: Any) -> float:
+        devices.append(engine._device)
+        raise DwdpError("made up")
+
+    monkeypatch.setattr(sharing, "copy_rate", fails)
+    with pytest.raises(DwdpError, match=r"^made up$"):
+        share_on_gpus(monkeypatch, "split")
+    assert devices and all(device.calls["free"] and device.calls["ipc_close"] for device in devices)
 
 
 def test_a_copy_that_does_not_end_at_start_is_told_and_nothing_freed_under_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,6 +219,20 @@ def test_utilities_are_called_on_all_ranks_and_joined_in_their_order(client: Dwd
     assert client.get_supported_tasks() == ["generate"]
 
 
+@pytest.mark.parametrize("timeout_s", [None, 20.0])
+def test_a_late_answer_is_waited_for(timeout_s: float | None, client: DwdpSyncClient, wire: Wire) -> None:
+    wire.silent = True
+
+    def answer() -> None:
+        for rank, future in enumerate(list(wire.futures.values())):
+            future.set_result(rank)
+
+    late = threading.Timer(0.2, answer)
+    late.start()
+    assert client.call_utility_all("profile", True, timeout_s=timeout_s) == list(range(RANKS))
+    late.join()
+
+
 def test_counters_carry_the_requests_of_their_rank(client: DwdpSyncClient, wire: Wire) -> None:
     add(client, wire, "a", rank=1), add(client, wire, "b", rank=1), add(client, wire, "c", rank=2)
     wire.answers = {"collective_rpc": [[{"rank": rank}] for rank in range(RANKS)]}

@@ -129,9 +129,10 @@ def test_a_slow_or_stalled_rank_harms_only_itself_under_dwdp(fault: Fault) -> No
     assert after["DWDP"].finished > after["DEP"].finished
 
 
-def test_who_dies_behind_the_end_of_a_run_has_not() -> None:
+@pytest.mark.parametrize("end", ["20 s", "20.001 s"])
+def test_who_dies_behind_the_end_of_a_run_has_not(end: str) -> None:
     busy = {"ranks": 4, "seconds": "20 s", "requests": {"rate": 2.0, "isl": "8K", "osl": 16}}
-    late = [{"rank": rank, "dead_at": "20.001 s"} for rank in range(4)]
+    late = [{"rank": rank, "dead_at": end} for rank in range(4)]
     well = results(scenario(**busy))
     assert results(scenario(**busy, faults=late)) == results(scenario(**busy, faults=late[:1])) == well
     assert well["DWDP"].finished < well["DWDP"].requests, "some are under way at the end"

@@ -41,6 +41,8 @@ def test_a_wait_without_time_looks_once(folder: str) -> None:
     rank = Rendezvous(folder, 0, LIMIT_S)
     with pytest.raises(DwdpTimeout):
         rank.get(1, "slabs", timeout_s=0)
+    with pytest.raises(DwdpTimeout, match=r"waited 0\.05 s for rank 1"):
+        rank.get(1, "slabs", timeout_s=0.05)
     Rendezvous(folder, 1, LIMIT_S).put("slabs", [1])
     assert rank.get(1, "slabs", timeout_s=0) == [1]
 
