@@ -89,7 +89,8 @@ def unused(names: set[str]) -> list[str]:
     mapped: set[int] = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
-            mapped.update(int(line.split()[4]) for line in maps.read_text().splitlines() if "/dev/shm/" in line)
+            text = maps.read_text(errors="replace")  # files may have names of any bytes
+            mapped.update(int(line.split()[4]) for line in text.splitlines() if "/dev/shm/" in line)
     free = []
     for name in sorted(names):
         with contextlib.suppress(FileNotFoundError):

@@ -67,3 +67,11 @@ def test_what_others_use_was_not_left(
 
 def test_nothing_and_what_went_meanwhile() -> None:
     assert unused(set()) == [] and unused({"dwdp-test-that-is-not-there"}) == []
+
+
+def test_whatever_others_map(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/\xff"
+    with open(path, "wb+") as file:
+        file.truncate(4096)
+        with mmap.mmap(file.fileno(), 4096):
+            assert unused({"dwdp-test-that-is-not-there"}) == []
