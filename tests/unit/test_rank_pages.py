@@ -58,6 +58,14 @@ def published(monkeypatch: pytest.MonkeyPatch) -> Published:
     return told
 
 
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lines of warning, in order."""
+    lines: list[str] = []
+    monkeypatch.setattr(rank_pages.logger, "warning", lambda text, *values: lines.append(text % values))
+    return lines
+
+
 def until(condition: Callable[[], object]) -> None:
     """Return once `condition` holds; an AssertionError after a time limit."""
     deadline = time.monotonic() + LIMIT_S
@@ -123,10 +131,8 @@ def test_a_rank_that_is_gone_at_once_is_no_error(group: Group, published: Publis
 
 
 def test_a_page_that_cannot_be_read_is_told_once_and_harms_no_other(
-    group: Group, published: Published, monkeypatch: pytest.MonkeyPatch
+    group: Group, published: Published, warned: list[str]
 ) -> None:
-    warned: list[str] = []
-    monkeypatch.setattr(rank_pages.logger, "warning", lambda text, *values: warned.append(text % values))
     page = group.come_up(0)
     page.fields.version += 1
     pages = RankPages(group.launch, publishing=True)
@@ -146,10 +152,8 @@ def test_a_page_that_cannot_be_read_is_told_once_and_harms_no_other(
 
 
 def test_a_rank_that_is_not_heard_of_in_time_is_named_once_with_the_processes_to_look_at(
-    group: Group, published: Published, monkeypatch: pytest.MonkeyPatch
+    group: Group, published: Published, warned: list[str]
 ) -> None:
-    warned: list[str] = []
-    monkeypatch.setattr(rank_pages.logger, "warning", lambda text, *values: warned.append(text % values))
     launch = replace(group.launch, config=DwdpConfig(timeout_s=0.3))
     Rendezvous(launch.folder, 0, LIMIT_S).put("identity", {"model": "made up"})
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), name="EngineCore_DP1")
@@ -190,10 +194,9 @@ def test_of_all_children_only_engines_that_are_silent_are_told(
     told: str | None,
     group: Group,
     published: Published,
+    warned: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    warned: list[str] = []
-    monkeypatch.setattr(rank_pages.logger, "warning", lambda text, *values: warned.append(text % values))
     there = [SimpleNamespace(name=name, pid=100 + i) for i, name in enumerate(children)]
     monkeypatch.setattr(multiprocessing, "active_children", lambda: there)
     Rendezvous(group.launch.folder, 0, LIMIT_S).put("identity", {"model": "made up"})
@@ -210,12 +213,8 @@ def test_of_all_children_only_engines_that_are_silent_are_told(
     )
 
 
-def test_ranks_that_load_are_not_told_silent(
-    group: Group, published: Published, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_that_load_are_not_told_silent(group: Group, published: Published, warned: list[str]) -> None:
     """Loading takes as long as it takes."""
-    warned: list[str] = []
-    monkeypatch.setattr(rank_pages.logger, "warning", lambda text, *values: warned.append(text % values))
     launch = replace(group.launch, config=DwdpConfig(timeout_s=0.1))
     for rank in range(RANKS):
         Rendezvous(launch.folder, rank, LIMIT_S).put("identity", {"model": "made up"})
